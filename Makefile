@@ -1,0 +1,42 @@
+# `make serve` and `make test` do everything a fresh clone needs; `make help` lists the rest.
+PYTHON ?= python3
+PORT ?= 8000
+CONFIG ?= configs/quickstart.yaml
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+# Ray starts its workers at nice 15 unless told otherwise: any other process on the host would starve them.
+export RAY_worker_niceness = 0
+
+.DEFAULT_GOAL := help
+.PHONY: help install serve test check format clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(INSTALLED)  ## make .venv and install the project into it
+
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+serve: install  ## install, then serve CONFIG on PORT (http://127.0.0.1:8000)
+	sed 's/^\( *port:\).*/\1 $(PORT)/' $(CONFIG) > .venv/serve.yaml
+	$(BIN)/serve run .venv/serve.yaml
+
+test: install  ## install, then run the tests
+	$(BIN)/python -m pytest
+
+check: install  ## what CI runs first: ruff, mypy and the import arrows
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_import_arrows.py
+
+format: install  ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove .venv and every cache
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache *.egg-info build

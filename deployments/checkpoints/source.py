@@ -1,0 +1,154 @@
+"""Finds a checkpoint: which family it belongs to, and a local folder that holds the components asked for.
+
+    "tiny://flux"                     random weights, written once per machine
+    "/models/flux", "./flux", "~/x"   a local folder in diffusers' layout
+    "black-forest-labs/FLUX.1-dev"    a Hugging Face hub id
+
+Imports no torch and no diffusers, so the ingress and the planner can ask too.
+"""
+
+import importlib
+import json
+from collections.abc import Collection
+from importlib.metadata import version
+from pathlib import Path
+
+from filelock import FileLock
+from huggingface_hub import hf_hub_download, snapshot_download
+
+FAMILY_BY_PIPELINE: dict[str, str] = {
+    "FluxPipeline": "flux",
+    "StableDiffusionPipeline": "sd15",
+    "StableDiffusionXLPipeline": "sdxl",
+    "StableDiffusion3Pipeline": "sd3",
+    "QwenImagePipeline": "qwen-image",
+    "WanPipeline": "wan",
+}
+"""`_class_name` in a checkpoint's model_index.json to the family that runs it."""
+
+_TINY_PREFIX = "tiny://"
+_TINY_FORMAT = 1
+"""Raise it whenever the bytes that `write_tiny_checkpoint` writes change, so that caches start anew."""
+
+_MODEL_INDEX = "model_index.json"
+
+
+def detect_family(checkpoint: str, revision: str | None) -> str:
+    """Names the family of `checkpoint`; from the hub it fetches model_index.json and nothing else.
+
+    Raises:
+        ValueError: the tiny family, or the checkpoint's pipeline class, is not supported.
+        FileNotFoundError: a local path that does not exist or has no model_index.json.
+    """
+    if checkpoint.startswith(_TINY_PREFIX):
+        return _tiny_family(checkpoint)
+    folder = _local_folder(checkpoint)
+    if folder is None:
+        index_file = Path(hf_hub_download(checkpoint, _MODEL_INDEX, revision=revision))
+    else:
+        _check_complete(folder, components=())
+        index_file = folder / _MODEL_INDEX
+    pipeline = str(json.loads(index_file.read_text(encoding="utf-8")).get("_class_name"))
+    if pipeline not in FAMILY_BY_PIPELINE:
+        raise ValueError(
+            f"checkpoint {checkpoint!r} is a {pipeline}; supported are {', '.join(FAMILY_BY_PIPELINE)}. "
+            f"If it runs like one of them, set `family:` to one of: {', '.join(FAMILY_BY_PIPELINE.values())}"
+        )
+    return FAMILY_BY_PIPELINE[pipeline]
+
+
+def fetch_checkpoint(
+    checkpoint: str,
+    components: Collection[str],
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+) -> Path:
+    """Returns a local folder that holds model_index.json and every one of `components` (subfolders).
+
+    `revision` and `variant` choose what is downloaded from the hub and mean nothing elsewhere. Processes may
+    ask at once: tiny checkpoints are written under a file lock, huggingface_hub locks its own downloads.
+
+    Raises:
+        ValueError: a tiny family that does not exist.
+        FileNotFoundError: a local path that does not exist, or a component that the checkpoint lacks.
+    """
+    if checkpoint.startswith(_TINY_PREFIX):
+        folder = _fetch_tiny(_tiny_family(checkpoint))
+    else:
+        folder = _local_folder(checkpoint) or _download(checkpoint, components, revision, variant)
+    _check_complete(folder, components)
+    return folder
+
+
+def plan_hub_patterns(components: Collection[str], variant: str | None) -> tuple[list[str], list[str]]:
+    """Returns a download's (allow, ignore) patterns: configs, tokenizer files, one variant's safetensors.
+
+    A variant's files carry one more dot than the plain ones: `model.fp16.safetensors`, and in parts either
+    `model-00001-of-00002.fp16.safetensors` or `model.fp16-00001-of-00002.safetensors`. Weights at the root of
+    a repository lie in no component and never match.
+    """
+    endings = ["*.json", "*.txt", "*.model", "*.jinja"]
+    if variant is None:
+        endings.append("*.safetensors")
+        ignore = ["*.*.safetensors"]
+    else:
+        endings += [f"*.{variant}.safetensors", f"*.{variant}-*.safetensors"]
+        ignore = []
+    return [
+        _MODEL_INDEX,
+        *(f"{component}/{ending}" for component in components for ending in endings),
+    ], ignore
+
+
+def _tiny_family(checkpoint: str) -> str:
+    family = checkpoint.removeprefix(_TINY_PREFIX)
+    families = FAMILY_BY_PIPELINE.values()
+    if family not in families:
+        raise ValueError(
+            f"checkpoint {checkpoint!r} names no tiny family; choose one of: {', '.join(families)}"
+        )
+    return family
+
+
+def _fetch_tiny(family: str) -> Path:
+    """Writes the tiny checkpoint on first use; a rename makes it, so a folder that exists is complete."""
+    tag = f"diffusers-{version('diffusers')}-format-{_TINY_FORMAT}"
+    folder = Path.home() / ".cache" / "latent-relay" / "tiny" / tag / family
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.parent / f"{family}.lock"):
+        if not folder.is_dir():  # another process may have written it while we waited
+            importlib.import_module("deployments.checkpoints.tiny").write_tiny_checkpoint(family, folder)
+    return folder
+
+
+def _local_folder(checkpoint: str) -> Path | None:
+    """Returns the path that `checkpoint` names, or None if it must be a hub id."""
+    path = Path(checkpoint).expanduser()
+    if path.exists():
+        return path
+    if checkpoint in (".", "..") or checkpoint.startswith(("/", "./", "../", "~")):
+        raise FileNotFoundError(f"checkpoint {checkpoint!r} looks like a path, but {path} does not exist")
+    return None
+
+
+def _download(
+    checkpoint: str, components: Collection[str], revision: str | None, variant: str | None
+) -> Path:
+    allow, ignore = plan_hub_patterns(components, variant)
+    return Path(
+        snapshot_download(checkpoint, revision=revision, allow_patterns=allow, ignore_patterns=ignore)
+    )
+
+
+def _check_complete(folder: Path, components: Collection[str]) -> None:
+    if not (folder / _MODEL_INDEX).is_file():
+        raise FileNotFoundError(f"{folder} has no {_MODEL_INDEX}; it must be a folder in diffusers' layout")
+    missing = sorted(component for component in components if not (folder / component).is_dir())
+    if missing:
+        present = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+        raise FileNotFoundError(
+            f"{folder} lacks {', '.join(missing)}; it holds {', '.join(present) or 'no component'}"
+        )

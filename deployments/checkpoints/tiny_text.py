@@ -1,0 +1,162 @@
+"""Tokenizers built in memory, and tiny text encoders whose vocabulary fits them.
+
+One character of a prompt is one token, so no vocabulary file is needed and any ASCII prompt survives. Widths
+are multiples of 64, the block size of bitsandbytes' 4-bit weights.
+"""
+
+import re
+import string
+
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
+)
+
+TEXT_WIDTH = 64
+"""Hidden width of a tiny text encoder unless told otherwise, and of the CLIP projections."""
+
+_CLIP_MAX_LENGTH = 77
+_QWEN_SPECIAL_TOKENS = [
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+    "<|vision_pad|>",
+]
+_QWEN_TEMPLATE = (
+    "system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
+    "spatial relationships of the objects and background:\nuser\nassistant\n"
+)
+
+
+def build_clip_tokenizer() -> CLIPTokenizer:
+    """Byte-level tokenizer of 514 tokens: 256 bytes inside a word, 256 at its end, start and end of text."""
+    alphabet = sorted(ByteLevel.alphabet())
+    tokens = [*alphabet, *(f"{char}</w>" for char in alphabet), "<|startoftext|>", "<|endoftext|>"]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=_CLIP_MAX_LENGTH, pad_token="<|endoftext|>")
+
+
+def build_t5_tokenizer() -> T5Tokenizer:
+    """Unigram tokenizer over printable ASCII; other characters become `<unk>`. UMT5 reads it as well."""
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    characters = [(char, -3.0) for char in string.printable.strip()]
+    return T5Tokenizer(vocab=special + characters, extra_ids=0, model_max_length=512)
+
+
+def build_qwen_tokenizer() -> Qwen2Tokenizer:
+    """Byte-level tokenizer, with one token per marker of Qwen2.5-VL and per word of the template.
+
+    The pipeline drops the template's first 34 tokens by count; spelled in bytes, a hundred tokens of template
+    would stay and drown the prompt.
+    """
+    vocab = {char: index for index, char in enumerate(sorted(ByteLevel.alphabet()))}
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], model_max_length=4096)
+    tokenizer.add_special_tokens({"additional_special_tokens": _QWEN_SPECIAL_TOKENS})
+    tokenizer.add_tokens(re.findall(r" ?\w+", _QWEN_TEMPLATE))
+    return tokenizer
+
+
+def build_clip_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """CLIP-L in small: its pooled output is the hidden state at the tokenizer's end-of-text token."""
+    return CLIPTextModel(_clip_config(tokenizer, hidden_act="quick_gelu"))
+
+
+def build_projected_clip_encoder(
+    tokenizer: CLIPTokenizer, hidden_act: str = "gelu"
+) -> CLIPTextModelWithProjection:
+    """CLIP with a text projection: OpenCLIP-G in small (`gelu`), or SD3's CLIP-L (`quick_gelu`)."""
+    return CLIPTextModelWithProjection(_clip_config(tokenizer, hidden_act))
+
+
+def build_t5_encoder(tokenizer: T5Tokenizer, width: int = TEXT_WIDTH) -> T5EncoderModel:
+    """T5-XXL's encoder in small: `[B, S, width]`."""
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=width,
+        d_kv=16,
+        d_ff=TEXT_WIDTH,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+    )
+    return T5EncoderModel(config)
+
+
+def build_umt5_encoder(tokenizer: T5Tokenizer) -> UMT5EncoderModel:
+    """UMT5-XXL's encoder in small: as T5, but every layer has its own relative position bias."""
+    config = UMT5Config(
+        vocab_size=len(tokenizer),
+        d_model=TEXT_WIDTH,
+        d_kv=16,
+        d_ff=TEXT_WIDTH,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+    )
+    return UMT5EncoderModel(config)
+
+
+def build_qwen_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
+    """Qwen2.5-VL in small, vision tower included (image editing needs it)."""
+    token_id = {token: tokenizer.convert_tokens_to_ids(token) for token in _QWEN_SPECIAL_TOKENS}
+    text_config = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": TEXT_WIDTH,
+        "intermediate_size": TEXT_WIDTH,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 8192,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1_000_000.0},
+        "bos_token_id": tokenizer.pad_token_id,
+        "eos_token_id": token_id["<|im_end|>"],
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision_config = {
+        "depth": 2,
+        "hidden_size": TEXT_WIDTH,
+        "intermediate_size": TEXT_WIDTH,
+        "num_heads": 2,
+        "out_hidden_size": TEXT_WIDTH,
+        "fullatt_block_indexes": [1],
+    }
+    config = Qwen2_5_VLConfig(
+        text_config=text_config,
+        vision_config=vision_config,
+        vision_start_token_id=token_id["<|vision_start|>"],
+        vision_end_token_id=token_id["<|vision_end|>"],
+        image_token_id=token_id["<|image_pad|>"],
+        video_token_id=token_id["<|video_pad|>"],
+    )
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def _clip_config(tokenizer: CLIPTokenizer, hidden_act: str) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=TEXT_WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=_CLIP_MAX_LENGTH,
+        projection_dim=TEXT_WIDTH,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        hidden_act=hidden_act,
+    )

@@ -1,0 +1,92 @@
+"""What may be said of the model and of each stage."""
+
+from typing import Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from cluster.config import Config
+from cluster.resources import ResourceConfig
+from deployments.families import FAMILIES
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class DefaultsConfig(Config):
+    """What a request that leaves a field out gets; None means the family's own default."""
+
+    width: int | None = Field(None, ge=16, description="pixels")
+    height: int | None = Field(None, ge=16, description="pixels")
+    num_inference_steps: int | None = Field(None, ge=1)
+    guidance_scale: float | None = Field(None, ge=0)
+    true_cfg_scale: float | None = Field(None, ge=0)
+    num_frames: int | None = Field(None, ge=1)
+    fps: int | None = Field(None, ge=1, le=120)
+
+
+class ModelConfig(Config):
+    """A diffusers checkpoint and the name it is served under."""
+
+    name: str = Field(min_length=1, description="what clients put into `model`")
+    checkpoint: str = Field(
+        min_length=1,
+        description="a local folder, a hub id, or tiny://FAMILY (small, random weights)",
+    )
+    family: str | None = Field(None, description="None: read from the checkpoint's model_index.json")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub id")
+    variant: str | None = Field(None, description="weight files' variant, such as fp16")
+    defaults: DefaultsConfig = DefaultsConfig()
+
+    @field_validator("family")
+    @classmethod
+    def _check_family(cls, family: str | None) -> str | None:
+        if family is not None and family not in FAMILIES:
+            raise ValueError(f"unknown family {family!r}; allowed: {', '.join(FAMILIES)}")
+        return family
+
+
+class StageConfig(ResourceConfig):
+    """What every stage may be told."""
+
+    dtype: Dtype = Field("float32", description="of weights and arithmetic")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto: CUDA where Ray gives the replica a GPU and torch sees one, else CPU"
+    )
+    torch_threads: int | None = Field(
+        None, ge=1, description="CPU threads of one torch operation; None: num_cpus, at least 1"
+    )
+
+    @property
+    def num_threads(self) -> int:
+        """CPU threads of one torch operation. What Ray reserves is what is used, so stages do not fight."""
+        return self.torch_threads or max(1, int(self.num_cpus))
+
+    @model_validator(mode="after")
+    def _check_device(self) -> Self:
+        if self.device == "cuda" and not self.num_gpus:
+            raise ValueError("device 'cuda' needs num_gpus > 0, or Ray gives the replica no GPU of its own")
+        return self
+
+
+class EncoderConfig(StageConfig):
+    """The text encoders."""
+
+    cache_mib: float = Field(512.0, ge=0, description="embeddings kept per replica, in MiB; 0: none")
+    max_sequence_length: int | None = Field(
+        None, ge=1, le=1024, description="text tokens per prompt; None: the family's"
+    )
+
+
+class TransformerConfig(StageConfig):
+    """The denoiser: a transformer, or a UNet."""
+
+    max_batch_size: int = Field(8, ge=1, description="forwards of different requests merged into one")
+    batch_wait_ms: float = Field(
+        3.0, ge=0, description="how long a batch waits for a request that is between two steps"
+    )
+    max_batch_tokens: int | None = Field(
+        4096, ge=1, description="latent positions per merged forward; beyond it merging stops paying"
+    )
+
+
+class VaeConfig(StageConfig):
+    """The VAE, and the encoder of pictures and videos."""

@@ -1,0 +1,63 @@
+"""The encode stage's deployment: prompts in, embeddings out, repeated prompts from memory."""
+
+import asyncio
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from deployments.config import EncoderConfig, ModelConfig
+from deployments.embedding_cache import EmbeddingCache
+from deployments.request import Conditioning, Prompt
+from deployments.stages import load_stage
+
+if TYPE_CHECKING:
+    from deployments.families.family import Embeds
+
+
+@dataclass(frozen=True)
+class EncoderStats:
+    """Counts since the replica started."""
+
+    num_forwards: int
+    num_cache_hits: int
+    num_cached: int
+    cached_bytes: int
+
+
+class Encoder:
+    """Serves `encode`. One thread encodes: tokenizers are not thread-safe."""
+
+    def __init__(self, model: ModelConfig, family: str, config: EncoderConfig) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="encode")
+        self._stage = load_stage("encode", model, family, config)
+        self._cache = EmbeddingCache(int(config.cache_mib * 2**20))
+        self._running: dict[Prompt, asyncio.Future[Embeds]] = {}
+        self._num_forwards = self._num_cache_hits = 0
+
+    async def encode(self, prompt: Prompt) -> Conditioning:
+        """The prompt's embeddings. Equal prompts at the same time share one forward."""
+        start = time.perf_counter()
+        embeds = self._cache.get(prompt)
+        is_cached = embeds is not None
+        if embeds is None:
+            embeds = await self._encode_once(prompt)
+        self._num_cache_hits += is_cached
+        return Conditioning(embeds, (time.perf_counter() - start) * 1e3, is_cached)
+
+    async def _encode_once(self, prompt: Prompt) -> "Embeds":
+        future = self._running.get(prompt)
+        if future is None:
+            self._num_forwards += 1
+            future = asyncio.get_running_loop().run_in_executor(self._thread, self._stage.encode, prompt)
+            self._running[prompt] = future
+            future.add_done_callback(lambda _: self._running.pop(prompt))
+        embeds = await asyncio.shield(future)  # a client that leaves must not cancel it for the others
+        self._cache.put(prompt, embeds)
+        return embeds
+
+    async def ping(self) -> None:
+        """Answers when this replica can serve."""
+
+    async def stats(self) -> EncoderStats:
+        return EncoderStats(self._num_forwards, self._num_cache_hits, len(self._cache), self._cache.num_bytes)

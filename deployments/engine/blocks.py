@@ -1,0 +1,135 @@
+"""The blocks of a denoiser: their names in forward order, and what they weigh."""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import ModelMixin
+from torch import nn
+
+TAIL = (
+    "norm_out",
+    "proj_out",
+    "conv_norm_out",
+    "conv_out",
+    "final_layer",
+    "audio_norm_out",
+    "audio_proj_out",
+)
+"""What diffusers calls the modules that run after the last block; only the last shard has them."""
+
+_UNET_ORDER = ("down_blocks", "mid_block", "up_blocks")
+_SECOND_HALF = "single_transformer_blocks"
+
+
+@dataclass(frozen=True)
+class BlockBytes:
+    """Bytes of a model's weights, by who holds them."""
+
+    head: int
+    """Every shard: the embedders, and whatever else is neither block nor tail."""
+    blocks: tuple[int, ...]
+    """One shard each; in forward order."""
+    tail: int
+    """The last shard: output norm and projection."""
+
+    def of_shard(self, start: int, end: int) -> int:
+        """Bytes of the shard that has blocks `start:end`."""
+        return self.head + sum(self.blocks[start:end]) + (self.tail if end == len(self.blocks) else 0)
+
+
+def build_skeleton(model_class: type[ModelMixin], checkpoint_dir: Path, subfolder: str) -> nn.Module:
+    """The model of this checkpoint on the meta device: all of its structure, none of its weights.
+
+    Not thread-safe: accelerate changes `nn.Module` for as long as it takes.
+    """
+    config = model_class.load_config(checkpoint_dir, subfolder=subfolder, local_files_only=True)
+    with init_empty_weights():
+        skeleton: nn.Module = model_class.from_config(config)
+    return skeleton
+
+
+def block_names(model: nn.Module) -> tuple[str, ...]:
+    """Names of the blocks that may go to different shards, in forward order.
+
+    A transformer's blocks are the lists whose elements' classes diffusers declares as repeated or as not to
+    be split; a UNet's are its down, mid and up blocks.
+
+    Raises:
+        ValueError: there are none, or several lists of them of which nothing says that each feeds the next.
+    """
+    children = dict(model.named_children())
+    lists = [name for name in _UNET_ORDER if name in children] if _is_unet(model) else _declared_lists(model)
+    if not lists:
+        raise ValueError(
+            f"{type(model).__name__} declares no blocks that could go to different shards (no list of its "
+            "_repeated_blocks or _no_split_modules); run it as one shard"
+        )
+    return tuple(name for part in lists for name in _members(part, children[part]))
+
+
+def block_bytes(model: nn.Module, dtype: torch.dtype) -> BlockBytes:
+    """What each block weighs once loaded as `dtype`; a skeleton will do. Quantisation is left out of account.
+
+    Modules that diffusers keeps in float32 count four bytes a weight.
+    """
+    blocks = tuple(_num_bytes(model, name, dtype) for name in block_names(model))
+    tail = sum(_num_bytes(model, name, dtype) for name in tail_names(model))
+    return BlockBytes(_num_bytes(model, "", dtype) - sum(blocks) - tail, blocks, tail)
+
+
+def tail_names(model: nn.Module) -> tuple[str, ...]:
+    """Names of the modules that only the last shard needs."""
+    return tuple(name for name, _ in model.named_children() if name in TAIL)
+
+
+def shape_only_inputs(model: nn.Module) -> frozenset[str]:
+    """Inputs of which shards after the first read shape and dtype, not values: zeros serve them as well.
+
+    A transformer embeds its latents and then replaces the result by what crossed the cut. A UNet does not:
+    the output of its `conv_in` is the outermost skip, so every shard needs the latents themselves.
+    """
+    if _is_unet(model):
+        return frozenset()
+    return frozenset({"hidden_states"} & inspect.signature(model.forward).parameters.keys())
+
+
+def _is_unet(model: nn.Module) -> bool:
+    return {"down_blocks", "up_blocks"} <= {name for name, _ in model.named_children()}
+
+
+def _declared_lists(model: Any) -> Sequence[str]:
+    kinds = {*(model._repeated_blocks or ()), *(model._no_split_modules or ())}
+    lists = [
+        name
+        for name, child in model.named_children()
+        if isinstance(child, nn.ModuleList)
+        and len(child)
+        and {type(block).__name__ for block in child} <= kinds
+    ]
+    # Two lists are a chain only by diffusers' convention of double and single blocks. Others (refiners, text
+    # blocks, VACE hints) run side by side, and a cut through them would lose what the other list made.
+    if len(lists) > 1 and not (len(lists) == 2 and lists[1] == _SECOND_HALF):
+        raise ValueError(
+            f"{type(model).__name__} has several lists of blocks ({', '.join(lists)}) that are no single "
+            "chain, so it cannot be cut into shards; run it as one shard"
+        )
+    return lists
+
+
+def _members(name: str, module: nn.Module) -> Sequence[str]:
+    return [f"{name}.{i}" for i in range(len(module))] if isinstance(module, nn.ModuleList) else [name]
+
+
+def _num_bytes(model: nn.Module, name: str, dtype: torch.dtype) -> int:
+    """Of the submodule `name` (the whole for ""), as diffusers' loader would cast it."""
+    in_fp32 = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    total = 0
+    for key, value in model.get_submodule(name).state_dict().items():
+        kept = torch.float32 if in_fp32.intersection(key.split(".")) else dtype
+        total += value.numel() * (kept if value.is_floating_point() else value.dtype).itemsize
+    return total

@@ -1,0 +1,139 @@
+"""Several forwards become one: what joins along the batch, what must be equal, how texts of two lengths meet.
+
+The rules are a few lines per model class. A class that has none runs unmerged, which is always right.
+"""
+
+import hashlib
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+Inputs = Mapping[str, Any]
+"""Keyword arguments of the denoiser's forward: tensors, nested dicts of them, lists and flags."""
+
+TEXT_BUCKET = 128
+"""Texts whose lengths round up to the same multiple of this may meet in one batch, padded and masked."""
+
+
+@dataclass(frozen=True)
+class MergeRule:
+    """What is particular to one model class; every other tensor joins along its first dimension."""
+
+    equal: frozenset[str] = frozenset()
+    """Tensors without a batch dimension: equal by value, or no merging."""
+    lists: frozenset[str] = frozenset()
+    """Lists with one entry per sample."""
+    ragged: Mapping[str, str] | None = None
+    """[B, S, D] inputs whose S may differ, and the name of the boolean mask [B, S] that hides padding."""
+
+
+RULES: Mapping[str, MergeRule] = {
+    "FluxTransformer2DModel": MergeRule(equal=frozenset({"img_ids", "txt_ids"})),
+    "QwenImageTransformer2DModel": MergeRule(
+        lists=frozenset({"img_shapes"}), ragged={"encoder_hidden_states": "encoder_hidden_states_mask"}
+    ),
+    "SD3Transformer2DModel": MergeRule(),
+    "UNet2DConditionModel": MergeRule(),
+    "WanTransformer3DModel": MergeRule(),
+}
+
+
+def num_samples(inputs: Inputs) -> int:
+    """Samples in one forward: 2 where a pipeline puts both guidance passes into one batch."""
+    return int(_latents(inputs).shape[0])
+
+
+def num_tokens(inputs: Inputs, patch_size: int | Sequence[int] = 1) -> int:
+    """Latent positions of one forward over its samples, after patching: what its cost grows with.
+
+    [B, S, D] -> B * S; [B, C, (F,) H, W] -> B * F * H * W / patch volume.
+    """
+    latents = _latents(inputs)
+    if latents.ndim == 3:
+        return int(latents.shape[0] * latents.shape[1])
+    space = latents.shape[2:]
+    patch = [patch_size] * 2 if isinstance(patch_size, int) else list(patch_size)
+    return int(latents.shape[0] * math.prod(space) // math.prod(patch))
+
+
+class Merger:
+    """Signatures of forwards, and their union, by the rule of one model class."""
+
+    def __init__(self, class_name: str) -> None:
+        self._rule = RULES.get(class_name)
+        self._digests: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def signature(self, inputs: Inputs) -> Hashable:
+        """Forwards of equal signature may be merged. Unknown classes get a new one each time."""
+        if self._rule is None:
+            return object()
+        masks = set((self._rule.ragged or {}).values())
+        return tuple((k, self._describe(k, v)) for k, v in sorted(inputs.items()) if k not in masks)
+
+    def _describe(self, name: str, value: Any) -> Hashable:
+        assert self._rule is not None
+        if isinstance(value, torch.Tensor):
+            if name in self._rule.equal:
+                return self._digest(value)
+            if name in (self._rule.ragged or {}):
+                return math.ceil(value.shape[1] / TEXT_BUCKET), tuple(value.shape[2:]), value.dtype
+            return tuple(value.shape[1:]), value.dtype
+        if isinstance(value, Mapping):
+            return tuple((k, self._describe(k, v)) for k, v in sorted(value.items()))
+        if name in self._rule.lists:
+            return repr(value[0])
+        return repr(value)
+
+    def _digest(self, value: torch.Tensor) -> bytes:
+        """Of shape, dtype and content; remembered, for a request passes the same tensor at every step."""
+        digest: bytes | None = self._digests.get(value)  # type: ignore[no-untyped-call]
+        if digest is None:
+            content = value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+            digest = hashlib.sha256(repr((value.shape, value.dtype)).encode() + content).digest()
+            self._digests[value] = digest
+        return digest
+
+    def merge(self, group: Sequence[Inputs]) -> Inputs:
+        """One forward's inputs for all of `group`, whose signatures are equal. A lone one is not touched."""
+        if len(group) == 1:
+            return group[0]
+        assert self._rule is not None
+        group = [self._pad(inputs, group) for inputs in group]
+        sizes = [num_samples(inputs) for inputs in group]
+        return {name: self._join(name, [inputs[name] for inputs in group], sizes) for name in group[0]}
+
+    def _pad(self, inputs: Inputs, group: Sequence[Inputs]) -> Inputs:
+        assert self._rule is not None
+        padded = dict(inputs)
+        for name, mask_name in (self._rule.ragged or {}).items():
+            lengths = [int(other[name].shape[1]) for other in group]
+            if len(set(lengths)) == 1 and all(other.get(mask_name) is None for other in group):
+                continue
+            value, mask = inputs[name], inputs.get(mask_name)
+            if mask is None:
+                mask = torch.ones(value.shape[:2], dtype=torch.bool, device=value.device)
+            extra = max(lengths) - value.shape[1]
+            padded[name] = torch.nn.functional.pad(value, (0, 0, 0, extra))
+            padded[mask_name] = torch.nn.functional.pad(mask.bool(), (0, extra))
+        return padded
+
+    def _join(self, name: str, values: Sequence[Any], sizes: Sequence[int]) -> Any:
+        assert self._rule is not None
+        first = values[0]
+        if isinstance(first, torch.Tensor) and name not in self._rule.equal:
+            # UNet pipelines pass one timestep for all samples of a forward, without a batch dimension
+            return torch.cat([v.expand(n) if v.ndim == 0 else v for v, n in zip(values, sizes, strict=True)])
+        if isinstance(first, Mapping):
+            return {key: self._join(key, [value[key] for value in values], sizes) for key in first}
+        if name in self._rule.lists:
+            return [entry for value in values for entry in value]
+        return first
+
+
+def _latents(inputs: Inputs) -> torch.Tensor:
+    latents: torch.Tensor = inputs["sample" if "sample" in inputs else "hidden_states"]
+    return latents

@@ -1,0 +1,155 @@
+"""A shard: consecutive blocks of a denoiser, run by the model class's own forward."""
+
+import functools
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+from torch import nn
+
+from deployments.engine.blocks import block_names, build_skeleton, shape_only_inputs
+from deployments.engine.cut import Boundary, Cut, CutReached
+
+_MAX_KEYS_SHOWN = 5
+
+
+def load_shard(
+    model_class: type[ModelMixin],
+    checkpoint_dir: Path,
+    subfolder: str,
+    *,
+    blocks: tuple[int, int] | None,
+    dtype: torch.dtype,
+    variant: str | None = None,
+    **loader_options: Any,
+) -> "Shard":
+    """Loads the blocks `start:end` of a checkpoint, with the class's own `from_pretrained`.
+
+    Args:
+        model_class: a diffusers model class.
+        checkpoint_dir: the pipeline's folder on this machine; `subfolder` is the model's in it.
+        blocks: range of `block_names`; None loads the whole model, of the very class, with nothing added.
+        variant: part of the weights' file names, such as `fp16`.
+        loader_options: further arguments of `from_pretrained`: `quantization_config`, `device_map`.
+
+    Raises:
+        ValueError: the model cannot be cut so, or the checkpoint has too few keys or too many.
+    """
+    cut = None
+    if blocks is not None:
+        skeleton = build_skeleton(model_class, checkpoint_dir, subfolder)
+        cut = _plan_cut(skeleton, blocks)
+        model_class = _shard_class(type(skeleton), cut, cut.foreign_names(skeleton))
+    model, keys = model_class.from_pretrained(
+        checkpoint_dir,
+        subfolder=subfolder,
+        dtype=dtype,
+        variant=variant,
+        local_files_only=True,
+        output_loading_info=True,
+        **loader_options,
+    )
+    _check_keys(keys, checkpoint_dir / subfolder, model_class.__name__)
+    return Shard(model, cut)
+
+
+class Shard:
+    """Consecutive blocks of one model, or all of it. One thread runs it.
+
+    Between two runs `model` may be quantised, cast, offloaded, compiled or given adapters.
+    """
+
+    def __init__(self, model: nn.Module, cut: Cut | None) -> None:
+        self.model = model
+        self._cut = cut
+
+    @property
+    def needs_latents(self) -> bool:
+        """Whether latents matter by value here; if not, zeros of their shape, dtype and device will do."""
+        return self._cut is None or self._cut.is_first or not shape_only_inputs(self.model)
+
+    def run(self, inputs: Mapping[str, Any], boundary: Boundary | None = None) -> Boundary | torch.Tensor:
+        """One forward through these blocks.
+
+        Every shard gets the same `inputs`, the keyword arguments of the model's forward, but for what
+        `needs_latents` says. `boundary` is what the shard before returned. The last shard returns the model's
+        prediction.
+        """
+        # Not inference_mode: tensors made in it may not be written in place outside of it, which casting and
+        # offloading hooks do to weights, and torch.compile guards on it.
+        with torch.no_grad():
+            arguments = {**inputs, "return_dict": False}
+            if self._cut is None:
+                output = self.model(**arguments)
+            else:
+                with self._cut.open(self.model, boundary):
+                    output = self.model(**arguments)
+        result: Boundary | torch.Tensor = output if isinstance(output, dict) else output[0]
+        return result
+
+
+def _plan_cut(skeleton: nn.Module, blocks: tuple[int, int]) -> Cut:
+    names, (start, end) = block_names(skeleton), blocks
+    if not 0 <= start < end <= len(names):
+        raise ValueError(
+            f"blocks {start}:{end} of {type(skeleton).__name__} are no shard: it has {len(names)} blocks, so "
+            f"0 <= start < end <= {len(names)} must hold"
+        )
+    return Cut(names, start, end)
+
+
+def _shard_class(model_class: Any, cut: Cut, foreign: Iterable[str]) -> type[ModelMixin]:
+    """A subclass that is built with stubs, and whose forward returns the boundary at the cut.
+
+    The forward is caught inside the class, not around the call, so that hooks on the model (offloading,
+    device maps) see it end as usual. The name is the model class's, for diffusers looks classes up by name.
+    """
+
+    def from_config(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        built = model_class.from_config.__func__(cls, *args, **kwargs)
+        cut.stub_foreign(built[0] if isinstance(built, tuple) else built)
+        return built
+
+    @functools.wraps(model_class.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return model_class.forward(self, *args, **kwargs)
+        except CutReached as reached:
+            return reached.boundary
+
+    foreign_keys = [rf"^{re.escape(name)}\." for name in foreign]
+    return type(
+        model_class.__name__,
+        (model_class,),
+        {
+            "from_config": classmethod(from_config),
+            "forward": forward,
+            "_keys_to_ignore_on_load_unexpected": [
+                *(model_class._keys_to_ignore_on_load_unexpected or ()),
+                *foreign_keys,
+            ],
+        },
+    )
+
+
+def _check_keys(keys: Mapping[str, Any], folder: Path, class_name: str) -> None:
+    """Strict both ways: a random weight or an unread one is a wrong picture, not a warning."""
+    if keys.get("missing_keys"):
+        raise ValueError(
+            f"{folder} lacks weights that {class_name} needs: {_shown(keys['missing_keys'])}; the download "
+            "is incomplete, or config.json describes another model: fetch the checkpoint again"
+        )
+    if keys.get("unexpected_keys"):
+        raise ValueError(
+            f"{folder} has weights that no shard of {class_name} reads: {_shown(keys['unexpected_keys'])}; "
+            "config.json describes another model, or needs a newer diffusers"
+        )
+
+
+def _shown(keys: Iterable[str]) -> str:
+    names = sorted(keys)
+    more = len(names) - _MAX_KEYS_SHOWN
+    return ", ".join(names[:_MAX_KEYS_SHOWN]) + (f" and {more} more" if more > 0 else "")

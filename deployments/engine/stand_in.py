@@ -1,0 +1,53 @@
+"""What a diffusers pipeline finds where its denoiser should be: the model's face, without its weights."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+Inputs = Mapping[str, Any]
+"""Keyword arguments of the denoiser's forward: tensors, or nested dicts and lists of them, and flags."""
+
+POSITIONAL = ("sample", "timestep", "encoder_hidden_states")
+"""What the UNet pipelines pass by position (`UNet2DConditionModel.forward`)."""
+
+
+class StandIn(nn.Module):
+    """Config, dtype and device of the real model; `forward` hands the call to `submit` and waits."""
+
+    def __init__(
+        self,
+        skeleton: nn.Module,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        submit: Callable[[Inputs], torch.Tensor],
+    ) -> None:
+        """skeleton: the same model on the meta device, for what pipelines ask of its submodules."""
+        super().__init__()
+        self._dtype, self._device, self._submit = dtype, device, submit
+        self.__dict__["skeleton"] = skeleton  # past nn.Module, which would list its meta parameters as ours
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else a pipeline probes (`config`, SDXL's `add_embedding`), from the skeleton."""
+        return getattr(self.__dict__["skeleton"], name)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @contextmanager
+    def cache_context(self, name: str, **_: Any) -> Iterator[None]:
+        """Pipelines name their guidance passes by it; here every forward stands for itself."""
+        yield
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor]:
+        inputs = dict(zip(POSITIONAL, args, strict=False)) | kwargs
+        inputs.pop("return_dict", None)
+        return (self._submit(inputs),)

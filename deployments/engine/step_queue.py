@@ -1,0 +1,272 @@
+"""The step queue: which of the waiting forwards of the transformer go next, and together.
+
+A request runs diffusers' pipeline in a thread of its own and has one seat here, which is
+
+    NEW ──▶ WAITING ──▶ FLYING ──▶ BETWEEN ──▶ ENDED      WAITING: its forward is in the queue
+               ▲                      │                   FLYING:  its forward is on the shards
+               └──────────────────────┘                   BETWEEN: its thread is in the scheduler step
+
+That thread calls `forward` and sleeps until its result is there. Rank 0's compute thread calls `take` when it
+has nothing to do, so that the choice falls as late as possible. Who hears from the last rank calls `finish`
+or `fail`. Payloads are opaque: nothing here knows tensors, shards or Ray.
+"""
+
+import math
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from itertools import count
+from typing import Any
+
+
+class Cancelled(Exception):
+    """The request was cancelled."""
+
+
+class SeatState(Enum):
+    NEW = auto()
+    WAITING = auto()
+    FLYING = auto()
+    BETWEEN = auto()
+    ENDED = auto()
+
+
+@dataclass(eq=False)
+class Seat:
+    """A request's place in the queue. Only the queue writes to it."""
+
+    state: SeatState = SeatState.NEW
+    since: float = 0.0
+    """When it entered its state, on the queue's clock."""
+    signature: Hashable = None
+    """Of its latest forward."""
+    successors: dict[Hashable, Hashable] = field(default_factory=dict)
+    """Which signature came after which: the two passes of true CFG may alternate between two text lengths."""
+
+    def is_coming_to(self, signature: Hashable) -> bool:
+        """Is its next forward on the way and, going by its habits, of this signature?"""
+        next_signature = self.successors.get(self.signature, self.signature)
+        return self.state is SeatState.BETWEEN and next_signature == signature
+
+
+@dataclass(frozen=True, eq=False)
+class Forward:
+    """One call of the transformer."""
+
+    seat: Seat
+    payload: Any
+    signature: Hashable
+    tokens: int
+    result: Future[Any] = field(default_factory=Future)
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """Payloads of one signature that run as one; their results are due in the same order."""
+
+    id: int
+    payloads: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class StepQueueStats:
+    """Seats and forwards at this moment; micro-batches and waiting since the start."""
+
+    num_seats: int
+    num_waiting: int
+    num_flying: int
+    batch_sizes: Mapping[int, int]
+    """How many micro-batches took off with so many forwards."""
+    queue_wait_s: float
+    """What all forwards together waited before they took off."""
+
+    @property
+    def num_micro_batches(self) -> int:
+        return sum(self.batch_sizes.values())
+
+
+class StepQueue:
+    """Merges forwards of one signature into micro-batches and keeps the shards supplied; thread-safe.
+
+    Depth: S + 1 micro-batches fly over S > 1 shards: one is always ready in front of rank 0 (.98 of the ideal
+        throughput, against .80 with S of them). With one shard 1 flies: a second would halve the first.
+    Size: live seats / depth, so that all requests together fill the shards, whatever their signatures.
+    Order: by the oldest forward of a signature. A seat's next forward joins at the tail: that is round robin.
+    Wait: a smaller batch waits for the seats coming to it, for each at most `batch_wait_s` after it landed.
+        Meanwhile a younger signature may go first, until the oldest forward has waited `batch_wait_s`.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_shards: int,
+        max_batch_size: int,
+        batch_wait_s: float,
+        max_batch_tokens: int | None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """max_batch_tokens: where larger batches stop paying. A forward with more than that flies alone."""
+        self.depth = 1 if num_shards == 1 else num_shards + 1
+        self._max_batch_size = max_batch_size
+        self._max_batch_tokens = max_batch_tokens
+        self._batch_wait_s = batch_wait_s
+        self._clock = clock
+
+        self._changed = threading.Condition()  # guards all that follows; only `take` waits on it
+        self._seats: set[Seat] = set()
+        self._open: dict[Seat, Forward] = {}  # WAITING or FLYING, the oldest first
+        self._flights: dict[int, list[Forward]] = {}
+        self._closing_error: BaseException | None = None
+        self._batch_ids = count()
+        self._batch_sizes: Counter[int] = Counter()
+        self._queue_wait_s = 0.0
+
+    # A request's side.
+
+    def join(self) -> Seat:
+        """Take a seat, one for each request."""
+        seat = Seat()
+        with self._changed:
+            self._seats.add(seat)
+        return seat
+
+    def forward(self, seat: Seat, payload: Any, *, signature: Hashable, tokens: int) -> Any:
+        """Block until the result is there. Forwards of equal signature may run as one; `tokens` is the cost.
+
+        Raises `Cancelled`, or the error that its micro-batch failed with or the queue was closed with.
+        """
+        # Held by a variable here, a failed future would keep this frame and its payload alive in a cycle.
+        return self._submit(Forward(seat, payload, signature, tokens)).result()
+
+    def cancel(self, seat: Seat) -> None:
+        """Let its open forward, and any later one, raise `Cancelled`. What flies lands, and is dropped."""
+        with self._changed:
+            seat.state = SeatState.ENDED
+            if forward := self._open.pop(seat, None):
+                forward.result.set_exception(Cancelled("the request was cancelled"))
+            self._changed.notify_all()
+
+    def leave(self, seat: Seat) -> None:
+        """Free the seat, however the request ended."""
+        with self._changed:
+            self.cancel(seat)
+            self._seats.discard(seat)
+
+    # Rank 0's side.
+
+    def take(self) -> MicroBatch:
+        """Block until a micro-batch should take off. Raises the error that the queue was closed with."""
+        with self._changed:
+            while self._closing_error is None:
+                batch, wait_s = self._choose()
+                if batch:
+                    return self._take_off(batch)
+                self._changed.wait(wait_s)
+            raise self._closing_error
+
+    def finish(self, batch_id: int, results: Sequence[Any]) -> None:
+        """Give each forward its result, in the order of the payloads."""
+        with self._changed:
+            size = len(self._flights[batch_id])
+            if len(results) != size:
+                raise ValueError(f"micro-batch {batch_id}: got {len(results)} results for {size} payloads")
+            for place, forward in self._land(batch_id):
+                forward.result.set_result(results[place])
+
+    def fail(self, batch_id: int, error: BaseException) -> None:
+        """Let the forwards of this micro-batch, and no others, raise the error."""
+        with self._changed:
+            for _, forward in self._land(batch_id):
+                forward.result.set_exception(error)
+
+    def close(self, error: BaseException) -> None:
+        """Let every open forward, any later one, and `take` raise the error. Only the first call counts."""
+        with self._changed:
+            self._closing_error = self._closing_error or error
+            for forward in self._open.values():
+                forward.result.set_exception(self._closing_error)
+            self._open.clear()
+            self._changed.notify_all()
+
+    def stats(self) -> StepQueueStats:
+        with self._changed:
+            states = Counter(seat.state for seat in self._open)
+            return StepQueueStats(
+                num_seats=len(self._seats),
+                num_waiting=states[SeatState.WAITING],
+                num_flying=states[SeatState.FLYING],
+                batch_sizes=dict(self._batch_sizes),
+                queue_wait_s=self._queue_wait_s,
+            )
+
+    # What happens to a forward, under the lock: submit, choose, take off, land.
+
+    def _submit(self, forward: Forward) -> Future[Any]:
+        seat = forward.seat
+        with self._changed:
+            if self._closing_error is not None:
+                raise self._closing_error
+            if seat.state is SeatState.ENDED:
+                raise Cancelled("the request has ended")
+            if seat in self._open:
+                raise RuntimeError("a seat has one open forward at a time: wait for it, or join() once more")
+            if seat.state is SeatState.BETWEEN:
+                seat.successors[seat.signature] = forward.signature
+            seat.state, seat.since, seat.signature = SeatState.WAITING, self._clock(), forward.signature
+            self._open[seat] = forward
+            self._changed.notify_all()
+        return forward.result
+
+    def _choose(self) -> tuple[list[Forward], float | None]:
+        """What takes off now; if nothing, for how long to wait for another forward (None: without limit)."""
+        if len(self._flights) >= self.depth:
+            return [], None
+        groups: dict[Hashable, list[Forward]] = defaultdict(list)
+        for seat, forward in self._open.items():
+            if seat.state is SeatState.WAITING:
+                groups[forward.signature].append(forward)
+        now, deadlines = self._clock(), []
+        for signature, group in groups.items():
+            size, deadline = self._batch_size(group), self._deadline(signature)
+            if len(group) >= size or deadline <= now:
+                return group[:size], None
+            deadlines.append(deadline)
+            if group[0].seat.since + self._batch_wait_s <= now:
+                break  # the younger ones may not go first any more
+        return [], min(deadlines) - now if deadlines else None
+
+    def _batch_size(self, group: Sequence[Forward]) -> int:
+        num_live = sum(seat.state not in (SeatState.NEW, SeatState.ENDED) for seat in self._seats)
+        size = min(math.ceil(num_live / self.depth), self._max_batch_size)
+        if self._max_batch_tokens is not None:
+            size = min(size, self._max_batch_tokens // max(forward.tokens for forward in group))
+        return max(size, 1)
+
+    def _deadline(self, signature: Hashable) -> float:
+        """Until when to wait for the seats that are coming to this signature; long ago if none is."""
+        landings = (seat.since for seat in self._seats if seat.is_coming_to(signature))
+        return max(landings, default=-math.inf) + self._batch_wait_s
+
+    def _take_off(self, batch: list[Forward]) -> MicroBatch:
+        now, batch_id = self._clock(), next(self._batch_ids)
+        for forward in batch:
+            self._queue_wait_s += now - forward.seat.since
+            forward.seat.state, forward.seat.since = SeatState.FLYING, now
+        self._batch_sizes[len(batch)] += 1
+        self._flights[batch_id] = batch
+        return MicroBatch(batch_id, tuple(forward.payload for forward in batch))
+
+    def _land(self, batch_id: int) -> list[tuple[int, Forward]]:
+        """Its forwards that are still open, each with its place in the batch."""
+        now, flight = self._clock(), self._flights.pop(batch_id)
+        landed = [
+            (place, forward) for place, forward in enumerate(flight) if self._open.pop(forward.seat, None)
+        ]
+        for _, forward in landed:
+            forward.seat.state, forward.seat.since = SeatState.BETWEEN, now
+        self._changed.notify_all()
+        return landed

@@ -1,0 +1,79 @@
+"""What is particular to one architecture. Everything else is said once, for all of them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from deployments.request import GenerationRequest, Prompt
+
+if TYPE_CHECKING:
+    import torch
+
+Embeds = Mapping[str, "torch.Tensor | None"]
+Pipeline = Any
+"""A `diffusers.DiffusionPipeline`, some of whose components are None."""
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a request that says nothing gets: the defaults of the pipeline's `__call__`; pixels."""
+
+    width: int
+    height: int
+    num_inference_steps: int
+    guidance_scale: float | None
+    true_cfg_scale: float | None
+    num_frames: int = 1
+    fps: int = 16
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture: how its text is encoded, its pipeline called, its latents made ready for the VAE."""
+
+    name: str
+    pipeline_class: str
+    """`_class_name` in a checkpoint's model_index.json."""
+    denoiser: Literal["transformer", "unet"]
+    media: Literal["image", "video"]
+    size_multiple: int
+    """Width and height must be multiples of this: the VAE's factor times the denoiser's patch."""
+    frame_stride: int
+    """num_frames must be 1 more than a multiple of this."""
+    defaults: Defaults
+    guidance: Literal["guidance_scale", "true_cfg_scale"]
+    """Which field scales classifier-free guidance (two forward passes); above 1 it is on."""
+    needs_negative_prompt: bool
+    """Whether guidance is on only when a negative prompt is given."""
+    max_sequence_length: int | None
+    """Text tokens per prompt, as in the pipeline's `__call__`; None where the tokenizer alone decides."""
+    encode: Callable[[Pipeline, Prompt, int | None], Embeds]
+    """(pipeline with only text encoders, prompt, max_sequence_length) -> keyword arguments of the call."""
+    call: Callable[[GenerationRequest], Mapping[str, Any]]
+    """Keyword arguments of the pipeline's call that only this family has."""
+    unscale: "Callable[[Pipeline, torch.Tensor, int, int], torch.Tensor]"
+    """(pipeline with only a VAE, latents, height, width) -> what `vae.decode` takes."""
+
+    def is_guided(self, guidance_scale: float | None, true_cfg_scale: float | None, negative: bool) -> bool:
+        """Whether the pipeline will run a second, unconditional pass."""
+        scale = guidance_scale if self.guidance == "guidance_scale" else true_cfg_scale
+        return scale is not None and scale > 1 and (negative or not self.needs_negative_prompt)
+
+
+def unscale_kl(pipe: Pipeline, latents: "torch.Tensor") -> "torch.Tensor":
+    """Undo AutoencoderKL's scaling. Formula: `decode_latents` of the diffusers pipelines."""
+    config = pipe.vae.config
+    latents = latents / config.scaling_factor
+    shift = config.get("shift_factor")
+    return latents if shift is None else latents + shift
+
+
+def unscale_normalized(pipe: Pipeline, latents: "torch.Tensor") -> "torch.Tensor":
+    """Undo the per-channel normalisation of the 3-D VAEs; latents [B, C, F, H, W].
+
+    Written `z / (1 / std) + mean`, as the pipelines do: `z * std + mean` rounds differently.
+    """
+    config = pipe.vae.config
+    mean = latents.new_tensor(config.latents_mean).view(1, -1, 1, 1, 1)
+    std = latents.new_tensor(config.latents_std).view(1, -1, 1, 1, 1)
+    return latents / (1.0 / std) + mean

@@ -1,0 +1,39 @@
+"""Qwen-Image: guidance by true_cfg_scale and a negative prompt, two forwards a step."""
+
+from typing import TYPE_CHECKING
+
+from deployments.families.family import Defaults, Embeds, Family, Pipeline, unscale_normalized
+from deployments.request import Prompt
+
+if TYPE_CHECKING:
+    import torch
+
+
+def _encode(pipe: Pipeline, prompt: Prompt, max_sequence_length: int | None) -> Embeds:
+    embeds, mask = pipe.encode_prompt(prompt.text, max_sequence_length=max_sequence_length)
+    result = {"prompt_embeds": embeds, "prompt_embeds_mask": mask}
+    if prompt.is_guided and prompt.negative_text is not None:
+        embeds, mask = pipe.encode_prompt(prompt.negative_text, max_sequence_length=max_sequence_length)
+        result |= {"negative_prompt_embeds": embeds, "negative_prompt_embeds_mask": mask}
+    return result
+
+
+def _unscale(pipe: Pipeline, latents: "torch.Tensor", height: int, width: int) -> "torch.Tensor":
+    return unscale_normalized(pipe, pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor))
+
+
+QWEN_IMAGE = Family(
+    name="qwen-image",
+    pipeline_class="QwenImagePipeline",
+    denoiser="transformer",
+    media="image",
+    size_multiple=16,
+    frame_stride=1,
+    defaults=Defaults(1024, 1024, num_inference_steps=50, guidance_scale=None, true_cfg_scale=4.0),
+    guidance="true_cfg_scale",
+    needs_negative_prompt=True,
+    max_sequence_length=512,
+    encode=_encode,
+    call=lambda request: {"true_cfg_scale": request.true_cfg_scale, "guidance_scale": request.guidance_scale},
+    unscale=_unscale,
+)

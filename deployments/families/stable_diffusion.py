@@ -1,0 +1,106 @@
+"""Stable Diffusion 1.5, XL and 3: classifier-free guidance by one forward over both prompts."""
+
+from typing import TYPE_CHECKING, Any
+
+from deployments.families.family import Defaults, Embeds, Family, Pipeline, unscale_kl
+from deployments.request import GenerationRequest, Prompt
+
+if TYPE_CHECKING:
+    import torch
+
+PAIR = ("prompt_embeds", "negative_prompt_embeds")
+POOLED_PAIR = ("pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+
+
+def _encode_sd15(pipe: Pipeline, prompt: Prompt, _max_sequence_length: int | None) -> Embeds:
+    embeds = pipe.encode_prompt(
+        prompt.text, pipe.device, 1, prompt.is_guided, negative_prompt=prompt.negative_text
+    )
+    return dict(zip(PAIR, embeds, strict=True))
+
+
+def _encode_sdxl(pipe: Pipeline, prompt: Prompt, _max_sequence_length: int | None) -> Embeds:
+    embeds = pipe.encode_prompt(
+        prompt=prompt.text,
+        negative_prompt=prompt.negative_text,
+        do_classifier_free_guidance=prompt.is_guided,
+    )
+    return dict(zip(PAIR + POOLED_PAIR, embeds, strict=True))
+
+
+def _encode_sd3(pipe: Pipeline, prompt: Prompt, max_sequence_length: int | None) -> Embeds:
+    embeds = pipe.encode_prompt(
+        prompt=prompt.text,
+        prompt_2=None,
+        prompt_3=None,
+        negative_prompt=prompt.negative_text,
+        do_classifier_free_guidance=prompt.is_guided,
+        max_sequence_length=max_sequence_length,
+    )
+    return dict(zip(PAIR + POOLED_PAIR, embeds, strict=True))
+
+
+def _call(request: GenerationRequest) -> dict[str, Any]:
+    return {"guidance_scale": request.guidance_scale}
+
+
+def _unscale(pipe: Pipeline, latents: "torch.Tensor", _height: int, _width: int) -> "torch.Tensor":
+    return unscale_kl(pipe, latents)
+
+
+def _unscale_sdxl(pipe: Pipeline, latents: "torch.Tensor", _height: int, _width: int) -> "torch.Tensor":
+    """Some SDXL fine-tunes (Playground) give their latents' mean and deviation beside the scaling factor."""
+    config = pipe.vae.config
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is None or std is None:
+        return unscale_kl(pipe, latents)
+    unscaled: torch.Tensor = latents * latents.new_tensor(std).view(1, -1, 1, 1) / config.scaling_factor
+    return unscaled + latents.new_tensor(mean).view(1, -1, 1, 1)
+
+
+def _family(name: str, pipeline_class: str, defaults: Defaults, **own: Any) -> Family:
+    return Family(
+        name=name,
+        pipeline_class=pipeline_class,
+        media="image",
+        frame_stride=1,
+        defaults=defaults,
+        guidance="guidance_scale",
+        needs_negative_prompt=False,
+        call=_call,
+        **own,
+    )
+
+
+SD15 = _family(
+    "sd15",
+    "StableDiffusionPipeline",
+    Defaults(512, 512, num_inference_steps=50, guidance_scale=7.5, true_cfg_scale=None),
+    denoiser="unet",
+    size_multiple=8,
+    max_sequence_length=None,
+    encode=_encode_sd15,
+    unscale=_unscale,
+)
+
+SDXL = _family(
+    "sdxl",
+    "StableDiffusionXLPipeline",
+    Defaults(1024, 1024, num_inference_steps=50, guidance_scale=5.0, true_cfg_scale=None),
+    denoiser="unet",
+    size_multiple=8,
+    max_sequence_length=None,
+    encode=_encode_sdxl,
+    unscale=_unscale_sdxl,
+)
+
+SD3 = _family(
+    "sd3",
+    "StableDiffusion3Pipeline",
+    Defaults(1024, 1024, num_inference_steps=28, guidance_scale=7.0, true_cfg_scale=None),
+    denoiser="transformer",
+    size_multiple=16,
+    max_sequence_length=256,
+    encode=_encode_sd3,
+    unscale=_unscale,
+)

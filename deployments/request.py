@@ -1,0 +1,80 @@
+"""What travels between the stages: one frozen dataclass per hop. Torch is named here, never imported.
+
+GenerationRequest --Prompt--> Conditioning --> Latents --> Media
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+OutputFormat = Literal["png", "jpeg", "webp", "mp4"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """All that determines an embedding for a given checkpoint: the encoder's argument and its cache's key."""
+
+    text: str
+    negative_text: str | None
+    is_guided: bool
+    """Whether a negative (or empty) prompt is to be encoded as well."""
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One picture or video, every default filled in. Sizes are in pixels."""
+
+    prompt: Prompt
+    width: int
+    height: int
+    num_frames: int
+    """1 for a picture."""
+    num_inference_steps: int
+    guidance_scale: float | None
+    true_cfg_scale: float | None
+    seed: int
+    output_format: OutputFormat
+    output_compression: int
+    """Quality from 0 to 100 for JPEG and WebP (100: lossless WebP); PNG and MP4 ignore it."""
+    fps: int
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """The encoder's answer."""
+
+    embeds: "Mapping[str, torch.Tensor | None]"
+    """CPU tensors, named as the pipeline's call spells them: `prompt_embeds` [1, S, D], and so on."""
+    encode_ms: float
+    is_cached: bool
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Step `step` of `num_steps` is done."""
+
+    step: int
+    num_steps: int
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """What the ingress learns of a finished denoise; the latents follow it, by reference."""
+
+    encode_ms: float
+    is_cached: bool
+    queue_ms: float
+    """From the arrival in the replica to the start of the loop."""
+    denoise_ms: float
+
+
+@dataclass(frozen=True)
+class Media:
+    """An encoded picture or video."""
+
+    data: bytes
+    media_type: str
+    decode_ms: float

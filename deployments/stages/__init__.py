@@ -1,0 +1,20 @@
+"""The torch side of each stage: what runs in a replica's threads.
+
+Read in this order: pipeline (one stage's components of a checkpoint), encode, denoise, decode, media.
+Importing this package imports no torch; `load_stage` does, when a replica calls it.
+"""
+
+import importlib
+from typing import Any
+
+STAGES = {
+    "encode": "deployments.stages.encode:TextEncoding",
+    "denoise": "deployments.stages.denoise:Denoising",
+    "decode": "deployments.stages.decode:Decoding",
+}
+
+
+def load_stage(stage: str, *args: Any) -> Any:
+    """Build a stage by name. Looked up late: a replica does everything of Ray before it imports torch."""
+    module, _, name = STAGES[stage].partition(":")
+    return getattr(importlib.import_module(module), name)(*args)

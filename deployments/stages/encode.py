@@ -1,0 +1,35 @@
+"""Text to embeddings."""
+
+import torch
+
+from deployments.config import EncoderConfig, ModelConfig
+from deployments.families import FAMILIES
+from deployments.families.family import Embeds
+from deployments.request import Prompt
+from deployments.stages.pipeline import (
+    fetch_stage,
+    load_pipeline,
+    resolve_device,
+    resolve_dtype,
+    stage_components,
+)
+
+
+class TextEncoding:
+    """The checkpoint's text encoders and tokenizers. Not thread-safe: tokenizers keep their padding state."""
+
+    def __init__(self, model: ModelConfig, family: str, config: EncoderConfig) -> None:
+        torch.set_num_threads(config.num_threads)
+        self._family = FAMILIES[family]
+        self._max_sequence_length = config.max_sequence_length or self._family.max_sequence_length
+        folder, index = fetch_stage(model, self._family, "encode")
+        keep = stage_components(index, self._family, "encode")
+        dtype = resolve_dtype(config.dtype)
+        self._pipe = load_pipeline(folder, index, keep, dtype=dtype, variant=model.variant)
+        self._pipe.to(resolve_device(config))
+
+    @torch.no_grad()
+    def encode(self, prompt: Prompt) -> Embeds:
+        """CPU tensors, named as the pipeline's call spells them."""
+        embeds = self._family.encode(self._pipe, prompt, self._max_sequence_length)
+        return {name: None if value is None else value.cpu().contiguous() for name, value in embeds.items()}

@@ -1,0 +1,68 @@
+"""The denoise stage's deployment: embeddings in, latents out, progress on the way."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from deployments.config import ModelConfig, TransformerConfig
+from deployments.request import Conditioning, Denoised, GenerationRequest, Progress
+from deployments.stages import load_stage
+
+if TYPE_CHECKING:
+    import torch
+
+PROGRESS_PERIOD_S = 0.2
+"""Least time between two progress items: each costs 2-5 ms of the process that computes (measured)."""
+
+
+class Transformer:
+    """Serves `denoise`: every request in a thread of its own, all on one engine."""
+
+    def __init__(self, model: ModelConfig, family: str, config: TransformerConfig) -> None:
+        self._stage = load_stage("denoise", model, family, config)
+        self._threads = ThreadPoolExecutor(config.max_ongoing_requests, thread_name_prefix="denoise")
+
+    async def denoise(
+        self, conditioning: Conditioning, request: GenerationRequest, wants_progress: bool = False
+    ) -> "AsyncIterator[Progress | Denoised | torch.Tensor]":
+        """Yields Progress (if wanted, a few times a second), then Denoised, then the latents.
+
+        The latents come last and alone, so that the caller may hand on their reference without reading them.
+        A caller that stops listening cancels the request at its next step.
+        """
+        loop = asyncio.get_running_loop()
+        news: asyncio.Queue[Progress | None] = asyncio.Queue()
+        arrived = time.perf_counter()
+        times = {"started": arrived, "reported": 0.0}
+
+        def on_step(step: int, _latents: Any) -> None:
+            now = time.perf_counter()
+            if wants_progress and now - times["reported"] >= PROGRESS_PERIOD_S:
+                times["reported"] = now
+                loop.call_soon_threadsafe(news.put_nowait, Progress(step, request.num_inference_steps))
+
+        def run() -> Any:
+            times["started"] = time.perf_counter()
+            return self._stage.denoise(seat, conditioning.embeds, request, on_step=on_step)
+
+        seat = self._stage.join()
+        try:
+            running = loop.run_in_executor(self._threads, run)
+            running.add_done_callback(lambda _: news.put_nowait(None))
+            while (progress := await news.get()) is not None:
+                yield progress
+            latents = await running
+        finally:
+            self._stage.leave(seat)
+        yield Denoised(
+            encode_ms=conditioning.encode_ms,
+            is_cached=conditioning.is_cached,
+            queue_ms=(times["started"] - arrived) * 1e3,
+            denoise_ms=(time.perf_counter() - times["started"]) * 1e3,
+        )
+        yield latents
+
+    async def ping(self) -> None:
+        """Answers when this replica can serve."""

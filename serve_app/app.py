@@ -1,0 +1,53 @@
+"""Config to Serve application. No `from __future__ import annotations` here: Serve's typed builder looks for
+the class itself in the annotation, and would silently pass a raw dict."""
+
+from ray import serve
+from ray.serve import Application
+
+from cluster.serve_options import plan_serve_options
+from deployments.checkpoints.source import detect_family
+from deployments.config import ModelConfig, StageConfig
+from deployments.encoder import Encoder
+from deployments.transformer import Transformer
+from deployments.vae import Vae
+from serve_app.config import AppConfig
+from serve_app.ingress import Ingress
+from serve_app.validation import Validator
+
+
+def build_app(config: AppConfig) -> Application:
+    """The four deployments of one served checkpoint; `import_path: serve_app.app:build_app` in YAML."""
+    model, timeout_s = config.model, config.limits.request_timeout_s
+    family = find_family(model)
+
+    def stage(deployment: type, stage_config: StageConfig) -> Application:
+        options = plan_serve_options(stage_config, graceful_shutdown_timeout_s=timeout_s)
+        return serve.deployment(deployment).options(**options).bind(model, family, stage_config)
+
+    return (
+        serve.deployment(serve.ingress()(Ingress))
+        .options(
+            num_replicas=config.ingress.num_replicas,
+            max_ongoing_requests=2 * config.limits.max_concurrent_requests,
+            graceful_shutdown_timeout_s=timeout_s,
+            ray_actor_options={"num_cpus": config.ingress.num_cpus},
+        )
+        .bind(
+            model,
+            family,
+            config.limits,
+            stage(Encoder, config.encoder),
+            stage(Transformer, config.transformer),
+            stage(Vae, config.vae),
+        )
+    )
+
+
+def build_validator(config: AppConfig) -> Validator:
+    """What this app's ingress will judge requests by."""
+    return Validator(config.model, find_family(config.model), config.limits)
+
+
+def find_family(model: ModelConfig) -> str:
+    """As configured, or as the checkpoint says."""
+    return model.family or detect_family(model.checkpoint, model.revision)

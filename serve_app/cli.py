@@ -1,0 +1,101 @@
+"""`relay`: what is done from a shell. The only place that reads or sets the process's environment."""
+
+import importlib
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from deployments.families import FAMILIES
+from serve_app.app import build_validator
+from serve_app.config import ConfigError, load_app_config
+from serve_app.errors import RelayError
+from serve_app.local import app_handle, is_running
+
+cli = typer.Typer(
+    help="Latent Relay: diffusion models over several GPUs.", no_args_is_help=True, add_completion=False
+)
+console = Console(stderr=True)
+
+TINY = "deployments.checkpoints.tiny"
+"""Imports torch and diffusers, so it is looked up only by the command that needs it."""
+
+
+def main() -> None:
+    """Console script. Ray would start its workers at nice 15, to be starved by any other process."""
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    try:
+        cli()
+    except (ConfigError, RelayError, FileExistsError, FileNotFoundError) as error:
+        message = error.message if isinstance(error, RelayError) else str(error)
+        console.print(f"relay: {message}", style="red", highlight=False)
+        raise SystemExit(2) from error
+
+
+@cli.command()
+def tiny(
+    family: Annotated[str, typer.Argument(help=f"one of: {', '.join(FAMILIES)}")],
+    out_dir: Annotated[Path, typer.Argument(help="a folder that does not exist yet")],
+) -> None:
+    """Write a complete checkpoint of random weights, in diffusers' layout, for tests and trials."""
+    if family not in FAMILIES:
+        raise typer.BadParameter(f"unknown family {family!r}; allowed: {', '.join(FAMILIES)}")
+    importlib.import_module(TINY).write_tiny_checkpoint(family, out_dir)
+    size = sum(path.stat().st_size for path in out_dir.rglob("*") if path.is_file())
+    console.print(f"wrote {out_dir} ({size / 2**20:.1f} MiB)")
+
+
+@cli.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="what to draw")],
+    out: Annotated[Path, typer.Option(help="file; its ending chooses the format")] = Path("out.png"),
+    config: Annotated[
+        Path | None, typer.Option(help="Serve YAML to start; left out: the running app is asked")
+    ] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="what not to draw")] = None,
+    size: Annotated[str, typer.Option(help='"WIDTHxHEIGHT" in pixels, or "auto"')] = "auto",
+    steps: Annotated[int | None, typer.Option(help="denoising steps; the model's default")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="the model's default")] = None,
+    true_cfg_scale: Annotated[float | None, typer.Option(help="the model's default")] = None,
+    seed: Annotated[int | None, typer.Option(help="random if left out")] = None,
+    num_frames: Annotated[int | None, typer.Option(help="of a video")] = None,
+) -> None:
+    """Make one picture or video, by a running app or by one started for it."""
+    if config is None and not is_running():
+        raise ConfigError("no running app found: start one (`make serve`), or name a --config to start")
+    fields = {
+        "prompt": prompt,
+        "size": size,
+        "negative_prompt": negative_prompt,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance_scale,
+        "true_cfg_scale": true_cfg_scale,
+        "seed": seed,
+        "num_frames": num_frames,
+        "output_format": {".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".png": "png"}.get(out.suffix),
+    }
+    given = {name: value for name, value in fields.items() if value is not None}
+    app_config = None if config is None else load_app_config(config)
+    if app_config is not None:
+        build_validator(app_config).requests(given)  # refuse at once what the app would refuse once started
+    with app_handle(app_config) as handle:
+        [picture] = _watch(handle, given)
+    out.write_bytes(picture.media.data)
+    times = ", ".join(f"{stage} {ms:.0f} ms" for stage, ms in picture.timings_ms.items())
+    console.print(f"{out}: {picture.media.media_type}, seed {picture.seed} ({times})", highlight=False)
+
+
+def _watch(handle: Any, fields: dict[str, Any]) -> Any:
+    """The result, with a progress bar on the way."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("encoding", total=None)
+        for item in handle.options(stream=True).stream.remote(**fields):
+            if isinstance(item, list):
+                return item
+            _, step = item
+            progress.update(task, description="denoising", completed=step.step, total=step.num_steps)
+    raise AssertionError("the stream ended without a result")

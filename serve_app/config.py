@@ -1,0 +1,66 @@
+"""The whole of what a YAML file may say under `args:`."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError
+
+from cluster.config import Config, describe_errors
+from deployments.config import EncoderConfig, ModelConfig, TransformerConfig, VaeConfig
+
+APP_NAME = "relay"
+
+
+class LimitsConfig(Config):
+    """What one request may ask for, and how many there may be at once."""
+
+    max_pixels: int = Field(2048 * 2048, ge=64, description="width times height")
+    max_num_inference_steps: int = Field(150, ge=1)
+    max_prompt_characters: int = Field(4000, ge=1, description="of the prompt, and of the negative prompt")
+    max_num_frames: int = Field(161, ge=1, description="frames of a video")
+    max_concurrent_requests: int = Field(
+        256, ge=1, description="requests in progress per ingress replica; one more gets a 429"
+    )
+    request_timeout_s: float = Field(600.0, gt=0, description="from arrival to answer; then a 504")
+
+
+class IngressConfig(Config):
+    """The deployment that HTTP meets. It holds no tensors: one replica serves many GPUs."""
+
+    num_replicas: int = Field(1, ge=1)
+    num_cpus: float = Field(0.0, ge=0, description="logical CPUs Ray reserves for each replica")
+
+
+class AppConfig(Config):
+    """One served checkpoint: the model, its three stages, and the limits of a request."""
+
+    model: ModelConfig
+    encoder: EncoderConfig = EncoderConfig()
+    transformer: TransformerConfig = TransformerConfig()
+    vae: VaeConfig = VaeConfig()
+    ingress: IngressConfig = IngressConfig()
+    limits: LimitsConfig = LimitsConfig()
+
+
+class ConfigError(ValueError):
+    """A config that cannot be served: one line per mistake."""
+
+
+def load_app_config(path: Path) -> AppConfig:
+    """The `args` of the first application in a Serve YAML file. Raises ConfigError."""
+    try:
+        applications = yaml.safe_load(path.read_text())["applications"]
+        args = applications[0].get("args", {})
+    except (OSError, yaml.YAMLError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ConfigError(f"{path}: not a Ray Serve config with an application: {error}") from error
+    return parse_app_config(args, source=str(path))
+
+
+def parse_app_config(args: Mapping[str, Any], *, source: str = "config") -> AppConfig:
+    """Raises ConfigError with one line per mistake, each naming the key and what is allowed."""
+    try:
+        return AppConfig.model_validate(args)
+    except ValidationError as error:
+        raise ConfigError(f"{source}:\n{describe_errors(error)}") from error

@@ -1,0 +1,73 @@
+"""Everything that can go wrong, as clients see it.
+
+RelayError
+├── BadRequest        400  a field of the body is wrong; names it
+├── UnknownModel      404
+├── Overloaded        429  too many requests are in progress; Retry-After
+├── StageFailed       500  a stage raised; not worth repeating
+├── Unavailable       503  a stage cannot serve right now; Retry-After
+└── DeadlineExceeded  504  not done within request_timeout_s
+"""
+
+from typing import Any, ClassVar
+
+
+class RelayError(Exception):
+    """Base of all errors a client may get. Survives pickling: every argument goes to `Exception`."""
+
+    status: ClassVar[int] = 500
+    kind: ClassVar[str] = "server_error"
+    code: ClassVar[str | None] = None
+    retry_after_s: ClassVar[int | None] = None
+    param: str | None = None
+
+    @property
+    def message(self) -> str:
+        return str(self.args[0])
+
+    def body(self) -> dict[str, Any]:
+        """The error in OpenAI's form."""
+        error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
+        return {"error": error}
+
+    def headers(self) -> dict[str, str]:
+        return {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
+
+
+class BadRequest(RelayError):
+    status = 400
+    kind = "invalid_request_error"
+    code = "invalid_value"
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message, param)
+        self.param = param
+
+
+class UnknownModel(RelayError):
+    status = 404
+    kind = "invalid_request_error"
+    code = "model_not_found"
+    param = "model"
+
+
+class Overloaded(RelayError):
+    status = 429
+    kind = "rate_limit_error"
+    code = "overloaded"
+    retry_after_s = 5
+
+
+class StageFailed(RelayError):
+    code = "stage_failed"
+
+
+class Unavailable(RelayError):
+    status = 503
+    code = "unavailable"
+    retry_after_s = 5
+
+
+class DeadlineExceeded(RelayError):
+    status = 504
+    code = "deadline_exceeded"

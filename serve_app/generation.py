@@ -1,0 +1,182 @@
+"""One request's way through the three stages, and what happens when one of them dies on the way.
+
+Tensors go from stage to stage by reference; this process never reads one. Serve does not repeat a request it
+has accepted, so this does: the request is seeded, hence idempotent, and starts again from the failed stage.
+"""
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from ray.exceptions import ObjectLostError, OwnerDiedError, RayActorError, RayError, RaySystemError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
+
+from deployments.request import Denoised, GenerationRequest, Media, Progress, Prompt
+from serve_app.errors import DeadlineExceeded, Overloaded, StageFailed, Unavailable
+
+log = logging.getLogger("ray.serve")
+
+MAX_ATTEMPTS = 6
+FIRST_BACKOFF_S = 0.2
+STAGE_LOST = (RayActorError, DeploymentUnavailableError, ObjectLostError, OwnerDiedError, RaySystemError)
+"""A process or an object is gone: the same call, made again, will be served by another replica."""
+
+OnProgress = Callable[[int, Progress], None]
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Serve handles of the three deployments."""
+
+    encoder: Any
+    transformer: Any
+    vae: Any
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One finished picture or video, and where its time went."""
+
+    media: Media
+    seed: int
+    denoised: Denoised
+
+    @property
+    def timings_ms(self) -> dict[str, float]:
+        """Milliseconds per stage."""
+        times = {
+            "encode": self.denoised.encode_ms,
+            "queue": self.denoised.queue_ms,
+            "denoise": self.denoised.denoise_ms,
+            "decode": self.media.decode_ms,
+        }
+        return {stage: round(ms, 2) for stage, ms in times.items()}
+
+
+async def generate(
+    stages: Stages,
+    requests: Sequence[GenerationRequest],
+    *,
+    timeout_s: float,
+    on_progress: OnProgress | None = None,
+) -> list[Picture]:
+    """All pictures of one HTTP request, which share their prompt; in order. If one fails, all are given up.
+
+    Raises Unavailable, DeadlineExceeded, Overloaded or StageFailed.
+    """
+    conditioning = SharedConditioning(stages.encoder, requests[0].prompt)
+    tasks = [
+        asyncio.create_task(_picture(stages, conditioning, request, _bind(on_progress, i)))
+        for i, request in enumerate(requests)
+    ]
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await asyncio.gather(*tasks)
+    except TimeoutError as error:
+        raise DeadlineExceeded(f"not done within request_timeout_s ({timeout_s:g} s)") from error
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+class SharedConditioning:
+    """The encoder's answer, asked for once, passed on un-awaited, and asked for again when it is lost."""
+
+    def __init__(self, encoder: Any, prompt: Prompt) -> None:
+        self._encoder, self._prompt = encoder, prompt
+        self._response: Any = None
+
+    @property
+    def response(self) -> Any:
+        if self._response is None:
+            self._response = self._encoder.encode.remote(self._prompt)
+        return self._response
+
+    def forget(self, lost: Any) -> None:
+        """Ask the encoder anew, unless another picture of the request has done so already."""
+        if self._response is lost:
+            self._response = None
+
+
+async def _picture(
+    stages: Stages,
+    conditioning: SharedConditioning,
+    request: GenerationRequest,
+    on_progress: Callable[[Progress], None] | None,
+) -> Picture:
+    async def denoise() -> tuple[Denoised, Any]:
+        given = conditioning.response
+        try:
+            return await _denoise(stages.transformer, given, request, on_progress)
+        except (RayServeException, ObjectLostError, OwnerDiedError):
+            conditioning.forget(given)  # its owner or its source died before the transformer had read it
+            raise
+
+    async def decode() -> Media:
+        media: Media = await stages.vae.decode.remote(latents, request)
+        return media
+
+    denoised, latents = await _repeat_when_lost("denoise", denoise)
+    media = await _repeat_when_lost("decode", decode)
+    return Picture(media, request.seed, denoised)
+
+
+async def _denoise(
+    transformer: Any,
+    conditioning: Any,
+    request: GenerationRequest,
+    on_progress: Callable[[Progress], None] | None,
+) -> tuple[Denoised, Any]:
+    """The summary, and a reference to the latents that this process owns and never reads.
+
+    `_to_object_ref_gen` is Serve's advanced API for handing a stream's items on; it is used here alone.
+    """
+    stream = transformer.options(stream=True).denoise.remote(conditioning, request, on_progress is not None)
+    try:
+        references = await stream._to_object_ref_gen()
+        async for reference in references:
+            item = await reference
+            if isinstance(item, Denoised):
+                return item, await anext(references)
+            if on_progress is not None:
+                on_progress(item)
+        raise StageFailed("the transformer ended its stream without latents")
+    except BaseException:
+        stream.cancel()
+        raise
+
+
+async def _repeat_when_lost(stage: str, call: Callable[[], Awaitable[Answer]]) -> Answer:
+    """Call until it is served; only the loss of a process is worth repeating."""
+    for attempt in range(1, MAX_ATTEMPTS + 1):
+        try:
+            return await call()
+        except BackPressureError as error:
+            raise Overloaded(f"the {stage} stage's queue is full: {error}") from error
+        except (*STAGE_LOST, RayServeException) as error:
+            if attempt == MAX_ATTEMPTS:
+                raise Unavailable(
+                    f"the {stage} stage was lost {attempt} times: {_first_line(error)}"
+                ) from error
+            log.warning("%s lost (%s); attempt %d follows", stage, _first_line(error), attempt + 1)
+            await asyncio.sleep(FIRST_BACKOFF_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
+        except RayError as error:
+            raise StageFailed(f"the {stage} stage failed: {_last_line(error)}") from error
+    raise AssertionError("unreachable")
+
+
+def _bind(on_progress: OnProgress | None, index: int) -> Callable[[Progress], None] | None:
+    return None if on_progress is None else lambda progress: on_progress(index, progress)
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def _last_line(error: BaseException) -> str:
+    """A Ray task error carries the remote traceback; its last line names the cause."""
+    return str(error).strip().rpartition("\n")[2]

@@ -1,0 +1,46 @@
+"""A Serve app for one command: the running one, or a private one that ends with the command."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from serve_app.app import build_app
+from serve_app.config import APP_NAME, AppConfig
+
+
+@contextmanager
+def app_handle(config: AppConfig | None) -> Iterator[DeploymentHandle]:
+    """A handle of the app named "relay".
+
+    With a config, a private Ray and Serve are started on this machine and shut down afterwards; without one
+    the app must be running. Raises ConnectionError or RayServeException if it is not.
+    """
+    if config is None:
+        ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
+        yield serve.get_app_handle(APP_NAME)
+        ray.shutdown()
+        return
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        serve.start(proxy_location="Disabled")
+        yield serve.run(build_app(config), name=APP_NAME, route_prefix=None)
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+def is_running() -> bool:
+    """Whether a Ray cluster that serves the app can be reached from here."""
+    try:
+        ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
+    except ConnectionError:
+        return False
+    try:
+        return APP_NAME in serve.status().applications
+    finally:
+        ray.shutdown()

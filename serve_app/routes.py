@@ -1,0 +1,153 @@
+"""HTTP in OpenAI's shapes, over an Ingress."""
+
+import base64
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from serve_app.errors import BadRequest, RelayError, StageFailed
+from serve_app.generation import Picture
+from serve_app.openai_api import (
+    ErrorResponse,
+    ImageBody,
+    ImageData,
+    ImagesResponse,
+    ModelCard,
+    ModelList,
+    StageHealth,
+    TimingsMs,
+    VideoBody,
+)
+from serve_app.validation import bad_request, parse_body
+
+if TYPE_CHECKING:
+    from serve_app.ingress import Ingress
+
+log = logging.getLogger("ray.serve")
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorResponse, "description": text}
+    for status, text in {
+        400: "A field is wrong; `error.param` names it",
+        404: "Unknown model",
+        429: "Too many requests in progress; see Retry-After",
+        500: "A stage failed",
+        503: "A stage cannot serve now; see Retry-After",
+        504: "Not done within the deadline",
+    }.items()
+}
+VIDEO: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"video/mp4": {}}, "description": "MP4; the headers X-Seed and Server-Timing tell more"}
+}
+VIDEO_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            kind: {"schema": VideoBody.model_json_schema()}
+            for kind in ("application/json", "multipart/form-data")
+        },
+    }
+}
+
+
+def build_api(ingress: "Ingress") -> FastAPI:
+    """The HTTP application of one ingress replica."""
+    api = FastAPI(title="Latent Relay", description="Diffusion models over several GPUs, in OpenAI's shapes.")
+    api.add_exception_handler(Exception, _answer_error)
+    for kind in (RelayError, RequestValidationError, HTTPException):
+        api.add_exception_handler(kind, _answer_error)
+
+    @api.post("/v1/images/generations", responses=ERRORS, summary="Make pictures")
+    async def images(body: ImageBody) -> ImagesResponse:
+        requests = ingress.validator.images(body)
+        pictures = await ingress.run(requests)
+        return ImagesResponse(
+            created=int(time.time()),
+            output_format=body.output_format,
+            size=f"{requests[0].width}x{requests[0].height}",
+            data=[_image_data(picture) for picture in pictures],
+        )
+
+    @api.post(
+        "/v1/videos/sync",
+        responses=ERRORS | VIDEO,
+        response_class=Response,
+        openapi_extra=VIDEO_BODY,
+        summary="Make a video and wait for it",
+    )
+    async def video(request: Request) -> Response:
+        body = parse_body(VideoBody, await _fields(request))
+        [picture] = await ingress.run([ingress.validator.video(body)])
+        timings = ", ".join(f"{stage};dur={ms}" for stage, ms in picture.timings_ms.items())
+        headers = {"X-Seed": str(picture.seed), "Server-Timing": timings}
+        return Response(picture.media.data, media_type=picture.media.media_type, headers=headers)
+
+    @api.get("/v1/models", summary="What is served")
+    async def models() -> ModelList:
+        return ModelList(data=[ingress.model()])
+
+    @api.get("/v1/models/{name:path}", responses={404: ERRORS[404]}, summary="One served model")
+    async def model(name: str) -> ModelCard:
+        ingress.validator.check_model(name)
+        return ingress.model()
+
+    @api.get(
+        "/health",
+        response_model=StageHealth,
+        responses={503: {"model": StageHealth}},
+        summary="Can every stage serve?",
+    )
+    async def health() -> JSONResponse:
+        stages = await ingress.health()
+        is_ok = all(state == "ok" for state in stages.values())
+        body = StageHealth(ok=is_ok, stages=stages).model_dump()
+        return JSONResponse(body, 200 if is_ok else 503, headers={} if is_ok else {"Retry-After": "5"})
+
+    _drop_422(api)
+    return api
+
+
+def _image_data(picture: Picture) -> ImageData:
+    return ImageData(
+        b64_json=base64.b64encode(picture.media.data).decode(),
+        seed=picture.seed,
+        timings_ms=TimingsMs(**picture.timings_ms),
+    )
+
+
+async def _fields(request: Request) -> dict[str, Any]:
+    """The body's fields, from JSON or, as OpenAI's client sends videos, from a form."""
+    if "form" in request.headers.get("content-type", ""):
+        return dict(await request.form())
+    try:
+        fields = await request.json()
+    except ValueError as error:
+        raise BadRequest(f"the body is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise BadRequest(f"the body must be a JSON object, got {type(fields).__name__}")
+    return fields
+
+
+async def _answer_error(request: Request, error: Exception) -> JSONResponse:
+    """Every error in OpenAI's form; what nobody foresaw is logged and told as a 500."""
+    if isinstance(error, RequestValidationError):
+        error = bad_request(error.errors())
+    if isinstance(error, HTTPException):
+        known = RelayError(f"{request.method} {request.url.path}: {error.detail}")
+        return JSONResponse(known.body(), error.status_code, dict(error.headers or {}))
+    if not isinstance(error, RelayError):
+        log.exception("%s %s failed", request.method, request.url.path, exc_info=error)
+        error = StageFailed(f"internal error: {type(error).__name__}: {error}")
+    return JSONResponse(error.body(), error.status, error.headers())
+
+
+def _drop_422(api: FastAPI) -> None:
+    """FastAPI documents a 422 for every body; here a bad field is a 400."""
+    for path in api.openapi()["paths"].values():
+        for operation in path.values():
+            operation["responses"].pop("422", None)

@@ -1,0 +1,178 @@
+"""Bodies become requests here, with every default filled in; whatever is wrong is refused here, by name."""
+
+import re
+import secrets
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from deployments.config import ModelConfig
+from deployments.families import FAMILIES, Family
+from deployments.families.family import Defaults
+from deployments.request import GenerationRequest, Prompt
+from serve_app.config import LimitsConfig
+from serve_app.errors import BadRequest, UnknownModel
+from serve_app.openai_api import GenerationBody, ImageBody, VideoBody
+
+Body = TypeVar("Body", bound=GenerationBody)
+
+SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
+
+
+class Validator:
+    """Judges bodies for one served model."""
+
+    def __init__(self, model: ModelConfig, family: str, limits: LimitsConfig) -> None:
+        self._model, self._limits = model, limits
+        self.family: Family = FAMILIES[family]
+        self._defaults = _defaults(model, self.family.defaults)
+
+    def requests(self, fields: Mapping[str, Any]) -> list[GenerationRequest]:
+        """The fields of an image's or a video's body, whichever this model makes."""
+        if self.family.media == "video":
+            return [self.video(parse_body(VideoBody, fields))]
+        return self.images(parse_body(ImageBody, fields))
+
+    def images(self, body: ImageBody) -> list[GenerationRequest]:
+        """One request per picture; picture i has seed + i."""
+        self._check_media("image")
+        if body.output_format == "png" and body.output_compression != 100:
+            raise BadRequest(
+                f"output_compression is for jpeg and webp; png takes only 100, got {body.output_compression}",
+                "output_compression",
+            )
+        first = self._request(
+            body, output_format=body.output_format, output_compression=body.output_compression
+        )
+        return [_with_seed(first, (first["seed"] + i) % 2**63) for i in range(body.n)]
+
+    def video(self, body: VideoBody) -> GenerationRequest:
+        self._check_media("video")
+        fps = body.fps or self._defaults.fps
+        param = "seconds" if body.num_frames is None and body.seconds is not None else "num_frames"
+        num_frames = body.num_frames or self._defaults.num_frames
+        if param == "seconds":
+            assert body.seconds is not None
+            stride = self.family.frame_stride
+            num_frames = round(body.seconds * fps / stride) * stride + 1
+        self._check_frames(num_frames, param)
+        fields = self._request(body, output_format="mp4", num_frames=num_frames, fps=fps)
+        return GenerationRequest(**fields)
+
+    def check_model(self, name: str | None) -> None:
+        """Raises UnknownModel unless `name` is the served one, or left out."""
+        if name is not None and name != self._model.name:
+            raise UnknownModel(f"model {name!r} is not served here; served: {self._model.name!r}")
+
+    def _check_media(self, media: str) -> None:
+        if self.family.media != media:
+            path = {"image": "/v1/images/generations", "video": "/v1/videos/sync"}[self.family.media]
+            raise BadRequest(f"model {self._model.name!r} makes {self.family.media}s: use {path}", "model")
+
+    def _check_frames(self, num_frames: int, param: str) -> None:
+        stride, limit = self.family.frame_stride, self._limits.max_num_frames
+        if num_frames > limit:
+            raise BadRequest(f"{param} asks for {num_frames} frames; the limit is {limit}", param)
+        if num_frames % stride != 1:
+            low = num_frames // stride * stride + 1
+            raise BadRequest(
+                f"num_frames must be 1 more than a multiple of {stride}, got {num_frames}; "
+                f"nearest: {low} or {low + stride}",
+                param,
+            )
+
+    def _request(self, body: GenerationBody, **own: Any) -> dict[str, Any]:
+        """Fields of a GenerationRequest."""
+        self.check_model(body.model)
+        self._check_prompt(body.prompt)
+        self._check_length("negative_prompt", body.negative_prompt or "")
+        width, height = self._size(body.size)
+        guidance_scale, true_cfg_scale = self._guidance(body)
+        is_guided = self.family.is_guided(guidance_scale, true_cfg_scale, body.negative_prompt is not None)
+        return {
+            "prompt": Prompt(body.prompt, body.negative_prompt if is_guided else None, is_guided),
+            "width": width,
+            "height": height,
+            "num_frames": 1,
+            "num_inference_steps": self._steps(body.num_inference_steps),
+            "guidance_scale": guidance_scale,
+            "true_cfg_scale": true_cfg_scale,
+            "seed": secrets.randbelow(2**31) if body.seed is None else body.seed,
+            "output_compression": 100,
+            "fps": self._defaults.fps,
+        } | own
+
+    def _check_prompt(self, text: str) -> None:
+        if not text.strip():
+            raise BadRequest("prompt is empty: say what to draw", "prompt")
+        self._check_length("prompt", text)
+
+    def _check_length(self, param: str, text: str) -> None:
+        limit = self._limits.max_prompt_characters
+        if len(text) > limit:
+            raise BadRequest(f"{param} has {len(text)} characters; the limit is {limit}", param)
+
+    def _size(self, size: str) -> tuple[int, int]:
+        if size == "auto":
+            return self._defaults.width, self._defaults.height
+        match = SIZE.fullmatch(size)
+        if match is None:
+            raise BadRequest(f'size must be "WIDTHxHEIGHT" or "auto", got {size!r}', "size")
+        width, height = int(match[1]), int(match[2])
+        multiple, limit = self.family.size_multiple, self._limits.max_pixels
+        if width % multiple or height % multiple or not (width and height):
+            near = "x".join(str(max(multiple, round(v / multiple) * multiple)) for v in (width, height))
+            raise BadRequest(
+                f"size: width and height must be multiples of {multiple}, got {size}; nearest: {near}", "size"
+            )
+        if width * height > limit:
+            raise BadRequest(f"size: {size} has {width * height} pixels; the limit is {limit} pixels", "size")
+        return width, height
+
+    def _steps(self, steps: int | None) -> int:
+        limit = self._limits.max_num_inference_steps
+        if steps is not None and steps > limit:
+            raise BadRequest(
+                f"num_inference_steps must be between 1 and {limit}, got {steps}", "num_inference_steps"
+            )
+        return steps or self._defaults.num_inference_steps
+
+    def _guidance(self, body: GenerationBody) -> tuple[float | None, float | None]:
+        """(guidance_scale, true_cfg_scale); a field that this family does not know is refused."""
+        scales = []
+        for param in ("guidance_scale", "true_cfg_scale"):
+            asked, default = getattr(body, param), getattr(self._defaults, param)
+            if asked is not None and default is None:
+                raise BadRequest(
+                    f"{param} means nothing to {self.family.name}; use {self.family.guidance}", param
+                )
+            scales.append(default if asked is None else asked)
+        return scales[0], scales[1]
+
+
+def parse_body(kind: type[Body], fields: Mapping[str, Any]) -> Body:
+    """Raises BadRequest that names the first wrong field."""
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        raise bad_request(error.errors()) from error
+
+
+def bad_request(mistakes: Any) -> BadRequest:
+    """pydantic's or FastAPI's list of mistakes as one error that names the first."""
+    first = mistakes[0]
+    param = ".".join(str(part) for part in first["loc"] if part != "body") or None
+    got = "" if first["type"] in {"missing", "json_invalid"} else f", got {first['input']!r}"
+    message = {"extra_forbidden": "this field is not known"}.get(first["type"], first["msg"])
+    return BadRequest(f"{param or 'body'}: {message}{got}", param)
+
+
+def _with_seed(fields: dict[str, Any], seed: int) -> GenerationRequest:
+    return GenerationRequest(**(fields | {"seed": seed}))
+
+
+def _defaults(model: ModelConfig, family: Defaults) -> Defaults:
+    """The config's defaults over the family's."""
+    ours = {name: value for name, value in model.defaults.model_dump().items() if value is not None}
+    return Defaults(**(vars(family) | ours))

@@ -1,0 +1,637 @@
+"""Requests forward from threads of their own, as in the engine; the test itself plays rank 0 and takes."""
+
+import gc
+import random
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from typing import Any
+
+import pytest
+
+from deployments.engine.step_queue import Cancelled, MicroBatch, Seat, SeatState, StepQueue
+
+FOREVER_S = 60.0
+A_MOMENT_S = 0.003
+
+
+class TestIsOver(Exception):
+    """Closes the queue, so that no thread stays blocked when a test has failed."""
+
+    __test__ = False
+
+
+class Clock:
+    """Stands still until the test moves it."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Rig:
+    """A step queue and the threads of its requests. No call blocks for longer than a second."""
+
+    def __init__(self, threads: ThreadPoolExecutor, **options: Any) -> None:
+        defaults: dict[str, Any] = {
+            "num_shards": 1,
+            "max_batch_size": 16,
+            "batch_wait_s": FOREVER_S,
+            "max_batch_tokens": None,
+        }
+        self.queue = StepQueue(**defaults | options)
+        self.threads = threads
+
+    def seats(self, num_seats: int) -> list[Seat]:
+        return [self.queue.join() for _ in range(num_seats)]
+
+    def send(self, seat: Seat, payload: Any, signature: Any = "x", tokens: int = 1) -> Future[Any]:
+        """Forward from a thread; return when the queue has it."""
+        sent = self.threads.submit(self.queue.forward, seat, payload, signature=signature, tokens=tokens)
+        self.until(lambda: seat.state in (SeatState.WAITING, SeatState.FLYING) or sent.done())
+        return sent
+
+    def taking(self) -> Future[MicroBatch]:
+        return self.threads.submit(self.queue.take)
+
+    def take(self) -> MicroBatch:
+        return self.taking().result(timeout=1)
+
+    def land(self, batch: MicroBatch) -> None:
+        self.queue.finish(batch.id, [f"{payload} done" for payload in batch.payloads])
+
+    def fly(self, *flights: tuple[Seat, Any]) -> None:
+        """Send each (seat, signature), take and land them: afterwards the seats are between two forwards."""
+        sent = [self.send(seat, "earlier", signature) for seat, signature in flights]
+        while not all(forward.done() for forward in sent):
+            self.land(self.take())
+            wait(sent, timeout=A_MOMENT_S)
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 1
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0)
+
+
+def is_blocked(call: Future[Any]) -> bool:
+    return bool(wait([call], timeout=A_MOMENT_S).not_done)
+
+
+@pytest.fixture
+def build_rig() -> Iterator[Callable[..., Rig]]:
+    rigs: list[Rig] = []
+    with ThreadPoolExecutor(64) as threads:
+
+        def build(**options: Any) -> Rig:
+            rigs.append(Rig(threads, **options))
+            return rigs[-1]
+
+        yield build
+        for rig in rigs:
+            rig.queue.close(TestIsOver())
+
+
+# Merging
+
+
+def test_waiting_forwards_of_one_signature_take_off_together_in_order(build_rig):
+    rig = build_rig()
+    for name, seat in zip("abc", rig.seats(3), strict=True):
+        rig.send(seat, name)
+    assert rig.take().payloads == ("a", "b", "c")
+
+
+def test_each_forward_gets_the_result_of_its_own_payload(build_rig):
+    rig = build_rig()
+    sent = {name: rig.send(seat, name) for name, seat in zip("abc", rig.seats(3), strict=True)}
+    rig.land(rig.take())
+    assert {name: forward.result(1) for name, forward in sent.items()} == {n: f"{n} done" for n in "abc"}
+
+
+def test_different_signatures_never_share_a_batch(build_rig):
+    rig = build_rig(num_shards=2)
+    for seat, (name, signature) in zip(rig.seats(3), [("a", "x"), ("b", "y"), ("c", "x")], strict=True):
+        rig.send(seat, name, signature)
+    sizes = {rig.take().payloads, rig.take().payloads, rig.take().payloads}
+    assert sizes == {("a",), ("b",), ("c",)}
+
+
+def test_a_later_forward_merges_past_one_of_another_signature(build_rig):
+    rig = build_rig()
+    for seat, (name, signature) in zip(rig.seats(3), [("a", "x"), ("b", "y"), ("c", "x")], strict=True):
+        rig.send(seat, name, signature)
+    assert rig.take().payloads == ("a", "c")
+
+
+def test_a_batch_has_at_most_max_batch_size_forwards(build_rig):
+    rig = build_rig(max_batch_size=3)
+    for seat in rig.seats(5):
+        rig.send(seat, "p")
+    assert len(rig.take().payloads) == 3
+
+
+def test_a_batch_stays_within_the_token_budget(build_rig):
+    rig = build_rig(max_batch_tokens=100)
+    for seat in rig.seats(4):
+        rig.send(seat, "p", tokens=40)
+    assert len(rig.take().payloads) == 2
+
+
+def test_a_forward_above_the_token_budget_flies_alone(build_rig):
+    rig = build_rig(max_batch_tokens=100)
+    for seat in rig.seats(2):
+        rig.send(seat, "p", tokens=400)
+    assert len(rig.take().payloads) == 1
+
+
+def test_the_largest_forward_counts_for_the_token_budget(build_rig):
+    rig = build_rig(max_batch_tokens=100)
+    for seat, tokens in zip(rig.seats(3), (30, 50, 30), strict=True):
+        rig.send(seat, "p", tokens=tokens)
+    assert len(rig.take().payloads) == 2
+
+
+# Depth and size
+
+
+@pytest.mark.parametrize(("num_shards", "depth"), [(1, 1), (2, 3), (4, 5)])
+def test_one_shard_has_one_batch_in_flight_and_more_have_one_to_spare(build_rig, num_shards, depth):
+    rig = build_rig(num_shards=num_shards, max_batch_size=1)
+    for seat in rig.seats(depth + 1):
+        rig.send(seat, "p")
+    batches = [rig.take() for _ in range(depth)]
+    one_more = rig.taking()
+    assert is_blocked(one_more)
+    rig.land(batches[0])
+    assert one_more.result(timeout=1).payloads == ("p",)
+
+
+def test_live_seats_are_spread_over_the_depth(build_rig):
+    rig = build_rig(num_shards=2)
+    for seat in rig.seats(7):
+        rig.send(seat, "p")
+    assert [len(rig.take().payloads) for _ in range(3)] == [3, 3, 1]
+
+
+def test_seats_of_all_signatures_share_the_depth(build_rig):
+    rig = build_rig(num_shards=2)
+    for seat, signature in zip(rig.seats(6), "xyxyxy", strict=True):
+        rig.send(seat, signature, signature)
+    assert [rig.take().payloads for _ in range(3)] == [("x", "x"), ("y", "y"), ("x",)]
+
+
+@pytest.mark.parametrize("end", [StepQueue.leave, StepQueue.cancel])
+def test_seats_that_have_ended_do_not_count_for_the_size(build_rig, end):
+    rig = build_rig(num_shards=2)
+    seats = rig.seats(6)
+    rig.fly(*[(seat, "x") for seat in seats])
+    for seat in seats[3:]:
+        end(rig.queue, seat)
+    for seat in seats[:3]:
+        rig.send(seat, "p")
+    assert len(rig.take().payloads) == 1
+
+
+def test_seats_that_have_not_forwarded_yet_do_not_count_for_the_size(build_rig):
+    rig = build_rig(num_shards=2)
+    for seat in rig.seats(6)[:3]:
+        rig.send(seat, "p")
+    assert len(rig.take().payloads) == 1
+
+
+# Waiting for those who are about to come
+
+
+def test_a_batch_waits_for_a_request_between_two_forwards_and_goes_when_it_comes(build_rig):
+    rig = build_rig()
+    a, b = rig.seats(2)
+    rig.fly((a, "x"), (b, "x"))
+    rig.send(a, "a")
+    taking = rig.taking()
+    assert is_blocked(taking)
+    rig.send(b, "b")
+    assert taking.result(timeout=1).payloads == ("a", "b")
+
+
+def test_nobody_waits_for_a_request_that_has_not_forwarded_yet(build_rig):
+    rig = build_rig()
+    a, _new = rig.seats(2)
+    rig.send(a, "a")
+    assert rig.take().payloads == ("a",)
+
+
+def test_nobody_waits_for_a_request_of_another_signature(build_rig):
+    rig = build_rig()
+    a, b = rig.seats(2)
+    rig.fly((b, "y"))
+    rig.send(a, "a", "x")
+    assert rig.take().payloads == ("a",)
+
+
+def test_nobody_waits_for_a_forward_that_the_batch_could_not_hold(build_rig):
+    rig = build_rig(max_batch_size=1)
+    a, b = rig.seats(2)
+    rig.fly((a, "x"), (b, "x"))
+    rig.send(a, "a")
+    assert rig.take().payloads == ("a",)
+
+
+@pytest.mark.parametrize("end", [StepQueue.leave, StepQueue.cancel])
+def test_the_wait_ends_when_the_awaited_request_does(build_rig, end):
+    rig = build_rig()
+    a, b = rig.seats(2)
+    rig.fly((a, "x"), (b, "x"))
+    rig.send(a, "a")
+    taking = rig.taking()
+    assert is_blocked(taking)
+    end(rig.queue, b)
+    assert taking.result(timeout=1).payloads == ("a",)
+
+
+def test_the_wait_ends_after_batch_wait_s(build_rig):
+    rig = build_rig(batch_wait_s=0.01)
+    a, b = rig.seats(2)
+    rig.send(a, "p"), rig.send(b, "p")
+    batch = rig.take()
+    landed = time.monotonic()
+    rig.land(batch)
+    rig.send(a, "a")
+    assert rig.take().payloads == ("a",)
+    assert 0.01 <= time.monotonic() - landed < 0.5
+
+
+def test_a_forward_that_has_sat_out_a_flight_still_waits_for_those_who_just_landed(build_rig):
+    clock = Clock()
+    rig = build_rig(batch_wait_s=1.0, clock=clock)
+    a, b = rig.seats(2)
+    first = rig.send(a, "a")
+    batch = rig.take()
+    rig.send(b, "b")
+    clock.now = 100.0
+    rig.land(batch)
+    first.result(timeout=1)
+    taking = rig.taking()
+    assert is_blocked(taking)
+    rig.send(a, "a")
+    assert taking.result(timeout=1).payloads == ("b", "a")
+
+
+def test_a_request_that_is_late_is_not_awaited_again(build_rig):
+    clock = Clock()
+    rig = build_rig(batch_wait_s=1.0, clock=clock)
+    late, a = rig.seats(2)
+    rig.fly((late, "x"))
+    clock.now = 1.0
+    rig.send(a, "a")
+    assert rig.take().payloads == ("a",)
+
+
+# Order
+
+
+def rig_with_a_waiting_group(build_rig: Callable[..., Rig], waited_s: float) -> tuple[Rig, Seat]:
+    """A seat of signature x has waited so long, another one of x has just landed, and y is ready."""
+    clock = Clock()
+    rig = build_rig(num_shards=2, batch_wait_s=1.0, clock=clock)
+    old, landing, *others = rig.seats(4)
+    flown = rig.send(landing, "p", "x")
+    batch = rig.take()
+    rig.send(old, "old", "x")
+    clock.now = waited_s
+    rig.land(batch)
+    flown.result(timeout=1)
+    for seat in others:
+        rig.send(seat, "ready", "y")
+    return rig, landing
+
+
+def test_a_ready_signature_may_pass_one_that_waits(build_rig):
+    rig, _ = rig_with_a_waiting_group(build_rig, waited_s=0.5)
+    assert rig.take().payloads == ("ready", "ready")
+
+
+def test_nobody_passes_a_forward_that_has_waited_batch_wait_s(build_rig):
+    rig, landing = rig_with_a_waiting_group(build_rig, waited_s=1.0)
+    taking = rig.taking()
+    assert is_blocked(taking)
+    rig.send(landing, "young", "x")
+    assert taking.result(timeout=1).payloads == ("old", "young")
+
+
+def test_a_rare_signature_is_not_starved_under_constant_load(build_rig):
+    rig = build_rig(max_batch_size=2)
+    rare, *common = rig.seats(7)
+    for seat in common:
+        rig.send(seat, seat, "common")
+    rig.send(rare, rare, "rare")
+    for _ in range(3):  # three batches of those that were there before it
+        batch = rig.take()
+        rig.land(batch)
+        for seat in batch.payloads:
+            rig.send(seat, seat, "common")
+    assert rig.take().payloads == (rare,)
+
+
+def run_rank_0(rig: Rig) -> None:
+    with suppress(TestIsOver):
+        while True:
+            rig.land(rig.queue.take())
+
+
+def run_request(rig: Rig, seat: Seat, signatures: Iterable[Any]) -> int:
+    """All forwards of one request. Returns how many micro-batches took off meanwhile."""
+    before = rig.queue.stats().num_micro_batches
+    for signature in signatures:
+        rig.queue.forward(seat, "p", signature=signature, tokens=1)
+    rig.queue.leave(seat)
+    return rig.queue.stats().num_micro_batches - before
+
+
+def test_a_short_request_is_not_held_up_by_long_ones(build_rig):
+    rig = build_rig(max_batch_size=4, batch_wait_s=0.05)
+    for seat in rig.seats(8):
+        rig.threads.submit(run_request, rig, seat, ["x"] * 50)
+    rig.until(lambda: rig.queue.stats().num_waiting == 8)
+    short = rig.threads.submit(run_request, rig, rig.queue.join(), ["x"] * 4)
+    rig.until(lambda: rig.queue.stats().num_waiting == 9)
+    rig.threads.submit(run_rank_0, rig)
+    assert short.result(timeout=2) <= 4 * 3  # in each of four rounds three batches serve all nine seats
+
+
+# The two passes of true CFG, where their signatures differ
+
+
+def test_a_request_that_alternates_is_awaited_where_it_comes_next(build_rig):
+    rig = build_rig()
+    a, b = rig.seats(2)
+    for signature in ("cond", "uncond", "cond"):
+        rig.fly((a, signature))
+    rig.send(b, "b", "uncond")
+    taking = rig.taking()
+    assert is_blocked(taking)
+    rig.send(a, "a", "uncond")
+    assert taking.result(timeout=1).payloads == ("b", "a")
+
+
+def test_a_request_that_alternates_is_not_awaited_where_it_was_last(build_rig):
+    rig = build_rig()
+    a, b = rig.seats(2)
+    for signature in ("cond", "uncond", "cond"):
+        rig.fly((a, signature))
+    rig.send(b, "b", "cond")
+    assert rig.take().payloads == ("b",)
+
+
+def test_alternating_requests_in_lockstep_merge(build_rig):
+    rig = build_rig(batch_wait_s=0.05)
+    passes = ["cond", "uncond"] * 10
+    requests = [rig.threads.submit(run_request, rig, seat, passes) for seat in rig.seats(4)]
+    rig.until(lambda: rig.queue.stats().num_waiting == 4)
+    rig.threads.submit(run_rank_0, rig)
+    assert not wait(requests, timeout=2).not_done
+    assert len(passes) * 4 / rig.queue.stats().num_micro_batches >= 3
+
+
+def test_a_second_forward_on_a_seat_is_refused_while_the_first_is_open(build_rig):
+    rig = build_rig()
+    (seat,) = rig.seats(1)
+    rig.send(seat, "cond")
+    with pytest.raises(RuntimeError, match="one open forward"):
+        rig.send(seat, "uncond").result(timeout=1)
+
+
+# Cancelling
+
+
+def test_cancelling_a_waiting_forward_takes_it_out_of_the_queue(build_rig):
+    rig = build_rig()
+    a, b = rig.seats(2)
+    cancelled, _ = rig.send(a, "a"), rig.send(b, "b")
+    rig.queue.cancel(a)
+    with pytest.raises(Cancelled):
+        cancelled.result(timeout=1)
+    assert rig.take().payloads == ("b",)
+
+
+def test_cancelling_a_flying_forward_wakes_it_before_the_flight_lands(build_rig):
+    rig = build_rig()
+    (a,) = rig.seats(1)
+    cancelled = rig.send(a, "a")
+    rig.take()
+    rig.queue.cancel(a)
+    with pytest.raises(Cancelled):
+        cancelled.result(timeout=1)
+
+
+def test_the_others_of_a_flight_get_their_own_results_when_one_is_cancelled(build_rig):
+    rig = build_rig()
+    seats = rig.seats(3)
+    _, b, c = [rig.send(seat, name) for seat, name in zip(seats, "abc", strict=True)]
+    batch = rig.take()
+    rig.queue.cancel(seats[0])
+    rig.land(batch)
+    assert (b.result(timeout=1), c.result(timeout=1)) == ("b done", "c done")
+
+
+def test_cancelling_between_two_forwards_refuses_the_next_one(build_rig):
+    rig = build_rig()
+    (a,) = rig.seats(1)
+    rig.fly((a, "x"))
+    rig.queue.cancel(a)
+    with pytest.raises(Cancelled):
+        rig.send(a, "a").result(timeout=1)
+
+
+def test_a_seat_that_was_left_takes_no_forward(build_rig):
+    rig = build_rig()
+    (a,) = rig.seats(1)
+    rig.queue.leave(a)
+    with pytest.raises(Cancelled):
+        rig.send(a, "a").result(timeout=1)
+
+
+# Failing and closing
+
+
+def test_an_error_fails_its_own_batch_only(build_rig):
+    rig = build_rig(num_shards=2, max_batch_size=1)
+    a, b = [rig.send(seat, name) for seat, name in zip(rig.seats(2), "ab", strict=True)]
+    failing, passing = rig.take(), rig.take()
+    rig.queue.fail(failing.id, MemoryError("out of memory"))
+    rig.land(passing)
+    with pytest.raises(MemoryError):
+        a.result(timeout=1)
+    assert b.result(timeout=1) == "b done"
+
+
+def test_a_seat_may_go_on_after_a_failed_forward(build_rig):
+    rig = build_rig()
+    (a,) = rig.seats(1)
+    failed = rig.send(a, "a")
+    rig.queue.fail(rig.take().id, MemoryError("out of memory"))
+    wait([failed], timeout=1)
+    again = rig.send(a, "again")
+    rig.land(rig.take())
+    assert again.result(timeout=1) == "again done"
+
+
+def test_too_few_results_are_refused_and_the_batch_may_still_fail(build_rig):
+    rig = build_rig()
+    sent = [rig.send(seat, "p") for seat in rig.seats(2)]
+    batch = rig.take()
+    with pytest.raises(ValueError, match="got 1 results for 2 payloads") as refusal:
+        rig.queue.finish(batch.id, ["only one"])
+    rig.queue.fail(batch.id, refusal.value)
+    assert all(isinstance(forward.exception(timeout=1), ValueError) for forward in sent)
+
+
+def test_closing_releases_waiting_and_flying_forwards(build_rig):
+    rig = build_rig()
+    a, b = rig.seats(2)
+    flying = rig.send(a, "a")
+    rig.take()
+    waiting = rig.send(b, "b")
+    rig.queue.close(ConnectionError("rank 1 is gone"))
+    for forward in (flying, waiting):
+        with pytest.raises(ConnectionError):
+            forward.result(timeout=1)
+
+
+def test_a_closed_queue_takes_no_forward(build_rig):
+    rig = build_rig()
+    rig.queue.close(ConnectionError("rank 1 is gone"))
+    with pytest.raises(ConnectionError):
+        rig.send(rig.queue.join(), "late").result(timeout=1)
+
+
+def test_closing_releases_take(build_rig):
+    rig = build_rig()
+    taking = rig.taking()
+    assert is_blocked(taking)
+    rig.queue.close(ConnectionError("rank 1 is gone"))
+    with pytest.raises(ConnectionError):
+        taking.result(timeout=1)
+
+
+def test_the_first_error_a_queue_is_closed_with_stays(build_rig):
+    rig = build_rig()
+    rig.queue.close(ConnectionError("the cause"))
+    rig.queue.close(RuntimeError("a consequence"))
+    with pytest.raises(ConnectionError):
+        rig.take()
+
+
+def test_a_batch_may_land_after_the_queue_was_closed(build_rig):
+    rig = build_rig()
+    sent = rig.send(rig.queue.join(), "a")
+    batch = rig.take()
+    rig.queue.close(ConnectionError("rank 1 is gone"))
+    rig.land(batch)
+    assert isinstance(sent.exception(timeout=1), ConnectionError)
+
+
+def test_a_failed_forward_does_not_keep_its_payload_alive(build_rig):
+    class Payload:
+        pass
+
+    def run(seat: Seat) -> weakref.ref[Payload]:
+        payload = Payload()
+        reference = weakref.ref(payload)
+        with suppress(MemoryError):
+            rig.queue.forward(seat, payload, signature="x", tokens=1)
+        return reference
+
+    rig = build_rig()
+    gc.disable()
+    try:
+        request = rig.threads.submit(run, rig.queue.join())
+        rig.queue.fail(rig.take().id, MemoryError("out of memory"))
+        assert request.result(timeout=1)() is None
+    finally:
+        gc.enable()
+
+
+# Counters
+
+
+def test_stats_count_seats_and_open_forwards(build_rig):
+    rig = build_rig(max_batch_size=1)
+    a, b, _new = rig.seats(3)
+    rig.send(a, "a")
+    rig.take()
+    rig.send(b, "b")
+    stats = rig.queue.stats()
+    assert (stats.num_seats, stats.num_waiting, stats.num_flying) == (3, 1, 1)
+
+
+def test_stats_count_batches_by_size(build_rig):
+    rig = build_rig(num_shards=2)
+    for seat in rig.seats(7):
+        rig.send(seat, "p")
+    for _ in range(3):
+        rig.take()
+    assert rig.queue.stats().batch_sizes == {3: 2, 1: 1}
+    assert rig.queue.stats().num_micro_batches == 3
+
+
+def test_stats_add_up_the_waiting_of_all_forwards(build_rig):
+    clock = Clock()
+    rig = build_rig(clock=clock)
+    a, b = rig.seats(2)
+    rig.send(a, "a")
+    clock.now = 2.0
+    rig.send(b, "b")
+    clock.now = 3.0
+    rig.take()
+    assert rig.queue.stats().queue_wait_s == 3.0 + 1.0
+
+
+# All at once
+
+
+def test_forty_requests_with_errors_and_cancellations_neither_hang_nor_mix(build_rig):
+    rig = build_rig(num_shards=2, max_batch_size=6, batch_wait_s=0.001, max_batch_tokens=10)
+    chance = random.Random(0)
+    steps = [chance.randint(1, 15) for _ in range(40)]
+
+    def request(name: int, seat: Seat) -> str:
+        habits = random.Random(name).choices(["x", "y", "z"], k=2)
+        for step in range(steps[name]):
+            payload = f"{name}, step {step}"
+            signature, tokens = habits[step % 2], 1 + name % 3
+            try:
+                result = rig.queue.forward(seat, payload, signature=signature, tokens=tokens)
+            except (Cancelled, MemoryError) as error:
+                rig.queue.leave(seat)
+                return type(error).__name__
+            assert result == f"{payload} done"
+        rig.queue.leave(seat)
+        return "finished"
+
+    def shards() -> None:
+        luck = random.Random(1)
+        with suppress(TestIsOver):
+            while True:
+                flying = [rig.queue.take()]
+                if rig.queue.stats().num_waiting > 6:
+                    flying.append(rig.queue.take())
+                for batch in sorted(flying, key=lambda _: luck.random()):
+                    if luck.random() < 0.03:
+                        rig.queue.fail(batch.id, MemoryError("out of memory"))
+                    else:
+                        rig.land(batch)
+
+    seats = rig.seats(40)
+    requests = [rig.threads.submit(request, name, seat) for name, seat in enumerate(seats)]
+    rig.threads.submit(shards)
+    for seat in chance.sample(seats, 10):
+        time.sleep(0.001)
+        rig.queue.cancel(seat)
+    assert not wait(requests, timeout=2).not_done
+    assert {"finished", "Cancelled", "MemoryError"} == {request.result() for request in requests}
+    assert rig.queue.stats().num_seats == 0
