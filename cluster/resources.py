@@ -16,9 +16,7 @@ class ResourceConfig(Config):
     )
     min_replicas: int = Field(1, ge=0, description="fewest replicas; 0 lets the stage sleep")
     max_replicas: int = Field(1, ge=1, description="most replicas; above min_replicas the stage autoscales")
-    target_ongoing_requests: float = Field(
-        2.0, gt=0, description="requests per replica that autoscaling aims at"
-    )
+    target_ongoing_requests: float = Field(2.0, gt=0, description="requests per replica that autoscaling aims at")
     max_ongoing_requests: int = Field(
         32, ge=2, description="requests a replica holds at once; 1 would leave a pipeline of shards empty"
     )

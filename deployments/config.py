@@ -79,6 +79,22 @@ class EncoderConfig(StageConfig):
 class TransformerConfig(StageConfig):
     """The denoiser: a transformer, or a UNet."""
 
+    shards: int = Field(
+        1, ge=1, le=64, description="consecutive block ranges, each on resources of its own (per num_gpus)"
+    )
+    cuts: tuple[int, ...] | None = Field(
+        None, description="blocks at which shards begin, such as [19, 38]; None: balanced by bytes"
+    )
+    device_map: Literal["auto", "balanced"] | None = Field(
+        None,
+        description="spread one shard over all GPUs Ray gives it, by accelerate; one layer after another",
+    )
+    max_memory: dict[str, str] | None = Field(
+        None, description='of device_map: memory per device, such as {"0": "14GiB", "cpu": "30GiB"}'
+    )
+    stuck_after_s: float = Field(
+        120.0, gt=0, description="a micro-batch that is under way for longer means that a shard is stuck"
+    )
     max_batch_size: int = Field(8, ge=1, description="forwards of different requests merged into one")
     batch_wait_ms: float = Field(
         3.0, ge=0, description="how long a batch waits for a request that is between two steps"
@@ -86,6 +102,21 @@ class TransformerConfig(StageConfig):
     max_batch_tokens: int | None = Field(
         4096, ge=1, description="latent positions per merged forward; beyond it merging stops paying"
     )
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of a shard group: explicit cuts count, or `shards`."""
+        return len(self.cuts) + 1 if self.cuts else self.shards
+
+    @model_validator(mode="after")
+    def _check_shards(self) -> Self:
+        if self.cuts is not None and (list(self.cuts) != sorted(set(self.cuts)) or min(self.cuts, default=0) < 1):
+            raise ValueError(f"cuts must be rising block numbers from 1, got {list(self.cuts)}")
+        if self.cuts is not None and self.shards not in (1, len(self.cuts) + 1):
+            raise ValueError(f"{len(self.cuts)} cuts make {len(self.cuts) + 1} shards, got shards: {self.shards}")
+        if self.max_memory is not None and self.device_map is None:
+            raise ValueError("max_memory is of device_map: set device_map to auto or balanced")
+        return self
 
 
 class VaeConfig(StageConfig):

@@ -24,9 +24,7 @@ class Vae:
         """The picture or video that the latents stand for, in the request's format."""
         start = time.perf_counter()
         loop = asyncio.get_running_loop()
-        data, media_type = await loop.run_in_executor(
-            self._thread, self._stage.decode_media, latents, request
-        )
+        data, media_type = await loop.run_in_executor(self._thread, self._stage.decode_media, latents, request)
         return Media(data, media_type, (time.perf_counter() - start) * 1e3)
 
     async def ping(self) -> None:

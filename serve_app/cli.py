@@ -11,13 +11,16 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from deployments.families import FAMILIES
 from serve_app.app import build_validator
+from serve_app.bench_cli import bench
 from serve_app.config import ConfigError, load_app_config
+from serve_app.config_docs import render_config_docs
 from serve_app.errors import RelayError
 from serve_app.local import app_handle, is_running
 
 cli = typer.Typer(
     help="Latent Relay: diffusion models over several GPUs.", no_args_is_help=True, add_completion=False
 )
+cli.add_typer(bench, name="bench")
 console = Console(stderr=True)
 
 TINY = "deployments.checkpoints.tiny"
@@ -86,6 +89,12 @@ def generate(
     out.write_bytes(picture.media.data)
     times = ", ".join(f"{stage} {ms:.0f} ms" for stage, ms in picture.timings_ms.items())
     console.print(f"{out}: {picture.media.media_type}, seed {picture.seed} ({times})", highlight=False)
+
+
+@cli.command()
+def config() -> None:
+    """Explain every config key (docs/config.md)."""
+    print(render_config_docs(), end="")
 
 
 def _watch(handle: Any, fields: dict[str, Any]) -> Any:

@@ -159,9 +159,7 @@ async def _repeat_when_lost(stage: str, call: Callable[[], Awaitable[Answer]]) -
             raise Overloaded(f"the {stage} stage's queue is full: {error}") from error
         except (*STAGE_LOST, RayServeException) as error:
             if attempt == MAX_ATTEMPTS:
-                raise Unavailable(
-                    f"the {stage} stage was lost {attempt} times: {_first_line(error)}"
-                ) from error
+                raise Unavailable(f"the {stage} stage was lost {attempt} times: {_first_line(error)}") from error
             log.warning("%s lost (%s); attempt %d follows", stage, _first_line(error), attempt + 1)
             await asyncio.sleep(FIRST_BACKOFF_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
         except RayError as error:

@@ -41,9 +41,7 @@ class Ingress:
         """Serve asks for the HTTP application once this replica is made."""
         return build_api(self)
 
-    async def run(
-        self, requests: list[GenerationRequest], on_progress: OnProgress | None = None
-    ) -> list[Picture]:
+    async def run(self, requests: list[GenerationRequest], on_progress: OnProgress | None = None) -> list[Picture]:
         """Pictures in the order of their requests, which share one prompt. Raises a RelayError."""
         limit = self._limits.max_concurrent_requests
         if self._num_requests >= limit:

@@ -48,8 +48,7 @@ VIDEO_BODY = {
     "requestBody": {
         "required": True,
         "content": {
-            kind: {"schema": VideoBody.model_json_schema()}
-            for kind in ("application/json", "multipart/form-data")
+            kind: {"schema": VideoBody.model_json_schema()} for kind in ("application/json", "multipart/form-data")
         },
     }
 }

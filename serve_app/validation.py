@@ -42,9 +42,7 @@ class Validator:
                 f"output_compression is for jpeg and webp; png takes only 100, got {body.output_compression}",
                 "output_compression",
             )
-        first = self._request(
-            body, output_format=body.output_format, output_compression=body.output_compression
-        )
+        first = self._request(body, output_format=body.output_format, output_compression=body.output_compression)
         return [_with_seed(first, (first["seed"] + i) % 2**63) for i in range(body.n)]
 
     def video(self, body: VideoBody) -> GenerationRequest:
@@ -144,9 +142,7 @@ class Validator:
         for param in ("guidance_scale", "true_cfg_scale"):
             asked, default = getattr(body, param), getattr(self._defaults, param)
             if asked is not None and default is None:
-                raise BadRequest(
-                    f"{param} means nothing to {self.family.name}; use {self.family.guidance}", param
-                )
+                raise BadRequest(f"{param} means nothing to {self.family.name}; use {self.family.guidance}", param)
             scales.append(default if asked is None else asked)
         return scales[0], scales[1]
 

@@ -105,9 +105,7 @@ def _tiny_family(checkpoint: str) -> str:
     family = checkpoint.removeprefix(_TINY_PREFIX)
     families = FAMILY_BY_PIPELINE.values()
     if family not in families:
-        raise ValueError(
-            f"checkpoint {checkpoint!r} names no tiny family; choose one of: {', '.join(families)}"
-        )
+        raise ValueError(f"checkpoint {checkpoint!r} names no tiny family; choose one of: {', '.join(families)}")
     return family
 
 
@@ -134,13 +132,9 @@ def _local_folder(checkpoint: str) -> Path | None:
     return None
 
 
-def _download(
-    checkpoint: str, components: Collection[str], revision: str | None, variant: str | None
-) -> Path:
+def _download(checkpoint: str, components: Collection[str], revision: str | None, variant: str | None) -> Path:
     allow, ignore = plan_hub_patterns(components, variant)
-    return Path(
-        snapshot_download(checkpoint, revision=revision, allow_patterns=allow, ignore_patterns=ignore)
-    )
+    return Path(snapshot_download(checkpoint, revision=revision, allow_patterns=allow, ignore_patterns=ignore))
 
 
 def _check_complete(folder: Path, components: Collection[str]) -> None:

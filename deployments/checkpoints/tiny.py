@@ -29,13 +29,9 @@ def write_tiny_checkpoint(family: str, out_dir: Path) -> None:
         FileExistsError: `out_dir` is a file, or a folder with something in it.
     """
     if family not in TINY_PIPELINES:
-        raise ValueError(
-            f"no tiny checkpoint for family {family!r}; choose one of: {', '.join(TINY_FAMILIES)}"
-        )
+        raise ValueError(f"no tiny checkpoint for family {family!r}; choose one of: {', '.join(TINY_FAMILIES)}")
     if out_dir.is_file() or (out_dir.is_dir() and any(out_dir.iterdir())):
-        raise FileExistsError(
-            f"{out_dir} exists and is not an empty folder; remove it or name another folder"
-        )
+        raise FileExistsError(f"{out_dir} exists and is not an empty folder; remove it or name another folder")
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out_dir.name}-", dir=out_dir.parent) as building:
         checkpoint = Path(building) / out_dir.name

@@ -95,7 +95,7 @@ def shape_only_inputs(model: nn.Module) -> frozenset[str]:
     """
     if _is_unet(model):
         return frozenset()
-    return frozenset({"hidden_states"} & inspect.signature(model.forward).parameters.keys())
+    return frozenset({"hidden_states"} & inspect.signature(type(model).forward).parameters.keys())
 
 
 def _is_unet(model: nn.Module) -> bool:
@@ -107,9 +107,7 @@ def _declared_lists(model: Any) -> Sequence[str]:
     lists = [
         name
         for name, child in model.named_children()
-        if isinstance(child, nn.ModuleList)
-        and len(child)
-        and {type(block).__name__ for block in child} <= kinds
+        if isinstance(child, nn.ModuleList) and len(child) and {type(block).__name__ for block in child} <= kinds
     ]
     # Two lists are a chain only by diffusers' convention of double and single blocks. Others (refiners, text
     # blocks, VACE hints) run side by side, and a cut through them would lose what the other list made.

@@ -91,9 +91,7 @@ class Cut:
         self._recorded[name] = output
         if name == self.names[self.end - 1]:
             outputs = self._received | self._recorded
-            raise CutReached(
-                {key: outputs[key] for key in outputs if key == name or self._is_read(key, outputs)}
-            )
+            raise CutReached({key: outputs[key] for key in outputs if key == name or self._is_read(key, outputs)})
 
     def _is_read(self, name: str, outputs: Boundary) -> bool:
         """Whether the forward reads this output behind the cut, or its stub could not pass for it."""
@@ -101,9 +99,7 @@ class Cut:
             return True
         # Between double and single blocks some forwards join text and image. The values are replaced later,
         # but unpacking a pair must find a pair.
-        return name in self._list_ends() and _nesting(outputs[name]) != _nesting(
-            outputs[self.names[self.end - 1]]
-        )
+        return name in self._list_ends() and _nesting(outputs[name]) != _nesting(outputs[self.names[self.end - 1]])
 
     def _recorded_names(self) -> list[str]:
         if self.is_last:
@@ -119,9 +115,7 @@ class Cut:
     def _checked(self, boundary: Boundary | None) -> Boundary:
         if self.is_first:
             if boundary is not None:
-                raise ValueError(
-                    "the first shard starts from the latents; pass boundary=None, not a boundary"
-                )
+                raise ValueError("the first shard starts from the latents; pass boundary=None, not a boundary")
             return {}
         before = self.names[self.start - 1]
         if boundary is None or before not in boundary:

@@ -65,11 +65,8 @@ class Shard:
     def __init__(self, model: nn.Module, cut: Cut | None) -> None:
         self.model = model
         self._cut = cut
-
-    @property
-    def needs_latents(self) -> bool:
+        self.needs_latents = cut is None or cut.is_first or not shape_only_inputs(model)
         """Whether latents matter by value here; if not, zeros of their shape, dtype and device will do."""
-        return self._cut is None or self._cut.is_first or not shape_only_inputs(self.model)
 
     def run(self, inputs: Mapping[str, Any], boundary: Boundary | None = None) -> Boundary | torch.Tensor:
         """One forward through these blocks.

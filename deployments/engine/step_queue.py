@@ -263,9 +263,7 @@ class StepQueue:
     def _land(self, batch_id: int) -> list[tuple[int, Forward]]:
         """Its forwards that are still open, each with its place in the batch."""
         now, flight = self._clock(), self._flights.pop(batch_id)
-        landed = [
-            (place, forward) for place, forward in enumerate(flight) if self._open.pop(forward.seat, None)
-        ]
+        landed = [(place, forward) for place, forward in enumerate(flight) if self._open.pop(forward.seat, None)]
         for _, forward in landed:
             forward.seat.state, forward.seat.since = SeatState.BETWEEN, now
         self._changed.notify_all()

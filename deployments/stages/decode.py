@@ -3,17 +3,13 @@
 import numpy as np
 import torch
 
+from deployments.checkpoints.components import fetch_stage, stage_components
 from deployments.config import ModelConfig, VaeConfig
+from deployments.device import resolve_device, resolve_dtype
 from deployments.families import FAMILIES
 from deployments.request import GenerationRequest
 from deployments.stages.media import MEDIA_TYPES, Frames, encode_media
-from deployments.stages.pipeline import (
-    fetch_stage,
-    load_pipeline,
-    resolve_device,
-    resolve_dtype,
-    stage_components,
-)
+from deployments.stages.pipeline import load_pipeline
 
 
 class Decoding:

@@ -13,7 +13,9 @@ from typing import Any
 import diffusers
 import torch
 
+from deployments.checkpoints.components import fetch_stage
 from deployments.config import ModelConfig, TransformerConfig
+from deployments.device import resolve_device, resolve_dtype
 from deployments.engine.blocks import build_skeleton
 from deployments.engine.engine import Engine
 from deployments.engine.shard import load_shard
@@ -22,7 +24,7 @@ from deployments.engine.step_queue import Seat
 from deployments.families import FAMILIES
 from deployments.families.family import Embeds
 from deployments.request import GenerationRequest
-from deployments.stages.pipeline import fetch_stage, load_pipeline, resolve_device, resolve_dtype
+from deployments.stages.pipeline import load_pipeline
 
 OnStep = Callable[[int, torch.Tensor], None]
 """(steps done, latents after them)"""
@@ -55,9 +57,7 @@ class Denoising:
         self._engine.queue.leave(seat)
 
     @torch.no_grad()
-    def denoise(
-        self, seat: Seat, embeds: Embeds, request: GenerationRequest, on_step: OnStep
-    ) -> torch.Tensor:
+    def denoise(self, seat: Seat, embeds: Embeds, request: GenerationRequest, on_step: OnStep) -> torch.Tensor:
         """The latents as the pipeline returns them, on the CPU. Blocks; raises Cancelled."""
 
         def after_step(_pipe: Any, index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:

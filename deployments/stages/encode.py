@@ -2,17 +2,13 @@
 
 import torch
 
+from deployments.checkpoints.components import fetch_stage, stage_components
 from deployments.config import EncoderConfig, ModelConfig
+from deployments.device import resolve_device, resolve_dtype
 from deployments.families import FAMILIES
 from deployments.families.family import Embeds
 from deployments.request import Prompt
-from deployments.stages.pipeline import (
-    fetch_stage,
-    load_pipeline,
-    resolve_device,
-    resolve_dtype,
-    stage_components,
-)
+from deployments.stages.pipeline import load_pipeline
 
 
 class TextEncoding:

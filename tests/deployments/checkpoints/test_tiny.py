@@ -109,9 +109,7 @@ def test_no_parameter_is_constant(pipelines: dict[str, DiffusionPipeline], famil
 def test_every_linear_of_the_denoiser_can_be_quantised_to_4_bits(
     pipelines: dict[str, DiffusionPipeline], family: str
 ) -> None:
-    linears = [
-        module for module in find_denoiser(pipelines[family]).modules() if isinstance(module, nn.Linear)
-    ]
+    linears = [module for module in find_denoiser(pipelines[family]).modules() if isinstance(module, nn.Linear)]
     assert {linear.in_features % NF4_BLOCK for linear in linears} == {0}
     assert max(linear.in_features for linear in linears) >= 128
 

@@ -207,9 +207,7 @@ def test_shards_weigh_what_block_bytes_says(checkpoints: Path, family: str, cuts
 
 
 @pytest.mark.parametrize(("family", "needed"), [("flux", False), ("wan", False), ("sdxl", True)])
-def test_later_shards_need_latents_by_value_only_in_a_unet(
-    checkpoints: Path, family: str, needed: bool
-) -> None:
+def test_later_shards_need_latents_by_value_only_in_a_unet(checkpoints: Path, family: str, needed: bool) -> None:
     first, second = load_chain(checkpoints, family, (0, 2, MODELS[family][2]))
     assert first.needs_latents
     assert second.needs_latents is needed
@@ -220,9 +218,7 @@ def test_a_boundary_survives_pickling(
     checkpoints: Path, whole: Callable[[str], torch.Tensor], family: str
 ) -> None:
     shards = load_chain(checkpoints, family, (0, 2, MODELS[family][2]))
-    prediction = run_chain(
-        shards, inputs_of(family), carry=lambda boundary: pickle.loads(pickle.dumps(boundary))
-    )
+    prediction = run_chain(shards, inputs_of(family), carry=lambda boundary: pickle.loads(pickle.dumps(boundary)))
     assert torch.equal(prediction, whole(family))
 
 
@@ -237,7 +233,10 @@ def test_a_transformers_boundary_is_the_last_blocks_output_alone(checkpoints: Pa
 
 
 def test_pairs_before_single_tensors_survive_a_cut(tmp_path: Path) -> None:
-    """Flux 2 joins what its double blocks return as a pair, so a stub of theirs must return a pair."""
+    """Flux 2 joins what its double blocks return as a pair, so a stub of theirs must return a pair.
+
+    One sample: two would unpack as a pair by chance.
+    """
     torch.manual_seed(0)
     model = diffusers.Flux2Transformer2DModel(
         in_channels=16,
@@ -251,12 +250,12 @@ def test_pairs_before_single_tensors_survive_a_cut(tmp_path: Path) -> None:
     )
     model.save_pretrained(tmp_path / "transformer")
     inputs = {
-        "hidden_states": torch.randn(2, 16, 16),
-        "encoder_hidden_states": torch.randn(2, 10, 32),
-        "timestep": torch.full((2,), 0.7),
-        "guidance": torch.full((2,), 3.0),
-        "img_ids": torch.zeros(2, 16, 4),
-        "txt_ids": torch.zeros(2, 10, 4),
+        "hidden_states": torch.randn(1, 16, 16),
+        "encoder_hidden_states": torch.randn(1, 10, 32),
+        "timestep": torch.full((1,), 0.7),
+        "guidance": torch.full((1,), 3.0),
+        "img_ids": torch.zeros(1, 16, 4),
+        "txt_ids": torch.zeros(1, 10, 4),
     }
     shards = [
         load_shard(type(model), tmp_path, "transformer", blocks=blocks, dtype=torch.float32)
@@ -287,9 +286,7 @@ def edited(checkpoints: Path, tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.mark.parametrize("blocks", [None, (0, 2), (2, 4)])
-def test_a_key_of_no_shard_fails_every_shard(
-    edited: Callable[..., Path], blocks: tuple[int, int] | None
-) -> None:
+def test_a_key_of_no_shard_fails_every_shard(edited: Callable[..., Path], blocks: tuple[int, int] | None) -> None:
     with pytest.raises(ValueError, match=r"has weights that no shard .* reads: blocks\.4\.attn1\.bias;"):
         load(edited(add="blocks.4.attn1.bias"), "wan", blocks)
 
@@ -375,12 +372,11 @@ def test_shards_compose_with_layerwise_casting(checkpoints: Path, family: str, c
     assert_prepared_shards_equal_a_prepared_whole(checkpoints, family, cuts, cast, torch.bfloat16)
 
 
-@pytest.mark.parametrize(("family", "cuts"), [("flux", (0, 3, 6, 8)), ("wan", (0, 1, 4))])
-def test_shards_compose_with_compiled_blocks(checkpoints: Path, family: str, cuts: tuple[int, ...]) -> None:
+def test_shards_compose_with_compiled_blocks(checkpoints: Path) -> None:
     def compile_blocks(model: Any) -> None:
         model.compile_repeated_blocks(backend="eager", fullgraph=True)
 
-    assert_prepared_shards_equal_a_prepared_whole(checkpoints, family, cuts, compile_blocks, torch.float32)
+    assert_prepared_shards_equal_a_prepared_whole(checkpoints, "wan", (0, 1, 4), compile_blocks, torch.float32)
 
 
 @pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])

@@ -2,10 +2,11 @@
 
 import gc
 import random
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from typing import Any
 
@@ -17,10 +18,22 @@ FOREVER_S = 60.0
 A_MOMENT_S = 0.003
 
 
-class TestIsOver(Exception):
-    """Closes the queue, so that no thread stays blocked when a test has failed."""
+class Over(Exception):
+    """The test is."""
 
-    __test__ = False
+
+def in_thread(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:
+    """A daemon, so that a queue that never answers it cannot hang the tests."""
+    outcome: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(call(*args, **kwargs))
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return outcome
 
 
 class Clock:
@@ -34,9 +47,9 @@ class Clock:
 
 
 class Rig:
-    """A step queue and the threads of its requests. No call blocks for longer than a second."""
+    """A step queue, and what requests and rank 0 do with it. Nothing here blocks for longer than a second."""
 
-    def __init__(self, threads: ThreadPoolExecutor, **options: Any) -> None:
+    def __init__(self, **options: Any) -> None:
         defaults: dict[str, Any] = {
             "num_shards": 1,
             "max_batch_size": 16,
@@ -44,19 +57,18 @@ class Rig:
             "max_batch_tokens": None,
         }
         self.queue = StepQueue(**defaults | options)
-        self.threads = threads
 
     def seats(self, num_seats: int) -> list[Seat]:
         return [self.queue.join() for _ in range(num_seats)]
 
     def send(self, seat: Seat, payload: Any, signature: Any = "x", tokens: int = 1) -> Future[Any]:
         """Forward from a thread; return when the queue has it."""
-        sent = self.threads.submit(self.queue.forward, seat, payload, signature=signature, tokens=tokens)
+        sent = in_thread(self.queue.forward, seat, payload, signature=signature, tokens=tokens)
         self.until(lambda: seat.state in (SeatState.WAITING, SeatState.FLYING) or sent.done())
         return sent
 
     def taking(self) -> Future[MicroBatch]:
-        return self.threads.submit(self.queue.take)
+        return in_thread(self.queue.take)
 
     def take(self) -> MicroBatch:
         return self.taking().result(timeout=1)
@@ -66,10 +78,10 @@ class Rig:
 
     def fly(self, *flights: tuple[Seat, Any]) -> None:
         """Send each (seat, signature), take and land them: afterwards the seats are between two forwards."""
-        sent = [self.send(seat, "earlier", signature) for seat, signature in flights]
-        while not all(forward.done() for forward in sent):
+        for seat, signature in flights:
+            self.send(seat, "earlier", signature)
+        while any(seat.state is not SeatState.BETWEEN for seat, _ in flights):
             self.land(self.take())
-            wait(sent, timeout=A_MOMENT_S)
 
     def until(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 1
@@ -85,15 +97,14 @@ def is_blocked(call: Future[Any]) -> bool:
 @pytest.fixture
 def build_rig() -> Iterator[Callable[..., Rig]]:
     rigs: list[Rig] = []
-    with ThreadPoolExecutor(64) as threads:
 
-        def build(**options: Any) -> Rig:
-            rigs.append(Rig(threads, **options))
-            return rigs[-1]
+    def build(**options: Any) -> Rig:
+        rigs.append(Rig(**options))
+        return rigs[-1]
 
-        yield build
-        for rig in rigs:
-            rig.queue.close(TestIsOver())
+    yield build
+    for rig in rigs:
+        rig.queue.close(Over())
 
 
 # Merging
@@ -323,44 +334,33 @@ def test_nobody_passes_a_forward_that_has_waited_batch_wait_s(build_rig):
     assert taking.result(timeout=1).payloads == ("old", "young")
 
 
+def serve(rig: Rig, seat: Seat) -> int:
+    """Take, land and send everybody's next forward, until the seat had its turn. Returns how many batches it took."""
+    for num_batches in range(1, 20):
+        batch = rig.take()
+        rig.land(batch)
+        for other in batch.payloads:
+            rig.send(other, other, other.signature)
+        if seat in batch.payloads:
+            return num_batches
+    raise AssertionError("starved")
+
+
 def test_a_rare_signature_is_not_starved_under_constant_load(build_rig):
     rig = build_rig(max_batch_size=2)
     rare, *common = rig.seats(7)
     for seat in common:
         rig.send(seat, seat, "common")
     rig.send(rare, rare, "rare")
-    for _ in range(3):  # three batches of those that were there before it
-        batch = rig.take()
-        rig.land(batch)
-        for seat in batch.payloads:
-            rig.send(seat, seat, "common")
-    assert rig.take().payloads == (rare,)
-
-
-def run_rank_0(rig: Rig) -> None:
-    with suppress(TestIsOver):
-        while True:
-            rig.land(rig.queue.take())
-
-
-def run_request(rig: Rig, seat: Seat, signatures: Iterable[Any]) -> int:
-    """All forwards of one request. Returns how many micro-batches took off meanwhile."""
-    before = rig.queue.stats().num_micro_batches
-    for signature in signatures:
-        rig.queue.forward(seat, "p", signature=signature, tokens=1)
-    rig.queue.leave(seat)
-    return rig.queue.stats().num_micro_batches - before
+    assert serve(rig, rare) == 4  # after the six that were there before it
 
 
 def test_a_short_request_is_not_held_up_by_long_ones(build_rig):
-    rig = build_rig(max_batch_size=4, batch_wait_s=0.05)
-    for seat in rig.seats(8):
-        rig.threads.submit(run_request, rig, seat, ["x"] * 50)
-    rig.until(lambda: rig.queue.stats().num_waiting == 8)
-    short = rig.threads.submit(run_request, rig, rig.queue.join(), ["x"] * 4)
-    rig.until(lambda: rig.queue.stats().num_waiting == 9)
-    rig.threads.submit(run_rank_0, rig)
-    assert short.result(timeout=2) <= 4 * 3  # in each of four rounds three batches serve all nine seats
+    rig = build_rig(max_batch_size=4)
+    *long, short = rig.seats(9)
+    for seat in [*long, short]:
+        rig.send(seat, seat)
+    assert sum(serve(rig, short) for _ in range(4)) <= 4 * 3  # each time three batches serve all nine
 
 
 # The two passes of true CFG, where their signatures differ
@@ -387,12 +387,24 @@ def test_a_request_that_alternates_is_not_awaited_where_it_was_last(build_rig):
     assert rig.take().payloads == ("b",)
 
 
+def run_request(rig: Rig, seat: Seat, signatures: Iterable[Any]) -> None:
+    for signature in signatures:
+        rig.queue.forward(seat, "p", signature=signature, tokens=1)
+    rig.queue.leave(seat)
+
+
+def run_rank_0(rig: Rig) -> None:
+    with suppress(Over):
+        while True:
+            rig.land(rig.queue.take())
+
+
 def test_alternating_requests_in_lockstep_merge(build_rig):
     rig = build_rig(batch_wait_s=0.05)
     passes = ["cond", "uncond"] * 10
-    requests = [rig.threads.submit(run_request, rig, seat, passes) for seat in rig.seats(4)]
+    requests = [in_thread(run_request, rig, seat, passes) for seat in rig.seats(4)]
     rig.until(lambda: rig.queue.stats().num_waiting == 4)
-    rig.threads.submit(run_rank_0, rig)
+    in_thread(run_rank_0, rig)
     assert not wait(requests, timeout=2).not_done
     assert len(passes) * 4 / rig.queue.stats().num_micro_batches >= 3
 
@@ -549,7 +561,7 @@ def test_a_failed_forward_does_not_keep_its_payload_alive(build_rig):
     rig = build_rig()
     gc.disable()
     try:
-        request = rig.threads.submit(run, rig.queue.join())
+        request = in_thread(run, rig.queue.join())
         rig.queue.fail(rig.take().id, MemoryError("out of memory"))
         assert request.result(timeout=1)() is None
     finally:
@@ -615,7 +627,7 @@ def test_forty_requests_with_errors_and_cancellations_neither_hang_nor_mix(build
 
     def shards() -> None:
         luck = random.Random(1)
-        with suppress(TestIsOver):
+        with suppress(Over):
             while True:
                 flying = [rig.queue.take()]
                 if rig.queue.stats().num_waiting > 6:
@@ -627,8 +639,8 @@ def test_forty_requests_with_errors_and_cancellations_neither_hang_nor_mix(build
                         rig.land(batch)
 
     seats = rig.seats(40)
-    requests = [rig.threads.submit(request, name, seat) for name, seat in enumerate(seats)]
-    rig.threads.submit(shards)
+    requests = [in_thread(request, name, seat) for name, seat in enumerate(seats)]
+    in_thread(shards)
     for seat in chance.sample(seats, 10):
         time.sleep(0.001)
         rig.queue.cancel(seat)

@@ -1,0 +1,87 @@
+"""One rank's shard of a checkpoint's denoiser, on its device and ready to run."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import nn
+
+from cluster.partition import plan_cuts
+from deployments.checkpoints.components import ModelIndex, fetch_stage
+from deployments.config import ModelConfig, TransformerConfig
+from deployments.device import resolve_device, resolve_dtype
+from deployments.engine.blocks import block_bytes, block_names, build_skeleton
+from deployments.engine.shard import Shard, load_shard
+from deployments.families import Family
+
+
+@dataclass(frozen=True, eq=False)
+class Denoiser:
+    """A checkpoint's denoiser before its weights are read: what every rank knows alike."""
+
+    folder: Path
+    index: ModelIndex
+    name: str
+    """The component's name: transformer or unet."""
+    model_class: Any
+    skeleton: nn.Module
+    """The model on the meta device."""
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def config(self) -> Any:
+        """The model's config, as pipelines read it."""
+        return self.skeleton.config
+
+
+def open_denoiser(model: ModelConfig, family: Family, config: TransformerConfig) -> Denoiser:
+    """Fetches the checkpoint if need be; reads configs only."""
+    folder, index = fetch_stage(model, family, "denoise")
+    name = family.denoiser
+    model_class = getattr(diffusers, index[name][1])
+    skeleton = build_skeleton(model_class, folder, name)
+    return Denoiser(
+        folder, index, name, model_class, skeleton, resolve_dtype(config.dtype), resolve_device(config)
+    )
+
+
+def load_rank(denoiser: Denoiser, model: ModelConfig, config: TransformerConfig, rank: int) -> Shard:
+    """Reads the weights of this rank's blocks, and only those."""
+    placement = {}
+    if config.device_map is not None:
+        placement = {"device_map": config.device_map, "max_memory": _max_memory(config)}
+    shard = load_shard(
+        denoiser.model_class,
+        denoiser.folder,
+        denoiser.name,
+        blocks=plan_ranks(denoiser, config)[rank] if config.num_ranks > 1 else None,
+        dtype=denoiser.dtype,
+        variant=model.variant,
+        **placement,
+    )
+    if config.device_map is None:
+        shard.model.to(denoiser.device)
+    shard.model.eval()
+    return shard
+
+
+def plan_ranks(denoiser: Denoiser, config: TransformerConfig) -> list[tuple[int, int]]:
+    """The block range of every rank: as configured, else so that the largest shard has the fewest bytes."""
+    num_blocks = len(block_names(denoiser.skeleton))
+    if config.cuts is not None:
+        if config.cuts[-1] >= num_blocks:
+            raise ValueError(f"cuts must be below {num_blocks}, the number of blocks, got {config.cuts[-1]}")
+        return list(pairwise((0, *config.cuts, num_blocks)))
+    weights = block_bytes(denoiser.skeleton, denoiser.dtype)
+    return list(pairwise(plan_cuts(weights.blocks, config.shards, tail_cost=weights.tail)))
+
+
+def _max_memory(config: TransformerConfig) -> dict[int | str, str] | None:
+    """As accelerate spells it: GPUs by number, "cpu" and "disk" by name."""
+    if config.max_memory is None:
+        return None
+    return {int(key) if key.isdecimal() else key: size for key, size in config.max_memory.items()}

@@ -1,0 +1,108 @@
+"""What of a forward's inputs must cross to the other ranks: each tensor once, as long as it lives on rank 0.
+
+A pipeline passes the same embeddings, ids and masks at every step of a request. Rank 0 knows a tensor by its
+identity and sends it once, under a key; when the request ends and the tensor is freed, so is its key, and the
+next micro-batch tells the other ranks to let go of theirs. Micro-batches keep their order around the ring, so
+a key arrives before its first use and its release after the last. Nothing here knows which inputs are constant.
+A micro-batch that fails on the way ends all of its requests, so no key it failed to deliver is used again.
+"""
+
+import weakref
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from deployments.engine.merge import Inputs
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """In place of a tensor: the key the other ranks hold it by, and the tensor itself the first time."""
+
+    key: int
+    tensor: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class ShapeOf:
+    """In place of a tensor that later shards read only for its shape, dtype and device."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Outliner:
+    """Rank 0's side. One thread outlines; tensors may be freed in any."""
+
+    def __init__(self, shape_only: frozenset[str]) -> None:
+        """shape_only: names of inputs of which later shards need no values (`blocks.shape_only_inputs`)."""
+        self._shape_only = shape_only
+        self._keys = count()
+        self._held: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._released: deque[int] = deque()
+
+    def outline(self, inputs: Inputs) -> Inputs:
+        """The inputs with every tensor replaced by what the other ranks need of it."""
+        return {
+            name: ShapeOf(tuple(value.shape), value.dtype)
+            if name in self._shape_only
+            else _map_tensors(value, self._hold)
+            for name, value in inputs.items()
+        }
+
+    def take_released(self) -> tuple[int, ...]:
+        """Keys whose tensors were freed since the last call."""
+        return tuple(self._released.popleft() for _ in range(len(self._released)))
+
+    def _hold(self, tensor: torch.Tensor) -> Held:
+        held: tuple[int, int] | None = self._held.get(tensor)  # type: ignore[no-untyped-call]
+        if held is not None and held[1] == tensor._version:  # nobody has written to it since
+            return Held(held[0], None)
+        key = next(self._keys)
+        self._held[tensor] = key, tensor._version
+        weakref.finalize(tensor, self._release, key)
+        return Held(key, tensor)
+
+    def _release(self, key: int) -> None:
+        self._released.append(key)
+
+
+class Holder:
+    """Another rank's side."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._tensors: dict[int, torch.Tensor] = {}
+
+    def fill(self, outlined: Inputs) -> Inputs:
+        """The inputs again, on this rank's device."""
+        return {name: self._fill(value) for name, value in outlined.items()}
+
+    def release(self, keys: tuple[int, ...]) -> None:
+        for key in keys:
+            self._tensors.pop(key, None)
+
+    def _fill(self, value: Any) -> Any:
+        if isinstance(value, ShapeOf):
+            return torch.zeros(value.shape, dtype=value.dtype, device=self._device)
+        if isinstance(value, Held):
+            if value.tensor is not None:
+                self._tensors[value.key] = value.tensor.to(self._device)
+            return self._tensors[value.key]
+        if isinstance(value, Mapping):
+            return {key: self._fill(entry) for key, entry in value.items()}
+        return value
+
+
+def _map_tensors(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:
+    """Tensors are found in dicts, however deep (SDXL's `added_cond_kwargs`); lists carry plain numbers."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: _map_tensors(entry, change) for key, entry in value.items()}
+    return value

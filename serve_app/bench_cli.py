@@ -1,0 +1,27 @@
+"""`relay bench`: one command per benchmark, looked up when called, for they import torch."""
+
+import importlib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+bench = typer.Typer(help="Measure this machine; every row is against a baseline of the same run.")
+
+JsonFile = Annotated[Path | None, typer.Option("--json", help="also write machine and rows to this file")]
+Quick = Annotated[bool, typer.Option("--quick", help="a coarse answer in under a minute")]
+
+
+@bench.command()
+def latency(
+    config: Annotated[Path, typer.Option(help="Serve YAML to measure")] = Path("configs/quickstart.yaml"),
+    port: Annotated[int, typer.Option(help="free port to serve on")] = 8765,
+    json_file: JsonFile = None,
+    quick: Quick = False,
+) -> None:
+    """Time to the first 200, and one request's latency against the plain pipeline."""
+    _run("latency", config, port=port, num_requests=10 if quick else 40, json_file=json_file)
+
+
+def _run(name: str, *args: Any, **kwargs: Any) -> None:
+    importlib.import_module(f"serve_app.bench.{name}").run(*args, **kwargs)
