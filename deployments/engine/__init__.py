@@ -1,9 +1,6 @@
-"""The engine of a Transformer replica: many pipelines in, one denoiser, sharded, kept busy.
+"""Several requests in one denoiser, one forward at a time, over one rank or several.
 
-Read in this order:
-    step_queue  who goes next
-    merge       several forwards become one
-    stand_in    what diffusers' pipeline calls
-    shard       a block range of the model
-    engine      wires them
+Read in this order: stand_in (what diffusers' pipeline calls), step_queue (who goes next), merge (several
+forwards become one), blocks, cut and shard (consecutive blocks of the model), load (one rank's weights),
+outline (what of the inputs must cross to other ranks), work (what each rank does), engine (rank 0, all wired).
 """

@@ -335,7 +335,7 @@ def test_nobody_passes_a_forward_that_has_waited_batch_wait_s(build_rig):
 
 
 def serve(rig: Rig, seat: Seat) -> int:
-    """Take, land and send everybody's next forward, until the seat had its turn. Returns how many batches it took."""
+    """Take, land, and send everybody's next forward, until the seat had its turn: after how many batches?"""
     for num_batches in range(1, 20):
         batch = rig.take()
         rig.land(batch)

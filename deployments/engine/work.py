@@ -1,0 +1,52 @@
+"""A micro-batch on its way along the ranks, and what every rank does with it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from deployments.engine.cut import Boundary
+from deployments.engine.merge import Inputs, Merger
+from deployments.engine.outline import Holder, Outliner
+from deployments.engine.shard import Shard
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """From one rank to the next. The last rank sends the bare prediction [B, ...] back to rank 0."""
+
+    inputs: tuple[Inputs, ...]
+    """One per forward, outlined; every rank merges them itself, so that embeddings need not cross again."""
+    released: tuple[int, ...]
+    """Keys of tensors that no later micro-batch will name."""
+    boundary: Boundary
+    """What the blocks before the cut returned, for the whole batch."""
+
+
+class Leader:
+    """Rank 0's part of a micro-batch."""
+
+    def __init__(self, shard: Shard, merger: Merger, outliner: Outliner) -> None:
+        self._shard, self._merger, self._outliner = shard, merger, outliner
+
+    def run(self, group: Sequence[Inputs]) -> "Work | torch.Tensor":
+        """The first blocks of a group of forwards of one signature."""
+        output = self._shard.run(self._merger.merge(group))
+        if isinstance(output, torch.Tensor):
+            return output
+        outlined = tuple(self._outliner.outline(inputs) for inputs in group)
+        return Work(outlined, self._outliner.take_released(), output)
+
+
+class Follower:
+    """Any other rank's part."""
+
+    def __init__(self, shard: Shard, merger: Merger, holder: Holder) -> None:
+        self._shard, self._merger, self._holder = shard, merger, holder
+
+    def run(self, work: Work) -> "Work | torch.Tensor":
+        """These blocks, from where the rank before left off."""
+        self._holder.release(work.released)
+        inputs = self._merger.merge([self._holder.fill(outlined) for outlined in work.inputs])
+        output = self._shard.run(inputs, work.boundary)
+        return output if isinstance(output, torch.Tensor) else replace(work, boundary=output)
