@@ -92,7 +92,8 @@ class Holder:
             return torch.zeros(value.shape, dtype=value.dtype, device=self._device)
         if isinstance(value, Held):
             if value.tensor is not None:
-                self._tensors[value.key] = value.tensor.to(self._device)
+                # Received tensors are views of one buffer per message: a copy lets the rest of it go.
+                self._tensors[value.key] = value.tensor.to(self._device, copy=True)
             return self._tensors[value.key]
         if isinstance(value, Mapping):
             return {key: self._fill(entry) for key, entry in value.items()}

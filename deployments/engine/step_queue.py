@@ -41,7 +41,7 @@ class Seat:
 
     state: SeatState = SeatState.NEW
     since: float = 0.0
-    """When it entered its state, on the queue's clock."""
+    """When it began to wait, or landed, on the queue's clock."""
     signature: Hashable = None
     """Of its latest forward."""
     successors: dict[Hashable, Hashable] = field(default_factory=dict)
@@ -174,8 +174,8 @@ class StepQueue:
             size = len(self._flights[batch_id])
             if len(results) != size:
                 raise ValueError(f"micro-batch {batch_id}: got {len(results)} results for {size} payloads")
-            for place, forward in self._land(batch_id):
-                forward.result.set_result(results[place])
+            for i, forward in self._land(batch_id):
+                forward.result.set_result(results[i])
 
     def fail(self, batch_id: int, error: BaseException) -> None:
         """Let the forwards of this micro-batch, and no others, raise the error."""
@@ -254,8 +254,8 @@ class StepQueue:
     def _take_off(self, batch: list[Forward]) -> MicroBatch:
         now, batch_id = self._clock(), next(self._batch_ids)
         for forward in batch:
+            forward.seat.state = SeatState.FLYING
             self._queue_wait_s += now - forward.seat.since
-            forward.seat.state, forward.seat.since = SeatState.FLYING, now
         self._batch_sizes[len(batch)] += 1
         self._flights[batch_id] = batch
         return MicroBatch(batch_id, tuple(forward.payload for forward in batch))
@@ -263,7 +263,7 @@ class StepQueue:
     def _land(self, batch_id: int) -> list[tuple[int, Forward]]:
         """Its forwards that are still open, each with its place in the batch."""
         now, flight = self._clock(), self._flights.pop(batch_id)
-        landed = [(place, forward) for place, forward in enumerate(flight) if self._open.pop(forward.seat, None)]
+        landed = [(i, forward) for i, forward in enumerate(flight) if self._open.pop(forward.seat, None)]
         for _, forward in landed:
             forward.seat.state, forward.seat.since = SeatState.BETWEEN, now
         self._changed.notify_all()

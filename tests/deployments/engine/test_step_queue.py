@@ -302,6 +302,37 @@ def test_a_request_that_is_late_is_not_awaited_again(build_rig):
     assert rig.take().payloads == ("a",)
 
 
+def test_a_late_request_does_not_cut_short_the_wait_for_another(build_rig):
+    clock = Clock()
+    rig = build_rig(batch_wait_s=1.0, clock=clock)
+    late, coming, a = rig.seats(3)
+    rig.fly((late, "x"))
+    clock.now = 1.0
+    rig.fly((coming, "x"))
+    rig.send(a, "a")
+    taking = rig.taking()
+    assert is_blocked(taking)
+    rig.send(coming, "b")
+    assert taking.result(timeout=1).payloads == ("a", "b")
+
+
+def test_take_wakes_for_the_nearest_of_several_deadlines(build_rig):
+    clock = Clock()
+    rig = build_rig(num_shards=2, batch_wait_s=FOREVER_S, clock=clock)
+    a, b, c, d = rig.seats(4)
+    for seat, signature in zip((a, b, c, d), "xxyy", strict=True):
+        rig.send(seat, seat, signature)
+    x, y = rig.take(), rig.take()
+    rig.land(x)
+    clock.now = FOREVER_S - A_MOMENT_S
+    rig.land(y)
+    rig.send(c, "c", "y"), rig.send(a, "a", "x")
+    taking = rig.taking()
+    assert is_blocked(taking)
+    clock.now = FOREVER_S
+    assert taking.result(timeout=1).payloads == ("a",)
+
+
 # Order
 
 
