@@ -56,6 +56,11 @@ class StageConfig(ResourceConfig):
     )
 
     @property
+    def num_ranks(self) -> int:
+        """Processes of one replica, each with these resources."""
+        return 1
+
+    @property
     def num_threads(self) -> int:
         """CPU threads of one torch operation. What Ray reserves is what is used, so stages do not fight."""
         return self.torch_threads or max(1, int(self.num_cpus))

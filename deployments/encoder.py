@@ -3,26 +3,16 @@
 import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from deployments.config import EncoderConfig, ModelConfig
 from deployments.embedding_cache import EmbeddingCache
 from deployments.request import Conditioning, Prompt
 from deployments.stages import load_stage
+from deployments.stats import EncoderStats
 
 if TYPE_CHECKING:
     from deployments.families.family import Embeds
-
-
-@dataclass(frozen=True)
-class EncoderStats:
-    """Counts since the replica started."""
-
-    num_forwards: int
-    num_cache_hits: int
-    num_cached: int
-    cached_bytes: int
 
 
 class Encoder:

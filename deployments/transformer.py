@@ -4,11 +4,15 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from cluster.shard_group import ShardGroup, this_address
 from deployments.config import ModelConfig, TransformerConfig
+from deployments.rank import Rank, exit_replica
 from deployments.request import Conditioning, Denoised, GenerationRequest, Progress
 from deployments.stages import load_stage
+from deployments.stats import TransformerStats
 
 if TYPE_CHECKING:
     import torch
@@ -18,11 +22,29 @@ PROGRESS_PERIOD_S = 0.2
 
 
 class Transformer:
-    """Serves `denoise`: every request in a thread of its own, all on one engine."""
+    """Serves `denoise`: every request in a thread of its own, all on one engine.
+
+    With several shards this process is rank 0, and its children, in its placement group, are the others.
+    """
 
     def __init__(self, model: ModelConfig, family: str, config: TransformerConfig) -> None:
-        self._stage = load_stage("denoise", model, family, config)
         self._threads = ThreadPoolExecutor(config.max_ongoing_requests, thread_name_prefix="denoise")
+        self._group: ShardGroup | None = None
+        self._stage: Any = None
+        if config.num_ranks > 1:  # first of all: the children start while this process imports torch
+            self._group = ShardGroup(Rank, config.num_ranks, config, model, family, config)
+        self._stage = load_stage("denoise", model, family, config)
+        self._connect()
+
+    def _connect(self) -> None:
+        if self._group is None:
+            self._stage.connect(None, exit_replica)
+            return
+        rendezvous = self._stage.open_rendezvous(this_address(), self._group.places())
+        wait = self._group.connect(rendezvous)
+        self._stage.connect(rendezvous, exit_replica)
+        wait()
+        self._group.watch(self._stage.engine.lose)
 
     async def denoise(
         self, conditioning: Conditioning, request: GenerationRequest, wants_progress: bool = False
@@ -64,5 +86,19 @@ class Transformer:
         )
         yield latents
 
+    async def stats(self) -> TransformerStats:
+        """Of this replica and all of its ranks."""
+        return await asyncio.to_thread(self._stats)
+
+    def _stats(self) -> TransformerStats:
+        stats: TransformerStats = self._stage.stats()
+        others = [] if self._group is None else self._group.stats()
+        return replace(stats, ranks=(*stats.ranks, *others))
+
     async def ping(self) -> None:
         """Answers when this replica can serve."""
+
+    def __del__(self) -> None:
+        """Serve calls it at an orderly end; the ring's goodbye ends the other ranks' part in it."""
+        if self._stage is not None:
+            self._stage.close()

@@ -21,7 +21,9 @@ def build_app(config: AppConfig) -> Application:
     family = find_family(model)
 
     def stage(deployment: type, stage_config: StageConfig) -> Application:
-        options = plan_serve_options(stage_config, graceful_shutdown_timeout_s=timeout_s)
+        options = plan_serve_options(
+            stage_config, graceful_shutdown_timeout_s=timeout_s, num_shards=stage_config.num_ranks
+        )
         return serve.deployment(deployment).options(**options).bind(model, family, stage_config)
 
     return (

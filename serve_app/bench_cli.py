@@ -23,5 +23,12 @@ def latency(
     _run("latency", config, port=port, num_requests=10 if quick else 40, json_file=json_file)
 
 
+@bench.command()
+def batching(json_file: JsonFile = None, quick: Quick = False) -> None:
+    """Requests per second at concurrency 1 to 8: merging on, off, and the whole pipeline in one replica."""
+    models = ("tiny",) if quick else ("tiny", "100M")
+    _run("batching", num_rounds=3 if quick else 8, models=models, json_file=json_file)
+
+
 def _run(name: str, *args: Any, **kwargs: Any) -> None:
     importlib.import_module(f"serve_app.bench.{name}").run(*args, **kwargs)

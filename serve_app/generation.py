@@ -141,7 +141,8 @@ async def _denoise(
         async for reference in references:
             item = await reference
             if isinstance(item, Denoised):
-                return item, await anext(references)
+                # Not `anext`, which fetches the value while it waits; `next` waits for the reference only.
+                return item, await asyncio.to_thread(next, references)
             if on_progress is not None:
                 on_progress(item)
         raise StageFailed("the transformer ended its stream without latents")

@@ -1,64 +1,98 @@
-"""The engine of one Transformer replica: requests' threads on one side, the denoiser on the other."""
+"""Rank 0 of a shard group: requests' threads on one side, the ring of ranks on the other."""
 
-import logging
-import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from cluster.message import Message
+from cluster.ring import Ring, RingStats, StopRing
+from cluster.transport import Transport
 from deployments.config import TransformerConfig
 from deployments.engine.merge import Inputs, Merger, num_samples, num_tokens
-from deployments.engine.shard import Shard
-from deployments.engine.step_queue import MicroBatch, Seat, StepQueue
-
-log = logging.getLogger("ray.serve")
+from deployments.engine.step_queue import Seat, StepQueue
+from deployments.engine.work import Leader
 
 
-class EngineClosed(Exception):
-    """The engine was shut down."""
+class ShardGroupLost(Exception):
+    """A rank died or got stuck. The request may be repeated: another replica will serve it."""
 
 
 class Engine:
-    """Pulls micro-batches from the step queue and runs them, in a compute thread of its own."""
+    """Takes single forwards from many threads and gives each its prediction back."""
 
-    def __init__(self, shard: Shard, config: TransformerConfig) -> None:
-        self._shard = shard
-        self._merger = Merger(type(shard.model).__name__)
-        config_of_model: Any = shard.model.config
-        self._patch_size = config_of_model.get("patch_size", 1)
+    def __init__(
+        self,
+        leader: Leader,
+        merger: Merger,
+        config: TransformerConfig,
+        *,
+        device: torch.device,
+        transport: Transport | None = None,
+        patch_size: Any = 1,
+        on_lost: Callable[[BaseException], None],
+    ) -> None:
+        """
+        Args:
+            transport: to the next rank and from the last; None where there is only this one.
+            patch_size: latent positions per token and axis, by which the cost of a forward is told.
+            on_lost: the group is no more, and the requests were told; end the process.
+        """
+        self._merger, self._patch_size, self._on_lost = merger, patch_size, on_lost
+        self._num_samples: dict[int, list[int]] = {}
         self.queue = StepQueue(
-            num_shards=1,
+            num_shards=config.num_ranks,
             max_batch_size=config.max_batch_size,
             batch_wait_s=config.batch_wait_ms / 1e3,
             max_batch_tokens=config.max_batch_tokens,
         )
-        threading.Thread(target=self._compute, name="compute", daemon=True).start()
+        self._ring = Ring(
+            leader.run,
+            transport=transport,
+            source=self._take,
+            sink=self._land,
+            on_failure=self.lose,
+            stuck_after_s=config.stuck_after_s,
+            device=device,
+        )
+        self._ring.start()
 
     def forward(self, seat: Seat, inputs: Inputs) -> torch.Tensor:
-        """One forward of the denoiser, merged with others'; called by the request's thread, which waits."""
-        result: torch.Tensor = self.queue.forward(
+        """One forward of the denoiser, perhaps merged with others'. The request's thread calls it and waits.
+
+        Raises Cancelled, ShardGroupLost, or what the forward itself raised.
+        """
+        prediction: torch.Tensor = self.queue.forward(
             seat,
             inputs,
             signature=self._merger.signature(inputs),
             tokens=num_tokens(inputs, self._patch_size),
         )
-        return result
+        return prediction
+
+    def lose(self, cause: BaseException) -> None:
+        """The group is lost: every waiting thread gets ShardGroupLost, and so does whoever runs this."""
+        error = ShardGroupLost(f"the shard group is lost: {type(cause).__name__}: {cause}")
+        self.queue.close(error)
+        self._on_lost(error)
 
     def close(self) -> None:
-        """Ends the compute thread; open forwards raise EngineClosed."""
-        self.queue.close(EngineClosed("the replica is shutting down"))
+        """An orderly end; the other ranks end with it."""
+        self.queue.close(StopRing("the replica is shutting down"))
+        self._ring.close()
 
-    def _compute(self) -> None:
-        while True:
-            try:
-                batch = self.queue.take()
-            except EngineClosed:
-                return
-            try:
-                self.queue.finish(batch.id, self._run(batch))
-            except Exception as error:  # it is the requests' own: they get it, the engine goes on
-                self.queue.fail(batch.id, error)
+    def stats(self) -> RingStats:
+        """Of rank 0."""
+        return self._ring.stats()
 
-    def _run(self, batch: MicroBatch) -> Any:
-        output: Any = self._shard.run(self._merger.merge(batch.payloads))
-        return output.split([num_samples(inputs) for inputs in batch.payloads])
+    def _take(self) -> Message:
+        batch = self.queue.take()
+        self._num_samples[batch.id] = [num_samples(inputs) for inputs in batch.payloads]
+        return Message(batch.id, batch.payloads)
+
+    def _land(self, message: Message) -> None:
+        sizes = self._num_samples.pop(message.batch_id)
+        if message.error is not None:
+            self.queue.fail(message.batch_id, message.error)
+        else:
+            self.queue.finish(message.batch_id, message.body.split(sizes))

@@ -33,6 +33,14 @@ class Denoiser:
     device: torch.device
 
     @property
+    def block_names(self) -> tuple[str, ...]:
+        """In forward order; none where the class declares none, which then runs as one shard."""
+        try:
+            return block_names(self.skeleton)
+        except ValueError:
+            return ()
+
+    @property
     def config(self) -> Any:
         """The model's config, as pipelines read it."""
         return self.skeleton.config

@@ -10,7 +10,7 @@ import torch
 from diffusers import ModelMixin
 from torch import nn
 
-from deployments.engine.blocks import block_names, build_skeleton, shape_only_inputs
+from deployments.engine.blocks import block_names, build_skeleton
 from deployments.engine.cut import Boundary, Cut, CutReached
 
 _MAX_KEYS_SHOWN = 5
@@ -65,14 +65,14 @@ class Shard:
     def __init__(self, model: nn.Module, cut: Cut | None) -> None:
         self.model = model
         self._cut = cut
-        self.needs_latents = cut is None or cut.is_first or not shape_only_inputs(model)
-        """Whether latents matter by value here; if not, zeros of their shape, dtype and device will do."""
+        self.blocks = None if cut is None else (cut.start, cut.end)
+        """The range of `block_names` that it holds; None for the whole model."""
 
     def run(self, inputs: Mapping[str, Any], boundary: Boundary | None = None) -> Boundary | torch.Tensor:
         """One forward through these blocks.
 
-        Every shard gets the same `inputs`, the keyword arguments of the model's forward, but for what
-        `needs_latents` says. `boundary` is what the shard before returned. The last shard returns the model's
+        Every shard gets the same `inputs`, the keyword arguments of the model's forward; those named by
+        `shape_only_inputs` may be zeros on shards after the first. `boundary` is what the shard before returned. The last shard returns the model's
         prediction.
         """
         # Not inference_mode: tensors made in it may not be written in place outside of it, which casting and

@@ -1,6 +1,7 @@
 """The torch side of each stage: what runs in a replica's threads.
 
-Read in this order: pipeline (one stage's components of a checkpoint), encode, denoise, decode, media.
+Read in this order: pipeline (one stage's components of a checkpoint), encode, denoise,
+follow (denoise on the other ranks), decode, media.
 Importing this package imports no torch; `load_stage` does, when a replica calls it.
 """
 
@@ -10,6 +11,7 @@ from typing import Any
 STAGES = {
     "encode": "deployments.stages.encode:TextEncoding",
     "denoise": "deployments.stages.denoise:Denoising",
+    "follow": "deployments.stages.follow:Following",
     "decode": "deployments.stages.decode:Decoding",
 }
 

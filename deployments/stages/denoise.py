@@ -6,55 +6,91 @@ result is the pipeline's by construction.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import diffusers
 import torch
 
-from deployments.checkpoints.components import fetch_stage
+from cluster.place import Place, Rendezvous, plan_backend
+from cluster.transport import GroupTransport, open_store
 from deployments.config import ModelConfig, TransformerConfig
-from deployments.device import resolve_device, resolve_dtype
-from deployments.engine.blocks import build_skeleton
+from deployments.engine.blocks import shape_only_inputs
 from deployments.engine.engine import Engine
-from deployments.engine.shard import load_shard
+from deployments.engine.load import load_rank, open_denoiser
+from deployments.engine.merge import Merger
+from deployments.engine.outline import Outliner
 from deployments.engine.stand_in import StandIn
 from deployments.engine.step_queue import Seat
+from deployments.engine.work import Leader
 from deployments.families import FAMILIES
 from deployments.families.family import Embeds
 from deployments.request import GenerationRequest
+from deployments.stages.follow import rank_stats
 from deployments.stages.pipeline import load_pipeline
+from deployments.stats import TransformerStats
 
 OnStep = Callable[[int, torch.Tensor], None]
 """(steps done, latents after them)"""
 
 
 class Denoising:
-    """The checkpoint's denoiser, its scheduler, and the loop around them. Thread-safe."""
+    """The checkpoint's scheduler and rank 0's shard of its denoiser. Thread-safe once connected."""
 
     def __init__(self, model: ModelConfig, family: str, config: TransformerConfig) -> None:
         torch.set_num_threads(config.num_threads)
-        self._family = FAMILIES[family]
-        self._device, self._dtype = resolve_device(config), resolve_dtype(config.dtype)
-        folder, index = fetch_stage(model, self._family, "denoise")
+        self._family, self._config = FAMILIES[family], config
+        self._denoiser = open_denoiser(model, self._family, config)
+        self._shard = load_rank(self._denoiser, model, config, rank=0)
         self._pipe = load_pipeline(
-            folder, index, frozenset({"scheduler"}), dtype=self._dtype, variant=model.variant
+            self._denoiser.folder,
+            self._denoiser.index,
+            frozenset({"scheduler"}),
+            dtype=self._denoiser.dtype,
+            variant=model.variant,
         )
-        name = self._family.denoiser
-        model_class = getattr(diffusers, index[name][1])
-        self._skeleton = build_skeleton(model_class, folder, name)
-        shard = load_shard(model_class, folder, name, blocks=None, dtype=self._dtype, variant=model.variant)
-        shard.model.to(self._device).eval()
-        self._engine = Engine(shard, config)
+
+    def open_rendezvous(self, host: str, places: Sequence[Place]) -> Rendezvous:
+        """Where the other ranks are to meet this one, at an address of its node that they can reach."""
+        self._store = open_store(host, len(places))
+        return Rendezvous(host, self._store.port, len(places), plan_backend(places))
+
+    def connect(self, rendezvous: Rendezvous | None, on_lost: Callable[[BaseException], None]) -> None:
+        """Meet the other ranks, if there are any, and begin to work. on_lost: the group is no more."""
+        transport, device = None, self._denoiser.device
+        if rendezvous is not None:
+            transport = GroupTransport(
+                0, rendezvous.num_ranks, self._store, backend=rendezvous.backend, device=device
+            )
+        merger = Merger(self._denoiser.model_class.__name__)
+        outliner = Outliner(shape_only_inputs(self._denoiser.skeleton))
+        self.engine = Engine(
+            Leader(self._shard, merger, outliner),
+            merger,
+            self._config,
+            device=device,
+            transport=transport,
+            patch_size=self._denoiser.config.get("patch_size", 1),
+            on_lost=on_lost,
+        )
 
     def join(self) -> Seat:
         """A seat for one request; `leave` frees it."""
-        return self._engine.queue.join()
+        return self.engine.queue.join()
 
     def leave(self, seat: Seat) -> None:
         """Ends the request: if it still runs, its thread gets Cancelled at the next step."""
-        self._engine.queue.leave(seat)
+        self.engine.queue.leave(seat)
+
+    def stats(self) -> TransformerStats:
+        """With rank 0 alone; the other ranks tell of themselves."""
+        ring = self.engine.stats()
+        rank_0 = rank_stats(0, self._denoiser, self._shard, ring)
+        return TransformerStats(self.engine.queue.stats(), (rank_0,), ring.occupied_s or 0.0)
+
+    def close(self) -> None:
+        """An orderly end."""
+        self.engine.close()
 
     @torch.no_grad()
     def denoise(self, seat: Seat, embeds: Embeds, request: GenerationRequest, on_step: OnStep) -> torch.Tensor:
@@ -82,16 +118,17 @@ class Denoising:
         pipe = copy.copy(self._pipe)
         pipe.scheduler = copy.deepcopy(self._pipe.scheduler)
         stand_in = StandIn(
-            self._skeleton,
-            dtype=self._dtype,
-            device=self._device,
-            submit=partial(self._engine.forward, seat),
+            self._denoiser.skeleton,
+            dtype=self._denoiser.dtype,
+            device=self._denoiser.device,
+            submit=partial(self.engine.forward, seat),
         )
-        setattr(pipe, self._family.denoiser, stand_in)
+        setattr(pipe, self._denoiser.name, stand_in)
         return pipe
 
     def _place(self, value: torch.Tensor | None) -> torch.Tensor | None:
         """On the denoiser's device; embeddings in its dtype, masks in their own."""
         if value is None:
             return None
-        return value.to(self._device, self._dtype if value.is_floating_point() else value.dtype)
+        dtype = self._denoiser.dtype if value.is_floating_point() else value.dtype
+        return value.to(self._denoiser.device, dtype)

@@ -5,7 +5,6 @@ process, the served app over HTTP with a prompt it has not seen, and with one it
 """
 
 import base64
-import io
 import signal
 import statistics
 import subprocess
@@ -15,19 +14,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import httpx
-import torch
 import yaml
-from diffusers import DiffusionPipeline
 from rich.progress import track
 
-from deployments.checkpoints.source import fetch_checkpoint
-from deployments.device import resolve_device, resolve_dtype
-from serve_app.app import build_validator
 from serve_app.bench.report import Row, report
-from serve_app.config import AppConfig, load_app_config
+from serve_app.bench.whole import PlainPipeline
+from serve_app.config import load_app_config
 
 READY_TIMEOUT_S = 300
 
@@ -38,8 +32,8 @@ def run(config_file: Path, *, port: int, num_requests: int, json_file: Path | No
     plain = PlainPipeline(config)
     url = f"http://127.0.0.1:{port}"
     with serving(config_file, port) as ready_s, httpx.Client(base_url=url, timeout=600) as client:
-        ways: dict[str, Callable[[int], None]] = {
-            "plain pipeline": lambda i: plain.draw(f"prompt {i}", seed=i),
+        ways: dict[str, Callable[[int], object]] = {
+            "plain pipeline": lambda i: plain.draw(prompt=f"prompt {i}", seed=i),
             "relay, new prompt": lambda i: _post(client, f"prompt {i}", seed=i),
             "relay, known prompt": lambda i: _post(client, "prompt", seed=i),
         }
@@ -62,36 +56,6 @@ def run(config_file: Path, *, port: int, num_requests: int, json_file: Path | No
         for way, ms in times.items()
     ]
     report(f"latency of one request, {config.model.checkpoint}", rows, json_file)
-
-
-class PlainPipeline:
-    """The baseline: the whole pipeline in one process, prompt to PNG."""
-
-    def __init__(self, config: AppConfig) -> None:
-        torch.set_num_threads(config.transformer.num_threads)
-        self._config, self._validator = config, build_validator(config)
-        folder = fetch_checkpoint(config.model.checkpoint, (), revision=config.model.revision)
-        dtype, device = resolve_dtype(config.transformer.dtype), resolve_device(config.transformer)
-        self._pipe: Any = DiffusionPipeline.from_pretrained(folder, dtype=dtype, variant=config.model.variant).to(
-            device
-        )
-        self._pipe.set_progress_bar_config(disable=True)
-
-    def draw(self, prompt: str, *, seed: int) -> None:
-        """Prompt to PNG, by the app's own defaults."""
-        [request] = self._validator.requests({"prompt": prompt, "seed": seed})
-        family = self._validator.family
-        length = self._config.encoder.max_sequence_length or family.max_sequence_length
-        image = self._pipe(
-            prompt,
-            **family.call(request),
-            **({} if length is None else {"max_sequence_length": length}),
-            width=request.width,
-            height=request.height,
-            num_inference_steps=request.num_inference_steps,
-            generator=torch.Generator("cpu").manual_seed(seed),
-        ).images[0]
-        image.save(io.BytesIO(), "png", compress_level=1)
 
 
 @contextmanager

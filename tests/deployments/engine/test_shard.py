@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from deployments.checkpoints.tiny import TINY_FAMILIES, write_tiny_checkpoint
-from deployments.engine.blocks import block_bytes, block_names, build_skeleton
+from deployments.engine.blocks import block_bytes, build_skeleton, shape_only_inputs
 from deployments.engine.cut import Boundary, Recorder, Stub
 from deployments.engine.shard import Shard, load_shard
 
@@ -114,7 +114,7 @@ def run_chain(
     inputs: dict[str, Any],
     carry: Callable[[Boundary], Boundary] = lambda boundary: boundary,
 ) -> torch.Tensor:
-    """Gives a shard zeros for latents where it asks for no more."""
+    """Gives shards after the first zeros for latents where they need no more."""
     boundary: Boundary | None = None
     for shard in shards[:-1]:
         crossed = shard.run(for_shard(shard, inputs), boundary)
@@ -126,9 +126,8 @@ def run_chain(
 
 
 def for_shard(shard: Shard, inputs: dict[str, Any]) -> dict[str, Any]:
-    if shard.needs_latents:
-        return inputs
-    return inputs | {"hidden_states": torch.zeros_like(inputs["hidden_states"])}
+    names = shape_only_inputs(shard.model) if shard.blocks and shard.blocks[0] > 0 else ()
+    return inputs | {name: torch.zeros_like(inputs[name]) for name in names}
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +171,7 @@ def test_a_lone_shard_is_the_untouched_class(checkpoints: Path, whole: Callable[
     shard = load(checkpoints, "flux", blocks=None)
     assert type(shard.model) is diffusers.FluxTransformer2DModel
     assert not any(isinstance(module, Stub | Recorder) for module in shard.model.modules())
-    assert shard.needs_latents
+    assert shard.blocks is None
     prediction = shard.run(inputs_of("flux"))
     assert isinstance(prediction, torch.Tensor)
     assert torch.equal(prediction, whole("flux"))
@@ -206,11 +205,14 @@ def test_shards_weigh_what_block_bytes_says(checkpoints: Path, family: str, cuts
         assert loaded == weight.of_shard(*blocks)
 
 
-@pytest.mark.parametrize(("family", "needed"), [("flux", False), ("wan", False), ("sdxl", True)])
-def test_later_shards_need_latents_by_value_only_in_a_unet(checkpoints: Path, family: str, needed: bool) -> None:
-    first, second = load_chain(checkpoints, family, (0, 2, MODELS[family][2]))
-    assert first.needs_latents
-    assert second.needs_latents is needed
+@pytest.mark.parametrize(
+    ("family", "names"), [("flux", {"hidden_states"}), ("wan", {"hidden_states"}), ("sdxl", set())]
+)
+def test_later_shards_need_latents_by_value_only_in_a_unet(
+    checkpoints: Path, family: str, names: set[str]
+) -> None:
+    skeleton = build_skeleton(MODELS[family][0], checkpoints / family, MODELS[family][1])
+    assert shape_only_inputs(skeleton) == names
 
 
 @pytest.mark.parametrize("family", ["flux", "sdxl"])

@@ -1,0 +1,193 @@
+"""What travels from rank to rank, and its form on the wire.
+
+header  int64 [4]   batch id; how many bytes of metadata, of host and of device payload follow
+host    uint8 [H]   metadata: the pickled message, a `_Slot` in place of each tensor; then tensors of the CPU
+device  uint8 [D]   tensors of the accelerator: on it, or staged on the CPU
+
+Who has the header knows how much to receive. Every tensor begins at a multiple of 64 bytes.
+"""
+
+import io
+import math
+import pickle
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+HEADER_SIZE = 4
+_ALIGNMENT_BYTES = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Message:
+    """One micro-batch on its way: the body is any picklable nest of tensors, or None if there is an error."""
+
+    batch_id: int
+    """What rank 0 knows it by, 0 or more."""
+    body: Any
+    error: BaseException | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A message as three flat buffers, see the head of this file."""
+
+    header: Tensor
+    host: Tensor
+    device: Tensor
+
+    @classmethod
+    def empty(cls, header: Tensor, staging: torch.device) -> Self:
+        """Buffers for what `header` announces; the device payload lies on `staging`, pinned if that helps."""
+        _, num_meta, num_host, num_device = header.tolist()
+        is_pinned = num_device > 0 and staging.type == "cpu" and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        return cls(
+            header,
+            host=torch.empty(_aligned(num_meta) + num_host, dtype=torch.uint8),
+            device=torch.empty(num_device, dtype=torch.uint8, device=staging, pin_memory=is_pinned),
+        )
+
+    @property
+    def buffers(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.header, self.host, self.device
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self.buffers)
+
+
+def pack(message: Message, staging: torch.device) -> Packed:
+    """Copy the message into buffers, tensors of the accelerator to `staging` (itself, or the pinned CPU).
+
+    The copies run on the current stream and may not be done yet on return. What cannot be packed becomes a
+    message with an error, for that is one micro-batch's trouble and not the ring's.
+    """
+    try:
+        return _pack(message, staging)
+    except Exception as error:
+        reason = RuntimeError(f"micro-batch {message.batch_id} cannot be sent to another rank: {error!r}")
+        return _pack(Message(message.batch_id, None, reason), staging)
+
+
+def unpack(packed: Packed, device: torch.device) -> Message:
+    """Put the message together again, tensors of the accelerator on `device`; the copies may not be done yet.
+
+    Its tensors are writable views of `packed`, so a small one keeps its whole buffer alive. Strides are kept
+    if they are dense, gradients are not. What cannot be unpickled becomes a message with an error.
+    """
+    batch_id, num_meta, _, _ = packed.header.tolist()
+    payload = packed.device.to(device, non_blocking=True)
+    if payload.is_cuda:
+        # It was allocated on a stream for copies; it may be used again when the default stream is done with it.
+        payload.record_stream(torch.cuda.default_stream(payload.device))
+    meta = io.BytesIO(packed.host[:num_meta].numpy().tobytes())
+    try:
+        body, error = _Unpickler(meta, packed.host[_aligned(num_meta) :], payload).load()
+    except Exception as reason:
+        body, error = None, RuntimeError(f"micro-batch {batch_id} cannot be read on another rank: {reason!r}")
+    return Message(batch_id, body, error)
+
+
+class _Slot(NamedTuple):
+    """Where a tensor lies in the payload, and how to look at it."""
+
+    is_on_device: bool
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def after(cls, offset: int, tensor: Tensor) -> Self:
+        # The strides that a dense copy has: those of the tensor, unless it has gaps or overlaps itself.
+        stride = torch.empty_like(tensor, device="meta").stride()
+        return cls(tensor.device.type != "cpu", offset, tuple(tensor.shape), stride, tensor.dtype)
+
+    @property
+    def end(self) -> int:
+        return self.offset + math.prod(self.shape) * self.dtype.itemsize
+
+    def view(self, payload: Tensor) -> Tensor:
+        return payload[self.offset : self.end].view(self.dtype).as_strided(self.shape, self.stride)
+
+    def fill(self, payload: Tensor, tensor: Tensor) -> None:
+        if self.is_on_device:
+            self.view(payload).copy_(tensor, non_blocking=True)
+            return
+        # Plain memcpy: torch would wake a team of threads for it, beside the one that computes (2 ms, not 0.1).
+        dense = tensor if tensor.stride() == self.stride else tensor.clone()
+        source = dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)
+        payload.numpy()[self.offset : self.end] = source.numpy()
+
+
+class _Pickler(pickle.Pickler):
+    """Replaces tensors by slots and remembers them. A tensor that comes up twice gets one slot."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, protocol=5)
+        self.tensors: list[tuple[_Slot, Tensor]] = []
+        self.num_host, self.num_device = 0, 0
+        self._slots: dict[int, tuple[_Slot, Tensor]] = {}  # by id, which holds as long as the tensor is here
+
+    def persistent_id(self, item: Any) -> _Slot | None:
+        if not isinstance(item, Tensor):
+            return None
+        if id(item) not in self._slots:
+            self._slots[id(item)] = self._place(item), item
+        return self._slots[id(item)][0]
+
+    def _place(self, item: Tensor) -> _Slot:
+        if type(item) not in (Tensor, nn.Parameter) or item.layout is not torch.strided:
+            raise TypeError(f"got a {type(item).__name__} of {item.layout}; only plain dense tensors travel")
+        tensor = item.detach().resolve_conj().resolve_neg()
+        slot = _Slot.after(self.num_host if tensor.device.type == "cpu" else self.num_device, tensor)
+        if slot.is_on_device:
+            self.num_device = _aligned(slot.end)
+        else:
+            self.num_host = _aligned(slot.end)
+        self.tensors.append((slot, tensor))
+        return slot
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, host: Tensor, device: Tensor) -> None:
+        super().__init__(file)
+        self._host, self._device = host, device
+        self._tensors: dict[_Slot, Tensor] = {}
+
+    def persistent_load(self, slot: _Slot) -> Tensor:
+        if slot not in self._tensors:
+            self._tensors[slot] = slot.view(self._device if slot.is_on_device else self._host)
+        return self._tensors[slot]
+
+
+def _pack(message: Message, staging: torch.device) -> Packed:
+    file = io.BytesIO()
+    pickler = _Pickler(file)
+    pickler.dump((message.body, None if message.error is None else _portable(message.error)))
+    meta = file.getvalue()
+    header = torch.tensor([message.batch_id, len(meta), pickler.num_host, pickler.num_device])
+    packed = Packed.empty(header, staging)
+    packed.host.numpy()[: len(meta)] = memoryview(meta)
+    host = packed.host[_aligned(len(meta)) :]
+    for slot, tensor in pickler.tensors:
+        slot.fill(packed.device if slot.is_on_device else host, tensor)
+    return packed
+
+
+def _portable(error: BaseException) -> BaseException:
+    """The error itself if it survives the way to another process, else its text."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        plain = RuntimeError(f"{type(error).__name__}: {error}")
+        for note in getattr(error, "__notes__", ()):
+            plain.add_note(note)
+        return plain
+    return error
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES

@@ -1,0 +1,33 @@
+"""Where the ranks of a shard group lie, and where they meet. Imports no torch: a replica's Ray side needs it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Backend = Literal["nccl", "gloo"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank runs. Ray numbers the GPUs of every node from 0, so the node belongs to it."""
+
+    node_id: str
+    gpu: str | None
+    """Which of the node's GPUs; None without one."""
+
+
+@dataclass(frozen=True)
+class Rendezvous:
+    """What a rank must know to join the others."""
+
+    host: str
+    """Rank 0's address."""
+    port: int
+    num_ranks: int
+    backend: Backend
+
+
+def plan_backend(places: Sequence[Place]) -> Backend:
+    """NCCL if every rank has a GPU of its own, for it refuses two ranks on one; else gloo, by way of the CPU."""
+    own_gpus = {place for place in places if place.gpu is not None}
+    return "nccl" if len(own_gpus) == len(places) else "gloo"

@@ -1,0 +1,230 @@
+"""How messages get from each rank to the next: the interface, and torch.distributed as its implementation."""
+
+import socket
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.distributed
+from torch import Tensor
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+
+from cluster.message import HEADER_SIZE, Message, Packed, pack, unpack
+
+Backend = Literal["nccl", "gloo"]
+
+_FOREVER = timedelta(days=365)  # a shorter one would end an idle ring; whether a ring is stuck is its own matter
+_AT_ONCE = timedelta(milliseconds=1)
+_TAG, _UNUSED_TAG = 0, 1
+_SENDER, _RECEIVER = 0, 1
+
+dist: Any = torch.distributed  # its stubs lack the groups' send and recv
+
+
+class PeerLost(RuntimeError):
+    """A neighbour is gone, or this transport is closed."""
+
+
+class Transport(Protocol):
+    """One rank's two neighbours in the ring 0 → 1 → … → 0. One thread may send while another receives."""
+
+    @property
+    def bytes_sent(self) -> int: ...
+
+    def send(self, message: Message) -> None:
+        """Block until the next rank has it, however long it takes. Raises PeerLost.
+
+        The GPU must be done with the tensors. Send does not wait for the compute stream, because the next
+        micro-batch may be on it already.
+        """
+
+    def receive(self) -> Message:
+        """Block until the rank before has sent something, however long it takes. Raises PeerLost.
+
+        Tensors are complete, and for use on the default stream.
+        """
+
+    def close(self) -> None:
+        """Let calls in progress and any later one raise PeerLost, here at once and then at the neighbours."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank runs."""
+
+    node_id: str
+    gpu: str | None
+    """Which of the node's GPUs; None without one."""
+
+
+def plan_backend(places: Sequence[Place]) -> Backend:
+    """NCCL if every rank has a GPU of its own, for it refuses two ranks on one; else gloo, by way of the CPU."""
+    own_gpus = {place for place in places if place.gpu is not None}
+    return "nccl" if len(own_gpus) == len(places) else "gloo"
+
+
+def open_store(host: str, world_size: int) -> TCPStore:
+    """Rank 0's meeting point, on a free port; the others `join_store(host, store.port, world_size)`.
+
+    host: an address of this machine that the other ranks can reach.
+    """
+    return TCPStore(host, 0, world_size, is_master=True, wait_for_workers=False)
+
+
+def join_store(host: str, port: int, world_size: int) -> TCPStore:
+    """What every rank but 0 meets the others with."""
+    return TCPStore(host, port, world_size, is_master=False)
+
+
+class GroupTransport:
+    """Everything over gloo, or the accelerator's tensors over NCCL and the rest over gloo.
+
+    Each edge of the ring is a group of two, a sender and a receiver. In one group of all ranks NCCL would put
+    what two ranks send each other on one stream, where each may wait for the other for ever. Besides, a rank
+    needs no connection but to its neighbours.
+
+    The groups are built without `init_process_group`, as torch's own RPC does: that one is global to the
+    process and leaves no room for a second ring. Of the groups only `send` and `recv` are used.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        store: TCPStore,
+        *,
+        backend: Backend,
+        device: torch.device,
+        connect_timeout_s: float = 300.0,
+    ) -> None:
+        """Returns when the ring is closed; until then its ranks wait for each other.
+
+        Args:
+            store: from `open_store` on rank 0, from `join_store` on the others.
+            device: where tensors of the accelerator arrive; tensors of the CPU stay there.
+            connect_timeout_s: how long to wait for a neighbour; then raises RuntimeError.
+        """
+        if world_size < 2:
+            raise ValueError(f"world_size is {world_size}; a transport needs 2 ranks, a ring of 1 needs none")
+        self.bytes_sent = 0
+        self._rank = rank
+        self._previous_rank, self._next_rank = (rank - 1) % world_size, (rank + 1) % world_size
+        self._device = device
+        self._staging = device if backend == "nccl" else torch.device("cpu")
+        self._store = store  # rank 0's must live until all have met
+
+        options = dist.ProcessGroupGloo._Options()
+        options._timeout = timedelta(seconds=connect_timeout_s)
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=_own_address(store))]
+        # Rank 0 calls and then answers, the others answer and then call: nobody waits in a circle.
+        for end in (_SENDER, _RECEIVER) if rank == 0 else (_RECEIVER, _SENDER):
+            sender = rank if end == _SENDER else self._previous_rank
+            edge = _Edge(end, PrefixStore(f"from rank {sender}", store), options, backend, device)
+            if end == _SENDER:
+                self._outgoing = edge
+            else:
+                self._incoming = edge
+        self._greet()
+
+    def send(self, message: Message) -> None:
+        with torch.cuda.stream(self._outgoing.stream):
+            packed = pack(message, self._staging)
+            try:
+                self._outgoing.send(packed)
+            except RuntimeError as error:
+                raise PeerLost(f"rank {self._rank} cannot send to rank {self._next_rank}: {error}") from error
+        self.bytes_sent += packed.num_bytes
+
+    def receive(self) -> Message:
+        with torch.cuda.stream(self._incoming.stream):
+            try:
+                packed = self._incoming.receive(self._staging)
+            except RuntimeError as error:
+                raise PeerLost(
+                    f"rank {self._rank} cannot receive from rank {self._previous_rank}: {error}"
+                ) from error
+            message = unpack(packed, self._device)
+            self._incoming.synchronize()
+        return message
+
+    def close(self) -> None:
+        self._incoming.close()
+        self._outgoing.close()
+
+    def _greet(self) -> None:
+        """Pass a greeting round. NCCL connects when first used: here edge by edge, never two at a time."""
+        greeting = Message(0, torch.zeros(1, device=self._device))
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        if self._rank == 0:
+            self.send(greeting)
+            self.receive()
+        else:
+            self.receive()
+            self.send(greeting)
+        self.bytes_sent = 0
+
+
+class _Edge:
+    """One end of an edge of the ring.
+
+    On a GPU it has a stream of its own that goes before compute, so that nothing queues up behind that.
+    """
+
+    def __init__(self, end: int, store: PrefixStore, options: Any, backend: Backend, device: torch.device) -> None:
+        self._other_end = 1 - end
+        self.stream: Any = None
+        if device.type == "cuda":
+            self.stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+        self._gloo = dist.ProcessGroupGloo(PrefixStore("gloo", store), end, 2, options)
+        self._nccl: Any = None
+        if backend == "nccl":
+            nccl_options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+            nccl_options._timeout = _FOREVER
+            self._nccl = dist.ProcessGroupNCCL(PrefixStore("nccl", store), end, 2, nccl_options)
+
+    def send(self, packed: Packed) -> None:
+        self.synchronize()  # the copies: gloo must not read before they are done, nor the other GPU wait for them
+        for buffer in packed.buffers:
+            self._transfer("send", buffer)
+        self.synchronize()
+
+    def receive(self, staging: torch.device) -> Packed:
+        """What is on a GPU then is complete when the stream is done."""
+        header = torch.empty(HEADER_SIZE, dtype=torch.int64)
+        self._transfer("recv", header)
+        packed = Packed.empty(header, staging)
+        self._transfer("recv", packed.host)
+        self._transfer("recv", packed.device)
+        return packed
+
+    def synchronize(self) -> None:
+        if self.stream is not None:
+            self.stream.synchronize()
+
+    def close(self) -> None:
+        if self._nccl is not None:
+            self._nccl.abort()
+        # gloo has no abort, but whatever times out takes its connection down, at both ends.
+        with suppress(RuntimeError):
+            self._gloo.recv([torch.empty(1)], self._other_end, _UNUSED_TAG).wait(_AT_ONCE)
+
+    def _transfer(self, direction: Literal["send", "recv"], buffer: Tensor) -> None:
+        """Both ends know from the header which buffers are empty."""
+        if buffer.nbytes == 0:
+            return
+        if buffer.is_cuda:
+            getattr(self._nccl, direction)([buffer], self._other_end, _TAG).wait()  # only the stream waits
+        else:
+            getattr(self._gloo, direction)([buffer], self._other_end, _TAG).wait(_FOREVER)
+
+
+def _own_address(store: TCPStore) -> str:
+    """The address this machine reaches rank 0 from. What its host name resolves to may be the loopback."""
+    family, kind, protocol, _, address = socket.getaddrinfo(store.host, store.port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.connect(address)  # sends nothing, but chooses a route
+        return str(probe.getsockname()[0])

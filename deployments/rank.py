@@ -1,0 +1,45 @@
+"""Ranks 1 to S - 1 of a shard group: a child actor of the Transformer's replica for each."""
+
+import asyncio
+import logging
+import os
+
+from cluster.place import Place, Rendezvous
+from cluster.shard_group import this_place
+from deployments.config import ModelConfig, TransformerConfig
+from deployments.stages import load_stage
+from deployments.stats import RankStats
+
+log = logging.getLogger("ray.serve")
+
+
+class Rank:
+    """Holds consecutive blocks of the denoiser. Dies with its group: a ring with a gap serves nobody."""
+
+    def __init__(self, rank: int, model: ModelConfig, family: str, config: TransformerConfig) -> None:
+        self._stage = load_stage("follow", model, family, config, rank)
+
+    async def place(self) -> Place:
+        return this_place()
+
+    async def stats(self) -> RankStats:
+        stats: RankStats = self._stage.stats()
+        return stats
+
+    async def connect(self, rendezvous: Rendezvous) -> None:
+        """Meet the other ranks; returns when all have met."""
+        await asyncio.to_thread(self._stage.connect, rendezvous, exit_replica)
+
+    async def alive(self) -> None:
+        """Never answers: the caller learns of this process's death."""
+        await asyncio.Event().wait()
+
+
+def exit_replica(cause: BaseException) -> None:
+    """Ends this process at once.
+
+    A replica that lost its group but went on would fail every request fast, look idle, and so be given more
+    (measured: 2 of 6 requests lost after 5 retries; none when it exits).
+    """
+    log.error("this process ends: %s", cause)
+    os._exit(1)

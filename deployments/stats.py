@@ -1,0 +1,47 @@
+"""What a stage tells of itself: to `/v1/status`, to `relay status`, to the metrics. Torch-free."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from deployments.engine.step_queue import StepQueueStats
+
+
+@dataclass(frozen=True)
+class EncoderStats:
+    """Counts since the replica started."""
+
+    num_forwards: int
+    num_cache_hits: int
+    num_cached: int
+    cached_bytes: int
+
+
+@dataclass(frozen=True)
+class RankStats:
+    """One rank of a shard group, since it started."""
+
+    rank: int
+    pid: int
+    blocks: tuple[int, int]
+    """The range of blocks that it holds."""
+    weights_bytes: Mapping[str, int]
+    """Parameters and buffers by "device dtype"."""
+    device_map: Mapping[str, str] | None
+    """accelerate's `hf_device_map`, where `device_map` is set."""
+    num_micro_batches: int
+    compute_s: float
+    bytes_sent: int
+
+
+@dataclass(frozen=True)
+class TransformerStats:
+    """One replica's shard group."""
+
+    queue: StepQueueStats
+    ranks: tuple[RankStats, ...]
+    occupied_s: float
+    """How long anything was in flight in the ring."""
+
+    def bubble(self, rank: int) -> float:
+        """The share of `occupied_s` in which this rank had nothing to compute."""
+        return 1 - self.ranks[rank].compute_s / self.occupied_s if self.occupied_s else 0.0

@@ -1,0 +1,510 @@
+"""Rings. Rank 0 lives in the test's process, the others in spawned ones, unless a test says otherwise."""
+
+import gc
+import multiprocessing
+import os
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
+from multiprocessing.connection import Connection
+from typing import Any
+
+import pytest
+import torch
+
+from cluster.message import Message
+from cluster.ring import Ring, RingStats, RingStuck, StopRing
+from cluster.transport import GroupTransport, PeerLost, join_store, open_store
+
+CPU = torch.device("cpu")
+HOST = "127.0.0.1"
+SOON_S = 20.0
+STEP_S = 0.02
+
+spawn = multiprocessing.get_context("spawn")
+
+Compute = Callable[[Any], Any]
+
+
+# What ranks compute; at module level, for it goes to other processes.
+
+
+def sign(rank: int, body: list[int]) -> list[int]:
+    return [*body, rank]
+
+
+def pace(body: Any) -> Any:
+    time.sleep(STEP_S)
+    return body
+
+
+def hang(body: Any) -> Any:
+    time.sleep(3600)
+    return body
+
+
+class Unspeakable(Exception):
+    """Does not survive pickling."""
+
+    def __reduce__(self) -> Any:
+        raise TypeError("not with me")
+
+
+def fail(rank: int, body: Any) -> Any:
+    """Raises on the rank, and the error, that the body names."""
+    if body == ("plain", rank):
+        raise ValueError("no such block", 3)
+    if body == ("unspeakable", rank):
+        raise Unspeakable("no such block")
+    return body
+
+
+class MeetNeighbours:
+    """Computes micro-batch k only while the rank before computes k + 1 and the rank after computes k - 1."""
+
+    def __init__(self, rank: int, world_size: int, num_batches: int, port: int) -> None:
+        self.rank, self.world_size, self.num_batches = rank, world_size, num_batches
+        self.port = port
+        self.store: Any = None
+
+    def __call__(self, k: int) -> int:
+        self.store = self.store or join_store(HOST, self.port, 1)
+        self.store.set(f"rank {self.rank} computes {k}", "")
+        awaited = []
+        if self.rank > 0 and k + 1 < self.num_batches:
+            awaited.append(f"rank {self.rank - 1} computes {k + 1}")
+        if self.rank + 1 < self.world_size and k > 0:
+            awaited.append(f"rank {self.rank + 1} computes {k - 1}")
+        if awaited:
+            self.store.wait(awaited)
+        return k
+
+
+# The ranks.
+
+
+class Rank:
+    """A rank from 1 on: a ring, and what became of it."""
+
+    def open(self, rank: int, world_size: int, port: int, compute: Compute, exits: bool = False) -> None:
+        store = join_store(HOST, port, world_size)
+        transport = GroupTransport(rank, world_size, store, backend="gloo", device=CPU)
+        self.failures: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self.exits = exits
+        self.ring = Ring(compute, rank=rank, transport=transport, on_failure=self.on_failure, device=CPU)
+        self.ring.start()
+
+    def on_failure(self, error: BaseException) -> None:
+        self.failures.put(type(error).__name__)
+        if self.exits:
+            os._exit(1)
+
+    def failure(self) -> str:
+        return self.failures.get(timeout=SOON_S)
+
+    def num_failures(self) -> int:
+        return self.failures.qsize()
+
+    def num_threads(self) -> int:
+        """Of the ring, when it has had a moment to end them."""
+        deadline = time.monotonic() + 2
+        while (alive := [t for t in threading.enumerate() if t.name.startswith("ring-")]) and (
+            time.monotonic() < deadline
+        ):
+            time.sleep(0.01)
+        return len(alive)
+
+    def stats(self) -> RingStats:
+        return self.ring.stats()
+
+    def close(self) -> None:
+        self.ring.close()
+
+
+def serve_rank(connection: Connection) -> None:
+    rank = Rank()
+    with suppress(EOFError):
+        while True:
+            method, arguments = connection.recv()
+            connection.send(getattr(rank, method)(*arguments))
+
+
+class Child:
+    """A process with a `Rank` in it."""
+
+    def __init__(self) -> None:
+        self.connection, theirs = spawn.Pipe()
+        self.process = spawn.Process(target=serve_rank, args=(theirs,), daemon=True)
+        self.process.start()
+
+    def tell(self, method: str, *arguments: Any) -> None:
+        self.connection.send((method, arguments))
+
+    def answer(self) -> Any:
+        assert self.connection.poll(SOON_S)
+        return self.connection.recv()
+
+    def ask(self, method: str, *arguments: Any) -> Any:
+        self.tell(method, *arguments)
+        return self.answer()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join(SOON_S)
+
+
+class Head:
+    """Rank 0: what it is fed, and what comes back."""
+
+    def __init__(self, compute: Compute, transport: GroupTransport | None = None, **options: Any) -> None:
+        self.bodies: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.num_fed = 0
+        self.back: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self.failures: queue.SimpleQueue[BaseException] = queue.SimpleQueue()
+        self.ring = Ring(
+            compute,
+            rank=0,
+            transport=transport,
+            source=self.source,
+            on_failure=self.failures.put,
+            **{"sink": self.back.put, "device": CPU} | options,
+        )
+        self.ring.start()
+
+    def source(self) -> Message:
+        item = self.bodies.get()
+        if isinstance(item, BaseException):
+            raise item
+        self.num_fed += 1
+        return Message(self.num_fed - 1, item)
+
+    def feed(self, *bodies: Any) -> None:
+        for body in bodies:
+            self.bodies.put(body)
+
+    def results(self, num: int) -> list[Message]:
+        return [self.back.get(timeout=SOON_S) for _ in range(num)]
+
+    def run(self, *bodies: Any) -> list[Message]:
+        self.feed(*bodies)
+        return self.results(len(bodies))
+
+    def failure(self) -> BaseException:
+        return self.failures.get(timeout=SOON_S)
+
+    def close(self) -> None:
+        self.feed(StopRing())
+        self.ring.close()
+
+
+@pytest.fixture(scope="module")
+def spares() -> Iterator[list[Child]]:
+    """Processes that have nothing to do. They start together: importing torch takes them seconds."""
+    children = [Child() for _ in range(5)]
+    yield list(children)
+    for child in children:
+        child.kill()
+
+
+@pytest.fixture(scope="module")
+def pair(spares: list[Child]) -> list[Child]:
+    """Two that every test leaves alive."""
+    return [spares.pop(), spares.pop()]
+
+
+def open_ring(
+    children: Sequence[Child], computes: Sequence[Compute], *, exits: bool = False, **options: Any
+) -> Head:
+    world_size = len(children) + 1
+    store = open_store(HOST, world_size)
+    for rank, child in enumerate(children, start=1):
+        child.tell("open", rank, world_size, store.port, computes[rank], exits)
+    transport = GroupTransport(0, world_size, store, backend="gloo", device=CPU)
+    for child in children:
+        child.answer()
+    return Head(computes[0], transport, **options)
+
+
+def close_ring(head: Head, children: Sequence[Child]) -> None:
+    head.close()
+    for child in children:
+        child.ask("close")
+
+
+# A ring of one.
+
+
+def test_one_rank_computes_in_order_without_a_copy() -> None:
+    head = Head(lambda body: body)
+    bodies = [torch.zeros(2), torch.zeros(2)]
+    assert all(message.body is body for message, body in zip(head.run(*bodies), bodies, strict=True))
+    head.close()
+
+
+def test_one_rank_fails_only_the_micro_batch_at_fault() -> None:
+    head = Head(partial(fail, 0))
+    good, bad, also_good = head.run("a", ("plain", 0), "b")
+    assert (good.body, bad.body, also_good.body) == ("a", None, "b")
+    assert isinstance(bad.error, ValueError)
+    assert bad.error.__traceback__ is None
+    head.close()
+
+
+def test_an_idle_rank_keeps_no_micro_batch_alive() -> None:
+    head = Head(lambda body: None)
+    body = torch.zeros(3)
+    alive = weakref.ref(body)
+    head.feed(body)
+    del body
+    head.results(1)
+    deadline = time.monotonic() + SOON_S
+    while alive() is not None and time.monotonic() < deadline:
+        time.sleep(0.001)
+        gc.collect()
+    assert alive() is None
+    head.close()
+
+
+@pytest.mark.parametrize(("rank", "has_ends"), [(0, False), (1, True)], ids=["rank 0 without", "rank 1 with"])
+def test_only_rank_0_has_a_source_and_a_sink(rank: int, has_ends: bool) -> None:
+    ends: dict[str, Any] = {"source": lambda: Message(0, None), "sink": print} if has_ends else {}
+    with pytest.raises(ValueError, match="rank 0 needs a source"):
+        Ring(pace, rank=rank, on_failure=print, device=CPU, **ends)
+
+
+# The way round.
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_every_rank_computes_every_micro_batch_in_order(world_size: int, pair: list[Child]) -> None:
+    children = pair[: world_size - 1]
+    head = open_ring(children, [partial(sign, rank) for rank in range(world_size)])
+    results = head.run(*([k] for k in range(20)))
+    assert [message.batch_id for message in results] == list(range(20))
+    assert [message.body for message in results] == [[k, *range(world_size)] for k in range(20)]
+    close_ring(head, children)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_compute_at_the_same_time(world_size: int, pair: list[Child]) -> None:
+    children, num_batches = pair[: world_size - 1], 6
+    meeting_point = open_store(HOST, 1)
+    computes = [MeetNeighbours(rank, world_size, num_batches, meeting_point.port) for rank in range(world_size)]
+    head = open_ring(children, computes)
+    assert [message.body for message in head.run(*range(num_batches))] == list(range(num_batches))
+    close_ring(head, children)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_two_micro_batches_for_each_rank_keep_them_busy(world_size: int, pair: list[Child]) -> None:
+    children = pair[: world_size - 1]
+    head = open_ring(children, [pace] * world_size)
+    hidden_states = torch.zeros(100_000)
+    head.run(*[hidden_states] * world_size)
+    for _ in range(3):  # others use these cores too
+        if (efficiency := measured_efficiency(head, world_size, hidden_states)) > 0.8:
+            break
+    assert efficiency > 0.8  # alone .98; without overlap at most 1 / world_size
+    close_ring(head, children)
+
+
+def measured_efficiency(head: Head, world_size: int, body: Any) -> float:
+    num_batches, num_requests = 15 * world_size, 2 * world_size
+    began = time.monotonic()
+    head.feed(*[body] * num_requests)
+    for _ in range(num_batches - num_requests):
+        head.feed(head.results(1)[0].body)  # a request's next step
+    head.results(num_requests)
+    return (num_batches + world_size - 1) * STEP_S / (time.monotonic() - began)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_an_exception_on_any_rank_fails_only_its_micro_batch(rank: int, pair: list[Child]) -> None:
+    head = open_ring(pair, [partial(fail, rank) for rank in range(3)])
+    good, plain, unspeakable, also_good = head.run("a", ("plain", rank), ("unspeakable", rank), "b")
+    assert (good.body, plain.body, unspeakable.body, also_good.body) == ("a", None, None, "b")
+    assert isinstance(plain.error, ValueError)
+    assert plain.error.args == ("no such block", 3)
+    assert f"On rank {rank}:" in plain.error.__notes__[0]
+    assert type(unspeakable.error) is RuntimeError
+    assert str(unspeakable.error) == "Unspeakable: no such block"
+    assert head.failures.empty()
+    close_ring(head, pair)
+
+
+def test_a_rank_passes_an_error_on_without_computing(pair: list[Child]) -> None:
+    head = open_ring(pair, [partial(fail, rank) for rank in range(3)])
+    head.run(("plain", 0), "a")
+    assert [child.ask("stats").num_computed for child in pair] == [1, 1]
+    close_ring(head, pair)
+
+
+def test_stats_tell_how_busy_each_rank_was(pair: list[Child]) -> None:
+    head = open_ring(pair, [pace] * 3)
+    began = time.monotonic()
+    head.run(*[torch.zeros(100)] * 3)
+    took_s = time.monotonic() - began
+    time.sleep(STEP_S)  # nothing is in flight: no bubble
+    ring, *others = head.ring.stats(), *(child.ask("stats") for child in pair)
+    assert ring.num_computed == 3
+    assert ring.busy_s >= 3 * STEP_S
+    assert ring.occupied_s is not None
+    assert 5 * STEP_S <= ring.occupied_s <= took_s
+    for stats in (ring, *others):
+        assert stats.bytes_sent > 3 * 400
+        assert 0 < stats.bubble(ring.occupied_s) < 1
+    assert others[0].occupied_s is None
+    close_ring(head, pair)
+
+
+# Its end.
+
+
+def test_goodbye_ends_every_rank_in_silence(pair: list[Child]) -> None:
+    head = open_ring(pair, [pace] * 3)
+    head.run(*range(3))
+    head.close()
+    assert [child.ask("num_threads") for child in pair] == [0, 0]
+    assert [child.ask("num_failures") for child in pair] == [0, 0]
+    assert head.failures.empty()
+    for child in pair:
+        child.ask("close")
+
+
+def test_goodbye_does_not_wait_for_what_is_in_flight(pair: list[Child]) -> None:
+    head = open_ring(pair, [pace] * 3)
+    head.feed(*range(500))
+    head.results(1)
+    began = time.monotonic()
+    head.close()
+    assert time.monotonic() - began < 500 * STEP_S / 2
+    assert head.failures.empty()
+    for child in pair:
+        child.ask("close")
+
+
+def test_ranks_closed_all_at_once_are_silent_too(pair: list[Child]) -> None:
+    head = open_ring(pair, [pace] * 3)
+    for child in pair:
+        child.tell("close")
+    head.close()
+    for child in pair:
+        child.answer()
+    assert [child.ask("num_failures") for child in pair] == [0, 0]
+    assert head.failures.empty()
+
+
+def test_a_ring_may_be_closed_by_its_sink_and_then_again() -> None:
+    def close_from_within(message: Message) -> None:
+        head.close()
+        head.back.put(message)
+
+    head = Head(pace, sink=close_from_within)
+    head.run("a")
+    head.close()
+    assert head.failures.empty()
+
+
+def test_what_is_in_flight_comes_back_after_the_source_has_stopped(pair: list[Child]) -> None:
+    head = open_ring(pair, [pace] * 3)
+    head.feed("a", "b", StopRing())
+    assert [message.body for message in head.results(2)] == ["a", "b"]
+    assert head.failures.empty()
+    close_ring(head, pair)
+
+
+def test_a_source_that_fails_fails_the_ring() -> None:
+    head = Head(pace)
+    head.feed(OSError("the queue broke"))
+    assert isinstance(head.failure(), OSError)
+    head.ring.close()
+
+
+def test_a_rank_killed_while_idle_fails_its_neighbours(spares: list[Child]) -> None:
+    children = [spares.pop(), spares.pop()]
+    head = open_ring(children, [pace] * 3, exits=True)
+    head.run("a")
+    children[0].kill()
+    assert isinstance(head.failure(), PeerLost)  # when rank 2, who noticed first, has exited
+    children[1].process.join(SOON_S)
+    assert children[1].process.exitcode == 1
+    head.close()
+
+
+def test_a_rank_killed_in_flight_fails_the_ring_once(spares: list[Child]) -> None:
+    child = spares.pop()
+    head = open_ring([child], [pace, hang])
+    head.feed(*[torch.zeros(100_000)] * 20)
+    time.sleep(3 * STEP_S)
+    child.kill()
+    assert isinstance(head.failure(), PeerLost)
+    time.sleep(5 * STEP_S)
+    assert head.failures.empty()
+    head.close()
+
+
+def test_a_ring_that_does_not_move_is_stuck() -> None:
+    may_end = threading.Event()
+    head = Head(lambda body: may_end.wait(SOON_S), stuck_after_s=0.1)
+    head.feed("a")
+    error = head.failure()
+    may_end.set()
+    assert isinstance(error, RingStuck)
+    assert "1 micro-batches are in flight" in str(error)
+    head.close()
+
+
+def test_an_idle_ring_is_not_stuck_nor_is_one_that_moves() -> None:
+    head = Head(pace, stuck_after_s=5 * STEP_S)
+    time.sleep(10 * STEP_S)
+    assert len(head.run(*range(10))) == 10
+    time.sleep(10 * STEP_S)
+    assert len(head.run("a")) == 1
+    assert head.failures.empty()
+    head.close()
+
+
+# On GPUs.
+
+
+class Layer:
+    """A matrix of weights, on a GPU."""
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        chance = torch.Generator(device).manual_seed(seed)
+        self.weight = torch.randn(512, 512, device=device, generator=chance) / 512**0.5
+
+    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        for _ in range(20):
+            hidden_states = torch.tanh(hidden_states @ self.weight)
+        return hidden_states
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 1, reason="needs a GPU")
+def test_two_ranks_of_one_gpu_compute_what_one_would() -> None:
+    gpu = torch.device("cuda", 0)
+    layers = [Layer(seed, gpu) for seed in range(2)]
+    batches = [torch.randn(size, 512, device=gpu) for size in [1, 300, 7, 1024] * 10]
+    expected = [layers[1](layers[0](batch)) for batch in batches]
+    torch.cuda.synchronize()
+    store = open_store(HOST, 2)
+    other: dict[str, Any] = {}
+
+    def open_other() -> None:
+        transport = GroupTransport(1, 2, join_store(HOST, store.port, 2), backend="gloo", device=gpu)
+        other["ring"] = Ring(layers[1], rank=1, transport=transport, on_failure=print, device=gpu)
+        other["ring"].start()
+
+    opening = threading.Thread(target=open_other)
+    opening.start()
+    head = Head(layers[0], GroupTransport(0, 2, store, backend="gloo", device=gpu), device=gpu)
+    opening.join(SOON_S)
+    for message, tensor in zip(head.run(*batches), expected, strict=True):
+        assert torch.equal(message.body, tensor)
+    head.close()
+    other["ring"].close()
