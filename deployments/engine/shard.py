@@ -71,9 +71,9 @@ class Shard:
     def run(self, inputs: Mapping[str, Any], boundary: Boundary | None = None) -> Boundary | torch.Tensor:
         """One forward through these blocks.
 
-        Every shard gets the same `inputs`, the keyword arguments of the model's forward; those named by
-        `shape_only_inputs` may be zeros on shards after the first. `boundary` is what the shard before returned. The last shard returns the model's
-        prediction.
+        Every shard gets the same `inputs`, the keyword arguments of the model's forward; on shards after the
+        first, those named by `shape_only_inputs` may be zeros. `boundary` is what the shard before returned.
+        The last shard returns the model's prediction.
         """
         # Not inference_mode: tensors made in it may not be written in place outside of it, which casting and
         # offloading hooks do to weights, and torch.compile guards on it.
