@@ -1,5 +1,7 @@
-"""Machines, processes and bytes: what a stage needs and where it is put. Knows nothing of HTTP or diffusers.
+"""Machines, processes and bytes: what a stage needs, where it is put, how its ranks talk. No HTTP, no diffusers.
 
 Read in this order: config (the base of every config class), resources (what one replica of a stage takes),
-serve_options (resources as Ray Serve options), partition (blocks into shards).
+serve_options (resources as Ray Serve options), partition (blocks into shards), place (where ranks lie and
+meet), shard_group (a replica's child actors), message, transport and object_store_transport (from one rank to
+the next), ring (one rank's threads), metrics, machine.
 """

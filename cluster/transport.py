@@ -1,9 +1,7 @@
 """How messages get from each rank to the next: the interface, and torch.distributed as its implementation."""
 
 import socket
-from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, Protocol
 
@@ -13,8 +11,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from cluster.message import HEADER_SIZE, Message, Packed, pack, unpack
-
-Backend = Literal["nccl", "gloo"]
+from cluster.place import Backend
 
 _FOREVER = timedelta(days=365)  # a shorter one would end an idle ring; whether a ring is stuck is its own matter
 _AT_ONCE = timedelta(milliseconds=1)
@@ -51,21 +48,6 @@ class Transport(Protocol):
         """Let calls in progress and any later one raise PeerLost, here at once and then at the neighbours."""
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a rank runs."""
-
-    node_id: str
-    gpu: str | None
-    """Which of the node's GPUs; None without one."""
-
-
-def plan_backend(places: Sequence[Place]) -> Backend:
-    """NCCL if every rank has a GPU of its own, for it refuses two ranks on one; else gloo, by way of the CPU."""
-    own_gpus = {place for place in places if place.gpu is not None}
-    return "nccl" if len(own_gpus) == len(places) else "gloo"
-
-
 def open_store(host: str, world_size: int) -> TCPStore:
     """Rank 0's meeting point, on a free port; the others `join_store(host, store.port, world_size)`.
 
@@ -100,7 +82,7 @@ class GroupTransport:
         device: torch.device,
         connect_timeout_s: float = 300.0,
     ) -> None:
-        """Returns when the ring is closed; until then its ranks wait for each other.
+        """Returns when both neighbours are connected; on rank 0, when all ranks are.
 
         Args:
             store: from `open_store` on rank 0, from `join_store` on the others.

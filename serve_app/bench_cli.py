@@ -30,5 +30,17 @@ def batching(json_file: JsonFile = None, quick: Quick = False) -> None:
     _run("batching", num_rounds=3 if quick else 8, models=models, json_file=json_file)
 
 
+@bench.command()
+def pipeline(json_file: JsonFile = None, quick: Quick = False) -> None:
+    """How well 2·S requests fill S shards, against one request at a time over the same shards."""
+    _run(
+        "pipeline",
+        shards=(1, 2) if quick else (1, 2, 4),
+        steps_ms={20: 10} if quick else {5: 20, 20: 10, 100: 4},
+        payloads_mb=(0.4,) if quick else (0.4, 8.0),
+        json_file=json_file,
+    )
+
+
 def _run(name: str, *args: Any, **kwargs: Any) -> None:
     importlib.import_module(f"serve_app.bench.{name}").run(*args, **kwargs)

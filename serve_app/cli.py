@@ -18,7 +18,10 @@ from serve_app.errors import RelayError
 from serve_app.local import app_handle, is_running
 
 cli = typer.Typer(
-    help="Latent Relay: diffusion models over several GPUs.", no_args_is_help=True, add_completion=False
+    pretty_exceptions_enable=False,
+    help="Latent Relay: diffusion models over several GPUs.",
+    no_args_is_help=True,
+    add_completion=False,
 )
 cli.add_typer(bench, name="bench")
 console = Console(stderr=True)

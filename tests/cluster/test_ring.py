@@ -1,6 +1,5 @@
 """Rings. Rank 0 lives in the test's process, the others in spawned ones, unless a test says otherwise."""
 
-import gc
 import multiprocessing
 import os
 import queue
@@ -111,18 +110,20 @@ class Rank:
 
     def num_threads(self) -> int:
         """Of the ring, when it has had a moment to end them."""
-        deadline = time.monotonic() + 2
-        while (alive := [t for t in threading.enumerate() if t.name.startswith("ring-")]) and (
-            time.monotonic() < deadline
-        ):
+        deadline = time.monotonic() + SOON_S / 2
+        while (num := num_ring_threads()) and time.monotonic() < deadline:
             time.sleep(0.01)
-        return len(alive)
+        return num
 
     def stats(self) -> RingStats:
         return self.ring.stats()
 
     def close(self) -> None:
         self.ring.close()
+
+
+def num_ring_threads() -> int:
+    return sum(thread.name.startswith("ring-") for thread in threading.enumerate())
 
 
 def serve_rank(connection: Connection) -> None:
@@ -201,6 +202,33 @@ class Head:
         self.ring.close()
 
 
+class Wire:
+    """A transport to and from the test, which stands in for both neighbours."""
+
+    def __init__(self) -> None:
+        self.incoming: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self.may_send = threading.Event()
+        self.sent: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self.bytes_sent = 0
+
+    def receive(self) -> Message:
+        return self.incoming.get()
+
+    def send(self, message: Message) -> None:
+        assert self.may_send.wait(SOON_S)
+        self.sent.put(message)
+
+    def close(self) -> None:
+        pass
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + SOON_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
 @pytest.fixture(scope="module")
 def spares() -> Iterator[list[Child]]:
     """Processes that have nothing to do. They start together: importing torch takes them seconds."""
@@ -261,11 +289,7 @@ def test_an_idle_rank_keeps_no_micro_batch_alive() -> None:
     head.feed(body)
     del body
     head.results(1)
-    deadline = time.monotonic() + SOON_S
-    while alive() is not None and time.monotonic() < deadline:
-        time.sleep(0.001)
-        gc.collect()
-    assert alive() is None
+    until(lambda: alive() is None)
     head.close()
 
 
@@ -297,6 +321,32 @@ def test_ranks_compute_at_the_same_time(world_size: int, pair: list[Child]) -> N
     head = open_ring(children, computes)
     assert [message.body for message in head.run(*range(num_batches))] == list(range(num_batches))
     close_ring(head, children)
+
+
+def test_a_rank_receives_while_it_computes() -> None:
+    wire, may_compute = Wire(), threading.Event()
+    ring = Ring(lambda _: may_compute.wait(SOON_S), rank=1, transport=wire, on_failure=print, device=CPU)
+    ring.start()
+    for batch_id in range(3):
+        wire.incoming.put(Message(batch_id, None))
+    until(wire.incoming.empty)
+    assert ring.stats().num_computed == 0
+    may_compute.set()
+    until(lambda: ring.stats().num_computed == 3)
+    ring.close(timeout_s=0.1)
+
+
+def test_a_rank_computes_while_it_sends() -> None:
+    wire = Wire()
+    ring = Ring(pace, rank=1, transport=wire, on_failure=print, device=CPU)
+    ring.start()
+    for batch_id in range(3):
+        wire.incoming.put(Message(batch_id, None))
+    until(lambda: ring.stats().num_computed == 3)
+    assert wire.sent.empty()
+    wire.may_send.set()
+    assert [wire.sent.get(timeout=SOON_S).batch_id for _ in range(3)] == [0, 1, 2]
+    ring.close(timeout_s=0.1)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

@@ -15,15 +15,14 @@ import torch
 
 from cluster.message import Message, pack
 from cluster.object_store_transport import ObjectStoreTransport, open_mailboxes
+from cluster.place import Place, plan_backend
 from cluster.transport import (
     Backend,
     GroupTransport,
     PeerLost,
-    Place,
     Transport,
     join_store,
     open_store,
-    plan_backend,
 )
 
 CPU = torch.device("cpu")

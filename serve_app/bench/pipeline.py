@@ -1,0 +1,208 @@
+"""How well several requests fill the shards: efficiency = ideal time / measured time.
+
+The real step queue, ring and actors, around a model that only sleeps: every shard takes `step_ms` for a step and
+hands `payload_mb` on. S shards, 2·S requests of K steps, unmerged; ideally (2·S·K + S - 1) · step_ms.
+Beside it the way of `device_map`: the same shards in one process, one request after another.
+"""
+
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from rich.progress import Progress
+
+from cluster.place import Rendezvous, plan_backend
+from cluster.resources import ResourceConfig
+from cluster.ring import Ring
+from cluster.shard_group import ShardGroup, this_address, this_place
+from cluster.transport import GroupTransport, join_store, open_store
+from deployments.config import TransformerConfig
+from deployments.engine.cut import Boundary
+from deployments.engine.engine import Engine
+from deployments.engine.merge import Merger
+from deployments.engine.outline import Holder, Outliner
+from deployments.engine.work import Follower, Leader
+from deployments.rank import exit_replica
+from serve_app.bench.report import Row, report
+
+CPU = torch.device("cpu")
+UNMERGED = "PacedModel"
+"""A class that `merge` has no rule for."""
+RESOURCES = ResourceConfig(num_cpus=0.1)
+
+
+def run(
+    *,
+    shards: tuple[int, ...],
+    steps_ms: Mapping[float, int],
+    payloads_mb: tuple[float, ...],
+    json_file: Path | None,
+) -> None:
+    """Rows of `design`, `shards`, `step_ms`, `payload_mb`, `efficiency`, `speedup`.
+
+    steps_ms: by milliseconds per shard and step, how many steps K a request has.
+    """
+    rows: list[Row] = []
+    total = 2 * len(shards) * len(steps_ms) * len(payloads_mb)
+    with Progress() as progress, _ray():
+        task = progress.add_task("pipeline", total=total)
+        for num_shards in shards:
+            with _replica(num_shards) as replica:
+                for step_ms, num_steps in steps_ms.items():
+                    for payload_mb in payloads_mb:
+                        case = (step_ms, payload_mb, num_steps)
+                        for design, method in (("ring", "pipelined"), ("device_map", "one_by_one")):
+                            measured_s = ray.get(getattr(replica, method).remote(*case))
+                            rows.append(_row(design, num_shards, *case, measured_s))
+                            progress.advance(task)
+    report("requests in flight over paced shards", rows, json_file)
+
+
+def _row(
+    design: str, num_shards: int, step_ms: float, payload_mb: float, num_steps: int, measured_s: float
+) -> Row:
+    num_forwards = 2 * num_shards * num_steps
+    ideal_s = (num_forwards + num_shards - 1) * step_ms / 1e3
+    return {
+        "design": design,
+        "shards": num_shards,
+        "step_ms": step_ms,
+        "payload_mb": payload_mb,
+        "efficiency": ideal_s / measured_s,
+        "speedup": num_forwards * num_shards * step_ms / 1e3 / measured_s,
+    }
+
+
+class PacedShard:
+    """Stands where a Shard stands: sleeps as long as asked for, and hands on as much."""
+
+    def __init__(self, *, is_last: bool) -> None:
+        self._is_last = is_last
+        self._payloads: dict[float, torch.Tensor] = {}
+
+    def run(self, inputs: Mapping[str, Any], boundary: Boundary | None = None) -> Boundary | torch.Tensor:
+        """inputs: `pace` holds [step_ms, payload_mb]."""
+        step_ms, payload_mb = inputs["pace"]
+        time.sleep(step_ms / 1e3)
+        if self._is_last:
+            return torch.zeros(inputs["hidden_states"].shape)
+        if payload_mb not in self._payloads:
+            self._payloads[payload_mb] = torch.zeros(int(payload_mb * 1e6), dtype=torch.uint8)
+        return {"block": self._payloads[payload_mb]}
+
+
+class PacedRank:
+    """Ranks 1 to S - 1."""
+
+    def __init__(self, rank: int, num_ranks: int) -> None:
+        torch.set_num_threads(1)
+        self._rank = rank
+        shard: Any = PacedShard(is_last=rank == num_ranks - 1)
+        self._follower = Follower(shard, Merger(UNMERGED), Holder(CPU))
+
+    def place(self) -> Any:
+        return this_place()
+
+    def connect(self, rendezvous: Rendezvous) -> None:
+        num_ranks = rendezvous.num_ranks
+        store = join_store(rendezvous.host, rendezvous.port, num_ranks)
+        transport = GroupTransport(self._rank, num_ranks, store, backend=rendezvous.backend, device=CPU)
+        self._ring = Ring(
+            self._follower.run, rank=self._rank, transport=transport, on_failure=exit_replica, device=CPU
+        )
+        self._ring.start()
+
+
+class PacedReplica:
+    """Rank 0 and its requests."""
+
+    def __init__(self, num_shards: int) -> None:
+        torch.set_num_threads(1)
+        self._num_shards = num_shards
+        transport, merger = None, Merger(UNMERGED)
+        if num_shards > 1:
+            self._group = group = ShardGroup(PacedRank, num_shards, RESOURCES, num_shards)
+            places = group.places()
+            store = open_store(this_address(), num_shards)
+            rendezvous = Rendezvous(this_address(), store.port, num_shards, plan_backend(places))
+            wait = group.connect(rendezvous)
+            transport = GroupTransport(0, num_shards, store, backend=rendezvous.backend, device=CPU)
+            wait()
+        shard: Any = PacedShard(is_last=num_shards == 1)
+        self._engine = Engine(
+            Leader(shard, merger, Outliner(frozenset({"hidden_states"}))),
+            merger,
+            TransformerConfig(shards=num_shards),
+            device=CPU,
+            transport=transport,
+            on_lost=exit_replica,
+        )
+
+    def pipelined(self, step_ms: float, payload_mb: float, num_steps: int) -> float:
+        """Seconds for 2·S requests at once, of num_steps steps each."""
+        num_requests = 2 * self._num_shards
+        start = threading.Barrier(num_requests + 1)
+
+        def request() -> None:
+            seat = self._engine.queue.join()
+            latents = torch.zeros(1, 16, 64)
+            start.wait()
+            for _ in range(num_steps):
+                inputs = {"hidden_states": latents, "pace": [step_ms, payload_mb]}
+                latents = latents + self._engine.forward(seat, inputs)
+            self._engine.queue.leave(seat)
+
+        with ThreadPoolExecutor(num_requests) as threads:
+            running = [threads.submit(request) for _ in range(num_requests)]
+            start.wait()
+            began = time.perf_counter()
+            for future in running:
+                future.result()
+            return time.perf_counter() - began
+
+    def one_by_one(self, step_ms: float, payload_mb: float, num_steps: int) -> float:
+        """Seconds for the same requests in one process, each shard's output copied for the next."""
+        shards = [PacedShard(is_last=rank == self._num_shards - 1) for rank in range(self._num_shards)]
+        began = time.perf_counter()
+        for _ in range(2 * self._num_shards * num_steps):
+            boundary: Any = None
+            for shard in shards:
+                inputs = {"hidden_states": torch.zeros(1, 16, 64), "pace": [step_ms, payload_mb]}
+                boundary = shard.run(inputs, boundary)
+                if isinstance(boundary, dict):
+                    boundary = {"block": boundary["block"].clone()}
+        return time.perf_counter() - began
+
+
+@contextmanager
+def _replica(num_shards: int) -> Iterator[Any]:
+    group = placement_group([{"CPU": RESOURCES.num_cpus}] * num_shards, strategy="PACK")
+    place = PlacementGroupSchedulingStrategy(
+        group, placement_group_bundle_index=0, placement_group_capture_child_tasks=True
+    )
+    replica = (
+        ray.remote(PacedReplica).options(num_cpus=RESOURCES.num_cpus, scheduling_strategy=place).remote(num_shards)
+    )
+    ray.get(replica.one_by_one.remote(0, 0, 1))
+    try:
+        yield replica
+    finally:
+        ray.kill(replica)
+        remove_placement_group(group)
+
+
+@contextmanager
+def _ray() -> Iterator[None]:
+    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        yield
+    finally:
+        ray.shutdown()
