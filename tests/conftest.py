@@ -1,0 +1,133 @@
+"""One Ray and one Serve for the whole run; apps are started when a test first asks for one."""
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+os.environ.setdefault("RAY_worker_niceness", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+import httpx
+import pytest
+import ray
+import torch
+from diffusers import DiffusionPipeline
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from deployments.checkpoints.source import fetch_checkpoint
+from deployments.families import FAMILIES
+from serve_app.app import build_app
+from serve_app.config import parse_app_config
+
+torch.set_num_threads(1)
+TEXT_TOKENS = 64
+"""Of the prompt, here and there: FLUX would pad to 512."""
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    ray.init(address="local", num_cpus=16, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def serve_url(ray_cluster: None) -> Iterator[str]:
+    """Serve with HTTP on a free port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    yield f"http://127.0.0.1:{port}"
+    serve.shutdown()
+
+
+class App:
+    """A served tiny checkpoint, and the plain pipeline beside it."""
+
+    def __init__(self, url: str, name: str, handle: DeploymentHandle, family: str) -> None:
+        self.url, self.name, self.handle, self.family = f"{url}/{name}", name, handle, FAMILIES[family]
+        self.client = httpx.Client(base_url=self.url, timeout=120)
+
+    def deployment(self, name: str) -> DeploymentHandle:
+        return serve.get_deployment_handle(name, self.name)
+
+
+@pytest.fixture(scope="session")
+def start_app(serve_url: str) -> Callable[..., App]:
+    """Starts the tiny checkpoint of a family once for every set of options."""
+
+    @cache
+    def start(family: str, *, shards: int = 1, **limits: Any) -> App:
+        name = "-".join([family, str(shards), *(f"{k}{v}" for k, v in limits.items())])
+        config = parse_app_config(
+            {
+                "model": {
+                    "name": f"tiny-{family}",
+                    "checkpoint": f"tiny://{family}",
+                    "defaults": {"width": 64, "height": 64, "num_inference_steps": 4, "num_frames": 5}
+                    if FAMILIES[family].media == "video"
+                    else {"width": 64, "height": 64, "num_inference_steps": 4},
+                },
+                "encoder": {"num_cpus": 0.1} | _text_tokens(family),
+                "transformer": {"num_cpus": 0.1, "shards": shards},
+                "vae": {"num_cpus": 0.1},
+                "limits": {"max_pixels": 512 * 512, "max_num_inference_steps": 50, "max_num_frames": 33} | limits,
+            }
+        )
+        handle = serve.run(build_app(config), name=name, route_prefix=f"/{name}")
+        return App(serve_url, name, handle, family)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def flux_app(start_app: Callable[..., App]) -> App:
+    return start_app("flux")
+
+
+@pytest.fixture(scope="session")
+def sd15_app(start_app: Callable[..., App]) -> App:
+    return start_app("sd15")
+
+
+@pytest.fixture(scope="session")
+def wan_app(start_app: Callable[..., App]) -> App:
+    return start_app("wan")
+
+
+Plain = Callable[..., Any]
+
+
+@pytest.fixture(scope="session")
+def plain() -> Plain:
+    """`plain(family, prompt, seed=…, **settings)`: what diffusers' own pipeline draws, float32."""
+    load = cache(_load_plain)
+
+    def draw(family: str, prompt: str, *, seed: int, output_type: str = "pil", **settings: Any) -> Any:
+        defaults: dict[str, Any] = {"width": 64, "height": 64, "num_inference_steps": 4}
+        if FAMILIES[family].media == "video":
+            defaults["num_frames"] = 5
+        output = load(family)(
+            prompt,
+            generator=torch.Generator("cpu").manual_seed(seed),
+            output_type=output_type,
+            return_dict=False,
+            **defaults | _text_tokens(family) | settings,
+        )[0]
+        return output if output_type == "latent" else output[0]
+
+    return draw
+
+
+def _load_plain(family: str) -> Any:
+    pipe = DiffusionPipeline.from_pretrained(fetch_checkpoint(f"tiny://{family}", ()))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _text_tokens(family: str) -> dict[str, int]:
+    return {} if FAMILIES[family].max_sequence_length is None else {"max_sequence_length": TEXT_TOKENS}
