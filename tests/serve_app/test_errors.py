@@ -1,0 +1,151 @@
+"""Bad input gets a 4xx that names the field, in OpenAI's form; afterwards the server serves on."""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from openai import BadRequestError, NotFoundError, OpenAI
+
+pytestmark = pytest.mark.slow
+PROMPT = {"prompt": "a cat"}
+
+WRONG_IMAGES: list[tuple[dict[str, Any], str]] = [
+    ({"size": "65x64"}, "size"),
+    ({"size": "64x"}, "size"),
+    ({"size": "0x0"}, "size"),
+    ({"size": "big"}, "size"),
+    ({"size": "1024x1024"}, "size"),
+    ({"size": 64}, "size"),
+    ({"num_inference_steps": 0}, "num_inference_steps"),
+    ({"num_inference_steps": 51}, "num_inference_steps"),
+    ({"num_inference_steps": "many"}, "num_inference_steps"),
+    ({"n": 0}, "n"),
+    ({"n": 11}, "n"),
+    ({"prompt": ""}, "prompt"),
+    ({"prompt": "   "}, "prompt"),
+    ({"prompt": "x" * 4001}, "prompt"),
+    ({"prompt": None}, "prompt"),
+    ({"negative_prompt": "x" * 4001}, "negative_prompt"),
+    ({"output_format": "gif"}, "output_format"),
+    ({"output_format": "jpeg", "output_compression": 101}, "output_compression"),
+    ({"output_compression": 50}, "output_compression"),
+    ({"response_format": "url"}, "response_format"),
+    ({"seed": -1}, "seed"),
+    ({"seed": 2**64}, "seed"),
+    ({"guidance_scale": -0.5}, "guidance_scale"),
+    ({"colour": "red"}, "colour"),
+]
+
+
+def check_error(answer: Any, status: int, param: str | None) -> dict[str, Any]:
+    assert answer.status_code == status, answer.text
+    error: dict[str, Any] = answer.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert error["param"] == param
+    assert error["message"]
+    return error
+
+
+@pytest.mark.parametrize(("fields", "param"), WRONG_IMAGES, ids=[f"{k}" for k, _ in WRONG_IMAGES])
+def test_a_wrong_field_is_named(flux_app: Any, fields: dict[str, Any], param: str) -> None:
+    error = check_error(flux_app.client.post("/v1/images/generations", json=PROMPT | fields), 400, param)
+    assert error["type"] == "invalid_request_error"
+    assert param in error["message"]
+
+
+def test_a_missing_prompt_is_named(flux_app: Any) -> None:
+    check_error(flux_app.client.post("/v1/images/generations", json={"n": 1}), 400, "prompt")
+
+
+@pytest.mark.parametrize("body", ["{", "[1]", '"text"', ""])
+def test_a_body_that_is_no_json_object_is_a_400(flux_app: Any, wan_app: Any, body: str) -> None:
+    headers = {"content-type": "application/json"}
+    for app, path in ((flux_app, "/v1/images/generations"), (wan_app, "/v1/videos/sync")):
+        answer = app.client.post(path, content=body, headers=headers)
+        assert answer.status_code == 400, answer.text
+        assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_a_size_error_says_what_is_near(flux_app: Any) -> None:
+    answer = flux_app.client.post("/v1/images/generations", json=PROMPT | {"size": "70x100"})
+    assert "multiples of 16" in check_error(answer, 400, "size")["message"]
+    assert "64x96" in answer.json()["error"]["message"]
+
+
+def test_a_guidance_that_means_nothing_to_the_family_is_refused(sd15_app: Any) -> None:
+    answer = sd15_app.client.post("/v1/images/generations", json=PROMPT | {"true_cfg_scale": 2.0})
+    assert "use guidance_scale" in check_error(answer, 400, "true_cfg_scale")["message"]
+
+
+def test_pictures_of_a_video_model_are_refused_and_the_other_way_round(flux_app: Any, wan_app: Any) -> None:
+    answer = wan_app.client.post("/v1/images/generations", json=PROMPT)
+    assert "/v1/videos/sync" in check_error(answer, 400, "model")["message"]
+    answer = flux_app.client.post("/v1/videos/sync", json=PROMPT)
+    assert "/v1/images/generations" in check_error(answer, 400, "model")["message"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"num_frames": 6}, "num_frames"),
+        ({"num_frames": 37}, "num_frames"),
+        ({"num_frames": 0}, "num_frames"),
+        ({"seconds": 60}, "seconds"),
+        ({"fps": 0}, "fps"),
+        ({"size": "64x72"}, "size"),
+    ],
+)
+def test_a_wrong_field_of_a_video_is_named(wan_app: Any, fields: dict[str, Any], param: str) -> None:
+    check_error(wan_app.client.post("/v1/videos/sync", json=PROMPT | fields), 400, param)
+
+
+def test_an_unknown_model_is_a_404(flux_app: Any) -> None:
+    answer = flux_app.client.post("/v1/images/generations", json=PROMPT | {"model": "dall-e-3"})
+    assert check_error(answer, 404, "model")["code"] == "model_not_found"
+    check_error(flux_app.client.get("/v1/models/dall-e-3"), 404, "model")
+
+
+def test_unknown_paths_and_methods_answer_in_the_same_form(flux_app: Any) -> None:
+    check_error(flux_app.client.get("/v1/nothing"), 404, None)
+    check_error(flux_app.client.get("/v1/images/generations"), 405, None)
+
+
+def test_the_openai_client_raises_its_own_errors(flux_app: Any) -> None:
+    with OpenAI(base_url=f"{flux_app.url}/v1", api_key="none", max_retries=0) as client:
+        with pytest.raises(BadRequestError) as wrong:
+            client.images.generate(prompt="a cat", size="65x64")
+        assert wrong.value.param == "size"
+        with pytest.raises(NotFoundError):
+            client.images.generate(prompt="a cat", model="dall-e-3")
+
+
+def test_after_all_that_the_server_serves(flux_app: Any) -> None:
+    assert flux_app.client.post("/v1/images/generations", json=PROMPT).status_code == 200
+
+
+LONG = PROMPT | {"num_inference_steps": 50, "size": "256x256"}
+
+
+def test_too_many_requests_get_a_429_with_retry_after(start_app: Callable[..., Any]) -> None:
+    app = start_app("flux", max_concurrent_requests=1, request_timeout_s=2.5)
+    with ThreadPoolExecutor(6) as clients:
+        answers = list(clients.map(lambda _: app.client.post("/v1/images/generations", json=LONG), range(6)))
+    refused = [answer for answer in answers if answer.status_code == 429]
+    assert refused
+    for answer in refused:
+        assert answer.headers["retry-after"] == "5"
+        assert check_error(answer, 429, None)["code"] == "overloaded"
+
+
+def test_a_request_past_its_deadline_gets_a_504_and_frees_its_seat(start_app: Callable[..., Any]) -> None:
+    app = start_app("flux", max_concurrent_requests=1, request_timeout_s=2.5)
+    answer = app.client.post("/v1/images/generations", json=LONG)
+    assert "request_timeout_s" in check_error(answer, 504, None)["message"]
+    transformer = app.deployment("Transformer")
+    for _ in range(100):
+        if transformer.stats.remote().result().queue.num_seats == 0:
+            return
+        time.sleep(0.1)
+    pytest.fail("its seat is still taken after 10 s")
