@@ -1,7 +1,9 @@
 """The strongest test: three stages in three processes draw what plain diffusers draws, bit for bit."""
 
 import inspect
+import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import diffusers
@@ -11,8 +13,12 @@ import ray
 import torch
 from diffusers import DiffusionPipeline
 
+from cluster.place import Place
 from deployments.checkpoints.source import fetch_checkpoint
 from deployments.config import EncoderConfig, ModelConfig, TransformerConfig, VaeConfig
+from deployments.engine.blocks import block_bytes
+from deployments.engine.load import open_denoiser
+from deployments.engine.step_queue import Cancelled
 from deployments.families import FAMILIES
 from deployments.rank import exit_replica
 from deployments.request import GenerationRequest, Prompt
@@ -23,48 +29,96 @@ STAGE_ENV = {"env_vars": {"OMP_NUM_THREADS": "1"}}
 
 
 class StageProcess:
-    """A process that holds one stage of every family, loaded when first asked for."""
+    """A process that holds stages of any family, loaded when first asked for."""
 
     def __init__(self) -> None:
-        self._stages: dict[tuple[str, str], Any] = {}
+        self._stages: dict[Any, Any] = {}
 
-    def call(self, stage: str, family: str, config: Any, method: str, *args: Any) -> Any:
-        key = stage, family
+    def load(self, stage: str, family: str, config: Any, *args: Any) -> None:
+        key = stage, family, config
         if key not in self._stages:
             model = ModelConfig(name="tiny", checkpoint=f"tiny://{family}")
-            self._stages[key] = load_stage(stage, model, family, config)
-            if stage == "denoise":
-                self._stages[key].connect(None, exit_replica)
-        return getattr(self._stages[key], method)(*args)
+            self._stages[key] = load_stage(stage, model, family, config, *args)
 
-    def denoise(self, family: str, embeds: Any, request: GenerationRequest) -> torch.Tensor:
-        config = TransformerConfig()
-        seat = self.call("denoise", family, config, "join")
+    def call(self, stage: str, family: str, config: Any, method: str, *args: Any) -> Any:
+        return getattr(self._stages[stage, family, config], method)(*args)
+
+    def connect(self, stage: str, family: str, config: Any, rendezvous: Any) -> None:
+        self._stages[stage, family, config].connect(rendezvous, exit_replica)
+
+    def denoise(
+        self, family: str, config: Any, embeds: Any, request: GenerationRequest, cancel_at: int | None = None
+    ) -> torch.Tensor | None:
+        """The latents, or None for a request that is cancelled after step cancel_at."""
+        stage = self._stages["denoise", family, config]
+        seat = stage.join()
+
+        def on_step(step: int, _latents: torch.Tensor) -> None:
+            if step == cancel_at:
+                stage.leave(seat)
+
         try:
-            latents: torch.Tensor = self._stages["denoise", family].denoise(seat, embeds, request, lambda *_: None)
+            latents: torch.Tensor = stage.denoise(seat, embeds, request, on_step)
             return latents
+        except Cancelled:
+            return None
         finally:
-            self._stages["denoise", family].leave(seat)
+            stage.leave(seat)
 
 
-Draw = Callable[[str, GenerationRequest], tuple[torch.Tensor, Any]]
+class Processes:
+    """An encoder, three ranks and a VAE, each in a process of its own."""
+
+    def __init__(self) -> None:
+        actor = ray.remote(num_cpus=0.1, runtime_env=STAGE_ENV, max_concurrency=48)(StageProcess)
+        self.encoder, self.vae, *self.ranks = (actor.remote() for _ in range(5))
+        self._connected: set[tuple[str, int]] = set()
+
+    def draw(self, family: str, request: GenerationRequest, shards: int = 1) -> tuple[torch.Tensor, Any]:
+        """(latents, frames)"""
+        tokens = 64 if FAMILIES[family].max_sequence_length else None
+        encode, denoise, decode = EncoderConfig(max_sequence_length=tokens), ranks_config(shards), VaeConfig()
+        self.connect(family, shards)
+        ray.get(
+            [self.encoder.load.remote("encode", family, encode), self.vae.load.remote("decode", family, decode)]
+        )
+        embeds = self.encoder.call.remote("encode", family, encode, "encode", request.prompt)
+        latents = ray.get(self.ranks[0].denoise.remote(family, denoise, embeds, request))
+        frames = self.vae.call.remote("decode", family, decode, "decode", latents, request)
+        return latents, ray.get(frames)
+
+    def connect(self, family: str, shards: int) -> None:
+        if (family, shards) in self._connected:
+            return
+        config, (leader, *followers) = ranks_config(shards), self.ranks[:shards]
+        loads = [leader.load.remote("denoise", family, config)]
+        loads += [rank.load.remote("follow", family, config, i + 1) for i, rank in enumerate(followers)]
+        ray.get(loads)
+        rendezvous = None
+        if shards > 1:
+            places = [Place("node", None)] * shards
+            opened = leader.call.remote("denoise", family, config, "open_rendezvous", "127.0.0.1", places)
+            rendezvous = ray.get(opened)
+        joining = [rank.connect.remote("follow", family, config, rendezvous) for rank in followers]
+        ray.get([leader.connect.remote("denoise", family, config, rendezvous), *joining])
+        self._connected.add((family, shards))
+
+    def stats(self, family: str, shards: int) -> list[Any]:
+        """RankStats of each rank."""
+        config, (leader, *followers) = ranks_config(shards), self.ranks[:shards]
+        [rank_0] = ray.get(leader.call.remote("denoise", family, config, "stats")).ranks
+        return [rank_0, *ray.get([rank.call.remote("follow", family, config, "stats") for rank in followers])]
+
+
+def ranks_config(shards: int) -> TransformerConfig:
+    return TransformerConfig(shards=shards)
 
 
 @pytest.fixture(scope="module")
-def draw(ray_cluster: None) -> Iterator[Draw]:
-    """(latents, frames) by three processes."""
-    actor = ray.remote(num_cpus=0.1, runtime_env=STAGE_ENV)(StageProcess)
-    encoder, transformer, vae = (actor.remote() for _ in range(3))
-
-    def run(family: str, request: GenerationRequest) -> tuple[torch.Tensor, Any]:
-        tokens = 64 if FAMILIES[family].max_sequence_length else None
-        encode = EncoderConfig(max_sequence_length=tokens)
-        embeds = encoder.call.remote("encode", family, encode, "encode", request.prompt)
-        latents = ray.get(transformer.denoise.remote(family, embeds, request))
-        return latents, ray.get(vae.call.remote("decode", family, VaeConfig(), "decode", latents, request))
-
-    yield run
-    for process in (encoder, transformer, vae):
+def processes(ray_cluster: None) -> Iterator[Processes]:
+    processes = Processes()
+    yield processes
+    for process in (processes.encoder, processes.vae, *processes.ranks):
         ray.kill(process)
 
 
@@ -104,10 +158,10 @@ def settings_of(family: str, request: GenerationRequest) -> dict[str, Any]:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("guided", "width", "height"), [(True, 64, 64), (False, 64, 64), (True, 96, 64)])
 def test_three_processes_draw_what_the_plain_pipeline_draws(
-    draw: Draw, plain: Callable[..., Any], family: str, guided: bool, width: int, height: int
+    processes: Processes, plain: Callable[..., Any], family: str, guided: bool, width: int, height: int
 ) -> None:
     request = request_of(family, guided=guided, width=width, height=height)
-    latents, frames = draw(family, request)
+    latents, frames = processes.draw(family, request)
     settings = settings_of(family, request)
     assert torch.equal(latents, plain(family, "a red cat", seed=3, output_type="latent", **settings))
     expected = np.atleast_3d(plain(family, "a red cat", seed=3, output_type="np", **settings))
@@ -115,11 +169,68 @@ def test_three_processes_draw_what_the_plain_pipeline_draws(
     np.testing.assert_array_equal(frames, (expected * 255).round().astype(np.uint8))
 
 
+@pytest.mark.parametrize("shards", [2, 3])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_another_seed_or_prompt_draws_another_picture(draw: Draw, family: str) -> None:
+def test_shards_in_separate_processes_draw_what_the_plain_pipeline_draws(
+    processes: Processes, plain: Callable[..., Any], family: str, shards: int
+) -> None:
+    request = request_of(family, guided=True)
+    latents, _ = processes.draw(family, request, shards)
+    expected = plain(family, "a red cat", seed=3, output_type="latent", **settings_of(family, request))
+    assert torch.equal(latents, expected)
+
+
+def test_forty_mixed_requests_are_neither_swapped_nor_lost(
+    processes: Processes, plain: Callable[..., Any]
+) -> None:
+    """All at once, over two shards: families in turn; sizes, steps, seeds at random; some cancelled."""
+    dice, config = random.Random(0), ranks_config(2)
+    requests, answers = [], []
+    for i in range(40):
+        family = list(FAMILIES)[i % len(FAMILIES)]
+        width, height = dice.choice([(64, 64), (96, 64), (64, 96)])
+        request = request_of(family, guided=dice.random() < 0.7, width=width, height=height, seed=i)
+        request = replace(request, num_inference_steps=dice.randint(2, 6))
+        cancel_at = 1 if dice.random() < 0.2 else None
+        processes.connect(family, 2)
+        encode = EncoderConfig(max_sequence_length=64 if FAMILIES[family].max_sequence_length else None)
+        ray.get(processes.encoder.load.remote("encode", family, encode))
+        requests.append((family, request, cancel_at, encode))
+    for family, request, cancel_at, encode in requests:
+        embeds = processes.encoder.call.remote("encode", family, encode, "encode", request.prompt)
+        answers.append(processes.ranks[0].denoise.remote(family, config, embeds, request, cancel_at))
+    assert sum(cancel_at is not None for *_, cancel_at, _ in requests) >= 5
+    for (family, request, cancel_at, _), answer in zip(requests, ray.get(answers), strict=True):
+        if cancel_at is not None:
+            assert answer is None
+            continue
+        settings = settings_of(family, request)
+        expected = plain(family, "a red cat", seed=request.seed, output_type="latent", **settings)
+        torch.testing.assert_close(answer, expected, atol=2e-5, rtol=2e-5)
+    sizes = [
+        ray.get(processes.ranks[0].call.remote("denoise", f, config, "stats")).queue.batch_sizes for f in FAMILIES
+    ]
+    assert any(size > 1 for batch_sizes in sizes for size in batch_sizes), "nothing merged"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_ranks_together_hold_the_model_and_the_embedders_once_more_each(
+    processes: Processes, family: str
+) -> None:
+    model = ModelConfig(name="tiny", checkpoint=f"tiny://{family}")
+    weights = block_bytes(open_denoiser(model, FAMILIES[family], ranks_config(3)).skeleton, torch.float32)
+    processes.connect(family, 3)
+    held = [sum(rank.weights_bytes.values()) for rank in processes.stats(family, 3)]
+    assert sum(held) == 3 * weights.head + sum(weights.blocks) + weights.tail
+    blocks = [rank.blocks for rank in processes.stats(family, 3)]
+    assert [start for start, _ in blocks[1:]] == [end for _, end in blocks[:-1]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_another_seed_or_prompt_draws_another_picture(processes: Processes, family: str) -> None:
     """Without this, equality could hold because nothing that was asked matters."""
-    _, one = draw(family, request_of(family, guided=True, seed=3))
-    _, other = draw(family, request_of(family, guided=True, seed=4))
+    _, one = processes.draw(family, request_of(family, guided=True, seed=3))
+    _, other = processes.draw(family, request_of(family, guided=True, seed=4))
     assert np.abs(one.astype(int) - other.astype(int)).max() > 8
 
 

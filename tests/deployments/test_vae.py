@@ -1,0 +1,76 @@
+"""The decode stage's deployment, as a plain object without a cluster."""
+
+import asyncio
+import io
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from deployments.config import ModelConfig, VaeConfig
+from deployments.request import GenerationRequest, Media, OutputFormat, Prompt
+from deployments.stages.decode import Decoding
+from deployments.vae import Vae
+
+LATENTS = {"flux": (1, 12, 64), "sd15": (1, 4, 6, 8), "wan": (1, 16, 2, 6, 8)}
+"""Of 64 x 48 pixels; five frames of them."""
+
+
+def build_model(family: str) -> ModelConfig:
+    return ModelConfig(name="tiny", checkpoint=f"tiny://{family}")
+
+
+def build_request(output_format: OutputFormat, output_compression: int = 100) -> GenerationRequest:
+    prompt = Prompt("a red fox", None, is_guided=False)
+    return GenerationRequest(prompt, 64, 48, 5, 3, None, None, 0, output_format, output_compression, fps=8)
+
+
+def build_latents(family: str) -> torch.Tensor:
+    return torch.randn(LATENTS[family], generator=torch.Generator().manual_seed(0))
+
+
+def decode(family: str, request: GenerationRequest) -> tuple[Media, Any]:
+    """What the deployment makes of some latents, and the frames in it before they became a file."""
+    vae, stage = Vae(build_model(family), family, VaeConfig()), Decoding(build_model(family), family, VaeConfig())
+    latents = build_latents(family)
+    return asyncio.run(vae.decode(latents, request)), stage.decode(latents, request)
+
+
+@pytest.mark.parametrize("family", ["flux", "sd15"])
+def test_a_picture_is_a_file_of_the_decoded_pixels(family: str) -> None:
+    media, frames = decode(family, build_request("png"))
+    assert media.media_type == "image/png"
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(media.data))), frames[0])
+    assert frames.shape == (1, 48, 64, 3)
+    assert frames.std() > 10
+
+
+def test_the_requests_compression_is_used() -> None:
+    media, [frame] = decode("flux", build_request("jpeg", 40))
+    file = io.BytesIO()
+    Image.fromarray(frame).save(file, "jpeg", quality=40)
+    assert (media.media_type, media.data) == ("image/jpeg", file.getvalue())
+
+
+def test_a_video_is_an_mp4_of_the_decoded_frames() -> None:
+    media, frames = decode("wan", build_request("mp4"))
+    assert media.media_type == "video/mp4"
+    with av.open(io.BytesIO(media.data)) as container:
+        decoded = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    assert decoded.shape == frames.shape == (5, 48, 64, 3)
+
+
+def test_latents_that_may_not_be_written_to_are_left_as_they_are() -> None:
+    """So they come from Ray: as views of shared memory."""
+    vae, latents = Vae(build_model("sd15"), "sd15", VaeConfig()), build_latents("sd15")
+    before = latents.clone()
+    asyncio.run(vae.decode(latents, build_request("png")))
+    assert torch.equal(latents, before)
+
+
+def test_the_vae_tells_how_long_it_took() -> None:
+    media, _ = decode("sd15", build_request("png"))
+    assert media.decode_ms > 0

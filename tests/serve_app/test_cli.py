@@ -1,0 +1,129 @@
+"""`relay`, as a shell runs it."""
+
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import ray
+from PIL import Image
+from ray import serve
+
+from serve_app.app import find_family
+from serve_app.config import APP_NAME, load_app_config
+from serve_app.ingress import Ingress
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parent.parent.parent
+RELAY = str(Path(sys.executable).with_name("relay"))
+QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
+
+
+def relay(*args: str, ray_address: str = "local") -> subprocess.CompletedProcess[str]:
+    """In the repository's root; `ray_address` is where it looks for a running app."""
+    env = os.environ | {"RAY_ADDRESS": ray_address, "COLUMNS": "200", "NO_COLOR": "1"}
+    return subprocess.run([RELAY, *args], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def address(ray_cluster: None) -> str:
+    found: str = ray.get_runtime_context().gcs_address
+    return found
+
+
+@pytest.fixture
+def relay_app(flux_app: Any) -> Iterator[Any]:
+    """An app with the name that the command looks for: one more ingress over the same three stages."""
+    config = load_app_config(Path(QUICKSTART))
+    stages = [flux_app.deployment(name) for name in ("Encoder", "Transformer", "Vae")]
+    ingress = serve.deployment(serve.ingress()(Ingress)).options(ray_actor_options={"num_cpus": 0})
+    app = ingress.bind(config.model, find_family(config.model), config.limits, *stages)
+    yield serve.run(app, name=APP_NAME, route_prefix=None)
+    serve.delete(APP_NAME)
+
+
+def test_tiny_writes_a_checkpoint_that_diffusers_lays_out(tmp_path: Path) -> None:
+    done = relay("tiny", "sd15", str(tmp_path / "sd15"))
+    assert done.returncode == 0, done.stderr
+    assert {"model_index.json", "unet", "vae", "text_encoder"} <= {p.name for p in (tmp_path / "sd15").iterdir()}
+    assert "wrote" in done.stderr
+
+
+def test_tiny_overwrites_nothing(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    done = relay("tiny", "sd15", str(tmp_path))
+    assert done.returncode == 2
+    assert "exists and is not an empty folder" in done.stderr
+
+
+def test_tiny_names_the_families_when_asked_for_another() -> None:
+    done = relay("tiny", "dalle", "/nowhere")
+    assert done.returncode == 2
+    assert "allowed: flux, sd15, sdxl, sd3, qwen-image, wan" in done.stderr
+
+
+def test_generate_starts_an_app_of_its_own_and_leaves_no_process(tmp_path: Path, plain: Any) -> None:
+    out = tmp_path / "fox.png"
+    before = {process.pid for process in psutil.process_iter()}
+    done = relay("generate", "a fox", "--config", QUICKSTART, "--seed", "7", "--steps", "3", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert "image/png, seed 7" in done.stderr
+    settings = {"width": 128, "height": 128, "num_inference_steps": 3, "max_sequence_length": 128}
+    expected = plain("flux", "a fox", seed=7, **settings)
+    assert np.array_equal(np.asarray(Image.open(out)), np.asarray(expected))
+    left = [p for p in psutil.process_iter(["cmdline"]) if p.pid not in before and is_of(p, "tiny://flux")]
+    assert left == []
+
+
+def is_of(process: psutil.Process, text: str) -> bool:
+    return any(text in word for word in process.info["cmdline"] or ())
+
+
+def test_generate_asks_the_running_app(relay_app: Any, address: str, tmp_path: Path) -> None:
+    out = tmp_path / "fox.webp"
+    fields = {"seed": "7", "steps": "3", "size": "64x64", "guidance-scale": "2.5"}
+    options = [word for name, value in fields.items() for word in (f"--{name}", value)]
+    done = relay("generate", "a fox", *options, "--out", str(out), ray_address=address)
+    assert done.returncode == 0, done.stderr
+    [picture] = relay_app.generate.remote(
+        prompt="a fox", seed=7, num_inference_steps=3, size="64x64", guidance_scale=2.5, output_format="webp"
+    ).result()
+    assert out.read_bytes() == picture.media.data
+    assert Image.open(io.BytesIO(picture.media.data)).format == "WEBP"
+
+
+def test_what_the_running_app_refuses_is_told_in_one_line(relay_app: Any, address: str, tmp_path: Path) -> None:
+    out = tmp_path / "fox.png"
+    done = relay("generate", "a fox", "--size", "65x64", "--out", str(out), ray_address=address)
+    assert done.returncode == 2
+    assert done.stderr.startswith("relay: size: width and height must be multiples of 16, got 65x64")
+    assert not out.exists()
+
+
+def test_generate_says_so_when_no_app_runs(address: str, tmp_path: Path) -> None:
+    done = relay("generate", "a fox", "--out", str(tmp_path / "fox.png"), ray_address=address)
+    assert done.returncode == 2
+    assert done.stderr.strip() == (
+        "relay: no running app found: start one (`make serve`), or name a --config to start"
+    )
+
+
+def test_generate_refuses_a_wrong_value_before_it_starts_anything(tmp_path: Path) -> None:
+    done = relay("generate", "a fox", "--config", QUICKSTART, "--steps", "999", "--out", str(tmp_path / "fox.png"))
+    assert done.returncode == 2
+    assert done.stderr.strip() == "relay: num_inference_steps must be between 1 and 150, got 999"
+
+
+def test_generate_names_a_wrong_key_of_the_config(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(Path(QUICKSTART).read_text().replace("transformer:", "transformr:"))
+    done = relay("generate", "a fox", "--config", str(config))
+    assert done.returncode == 2
+    assert "unknown key 'transformr' (did you mean 'transformer'?)" in done.stderr

@@ -1,0 +1,100 @@
+"""The same generation by a Python handle, as `serve.get_app_handle("relay")` gives it."""
+
+import base64
+import time
+from typing import Any
+
+import pytest
+from ray import serve
+
+from deployments.request import Progress
+from serve_app.errors import BadRequest, UnknownModel
+from serve_app.generation import Picture
+
+pytestmark = pytest.mark.slow
+
+FIELDS = {"prompt": "a red fox", "seed": 21, "num_inference_steps": 5}
+
+
+@pytest.fixture
+def handle(flux_app: Any) -> Any:
+    return serve.get_app_handle(flux_app.name)
+
+
+def stream(handle: Any, **fields: Any) -> Any:
+    return handle.options(stream=True).stream.remote(**fields)
+
+
+def num_seats(app: Any) -> int:
+    seats: int = app.deployment("Transformer").stats.remote().result().queue.num_seats
+    return seats
+
+
+def test_a_handle_gives_the_picture_that_http_gives(flux_app: Any, handle: Any) -> None:
+    [picture] = handle.generate.remote(**FIELDS).result()
+    [data] = flux_app.client.post("/v1/images/generations", json=FIELDS).json()["data"]
+    assert picture.media.data == base64.b64decode(data["b64_json"])
+    assert (picture.seed, picture.media.media_type) == (21, "image/png")
+    assert picture.timings_ms.keys() == data["timings_ms"].keys()
+
+
+def test_a_handle_gives_n_pictures_in_the_order_of_their_seeds(handle: Any) -> None:
+    pictures = handle.generate.remote(**FIELDS, n=3).result()
+    assert [picture.seed for picture in pictures] == [21, 22, 23]
+    assert len({picture.media.data for picture in pictures}) == 3
+
+
+def test_a_stream_tells_progress_before_the_pictures(handle: Any) -> None:
+    *news, pictures = stream(handle, **FIELDS, n=2)
+    assert {index for index, _ in news} == {0, 1}
+    assert all(isinstance(progress, Progress) and progress.num_steps == 5 for _, progress in news)
+    for i in range(2):
+        steps = [progress.step for index, progress in news if index == i]
+        assert steps == sorted(set(steps))
+    assert [picture.seed for picture in pictures] == [21, 22]
+
+
+def test_a_stream_ends_with_the_picture_that_generate_gives(handle: Any) -> None:
+    *_, [streamed] = stream(handle, **FIELDS)
+    [picture] = handle.generate.remote(**FIELDS).result()
+    assert isinstance(streamed, Picture)
+    assert streamed.media.data == picture.media.data
+
+
+def test_a_video_models_handle_gives_one_mp4(wan_app: Any) -> None:
+    [video] = wan_app.handle.generate.remote(prompt="waves", seed=3, num_frames=5).result()
+    answer = wan_app.client.post("/v1/videos/sync", json={"prompt": "waves", "seed": 3, "num_frames": 5})
+    assert video.media.media_type == "video/mp4"
+    assert video.media.data == answer.content
+
+
+def test_a_wrong_field_raises_bad_request_with_its_name(handle: Any) -> None:
+    with pytest.raises(BadRequest) as refused:
+        handle.generate.remote(prompt="a fox", size="65x64").result()
+    assert refused.value.param == "size"
+    assert "multiples of 16" in refused.value.message
+
+
+def test_a_stream_raises_bad_request_too(handle: Any) -> None:
+    with pytest.raises(BadRequest) as refused:
+        list(stream(handle, prompt=" "))
+    assert refused.value.param == "prompt"
+
+
+def test_a_wrong_model_raises_unknown_model(handle: Any) -> None:
+    with pytest.raises(UnknownModel, match="'other' is not served here; served: 'tiny-flux'"):
+        handle.generate.remote(prompt="a fox", model="other").result()
+
+
+def test_a_cancelled_call_frees_its_seat_in_the_transformer(flux_app: Any, handle: Any) -> None:
+    response = handle.generate.remote(prompt="a fox", num_inference_steps=50, size="512x512")
+    wait_for_seats(flux_app, 1)
+    response.cancel()
+    wait_for_seats(flux_app, 0)
+
+
+def wait_for_seats(app: Any, seats: int) -> None:
+    deadline = time.monotonic() + 60
+    while num_seats(app) != seats:
+        assert time.monotonic() < deadline, f"never {seats} seats"
+        time.sleep(0.02)

@@ -1,0 +1,67 @@
+"""Errors say the same on the other side of a process."""
+
+import pickle
+
+import pytest
+from ray.exceptions import RayTaskError
+
+from serve_app.errors import (
+    BadCall,
+    BadRequest,
+    DeadlineExceeded,
+    Overloaded,
+    RelayError,
+    StageFailed,
+    Unavailable,
+    UnknownModel,
+)
+
+ERRORS = [
+    (BadCall("no such path"), 400, None),
+    (BadRequest("wrong size", "size"), 400, "size"),
+    (UnknownModel("no such model"), 404, "model"),
+    (Overloaded("too many"), 429, None),
+    (StageFailed("it raised"), 500, None),
+    (Unavailable("it is lost"), 503, None),
+    (DeadlineExceeded("too late"), 504, None),
+]
+
+every_error = pytest.mark.parametrize(
+    ("error", "status", "param"), ERRORS, ids=[type(error).__name__ for error, *_ in ERRORS]
+)
+
+
+def test_every_error_is_in_the_list() -> None:
+    assert {type(error) for error, *_ in ERRORS} == set(RelayError.__subclasses__())
+
+
+@every_error
+def test_an_error_has_openais_form(error: RelayError, status: int, param: str | None) -> None:
+    assert error.status == status
+    body = error.body()["error"]
+    assert body.keys() == {"message", "type", "param", "code"}
+    assert (body["message"], body["param"]) == (str(error), param)
+    assert body["type"] == ("invalid_request_error" if status in (400, 404) else body["type"])
+
+
+@every_error
+def test_an_error_survives_pickling(error: RelayError, status: int, param: str | None) -> None:
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is type(error)
+    assert copy.body() == error.body()
+
+
+@every_error
+def test_what_ray_raises_for_an_error_says_what_the_error_says(
+    error: RelayError, status: int, param: str | None
+) -> None:
+    """Ray raises an object of both classes, without calling the error's own constructor."""
+    raised = RayTaskError("generate", "Traceback", error, "ray::Ingress", 1, "127.0.0.1").as_instanceof_cause()
+    assert isinstance(raised, type(error))
+    assert raised.body() == error.body()
+    assert raised.headers() == error.headers()
+
+
+@pytest.mark.parametrize("error", [Overloaded("too many"), Unavailable("it is lost")])
+def test_what_will_pass_says_when_to_come_back(error: RelayError) -> None:
+    assert int(error.headers()["Retry-After"]) > 0

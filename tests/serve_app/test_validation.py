@@ -1,0 +1,167 @@
+"""Bodies become requests, or an error that names the field. Over HTTP: test_errors.py."""
+
+from typing import Any
+
+import pytest
+
+from deployments.config import DefaultsConfig, ModelConfig
+from deployments.families import FAMILIES
+from deployments.request import GenerationRequest, Prompt
+from serve_app.app import build_app
+from serve_app.config import AppConfig, ConfigError, LimitsConfig
+from serve_app.errors import BadRequest, UnknownModel
+from serve_app.validation import Validator
+
+NEVER_GUIDED_ALONE = {"flux", "qwen-image"}
+"""Guidance needs a negative prompt."""
+
+
+def build_validator(family: str, *, limits: dict[str, Any] | None = None, **defaults: Any) -> Validator:
+    model = ModelConfig(name="m", checkpoint=f"tiny://{family}", defaults=DefaultsConfig(**defaults))
+    return Validator(model, family, LimitsConfig(**limits or {}))
+
+
+def one(family: str, **fields: Any) -> GenerationRequest:
+    [request] = build_validator(family).requests({"prompt": "a cat"} | fields)
+    return request
+
+
+def refusal(family: str, **fields: Any) -> BadRequest:
+    with pytest.raises(BadRequest) as refused:
+        one(family, **fields)
+    return refused.value
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_request_leaves_out_is_the_familys_default(family: str) -> None:
+    request, defaults = one(family), FAMILIES[family].defaults
+    for name in ("width", "height", "num_inference_steps", "guidance_scale", "true_cfg_scale", "num_frames"):
+        assert getattr(request, name) == getattr(defaults, name), name
+
+
+def test_the_configs_default_goes_before_the_familys_and_the_request_before_both() -> None:
+    validator = build_validator("flux", width=128, num_inference_steps=4)
+    [request] = validator.requests({"prompt": "a cat"})
+    assert (request.width, request.height, request.num_inference_steps) == (128, 1024, 4)
+    [request] = validator.requests({"prompt": "a cat", "size": "64x32", "num_inference_steps": 9})
+    assert (request.width, request.height, request.num_inference_steps) == (64, 32, 9)
+
+
+def test_picture_i_has_seed_plus_i_and_differs_in_nothing_else() -> None:
+    requests = build_validator("sd15").requests({"prompt": "a cat", "n": 3, "seed": 7})
+    assert [request.seed for request in requests] == [7, 8, 9]
+    assert len({(r.prompt, r.width, r.height, r.num_inference_steps, r.guidance_scale) for r in requests}) == 1
+
+
+def test_seeds_stay_what_a_generator_takes() -> None:
+    requests = build_validator("sd15").requests({"prompt": "a cat", "n": 2, "seed": 2**63 - 1})
+    assert [request.seed for request in requests] == [2**63 - 1, 0]
+
+
+def test_a_seed_left_out_is_drawn_anew() -> None:
+    assert len({one("sd15").seed for _ in range(8)}) > 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_negative_prompt_guides_when_its_scale_is_above_one(family: str) -> None:
+    scale = {FAMILIES[family].guidance: 3.0}
+    assert one(family, negative_prompt="dark", **scale).prompt == Prompt("a cat", "dark", is_guided=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_guidance_the_negative_prompt_is_not_encoded(family: str) -> None:
+    scale = {FAMILIES[family].guidance: 1.0}
+    assert one(family, negative_prompt="dark", **scale).prompt == Prompt("a cat", None, is_guided=False)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_guidance_without_a_negative_prompt_is_each_familys_own(family: str) -> None:
+    is_guided = one(family, **{FAMILIES[family].guidance: 3.0}).prompt.is_guided
+    assert is_guided == (family not in NEVER_GUIDED_ALONE)
+
+
+@pytest.mark.parametrize(
+    ("family", "field"), [("sd15", "true_cfg_scale"), ("wan", "true_cfg_scale"), ("qwen-image", "guidance_scale")]
+)
+def test_a_scale_that_means_nothing_to_a_family_is_refused(family: str, field: str) -> None:
+    error = refusal(family, **{field: 2.0})
+    assert error.param == field
+    assert error.message == f"{field} means nothing to {family}; use {FAMILIES[family].guidance}"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_size_error_names_the_nearest_size_and_that_one_is_taken(family: str) -> None:
+    multiple = FAMILIES[family].size_multiple
+    error = refusal(family, size=f"{5 * multiple + 1}x{4 * multiple - 1}")
+    assert error.param == "size"
+    assert f"nearest: {5 * multiple}x{4 * multiple}" in error.message
+    request = one(family, size=error.message.rpartition(" ")[2])
+    assert (request.width, request.height) == (5 * multiple, 4 * multiple)
+
+
+def test_sides_that_fit_are_refused_when_their_product_does_not() -> None:
+    validator = build_validator("flux", limits={"max_pixels": 64 * 64})
+    assert validator.requests({"prompt": "a cat", "size": "128x32"})
+    with pytest.raises(BadRequest, match="128x48 has 6144 pixels; the limit is 4096"):
+        validator.requests({"prompt": "a cat", "size": "128x48"})
+
+
+@pytest.mark.parametrize(
+    ("seconds", "fps", "num_frames"), [(1, 16, 17), (0.5, 16, 9), (5, 16, 81), (2, 24, 49), (0.01, 16, 1)]
+)
+def test_seconds_become_frames_that_the_family_can_make(seconds: float, fps: int, num_frames: int) -> None:
+    request = one("wan", seconds=seconds, fps=fps)
+    assert (request.num_frames, request.fps) == (num_frames, fps)
+    assert request.num_frames % FAMILIES["wan"].frame_stride == 1
+
+
+def test_num_frames_goes_before_seconds() -> None:
+    assert one("wan", num_frames=5, seconds=3).num_frames == 5
+
+
+def test_too_many_seconds_are_told_as_seconds() -> None:
+    error = refusal("wan", seconds=60)
+    assert (error.param, error.message) == ("seconds", "seconds asks for 961 frames; the limit is 161")
+
+
+def test_a_frame_count_error_names_the_nearest_two() -> None:
+    assert "nearest: 5 or 9" in refusal("wan", num_frames=6).message
+
+
+@pytest.mark.parametrize("family", ["flux", "wan"])
+def test_null_stands_for_a_field_left_out(family: str) -> None:
+    """So OpenAI's clients send it, where their types say optional."""
+    nulls = dict.fromkeys(["model", "size", "user", "seed", "negative_prompt", "num_inference_steps"])
+    assert one(family, **nulls, **({} if family == "wan" else {"n": None, "output_format": None})).width
+    assert refusal(family, prompt=None).message == "prompt: Field required"
+
+
+def test_an_error_repeats_no_more_of_the_input_than_one_can_read() -> None:
+    assert len(refusal("flux", seed=["1234567890"] * 10_000).message) < 500
+
+
+def test_the_served_models_name_may_be_left_out_but_not_wrong() -> None:
+    assert one("flux", model="m") is not None
+    with pytest.raises(UnknownModel, match="model 'other' is not served here; served: 'm'"):
+        one("flux", model="other")
+
+
+@pytest.mark.parametrize(
+    ("family", "defaults", "limits", "message"),
+    [
+        ("flux", {"width": 100}, {}, "size: width and height must be multiples of 16, got 100x1024"),
+        ("flux", {}, {"max_pixels": 256 * 256}, "1024x1024 has 1048576 pixels; the limit is 65536"),
+        ("flux", {"num_inference_steps": 200}, {}, "num_inference_steps must be between 1 and 150, got 200"),
+        ("sd15", {"true_cfg_scale": 2.0}, {}, "true_cfg_scale means nothing to sd15"),
+        ("sdxl", {"num_frames": 5}, {}, "num_frames: this field is not known"),
+        ("wan", {"num_frames": 6}, {}, "num_frames must be 1 more than a multiple of 4, got 6"),
+        ("wan", {}, {"max_num_frames": 33}, "num_frames asks for 81 frames; the limit is 33"),
+    ],
+)
+def test_a_default_that_a_request_could_not_ask_for_is_refused_before_anything_starts(
+    family: str, defaults: dict[str, Any], limits: dict[str, Any], message: str
+) -> None:
+    model = ModelConfig(name="m", checkpoint=f"tiny://{family}", defaults=DefaultsConfig(**defaults))
+    with pytest.raises(ConfigError, match=r"model\.defaults") as refused:
+        build_app(AppConfig(model=model, limits=LimitsConfig(**limits)))
+    assert message in str(refused.value)

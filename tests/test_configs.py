@@ -1,0 +1,123 @@
+"""Every YAML in configs/ is parsed and planned; the ones that this machine can run are run by `serve run`."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from serve_app.app import build_app, build_validator
+from serve_app.config import ConfigError, load_app_config, parse_app_config
+from serve_app.config_docs import render_config_docs
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+TINY = [path for path in CONFIGS if "tiny://" in path.read_text()]
+MODEL = {"name": "m", "checkpoint": "tiny://flux"}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_is_parsed_and_planned(path: Path) -> None:
+    """Without weights, and without a network: configs of hub models name their family."""
+    config = load_app_config(path)
+    build_app(config)
+    assert build_validator(config).requests({"prompt": "a cat"})
+
+
+def test_the_two_card_config_holds_two_shards() -> None:
+    config = load_app_config(ROOT / "configs" / "flux_dev_2x16gb.yaml")
+    assert config.transformer.num_ranks == 2
+    assert config.transformer.num_gpus * 2 + config.vae.num_gpus + config.encoder.num_gpus <= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", TINY, ids=lambda path: path.stem)
+def test_a_tiny_config_runs_by_serve_run_and_ends_without_a_trace(path: Path, tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    config = tmp_path / "config.yaml"
+    config.write_text(path.read_text().replace("port: 8000", f"port: {port}"))
+    log = (tmp_path / "log").open("wb")
+    command = [str(Path(sys.executable).with_name("serve")), "run", str(config)]
+    process = subprocess.Popen(
+        command, stdout=log, stderr=log, cwd=ROOT, env=os.environ | {"RAY_ADDRESS": "local"}
+    )
+    children: list[psutil.Process] = []
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_for_200(f"{url}/health", process)
+        answer = httpx.post(f"{url}/v1/images/generations", json={"prompt": "a cat", "seed": 1}, timeout=60)
+        assert answer.status_code == 200
+        children = psutil.Process(process.pid).children(recursive=True)
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=60)
+        log.close()
+    assert children
+    _, alive = psutil.wait_procs(children, timeout=15)
+    assert not alive
+
+
+def wait_for_200(url: str, process: "subprocess.Popen[bytes]") -> None:
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if httpx.get(url, timeout=5).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.3)
+    pytest.fail(f"{url} never said 200")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (
+            {"encodr": {}},
+            "unknown key 'encodr' (did you mean 'encoder'?); allowed: encoder, ingress, limits",
+        ),
+        ({"transformer": {"num_gpu": 1}}, "transformer: unknown key 'num_gpu' (did you mean 'num_gpus'?)"),
+        (
+            {"vae": {"dtype": "float8"}},
+            "vae.dtype: Input should be 'float32', 'bfloat16' or 'float16', got",
+        ),
+        ({"vae": {"num_gpus": -1}}, "vae.num_gpus: Input should be greater than or equal to 0, got -1"),
+        ({"vae": {"num_gpus": 1.5}}, "num_gpus must be a fraction up to 1 or a whole number"),
+        ({"vae": {"device": "cuda"}}, "device 'cuda' needs num_gpus > 0"),
+        ({"encoder": {"min_replicas": 3}}, "max_replicas must be at least min_replicas (3), got 1"),
+        ({"model": MODEL | {"family": "flx"}}, "model.family: unknown family 'flx'; allowed: flux, sd15"),
+        ({"transformer": {"cuts": [5, 3]}}, "cuts must be rising block numbers from 1, got [5, 3]"),
+        ({"transformer": {"shards": 3, "cuts": [4]}}, "1 cuts make 2 shards, got shards: 3"),
+        ({"transformer": {"max_memory": {"0": "14GiB"}}}, "max_memory is of device_map"),
+    ],
+)
+def test_a_wrong_config_is_refused_by_key(args: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        parse_app_config({"model": MODEL} | args)
+    assert message in str(refused.value)
+
+
+def test_all_mistakes_are_told_at_once() -> None:
+    with pytest.raises(ConfigError) as refused:
+        parse_app_config({"model": MODEL, "vae": {"dtype": "x"}, "encoder": {"device": "tpu"}})
+    assert "vae.dtype" in str(refused.value)
+    assert "encoder.device" in str(refused.value)
+
+
+def test_a_file_without_an_application_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("applications: []")
+    with pytest.raises(ConfigError, match=r"x\.yaml: not a Ray Serve config"):
+        load_app_config(tmp_path / "x.yaml")
+
+
+def test_the_config_reference_is_current() -> None:
+    """Write it anew by `relay config > docs/config.md`."""
+    assert (ROOT / "docs" / "config.md").read_text() == render_config_docs()
