@@ -1,44 +1,91 @@
-"""Resources become Serve's options."""
+"""Resources of a stage as Serve options; the last test asks Serve itself whether it takes them."""
+
+from typing import Any
+
+import pytest
+from ray import serve
 
 from cluster.resources import ResourceConfig
-from cluster.serve_options import plan_serve_options
+from cluster.serve_options import STAGE_ENV, plan_serve_options
 
 
-def plan(**resources: float) -> dict[str, object]:
-    num_shards = int(resources.pop("num_shards", 1))
-    config = ResourceConfig(**resources)
-    return plan_serve_options(config, graceful_shutdown_timeout_s=60, num_shards=num_shards)
+def plan(num_shards: int = 1, **resources: Any) -> dict[str, Any]:
+    return plan_serve_options(
+        ResourceConfig(**resources), graceful_shutdown_timeout_s=90.0, num_shards=num_shards
+    )
 
 
-def test_one_replica_is_a_fixed_number() -> None:
-    options = plan(min_replicas=2, max_replicas=2)
-    assert options["num_replicas"] == 2
+def test_a_replica_reserves_what_the_config_says() -> None:
+    options = plan(num_cpus=2.5, num_gpus=0.25, max_ongoing_requests=7)
+    assert options["ray_actor_options"]["num_cpus"] == 2.5
+    assert options["ray_actor_options"]["num_gpus"] == 0.25
+    assert options["max_ongoing_requests"] == 7
+
+
+def test_a_redeploy_lets_running_requests_end() -> None:
+    assert plan()["graceful_shutdown_timeout_s"] == 90.0
+
+
+def test_a_fixed_number_of_replicas_does_not_autoscale() -> None:
+    options = plan(min_replicas=3, max_replicas=3)
+    assert options["num_replicas"] == 3
     assert "autoscaling_config" not in options
 
 
-def test_different_bounds_autoscale_between_them() -> None:
-    options = plan(min_replicas=0, max_replicas=4, target_ongoing_requests=3)
+def test_a_range_of_replicas_autoscales_by_the_configured_targets() -> None:
+    options = plan(
+        min_replicas=1, max_replicas=4, target_ongoing_requests=1.5, upscale_delay_s=2, downscale_delay_s=60
+    )
     assert options["num_replicas"] == "auto"
-    autoscaling = options["autoscaling_config"]
-    assert isinstance(autoscaling, dict)
-    assert (autoscaling["min_replicas"], autoscaling["max_replicas"]) == (0, 4)
-    assert autoscaling["target_ongoing_requests"] == 3
+    assert options["autoscaling_config"] == {
+        "min_replicas": 1,
+        "initial_replicas": 1,
+        "max_replicas": 4,
+        "target_ongoing_requests": 1.5,
+        "upscale_delay_s": 2,
+        "downscale_delay_s": 60,
+    }
 
 
-def test_each_shard_gets_a_bundle_of_its_own() -> None:
-    options = plan(num_cpus=2, num_gpus=0.5, num_shards=3)
-    assert options["placement_group_bundles"] == [{"CPU": 2, "GPU": 0.5}] * 3
+def test_a_stage_that_may_sleep_is_awake_at_first() -> None:
+    autoscaling = plan(min_replicas=0, max_replicas=2)["autoscaling_config"]
+    assert (autoscaling["min_replicas"], autoscaling["initial_replicas"]) == (0, 1)
 
 
 def test_one_shard_needs_no_placement_group() -> None:
     assert "placement_group_bundles" not in plan(num_gpus=1)
 
 
-def test_a_redeploy_lets_running_requests_end() -> None:
-    assert plan()["graceful_shutdown_timeout_s"] == 60
+def test_every_shard_gets_a_bundle_of_its_own() -> None:
+    options = plan(num_shards=3, num_cpus=2, num_gpus=0.5)
+    assert options["placement_group_bundles"] == [{"CPU": 2, "GPU": 0.5}] * 3
+    assert options["placement_group_strategy"] == "PACK"
 
 
-def test_only_stages_import_torch_by_themselves() -> None:
-    actor = plan()["ray_actor_options"]
-    assert isinstance(actor, dict)
-    assert actor["runtime_env"]["env_vars"]["RAY_ENABLE_ZERO_COPY_TORCH_TENSORS"] == "1"
+def test_a_bundle_names_only_what_it_holds() -> None:
+    """Ray refuses a bundle with a zero in it."""
+    assert plan(num_shards=2, num_cpus=1, num_gpus=0)["placement_group_bundles"] == [{"CPU": 1}] * 2
+
+
+def test_tensors_travel_without_a_copy_in_an_environment_that_no_two_stages_share() -> None:
+    environment = plan()["ray_actor_options"]["runtime_env"]["env_vars"]
+    assert environment["RAY_ENABLE_ZERO_COPY_TORCH_TENSORS"] == "1"
+    environment.clear()
+    assert plan()["ray_actor_options"]["runtime_env"]["env_vars"] == STAGE_ENV
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        plan(),
+        plan(min_replicas=0, max_replicas=2),
+        plan(num_shards=2, num_gpus=0.5),
+        plan(num_shards=2, num_gpus=1, max_replicas=3),
+    ],
+)
+def test_serve_takes_the_options(options: dict[str, Any]) -> None:
+    class Stage:
+        pass
+
+    deployment = serve.deployment(Stage).options(**options)
+    assert deployment.ray_actor_options["num_cpus"] == options["ray_actor_options"]["num_cpus"]

@@ -1,61 +1,99 @@
-"""The encode deployment, constructed without a cluster."""
+"""The encode stage's deployment, as a plain object without a cluster."""
 
 import asyncio
 
 import pytest
+import torch
 
 from deployments.config import EncoderConfig, ModelConfig
 from deployments.encoder import Encoder
+from deployments.families import FAMILIES
 from deployments.request import Prompt
+from deployments.stats import EncoderStats
 
 MODEL = ModelConfig(name="tiny", checkpoint="tiny://sd15")
+CAT = Prompt("a cat", "blurry", is_guided=True)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def encoder() -> Encoder:
     return Encoder(MODEL, "sd15", EncoderConfig())
 
 
-def test_a_repeated_prompt_costs_no_forward(encoder: Encoder) -> None:
-    async def scenario() -> None:
-        first = await encoder.encode(Prompt("a", None, True))
-        forwards = (await encoder.stats()).num_forwards
-        second = await encoder.encode(Prompt("a", None, True))
-        assert (first.is_cached, second.is_cached) == (False, True)
-        assert second.embeds is first.embeds
-        assert (await encoder.stats()).num_forwards == forwards
+def stats(encoder: Encoder) -> EncoderStats:
+    return asyncio.run(encoder.stats())
 
-    asyncio.run(scenario())
+
+def test_a_repeated_prompt_costs_no_forward(encoder: Encoder) -> None:
+    first, second = (asyncio.run(encoder.encode(CAT)) for _ in range(2))
+    assert (first.is_cached, second.is_cached) == (False, True)
+    assert second.embeds is first.embeds
+    assert (stats(encoder).num_forwards, stats(encoder).num_cache_hits) == (1, 1)
+
+
+def test_the_stats_tell_how_much_is_cached(encoder: Encoder) -> None:
+    embeds = asyncio.run(encoder.encode(CAT)).embeds
+    num_bytes = sum(value.nbytes for value in embeds.values() if value is not None)
+    assert (stats(encoder).num_cached, stats(encoder).cached_bytes) == (1, num_bytes)
 
 
 def test_equal_prompts_at_the_same_time_share_one_forward(encoder: Encoder) -> None:
-    async def scenario() -> None:
-        before = (await encoder.stats()).num_forwards
-        answers = await asyncio.gather(*(encoder.encode(Prompt("together", None, True)) for _ in range(5)))
-        assert (await encoder.stats()).num_forwards == before + 1
-        assert len({id(answer.embeds) for answer in answers}) == 1
+    async def at_once() -> None:
+        one, *others = await asyncio.gather(*(encoder.encode(CAT) for _ in range(5)))
+        assert all(other.embeds is one.embeds for other in others)
 
-    asyncio.run(scenario())
+    asyncio.run(at_once())
+    assert stats(encoder).num_forwards == 1
 
 
-def test_one_of_them_leaving_does_not_cancel_it_for_the_others(encoder: Encoder) -> None:
-    async def scenario() -> None:
-        prompt = Prompt("one leaves", None, True)
-        leaver, stayer = (asyncio.create_task(encoder.encode(prompt)) for _ in range(2))
+def test_another_negative_prompt_is_another_forward_with_another_result(encoder: Encoder) -> None:
+    dark = Prompt(CAT.text, "dark", is_guided=True)
+    one, other = (asyncio.run(encoder.encode(prompt)).embeds for prompt in (CAT, dark))
+    assert stats(encoder).num_forwards == 2
+    assert torch.equal(one["prompt_embeds"], other["prompt_embeds"])
+    assert not torch.equal(one["negative_prompt_embeds"], other["negative_prompt_embeds"])
+
+
+def test_a_failed_encode_raises_and_is_not_remembered(encoder: Encoder) -> None:
+    impossible = Prompt(7, None, is_guided=False)  # type: ignore[arg-type]
+    for num_forwards in (1, 2):
+        with pytest.raises((AttributeError, TypeError, ValueError)):
+            asyncio.run(encoder.encode(impossible))
+        assert (stats(encoder).num_forwards, stats(encoder).num_cached) == (num_forwards, 0)
+    assert not asyncio.run(encoder.encode(CAT)).is_cached
+
+
+def test_a_client_that_leaves_takes_nothing_from_the_others(encoder: Encoder) -> None:
+    async def one_leaves() -> None:
+        leaving, staying = (asyncio.create_task(encoder.encode(CAT)) for _ in range(2))
         await asyncio.sleep(0)
-        leaver.cancel()
-        assert (await stayer).embeds["prompt_embeds"] is not None
+        leaving.cancel()
+        conditioning = await staying
+        assert conditioning.embeds["prompt_embeds"] is not None
+        assert leaving.cancelled()
 
-    asyncio.run(scenario())
+    asyncio.run(one_leaves())
+    assert stats(encoder).num_forwards == 1
 
 
-def test_a_failed_encode_is_not_remembered(encoder: Encoder) -> None:
-    async def scenario() -> None:
-        broken = Prompt(3, None, True)  # type: ignore[arg-type]
-        for _ in range(2):
-            before = (await encoder.stats()).num_forwards
-            with pytest.raises(AttributeError, match="shape"):
-                await encoder.encode(broken)
-            assert (await encoder.stats()).num_forwards == before + 1
+def test_without_a_cache_every_prompt_is_encoded() -> None:
+    encoder = Encoder(MODEL, "sd15", EncoderConfig(cache_mib=0))
+    one, other = (asyncio.run(encoder.encode(CAT)) for _ in range(2))
+    assert stats(encoder).num_forwards == 2
+    assert torch.equal(one.embeds["prompt_embeds"], other.embeds["prompt_embeds"])
 
-    asyncio.run(scenario())
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_embeddings_are_cpu_tensors_that_can_be_sent_without_a_copy(family: str) -> None:
+    model = ModelConfig(name="tiny", checkpoint=f"tiny://{family}")
+    conditioning = asyncio.run(Encoder(model, family, EncoderConfig()).encode(CAT))
+    tensors = [value for value in conditioning.embeds.values() if value is not None]
+    assert tensors
+    assert all(value.device.type == "cpu" and value.is_contiguous() for value in tensors)
+    assert not any(value.requires_grad for value in tensors)
+
+
+def test_max_sequence_length_bounds_the_text_tokens() -> None:
+    model = ModelConfig(name="tiny", checkpoint="tiny://flux")
+    encoder = Encoder(model, "flux", EncoderConfig(max_sequence_length=24))
+    assert asyncio.run(encoder.encode(CAT)).embeds["prompt_embeds"].shape[:2] == (1, 24)

@@ -1,93 +1,215 @@
-"""The denoise deployment, constructed without a cluster."""
+"""The denoise stage's deployment, as a plain object without a cluster."""
 
 import asyncio
+import gc
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from deployments.config import EncoderConfig, ModelConfig, TransformerConfig
+from deployments.engine.step_queue import StepQueueStats
 from deployments.request import Conditioning, Denoised, GenerationRequest, Progress, Prompt
 from deployments.stages import load_stage
 from deployments.transformer import Transformer
 
-MODEL = ModelConfig(name="tiny", checkpoint="tiny://sd15")
+MODEL = ModelConfig(name="tiny", checkpoint="tiny://flux")
+PROMPT = Prompt("a red fox", None, is_guided=False)
+NUM_THREADS = 4
+ENDLESS = 10_000
+"""Steps; minutes of work, which a test that cancels must not wait for."""
+
+
+def build_request(num_inference_steps: int = 3, seed: int = 5) -> GenerationRequest:
+    return GenerationRequest(
+        PROMPT,
+        width=64,
+        height=48,
+        num_frames=1,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=3.5,
+        true_cfg_scale=1.0,
+        seed=seed,
+        output_format="png",
+        output_compression=100,
+        fps=16,
+    )
 
 
 @pytest.fixture(scope="module")
 def transformer() -> Transformer:
-    return Transformer(MODEL, "sd15", TransformerConfig())
+    return Transformer(MODEL, "flux", TransformerConfig(max_ongoing_requests=NUM_THREADS))
 
 
 @pytest.fixture(scope="module")
 def conditioning() -> Conditioning:
-    encoding = load_stage("encode", MODEL, "sd15", EncoderConfig())
-    return Conditioning(encoding.encode(Prompt("a cat", None, True)), 1.0, False)
+    encoding = load_stage("encode", MODEL, "flux", EncoderConfig(max_sequence_length=32))
+    return Conditioning(encoding.encode(PROMPT), 1.0, False)
 
 
-def request(steps: int, seed: int = 0) -> GenerationRequest:
-    return GenerationRequest(Prompt("a cat", None, True), 64, 64, 1, steps, 7.5, None, seed, "png", 100, 16)
+async def collect(transformer: Transformer, conditioning: Conditioning, request: GenerationRequest) -> list[Any]:
+    return [item async for item in transformer.denoise(conditioning, request, wants_progress=True)]
 
 
-async def collect(stream: Any) -> list[Any]:
-    return [item async for item in stream]
+async def cancel_after_the_first_step(transformer: Transformer, conditioning: Conditioning) -> None:
+    stream = transformer.denoise(conditioning, build_request(ENDLESS), wants_progress=True)
+    assert isinstance(await anext(stream), Progress)
+    await stream.aclose()  # type: ignore[attr-defined]
 
 
-def test_progress_comes_first_and_the_latents_last_and_alone(
+async def queue_stats(transformer: Transformer) -> StepQueueStats:
+    return (await transformer.stats()).queue
+
+
+async def wait_until_idle(transformer: Transformer) -> StepQueueStats:
+    while (queue := await queue_stats(transformer)).num_flying or queue.num_waiting:
+        await asyncio.sleep(0.001)
+    return queue
+
+
+def test_progress_comes_first_then_the_summary_then_the_latents(
     transformer: Transformer, conditioning: Conditioning
 ) -> None:
-    *progress, denoised, latents = asyncio.run(collect(transformer.denoise(conditioning, request(6), True)))
+    *progress, denoised, latents = asyncio.run(collect(transformer, conditioning, build_request()))
     assert progress
-    assert all(isinstance(item, Progress) and item.num_steps == 6 for item in progress)
+    assert all(isinstance(item, Progress) and item.num_steps == 3 for item in progress)
+    steps = [item.step for item in progress]
+    assert steps == sorted(set(steps))
     assert isinstance(denoised, Denoised)
-    assert latents.shape == (1, 4, 8, 8)
+    assert isinstance(latents, torch.Tensor)
 
 
-def test_nobody_is_told_of_progress_unasked(transformer: Transformer, conditioning: Conditioning) -> None:
-    items = asyncio.run(collect(transformer.denoise(conditioning, request(6))))
-    assert [type(item) for item in items] == [Denoised, torch.Tensor]
+def test_nobody_gets_progress_who_did_not_ask(transformer: Transformer, conditioning: Conditioning) -> None:
+    async def run() -> list[type]:
+        return [type(item) async for item in transformer.denoise(conditioning, build_request())]
+
+    assert asyncio.run(run()) == [Denoised, torch.Tensor]
 
 
-def test_requests_of_different_lengths_get_what_each_gets_alone(
+def test_the_summary_passes_on_what_the_encoder_said(transformer: Transformer, conditioning: Conditioning) -> None:
+    told = replace(conditioning, encode_ms=12.5, is_cached=True)
+    *_, denoised, _ = asyncio.run(collect(transformer, told, build_request()))
+    assert (denoised.encode_ms, denoised.is_cached) == (12.5, True)
+    assert denoised.queue_ms >= 0
+    assert denoised.denoise_ms > 0
+
+
+def test_latents_are_packed_cpu_tensors_that_can_be_sent_without_a_copy(
     transformer: Transformer, conditioning: Conditioning
 ) -> None:
-    async def together() -> list[Any]:
-        streams = [transformer.denoise(conditioning, request(3 + i, seed=i)) for i in range(4)]
-        return await asyncio.gather(*(collect(stream) for stream in streams))
-
-    merged = [items[-1] for items in asyncio.run(together())]
-    for i, latents in enumerate(merged):
-        alone = asyncio.run(collect(transformer.denoise(conditioning, request(3 + i, seed=i))))[-1]
-        torch.testing.assert_close(latents, alone, atol=2e-5, rtol=2e-5)
+    *_, latents = asyncio.run(collect(transformer, conditioning, build_request()))
+    assert latents.shape == (1, 64 // 16 * 48 // 16, 64)
+    assert latents.device.type == "cpu"
+    assert latents.is_contiguous()
 
 
-def test_a_listener_that_leaves_frees_its_seat(transformer: Transformer, conditioning: Conditioning) -> None:
-    async def scenario() -> None:
-        stream = transformer.denoise(conditioning, request(500), True)
-        await anext(stream)
-        assert (await transformer.stats()).queue.num_seats == 1
-        await stream.aclose()
-        assert (await transformer.stats()).queue.num_seats == 0
-
-    asyncio.run(scenario())
-
-
-def test_what_a_forward_raises_reaches_its_request_and_only_that(
+def test_requests_at_once_of_different_lengths_give_what_each_gives_alone(
     transformer: Transformer, conditioning: Conditioning
 ) -> None:
-    wrong = Conditioning({name: torch.zeros(1, 7, 5) for name in conditioning.embeds}, 0.0, False)
+    """So that some join and leave while others go on. Batches round differently."""
+    requests = [build_request(4 + 2 * i, seed=i) for i in range(NUM_THREADS)]
+    alone = [asyncio.run(collect(transformer, conditioning, request))[-1] for request in requests]
 
-    async def scenario() -> list[Any]:
-        streams = [transformer.denoise(given, request(3)) for given in (wrong, conditioning)]
-        return await asyncio.gather(*(collect(stream) for stream in streams), return_exceptions=True)
+    async def at_once() -> list[list[Any]]:
+        return await asyncio.gather(*(collect(transformer, conditioning, request) for request in requests))
 
-    failed, served = asyncio.run(scenario())
+    together = [items[-1] for items in asyncio.run(at_once())]
+    for one, other in zip(alone, together, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=2e-5)
+    assert not torch.allclose(alone[0], alone[1], atol=1e-2)
+
+
+def test_requests_at_once_share_forwards(transformer: Transformer, conditioning: Conditioning) -> None:
+    async def at_once() -> tuple[StepQueueStats, StepQueueStats]:
+        before = await queue_stats(transformer)
+        await asyncio.gather(*(collect(transformer, conditioning, build_request(8, seed=i)) for i in range(4)))
+        return before, await queue_stats(transformer)
+
+    before, after = asyncio.run(at_once())
+    assert after.num_micro_batches - before.num_micro_batches < 4 * 8
+
+
+def test_a_caller_that_stops_listening_frees_its_seat_and_ends_its_forwards(
+    transformer: Transformer, conditioning: Conditioning
+) -> None:
+    async def run() -> None:
+        await cancel_after_the_first_step(transformer, conditioning)
+        assert (await queue_stats(transformer)).num_seats == 0
+        before = await wait_until_idle(transformer)
+        await collect(transformer, conditioning, build_request(3))
+        after = await queue_stats(transformer)
+        assert after.num_micro_batches - before.num_micro_batches == 3
+
+    asyncio.run(run())
+
+
+def test_a_cancelled_task_frees_its_seat(transformer: Transformer, conditioning: Conditioning) -> None:
+    async def run() -> None:
+        before = await queue_stats(transformer)
+        task = asyncio.create_task(collect(transformer, conditioning, build_request(ENDLESS)))
+        while (await queue_stats(transformer)).num_micro_batches == before.num_micro_batches:
+            await asyncio.sleep(0.001)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert (await queue_stats(transformer)).num_seats == 0
+
+    asyncio.run(run())
+
+
+def test_cancelled_requests_leave_their_threads_to_others(
+    transformer: Transformer, conditioning: Conditioning
+) -> None:
+    """One more request than there are threads would wait forever if cancelled ones kept theirs."""
+
+    async def run() -> Any:
+        cancelled = (cancel_after_the_first_step(transformer, conditioning) for _ in range(NUM_THREADS))
+        await asyncio.gather(*cancelled)
+        return (await collect(transformer, conditioning, build_request(1)))[-1]
+
+    assert isinstance(asyncio.run(run()), torch.Tensor)
+
+
+def test_a_cancelled_request_leaves_no_complaint_behind(
+    transformer: Transformer, conditioning: Conditioning
+) -> None:
+    """Its thread ends with an error that nobody awaits; asyncio would log it with a traceback."""
+    complaints: list[Any] = []
+
+    async def run() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+        await cancel_after_the_first_step(transformer, conditioning)
+        await collect(transformer, conditioning, build_request(1))
+        gc.collect()
+
+    asyncio.run(run())
+    assert complaints == []
+
+
+def test_what_a_forward_raises_reaches_its_request_and_no_other(
+    transformer: Transformer, conditioning: Conditioning
+) -> None:
+    wrong = replace(conditioning, embeds={name: torch.zeros(1, 7, 5) for name in conditioning.embeds})
+
+    async def at_once() -> list[Any]:
+        both = (collect(transformer, given, build_request()) for given in (wrong, conditioning))
+        return await asyncio.gather(*both, return_exceptions=True)
+
+    failed, served = asyncio.run(at_once())
     assert isinstance(failed, RuntimeError)
     assert isinstance(served[-1], torch.Tensor)
 
 
+def test_a_request_that_fails_frees_its_seat(transformer: Transformer, conditioning: Conditioning) -> None:
+    impossible = replace(conditioning, embeds={"prompt_embeds": None, "pooled_prompt_embeds": None})
+    with pytest.raises(ValueError, match="prompt"):
+        asyncio.run(collect(transformer, impossible, build_request()))
+    assert asyncio.run(queue_stats(transformer)).num_seats == 0
+
+
 def test_stats_tell_blocks_bytes_and_work(transformer: Transformer, conditioning: Conditioning) -> None:
-    asyncio.run(collect(transformer.denoise(conditioning, request(3))))
+    asyncio.run(collect(transformer, conditioning, build_request()))
     stats = asyncio.run(transformer.stats())
     [rank] = stats.ranks
     assert rank.blocks[0] == 0

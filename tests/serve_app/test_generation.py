@@ -108,6 +108,7 @@ class DecodeHandle(Calls):
 
 @pytest.fixture(autouse=True)
 def _no_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "FIRST_BACKOFF_S", 0.001)
     monkeypatch.setattr(generation, "MAX_BACKOFF_S", 0.001)
 
 
