@@ -1,10 +1,12 @@
 """The encode stage's deployment: prompts in, embeddings out, repeated prompts from memory."""
 
 import asyncio
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+from cluster.metrics import StageMetrics, export_regularly
 from deployments.config import EncoderConfig, ModelConfig
 from deployments.embedding_cache import EmbeddingCache
 from deployments.request import Conditioning, Prompt
@@ -23,11 +25,14 @@ class Encoder:
         self._stage = load_stage("encode", model, family, config)
         self._cache = EmbeddingCache(int(config.cache_mib * 2**20))
         self._running: dict[Prompt, asyncio.Future[Embeds]] = {}
-        self._num_forwards = self._num_cache_hits = 0
+        self._num_requests = self._num_forwards = self._num_cache_hits = 0
+        self._metrics = StageMetrics(stage="encode", rank=0, model=model.name)
+        export_regularly(self._export)
 
     async def encode(self, prompt: Prompt) -> Conditioning:
         """The prompt's embeddings. Equal prompts at the same time share one forward."""
         start = time.perf_counter()
+        self._num_requests += 1
         embeds = self._cache.get(prompt)
         is_cached = embeds is not None
         if embeds is None:
@@ -46,8 +51,18 @@ class Encoder:
         self._cache.put(prompt, embeds)
         return embeds
 
+    def _export(self) -> None:
+        self._metrics.export(
+            {
+                "relay_requests_total": self._num_requests,
+                "relay_forwards_total": self._num_forwards,
+                "relay_cache_hits_total": self._num_cache_hits,
+            }
+        )
+
     async def ping(self) -> None:
         """Answers when this replica can serve."""
 
     async def stats(self) -> EncoderStats:
-        return EncoderStats(self._num_forwards, self._num_cache_hits, len(self._cache), self._cache.num_bytes)
+        cache = self._cache
+        return EncoderStats(os.getpid(), self._num_forwards, self._num_cache_hits, len(cache), cache.num_bytes)

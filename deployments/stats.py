@@ -10,6 +10,7 @@ from deployments.engine.step_queue import StepQueueStats
 class EncoderStats:
     """Counts since the replica started."""
 
+    pid: int
     num_forwards: int
     num_cache_hits: int
     num_cached: int
@@ -31,6 +32,14 @@ class RankStats:
     num_micro_batches: int
     compute_s: float
     bytes_sent: int
+
+
+@dataclass(frozen=True)
+class VaeStats:
+    """Counts since the replica started."""
+
+    pid: int
+    num_decoded: int
 
 
 @dataclass(frozen=True)

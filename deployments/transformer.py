@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from cluster.metrics import StageMetrics, export_regularly
 from cluster.shard_group import ShardGroup, this_address
 from deployments.config import ModelConfig, TransformerConfig
 from deployments.rank import Rank, exit_replica
@@ -35,6 +36,11 @@ class Transformer:
             self._group = ShardGroup(Rank, config.num_ranks, config, model, family, config)
         self._stage = load_stage("denoise", model, family, config)
         self._connect()
+        self._num_requests = 0
+        self._metrics = [
+            StageMetrics(stage="denoise", rank=rank, model=model.name) for rank in range(config.num_ranks)
+        ]
+        export_regularly(self._export)
 
     def _connect(self) -> None:
         if self._group is None:
@@ -69,10 +75,15 @@ class Transformer:
             times["started"] = time.perf_counter()
             return self._stage.denoise(seat, conditioning.embeds, request, on_step=on_step)
 
+        def on_end(done: "asyncio.Future[Any]") -> None:
+            done.cancelled() or done.exception()  # seen: of a cancelled request nobody else asks for it
+            news.put_nowait(None)
+
         seat = self._stage.join()
+        self._num_requests += 1
         try:
             running = loop.run_in_executor(self._threads, run)
-            running.add_done_callback(lambda _: news.put_nowait(None))
+            running.add_done_callback(on_end)
             while (progress := await news.get()) is not None:
                 yield progress
             latents = await running
@@ -94,6 +105,29 @@ class Transformer:
         stats: TransformerStats = self._stage.stats()
         others = [] if self._group is None else self._group.stats()
         return replace(stats, ranks=(*stats.ranks, *others))
+
+    def _export(self) -> None:
+        """Here for all ranks: only rank 0 knows how long the ring was occupied."""
+        stats = self._stats()
+        queue = stats.queue
+        for rank, metrics in zip(stats.ranks, self._metrics, strict=True):
+            metrics.export(
+                {
+                    "relay_micro_batches_total": rank.num_micro_batches,
+                    "relay_compute_seconds_total": rank.compute_s,
+                    "relay_bubble_seconds_total": stats.occupied_s - rank.compute_s,
+                    "relay_sent_bytes_total": rank.bytes_sent,
+                }
+            )
+        forwards = sum(size * number for size, number in queue.batch_sizes.items())
+        self._metrics[0].export(
+            {
+                "relay_requests_total": self._num_requests,
+                "relay_forwards_total": forwards,
+                "relay_queue_wait_seconds_total": queue.queue_wait_s,
+            }
+        )
+        self._metrics[0].export_batch_sizes(queue.batch_sizes)
 
     async def ping(self) -> None:
         """Answers when this replica can serve."""

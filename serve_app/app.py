@@ -12,13 +12,17 @@ from deployments.transformer import Transformer
 from deployments.vae import Vae
 from serve_app.config import AppConfig
 from serve_app.ingress import Ingress
-from serve_app.validation import Validator
+from serve_app.validation import Validator, check_defaults
 
 
 def build_app(config: AppConfig) -> Application:
-    """The four deployments of one served checkpoint; `import_path: serve_app.app:build_app` in YAML."""
+    """The four deployments of one served checkpoint; `import_path: serve_app.app:build_app` in YAML.
+
+    Raises ConfigError.
+    """
     model, timeout_s = config.model, config.limits.request_timeout_s
     family = find_family(model)
+    check_defaults(model, family, config.limits)
 
     def stage(deployment: type, stage_config: StageConfig) -> Application:
         options = plan_serve_options(

@@ -42,5 +42,15 @@ def pipeline(json_file: JsonFile = None, quick: Quick = False) -> None:
     )
 
 
+@bench.command()
+def recovery(json_file: JsonFile = None, quick: Quick = False) -> None:
+    """kill -9 of every rank, the encoder and the VAE, busy and idle: who is answered, and when."""
+    _run(
+        "recovery",
+        victims=("rank 1", "vae") if quick else ("rank 0", "rank 1", "encoder", "vae"),
+        json_file=json_file,
+    )
+
+
 def _run(name: str, *args: Any, **kwargs: Any) -> None:
     importlib.import_module(f"serve_app.bench.{name}").run(*args, **kwargs)

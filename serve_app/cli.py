@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any
 
+import httpx
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -92,6 +93,16 @@ def generate(
     out.write_bytes(picture.media.data)
     times = ", ".join(f"{stage} {ms:.0f} ms" for stage, ms in picture.timings_ms.items())
     console.print(f"{out}: {picture.media.media_type}, seed {picture.seed} ({times})", highlight=False)
+
+
+@cli.command()
+def status(
+    url: Annotated[str, typer.Option(help="of the running server")] = "http://127.0.0.1:8000",
+) -> None:
+    """What every stage holds and does: blocks and bytes per rank, queues, batches, cache."""
+    answer = httpx.get(f"{url}/v1/status", timeout=30)
+    answer.raise_for_status()
+    Console().print_json(data=answer.json())
 
 
 @cli.command()

@@ -1,6 +1,7 @@
 """Everything that can go wrong, as clients see it.
 
 RelayError
+├── BadCall           4xx  no such path or method, or a body that cannot be read
 ├── BadRequest        400  a field of the body is wrong; names it
 ├── UnknownModel      404
 ├── Overloaded        429  too many requests are in progress; Retry-After
@@ -13,17 +14,23 @@ from typing import Any, ClassVar
 
 
 class RelayError(Exception):
-    """Base of all errors a client may get. Survives pickling: every argument goes to `Exception`."""
+    """Base of all errors a client may get. Survives pickling: every argument goes to `Exception`.
+
+    message and param are attributes of the instance alone: what Ray raises at the other end of a handle
+    inherits this class's attributes, and asks the original only for what it lacks.
+    """
 
     status: ClassVar[int] = 500
     kind: ClassVar[str] = "server_error"
     code: ClassVar[str | None] = None
     retry_after_s: ClassVar[int | None] = None
-    param: str | None = None
 
-    @property
-    def message(self) -> str:
-        return str(self.args[0])
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message, param)
+        self.message, self.param = message, param
+
+    def __str__(self) -> str:
+        return self.message
 
     def body(self) -> dict[str, Any]:
         """The error in OpenAI's form."""
@@ -34,21 +41,24 @@ class RelayError(Exception):
         return {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
 
 
+class BadCall(RelayError):
+    status = 400
+    kind = "invalid_request_error"
+
+
 class BadRequest(RelayError):
     status = 400
     kind = "invalid_request_error"
     code = "invalid_value"
-
-    def __init__(self, message: str, param: str | None = None) -> None:
-        super().__init__(message, param)
-        self.param = param
 
 
 class UnknownModel(RelayError):
     status = 404
     kind = "invalid_request_error"
     code = "model_not_found"
-    param = "model"
+
+    def __init__(self, message: str, param: str | None = "model") -> None:
+        super().__init__(message, param)
 
 
 class Overloaded(RelayError):

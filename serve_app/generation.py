@@ -7,25 +7,60 @@ has accepted, so this does: the request is seeded, hence idempotent, and starts 
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, TypeVar
 
-from ray.exceptions import ObjectLostError, OwnerDiedError, RayActorError, RayError, RaySystemError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
+from ray.exceptions import (
+    ActorUnavailableError,
+    ObjectLostError,
+    RayActorError,
+    RayError,
+    RaySystemError,
+    RayTaskError,
+)
+from ray.serve.exceptions import (
+    BackPressureError,
+    DeploymentUnavailableError,
+    RayServeException,
+    ReplicaUnavailableError,
+)
 
+from deployments.engine.step_queue import ShardGroupLost
 from deployments.request import Denoised, GenerationRequest, Media, Progress, Prompt
 from serve_app.errors import DeadlineExceeded, Overloaded, StageFailed, Unavailable
 
 log = logging.getLogger("ray.serve")
 
-MAX_ATTEMPTS = 6
+MAX_LOSSES = 6
+"""A request that has lost so many replicas may be what kills them."""
 FIRST_BACKOFF_S = 0.2
-STAGE_LOST = (RayActorError, DeploymentUnavailableError, ObjectLostError, OwnerDiedError, RaySystemError)
+MAX_BACKOFF_S = 2.0
+
+AWAY = (DeploymentUnavailableError, ReplicaUnavailableError, ActorUnavailableError)
+"""Nobody took the call; a replacement may still be loading, so this is repeated up to the deadline."""
+INPUT_LOST = (RayTaskError, RayServeException, ObjectLostError)
+"""Where these tell of a loss, the replica itself lives: a replica that died cannot raise. What it was given is
+gone, by the death of the stage before or of the node that kept it."""
+LOST = (RayActorError, RayServeException, ObjectLostError, RaySystemError, ShardGroupLost)
 """A process or an object is gone: the same call, made again, will be served by another replica."""
 
 OnProgress = Callable[[int, Progress], None]
 Answer = TypeVar("Answer")
+
+
+class StageLost(Exception):
+    """A stage, or what it was given, is gone. Seen in this file only."""
+
+    def __init__(self, stage: str, cause: BaseException, *, was_served: bool) -> None:
+        super().__init__(stage, cause, was_served)
+        self.was_served = was_served
+
+    def __str__(self) -> str:
+        stage, cause, _ = self.args
+        return f"the {stage} stage was lost ({_first_line(cause)})"
 
 
 @dataclass(frozen=True)
@@ -108,21 +143,25 @@ async def _picture(
     request: GenerationRequest,
     on_progress: Callable[[Progress], None] | None,
 ) -> Picture:
-    async def denoise() -> tuple[Denoised, Any]:
-        given = conditioning.response
-        try:
-            return await _denoise(stages.transformer, given, request, on_progress)
-        except (RayServeException, ObjectLostError, OwnerDiedError):
-            conditioning.forget(given)  # its owner or its source died before the transformer had read it
-            raise
+    reached: tuple[Denoised, Any] | None = None
 
-    async def decode() -> Media:
-        media: Media = await stages.vae.decode.remote(latents, request)
-        return media
+    async def go_on() -> Picture:
+        """From wherever the last attempt came to."""
+        nonlocal reached
+        if reached is None:
+            given = conditioning.response
+            with _naming("denoise", if_input_lost=lambda: conditioning.forget(given)):
+                reached = await _denoise(stages.transformer, given, request, on_progress)
+        denoised, latents = reached
+        with _naming("decode", if_input_lost=forget_latents):
+            media: Media = await stages.vae.decode.remote(latents, request)
+        return Picture(media, request.seed, denoised)
 
-    denoised, latents = await _repeat_when_lost("denoise", denoise)
-    media = await _repeat_when_lost("decode", decode)
-    return Picture(media, request.seed, denoised)
+    def forget_latents() -> None:
+        nonlocal reached
+        reached = None
+
+    return await _repeat_when_lost(go_on)
 
 
 async def _denoise(
@@ -151,20 +190,36 @@ async def _denoise(
         raise
 
 
-async def _repeat_when_lost(stage: str, call: Callable[[], Awaitable[Answer]]) -> Answer:
-    """Call until it is served; only the loss of a process is worth repeating."""
-    for attempt in range(1, MAX_ATTEMPTS + 1):
+@contextmanager
+def _naming(stage: str, *, if_input_lost: Callable[[], None]) -> Iterator[None]:
+    """A call of the stage: its errors as clients may see them, its loss as StageLost."""
+    try:
+        yield
+    except BackPressureError as error:
+        raise Overloaded(f"the {stage} stage's queue is full: {error}") from error
+    except AWAY as error:
+        raise StageLost(stage, error, was_served=False) from error
+    except LOST as error:
+        if isinstance(error, INPUT_LOST) and not isinstance(error, ShardGroupLost):
+            if_input_lost()
+        raise StageLost(stage, error, was_served=True) from error
+    except RayError as error:
+        raise StageFailed(f"the {stage} stage failed: {_last_line(error)}") from error
+
+
+async def _repeat_when_lost(call: Callable[[], Awaitable[Answer]]) -> Answer:
+    """Call until it is answered, or the caller's deadline ends it."""
+    num_lost, backoff_s = 0, FIRST_BACKOFF_S
+    for attempt in count(2):
         try:
             return await call()
-        except BackPressureError as error:
-            raise Overloaded(f"the {stage} stage's queue is full: {error}") from error
-        except (*STAGE_LOST, RayServeException) as error:
-            if attempt == MAX_ATTEMPTS:
-                raise Unavailable(f"the {stage} stage was lost {attempt} times: {_first_line(error)}") from error
-            log.warning("%s lost (%s); attempt %d follows", stage, _first_line(error), attempt + 1)
-            await asyncio.sleep(FIRST_BACKOFF_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
-        except RayError as error:
-            raise StageFailed(f"the {stage} stage failed: {_last_line(error)}") from error
+        except StageLost as loss:
+            num_lost += loss.was_served
+            if num_lost == MAX_LOSSES:
+                raise Unavailable(f"{loss}, {num_lost} times in all") from loss
+            log.warning("%s; attempt %d follows", loss, attempt)
+        await asyncio.sleep(backoff_s * random.uniform(0.5, 1.5))
+        backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
     raise AssertionError("unreachable")
 
 

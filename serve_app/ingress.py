@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import FastAPI
@@ -82,6 +83,12 @@ class Ingress:
         """Per stage "ok", or why it cannot serve now. Asks the stages: Serve says RUNNING too early."""
         stages = vars(self._stages)
         return dict(zip(stages, await asyncio.gather(*map(_ping, stages.values())), strict=True))
+
+    async def status(self) -> dict[str, Any]:
+        """What one replica of every stage tells of itself."""
+        stages = vars(self._stages)
+        stats = await asyncio.gather(*(stage.stats.remote() for stage in stages.values()))
+        return {name: asdict(of) for name, of in zip(stages, stats, strict=True)}
 
 
 async def _ping(stage: Any) -> str:

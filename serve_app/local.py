@@ -19,12 +19,14 @@ def app_handle(config: AppConfig | None) -> Iterator[DeploymentHandle]:
     With a config, a private Ray and Serve are started on this machine and shut down afterwards; without one
     the app must be running. Raises ConnectionError or RayServeException if it is not.
     """
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if config is None:
         ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
-        yield serve.get_app_handle(APP_NAME)
-        ray.shutdown()
+        try:
+            yield serve.get_app_handle(APP_NAME)
+        finally:
+            ray.shutdown()
         return
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         serve.start(proxy_location="Disabled")

@@ -1,8 +1,8 @@
 """Bodies of requests and answers, in OpenAI's shapes; fields beyond OpenAI's are marked."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class GenerationBody(BaseModel):
@@ -22,6 +22,12 @@ class GenerationBody(BaseModel):
     seed: int | None = Field(
         None, ge=0, lt=2**63, description="beyond OpenAI; left out: drawn at random, told in the answer"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_nulls_out(cls, fields: Any) -> Any:
+        """In OpenAI's API a null stands for a field left out."""
+        return {k: v for k, v in fields.items() if v is not None} if isinstance(fields, dict) else fields
 
 
 class ImageBody(GenerationBody):

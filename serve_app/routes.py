@@ -10,7 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from serve_app.errors import BadRequest, RelayError, StageFailed
+from serve_app.errors import BadCall, BadRequest, RelayError, StageFailed
 from serve_app.generation import Picture
 from serve_app.openai_api import (
     ErrorResponse,
@@ -107,6 +107,10 @@ def build_api(ingress: "Ingress") -> FastAPI:
         body = StageHealth(ok=is_ok, stages=stages).model_dump()
         return JSONResponse(body, 200 if is_ok else 503, headers={} if is_ok else {"Retry-After": "5"})
 
+    @api.get("/v1/status", responses={503: ERRORS[503]}, summary="Queues, ranks, weights and work of every stage")
+    async def status() -> dict[str, Any]:
+        return await ingress.status()
+
     _drop_422(api)
     return api
 
@@ -125,7 +129,7 @@ async def _fields(request: Request) -> dict[str, Any]:
         return dict(await request.form())
     try:
         fields = await request.json()
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadRequest(f"the body is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise BadRequest(f"the body must be a JSON object, got {type(fields).__name__}")
@@ -137,8 +141,8 @@ async def _answer_error(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, RequestValidationError):
         error = bad_request(error.errors())
     if isinstance(error, HTTPException):
-        known = RelayError(f"{request.method} {request.url.path}: {error.detail}")
-        return JSONResponse(known.body(), error.status_code, dict(error.headers or {}))
+        refused = BadCall(f"{request.method} {request.url.path}: {error.detail}")
+        return JSONResponse(refused.body(), error.status_code, dict(error.headers or {}))
     if not isinstance(error, RelayError):
         log.exception("%s %s failed", request.method, request.url.path, exc_info=error)
         error = StageFailed(f"internal error: {type(error).__name__}: {error}")

@@ -1,17 +1,18 @@
 """Bodies become requests here, with every default filled in; whatever is wrong is refused here, by name."""
 
 import re
+import reprlib
 import secrets
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from deployments.config import ModelConfig
+from deployments.config import DefaultsConfig, ModelConfig
 from deployments.families import FAMILIES, Family
 from deployments.families.family import Defaults
 from deployments.request import GenerationRequest, Prompt
-from serve_app.config import LimitsConfig
+from serve_app.config import ConfigError, LimitsConfig
 from serve_app.errors import BadRequest, UnknownModel
 from serve_app.openai_api import GenerationBody, ImageBody, VideoBody
 
@@ -147,6 +148,20 @@ class Validator:
         return scales[0], scales[1]
 
 
+def check_defaults(model: ModelConfig, family: str, limits: LimitsConfig) -> None:
+    """Judges the defaults like a request that spells them out. Raises ConfigError."""
+    defaults = _defaults(model, FAMILIES[family].defaults)
+    given = {name: value for name, value in _given(model).items() if name not in {"width", "height"}}
+    fields = {"num_inference_steps": defaults.num_inference_steps, "size": f"{defaults.width}x{defaults.height}"}
+    if FAMILIES[family].media == "video":
+        fields["num_frames"] = defaults.num_frames
+    judge = Validator(model.model_copy(update={"defaults": DefaultsConfig()}), family, limits)
+    try:
+        judge.requests({"prompt": "-"} | fields | given)
+    except BadRequest as error:
+        raise ConfigError(f"model.defaults, or the family's where it says nothing: {error}") from error
+
+
 def parse_body(kind: type[Body], fields: Mapping[str, Any]) -> Body:
     """Raises BadRequest that names the first wrong field."""
     try:
@@ -158,8 +173,10 @@ def parse_body(kind: type[Body], fields: Mapping[str, Any]) -> Body:
 def bad_request(mistakes: Any) -> BadRequest:
     """pydantic's or FastAPI's list of mistakes as one error that names the first."""
     first = mistakes[0]
+    if first["type"] == "json_invalid":  # whose place is a position in the body
+        return BadRequest(f"the body is not JSON: {first['ctx']['error']}")
     param = ".".join(str(part) for part in first["loc"] if part != "body") or None
-    got = "" if first["type"] in {"missing", "json_invalid"} else f", got {first['input']!r}"
+    got = "" if first["type"] == "missing" else f", got {reprlib.repr(first['input'])}"
     message = {"extra_forbidden": "this field is not known"}.get(first["type"], first["msg"])
     return BadRequest(f"{param or 'body'}: {message}{got}", param)
 
@@ -170,5 +187,8 @@ def _with_seed(fields: dict[str, Any], seed: int) -> GenerationRequest:
 
 def _defaults(model: ModelConfig, family: Defaults) -> Defaults:
     """The config's defaults over the family's."""
-    ours = {name: value for name, value in model.defaults.model_dump().items() if value is not None}
-    return Defaults(**(vars(family) | ours))
+    return Defaults(**(vars(family) | _given(model)))
+
+
+def _given(model: ModelConfig) -> dict[str, Any]:
+    return {name: value for name, value in model.defaults.model_dump().items() if value is not None}

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
@@ -18,13 +19,16 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from deployments.checkpoints.source import fetch_checkpoint
+from deployments.config import ModelConfig
 from deployments.families import FAMILIES
 from serve_app.app import build_app
-from serve_app.config import parse_app_config
+from serve_app.config import LimitsConfig, parse_app_config
+from serve_app.ingress import Ingress
 
 torch.set_num_threads(1)
 TEXT_TOKENS = 64
 """Of the prompt, here and there: FLUX would pad to 512."""
+PATIENCE_S = 60.0
 
 
 @pytest.fixture(scope="session")
@@ -62,10 +66,18 @@ class App:
     def deployment(self, name: str) -> DeploymentHandle:
         return serve.get_deployment_handle(name, self.name)
 
+    def wait_for_seats(self, num_seats: int) -> None:
+        """Until so many requests are in the transformer."""
+        deadline = time.monotonic() + PATIENCE_S
+        while self.deployment("Transformer").stats.remote().result().queue.num_seats != num_seats:
+            assert time.monotonic() < deadline, f"there never were {num_seats} requests in the transformer"
+            time.sleep(0.02)
+
 
 @pytest.fixture(scope="session")
-def start_app(serve_url: str) -> Callable[..., App]:
+def start_app(serve_url: str) -> Iterator[Callable[..., App]]:
     """Starts the tiny checkpoint of a family once for every set of options."""
+    apps: list[App] = []
 
     @cache
     def start(family: str, *, shards: int = 1, **limits: Any) -> App:
@@ -86,14 +98,42 @@ def start_app(serve_url: str) -> Callable[..., App]:
             }
         )
         handle = serve.run(build_app(config), name=name, route_prefix=f"/{name}")
-        return App(serve_url, name, handle, family)
+        apps.append(App(serve_url, name, handle, family))
+        return apps[-1]
 
-    return start
+    yield start
+    for app in apps:
+        app.client.close()
 
 
 @pytest.fixture(scope="session")
 def flux_app(start_app: Callable[..., App]) -> App:
     return start_app("flux")
+
+
+@pytest.fixture(scope="session")
+def start_ingress(flux_app: App) -> Iterator[Callable[..., App]]:
+    """Starts one more ingress, with limits of its own, over the stages of `flux_app`: seconds, not a minute."""
+    apps: list[App] = []
+
+    def start(name: str, *, family: str = "flux", vae: str = "Vae", **limits: Any) -> App:
+        model = ModelConfig.model_validate(
+            {
+                "name": f"tiny-{family}",
+                "checkpoint": f"tiny://{family}",
+                "defaults": {"width": 64, "height": 64, "num_inference_steps": 4},
+            }
+        )
+        stages = [flux_app.deployment(stage) for stage in ("Encoder", "Transformer", vae)]
+        ingress = serve.deployment(serve.ingress()(Ingress)).options(ray_actor_options={"num_cpus": 0})
+        app = ingress.bind(model, family, LimitsConfig(**limits), *stages)
+        handle = serve.run(app, name=name, route_prefix=f"/{name}")
+        apps.append(App(flux_app.url.rpartition("/")[0], name, handle, family))
+        return apps[-1]
+
+    yield start
+    for app in apps:
+        app.client.close()
 
 
 @pytest.fixture(scope="session")

@@ -10,12 +10,8 @@ from cluster.ring import Ring, RingStats, StopRing
 from cluster.transport import Transport
 from deployments.config import TransformerConfig
 from deployments.engine.merge import Inputs, Merger, num_samples, num_tokens
-from deployments.engine.step_queue import Seat, StepQueue
+from deployments.engine.step_queue import Seat, ShardGroupLost, StepQueue
 from deployments.engine.work import Leader
-
-
-class ShardGroupLost(Exception):
-    """A rank died or got stuck. The request may be repeated: another replica will serve it."""
 
 
 class Engine:

@@ -10,9 +10,7 @@ from cluster.serve_options import STAGE_ENV, plan_serve_options
 
 
 def plan(num_shards: int = 1, **resources: Any) -> dict[str, Any]:
-    return plan_serve_options(
-        ResourceConfig(**resources), graceful_shutdown_timeout_s=90.0, num_shards=num_shards
-    )
+    return plan_serve_options(ResourceConfig(**resources), graceful_shutdown_timeout_s=90.0, num_shards=num_shards)
 
 
 def test_a_replica_reserves_what_the_config_says() -> None:

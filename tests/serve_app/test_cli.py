@@ -4,7 +4,7 @@ import io
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,7 @@ import ray
 from PIL import Image
 from ray import serve
 
-from serve_app.app import find_family
-from serve_app.config import APP_NAME, load_app_config
-from serve_app.ingress import Ingress
+from serve_app.config import APP_NAME
 
 pytestmark = pytest.mark.slow
 
@@ -39,13 +37,9 @@ def address(ray_cluster: None) -> str:
 
 
 @pytest.fixture
-def relay_app(flux_app: Any) -> Iterator[Any]:
-    """An app with the name that the command looks for: one more ingress over the same three stages."""
-    config = load_app_config(Path(QUICKSTART))
-    stages = [flux_app.deployment(name) for name in ("Encoder", "Transformer", "Vae")]
-    ingress = serve.deployment(serve.ingress()(Ingress)).options(ray_actor_options={"num_cpus": 0})
-    app = ingress.bind(config.model, find_family(config.model), config.limits, *stages)
-    yield serve.run(app, name=APP_NAME, route_prefix=None)
+def relay_app(start_ingress: Callable[..., Any]) -> Iterator[Any]:
+    """An app with the name that the command looks for."""
+    yield start_ingress(APP_NAME)
     serve.delete(APP_NAME)
 
 
@@ -92,7 +86,7 @@ def test_generate_asks_the_running_app(relay_app: Any, address: str, tmp_path: P
     options = [word for name, value in fields.items() for word in (f"--{name}", value)]
     done = relay("generate", "a fox", *options, "--out", str(out), ray_address=address)
     assert done.returncode == 0, done.stderr
-    [picture] = relay_app.generate.remote(
+    [picture] = relay_app.handle.generate.remote(
         prompt="a fox", seed=7, num_inference_steps=3, size="64x64", guidance_scale=2.5, output_format="webp"
     ).result()
     assert out.read_bytes() == picture.media.data

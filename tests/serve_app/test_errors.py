@@ -1,8 +1,6 @@
 """Bad input gets a 4xx that names the field, in OpenAI's form; afterwards the server serves on."""
 
-import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -35,8 +33,17 @@ WRONG_IMAGES: list[tuple[dict[str, Any], str]] = [
     ({"seed": -1}, "seed"),
     ({"seed": 2**64}, "seed"),
     ({"guidance_scale": -0.5}, "guidance_scale"),
+    ({"guidance_scale": 101}, "guidance_scale"),
+    ({"true_cfg_scale": "much"}, "true_cfg_scale"),
+    ({"prompt": ["a cat", "a dog"]}, "prompt"),
+    ({"n": 1.5}, "n"),
+    ({"quality": "hd"}, "quality"),
+    ({"num_frames": 5}, "num_frames"),
     ({"colour": "red"}, "colour"),
 ]
+
+ENDLESS = 100_000
+"""Steps; no request of so many ends within a test."""
 
 
 def check_error(answer: Any, status: int, param: str | None) -> dict[str, Any]:
@@ -52,6 +59,7 @@ def check_error(answer: Any, status: int, param: str | None) -> dict[str, Any]:
 def test_a_wrong_field_is_named(flux_app: Any, fields: dict[str, Any], param: str) -> None:
     error = check_error(flux_app.client.post("/v1/images/generations", json=PROMPT | fields), 400, param)
     assert error["type"] == "invalid_request_error"
+    assert error["code"] == "invalid_value"
     assert param in error["message"]
 
 
@@ -59,13 +67,36 @@ def test_a_missing_prompt_is_named(flux_app: Any) -> None:
     check_error(flux_app.client.post("/v1/images/generations", json={"n": 1}), 400, "prompt")
 
 
-@pytest.mark.parametrize("body", ["{", "[1]", '"text"', ""])
-def test_a_body_that_is_no_json_object_is_a_400(flux_app: Any, wan_app: Any, body: str) -> None:
+@pytest.mark.parametrize(
+    "body",
+    ["{", "[1]", '"text"', "", b"\xff{", "[" * 100_000, '{"seed": ' + "9" * 5000 + "}"],
+    ids=["cut", "list", "text", "nothing", "not-utf8", "nested", "huge-number"],
+)
+def test_a_body_that_is_no_json_object_is_a_400(flux_app: Any, wan_app: Any, body: str | bytes) -> None:
     headers = {"content-type": "application/json"}
     for app, path in ((flux_app, "/v1/images/generations"), (wan_app, "/v1/videos/sync")):
         answer = app.client.post(path, content=body, headers=headers)
-        assert answer.status_code == 400, answer.text
-        assert answer.json()["error"]["type"] == "invalid_request_error"
+        assert check_error(answer, 400, None)["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("content_type", "body", "param"),
+    [
+        ("multipart/form-data", "x", None),
+        ("multipart/form-data; boundary=b", "x", None),
+        ("application/x-www-form-urlencoded", "prompt=waves&num_frames=6", "num_frames"),
+        ("application/x-www-form-urlencoded", "prompt=waves&num_frames=few", "num_frames"),
+        ("application/x-www-form-urlencoded", "prompt=waves&colour=red", "colour"),
+        ("application/x-www-form-urlencoded", "num_frames=5", "prompt"),
+    ],
+)
+def test_a_wrong_form_is_a_400(wan_app: Any, content_type: str, body: str, param: str | None) -> None:
+    answer = wan_app.client.post("/v1/videos/sync", content=body, headers={"content-type": content_type})
+    assert check_error(answer, 400, param)["type"] == "invalid_request_error"
+
+
+def test_a_file_is_no_prompt(wan_app: Any) -> None:
+    check_error(wan_app.client.post("/v1/videos/sync", files={"prompt": ("x.txt", b"waves")}), 400, "prompt")
 
 
 def test_a_size_error_says_what_is_near(flux_app: Any) -> None:
@@ -108,8 +139,8 @@ def test_an_unknown_model_is_a_404(flux_app: Any) -> None:
 
 
 def test_unknown_paths_and_methods_answer_in_the_same_form(flux_app: Any) -> None:
-    check_error(flux_app.client.get("/v1/nothing"), 404, None)
-    check_error(flux_app.client.get("/v1/images/generations"), 405, None)
+    for path, status in (("/v1/nothing", 404), ("/v1/images/generations", 405)):
+        assert check_error(flux_app.client.get(path), status, None)["type"] == "invalid_request_error"
 
 
 def test_the_openai_client_raises_its_own_errors(flux_app: Any) -> None:
@@ -117,35 +148,55 @@ def test_the_openai_client_raises_its_own_errors(flux_app: Any) -> None:
         with pytest.raises(BadRequestError) as wrong:
             client.images.generate(prompt="a cat", size="65x64")
         assert wrong.value.param == "size"
-        with pytest.raises(NotFoundError):
+        with pytest.raises(NotFoundError) as unknown:
             client.images.generate(prompt="a cat", model="dall-e-3")
+        assert (unknown.value.param, unknown.value.code) == ("model", "model_not_found")
 
 
 def test_after_all_that_the_server_serves(flux_app: Any) -> None:
     assert flux_app.client.post("/v1/images/generations", json=PROMPT).status_code == 200
 
 
-LONG = PROMPT | {"num_inference_steps": 50, "size": "256x256"}
+def test_a_stage_that_raises_is_a_500_that_names_it_and_harms_nobody(
+    flux_app: Any, start_ingress: Callable[..., Any]
+) -> None:
+    """Requests of one family go through stages of another."""
+    app = start_ingress("crossed", family="sd15")
+    answer = app.client.post("/v1/images/generations", json=PROMPT)
+    error = check_error(answer, 500, None)
+    assert (error["type"], error["code"]) == ("server_error", "stage_failed")
+    assert error["message"].startswith("the denoise stage failed: TypeError")
+    assert flux_app.client.post("/v1/images/generations", json=PROMPT).status_code == 200
 
 
-def test_too_many_requests_get_a_429_with_retry_after(start_app: Callable[..., Any]) -> None:
-    app = start_app("flux", max_concurrent_requests=1, request_timeout_s=2.5)
-    with ThreadPoolExecutor(6) as clients:
-        answers = list(clients.map(lambda _: app.client.post("/v1/images/generations", json=LONG), range(6)))
-    refused = [answer for answer in answers if answer.status_code == 429]
-    assert refused
-    for answer in refused:
-        assert answer.headers["retry-after"] == "5"
-        assert check_error(answer, 429, None)["code"] == "overloaded"
+def test_health_is_a_503_that_names_the_stage_that_cannot_serve(start_ingress: Callable[..., Any]) -> None:
+    answer = start_ingress("halved", vae="Absent").client.get("/health")
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+    stages = answer.json()["stages"]
+    assert not answer.json()["ok"]
+    assert [name for name, state in stages.items() if state != "ok"] == ["vae"]
 
 
-def test_a_request_past_its_deadline_gets_a_504_and_frees_its_seat(start_app: Callable[..., Any]) -> None:
-    app = start_app("flux", max_concurrent_requests=1, request_timeout_s=2.5)
-    answer = app.client.post("/v1/images/generations", json=LONG)
-    assert "request_timeout_s" in check_error(answer, 504, None)["message"]
-    transformer = app.deployment("Transformer")
-    for _ in range(100):
-        if transformer.stats.remote().result().queue.num_seats == 0:
-            return
-        time.sleep(0.1)
-    pytest.fail("its seat is still taken after 10 s")
+def test_one_request_too_many_gets_a_429_with_retry_after(
+    flux_app: Any, start_ingress: Callable[..., Any]
+) -> None:
+    app = start_ingress("narrow", max_concurrent_requests=1, max_num_inference_steps=ENDLESS)
+    running = app.handle.generate.remote(prompt="a cat", num_inference_steps=ENDLESS)
+    flux_app.wait_for_seats(1)
+    answer = app.client.post("/v1/images/generations", json=PROMPT)
+    assert answer.headers["retry-after"] == "5"
+    assert check_error(answer, 429, None)["code"] == "overloaded"
+    running.cancel()
+    flux_app.wait_for_seats(0)
+    assert app.client.post("/v1/images/generations", json=PROMPT).status_code == 200
+
+
+def test_a_request_past_its_deadline_gets_a_504_and_frees_its_seat(
+    flux_app: Any, start_ingress: Callable[..., Any]
+) -> None:
+    app = start_ingress("hasty", request_timeout_s=1.0, max_num_inference_steps=ENDLESS)
+    answer = app.client.post("/v1/images/generations", json=PROMPT | {"num_inference_steps": ENDLESS})
+    error = check_error(answer, 504, None)
+    assert error["message"] == "not done within request_timeout_s (1 s)"
+    assert error["code"] == "deadline_exceeded"
+    flux_app.wait_for_seats(0)

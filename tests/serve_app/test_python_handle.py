@@ -1,7 +1,7 @@
 """The same generation by a Python handle, as `serve.get_app_handle("relay")` gives it."""
 
 import base64
-import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,11 +23,6 @@ def handle(flux_app: Any) -> Any:
 
 def stream(handle: Any, **fields: Any) -> Any:
     return handle.options(stream=True).stream.remote(**fields)
-
-
-def num_seats(app: Any) -> int:
-    seats: int = app.deployment("Transformer").stats.remote().result().queue.num_seats
-    return seats
 
 
 def test_a_handle_gives_the_picture_that_http_gives(flux_app: Any, handle: Any) -> None:
@@ -86,15 +81,11 @@ def test_a_wrong_model_raises_unknown_model(handle: Any) -> None:
         handle.generate.remote(prompt="a fox", model="other").result()
 
 
-def test_a_cancelled_call_frees_its_seat_in_the_transformer(flux_app: Any, handle: Any) -> None:
-    response = handle.generate.remote(prompt="a fox", num_inference_steps=50, size="512x512")
-    wait_for_seats(flux_app, 1)
+def test_a_cancelled_call_frees_its_seat_in_the_transformer(
+    flux_app: Any, start_ingress: Callable[..., Any]
+) -> None:
+    patient = start_ingress("patient", max_num_inference_steps=100_000)
+    response = patient.handle.generate.remote(prompt="a fox", num_inference_steps=100_000)
+    flux_app.wait_for_seats(1)
     response.cancel()
-    wait_for_seats(flux_app, 0)
-
-
-def wait_for_seats(app: Any, seats: int) -> None:
-    deadline = time.monotonic() + 60
-    while num_seats(app) != seats:
-        assert time.monotonic() < deadline, f"never {seats} seats"
-        time.sleep(0.02)
+    flux_app.wait_for_seats(0)
