@@ -47,7 +47,7 @@ def recovery(json_file: JsonFile = None, quick: Quick = False) -> None:
     """kill -9 of every rank, the encoder and the VAE, busy and idle: who is answered, and when."""
     _run(
         "recovery",
-        victims=("rank 1", "vae") if quick else ("rank 0", "rank 1", "encoder", "vae"),
+        victims=("vae",) if quick else ("rank 0", "rank 1", "encoder", "vae"),
         json_file=json_file,
     )
 

@@ -64,7 +64,8 @@ class App:
         self.client = httpx.Client(base_url=self.url, timeout=120)
 
     def deployment(self, name: str) -> DeploymentHandle:
-        return serve.get_deployment_handle(name, self.name)
+        """`_check_exists`: a test may want one that is not there."""
+        return serve.get_deployment_handle(name, self.name, _check_exists=False)
 
     def wait_for_seats(self, num_seats: int) -> None:
         """Until so many requests are in the transformer."""

@@ -88,7 +88,7 @@ def _config(model: str, folder: Path, max_batch_size: int) -> AppConfig:
                 "checkpoint": checkpoint,
                 "defaults": {"width": size, "height": size},
             },
-            "encoder": {"num_cpus": 0.1, "torch_threads": 1, "max_sequence_length": 64},
+            "encoder": {"num_cpus": 0.1, "torch_threads": 1, "max_sequence_length": 16},
             "transformer": {"num_cpus": 0.1, "torch_threads": 1, "max_batch_size": max_batch_size},
             "vae": {"num_cpus": 0.1, "torch_threads": 1},
         }

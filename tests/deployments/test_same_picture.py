@@ -71,9 +71,10 @@ class Processes:
 
     def __init__(self, num_gpus: float = 0) -> None:
         """num_gpus: of each rank; the encoder and the VAE stay on the CPU."""
-        actor = ray.remote(num_cpus=0.1, runtime_env=STAGE_ENV, max_concurrency=48)(StageProcess)
-        self.encoder, self.vae = actor.remote(), actor.remote()
-        self.ranks = [actor.options(num_gpus=num_gpus).remote() for _ in range(2 if num_gpus else 3)]
+        actor = ray.remote(num_cpus=0.1, runtime_env=STAGE_ENV)(StageProcess)
+        self.encoder, self.vae = actor.remote(), actor.remote()  # a thread each: tokenizers are not thread-safe
+        rank = actor.options(num_gpus=num_gpus, max_concurrency=48)
+        self.ranks = [rank.remote() for _ in range(2 if num_gpus else 3)]
         self._num_gpus = num_gpus
         self._connected: set[tuple[str, int]] = set()
 
