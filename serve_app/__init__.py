@@ -1,6 +1,7 @@
 """The application: config in, HTTP and Python handles out. The only package that knows HTTP.
 
 Read in this order: config (what a YAML may say), app (config to Serve application), ingress (the deployment
-that clients meet), openai_api (bodies of requests and answers), validation (bodies to requests, bad input
-refused), generation (one request's way through the three stages), routes (HTTP), errors, cli.
+that clients meet), relay (what it does), routes (HTTP), openai_api (bodies of requests and answers),
+validation (bodies to requests, bad input refused), generation (one request's way through the three stages),
+errors, local and cli (the shell), bench (measurements).
 """

@@ -1,9 +1,9 @@
-"""HTTP in OpenAI's shapes, over an Ingress."""
+"""HTTP in OpenAI's shapes, over a Relay."""
 
 import base64
 import logging
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -23,10 +23,8 @@ from serve_app.openai_api import (
     TimingsMs,
     VideoBody,
 )
+from serve_app.relay import Relay
 from serve_app.validation import bad_request, parse_body
-
-if TYPE_CHECKING:
-    from serve_app.ingress import Ingress
 
 log = logging.getLogger("ray.serve")
 
@@ -54,7 +52,7 @@ VIDEO_BODY = {
 }
 
 
-def build_api(ingress: "Ingress") -> FastAPI:
+def build_api(relay: Relay) -> FastAPI:
     """The HTTP application of one ingress replica."""
     api = FastAPI(title="Latent Relay", description="Diffusion models over several GPUs, in OpenAI's shapes.")
     api.add_exception_handler(Exception, _answer_error)
@@ -63,8 +61,8 @@ def build_api(ingress: "Ingress") -> FastAPI:
 
     @api.post("/v1/images/generations", responses=ERRORS, summary="Make pictures")
     async def images(body: ImageBody) -> ImagesResponse:
-        requests = ingress.validator.images(body)
-        pictures = await ingress.run(requests)
+        requests = relay.validator.images(body)
+        pictures = await relay.run(requests)
         return ImagesResponse(
             created=int(time.time()),
             output_format=body.output_format,
@@ -81,19 +79,19 @@ def build_api(ingress: "Ingress") -> FastAPI:
     )
     async def video(request: Request) -> Response:
         body = parse_body(VideoBody, await _fields(request))
-        [picture] = await ingress.run([ingress.validator.video(body)])
+        [picture] = await relay.run([relay.validator.video(body)])
         timings = ", ".join(f"{stage};dur={ms}" for stage, ms in picture.timings_ms.items())
         headers = {"X-Seed": str(picture.seed), "Server-Timing": timings}
         return Response(picture.media.data, media_type=picture.media.media_type, headers=headers)
 
     @api.get("/v1/models", summary="What is served")
     async def models() -> ModelList:
-        return ModelList(data=[ingress.model()])
+        return ModelList(data=[relay.model()])
 
     @api.get("/v1/models/{name:path}", responses={404: ERRORS[404]}, summary="One served model")
     async def model(name: str) -> ModelCard:
-        ingress.validator.check_model(name)
-        return ingress.model()
+        relay.validator.check_model(name)
+        return relay.model()
 
     @api.get(
         "/health",
@@ -102,14 +100,14 @@ def build_api(ingress: "Ingress") -> FastAPI:
         summary="Can every stage serve?",
     )
     async def health() -> JSONResponse:
-        stages = await ingress.health()
+        stages = await relay.health()
         is_ok = all(state == "ok" for state in stages.values())
         body = StageHealth(ok=is_ok, stages=stages).model_dump()
         return JSONResponse(body, 200 if is_ok else 503, headers={} if is_ok else {"Retry-After": "5"})
 
     @api.get("/v1/status", responses={503: ERRORS[503]}, summary="Queues, ranks, weights and work of every stage")
     async def status() -> dict[str, Any]:
-        return await ingress.status()
+        return await relay.status()
 
     _drop_422(api)
     return api
