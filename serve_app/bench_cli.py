@@ -26,8 +26,8 @@ def latency(
 @bench.command()
 def batching(json_file: JsonFile = None, quick: Quick = False) -> None:
     """Requests per second at concurrency 1 to 8: merging on, off, and the whole pipeline in one replica."""
-    models = ("tiny",) if quick else ("tiny", "100M")
-    _run("batching", num_rounds=3 if quick else 8, models=models, json_file=json_file)
+    loads = {"tiny": (2, 8)} if quick else {"tiny": (8, 8), "100M": (3, 4)}
+    _run("batching", loads=loads, json_file=json_file)
 
 
 @bench.command()

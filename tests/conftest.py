@@ -151,15 +151,20 @@ Plain = Callable[..., Any]
 
 
 @pytest.fixture(scope="session")
-def plain() -> Plain:
-    """`plain(family, prompt, seed=…, **settings)`: what diffusers' own pipeline draws, float32."""
-    load = cache(_load_plain)
+def plain_pipeline() -> Callable[[str], Any]:
+    """The whole tiny checkpoint of a family in one plain diffusers pipeline, float32."""
+    return cache(_load_plain)
+
+
+@pytest.fixture(scope="session")
+def plain(plain_pipeline: Callable[[str], Any]) -> Plain:
+    """`plain(family, prompt, seed=…, **settings)`: what diffusers' own pipeline draws."""
 
     def draw(family: str, prompt: str, *, seed: int, output_type: str = "pil", **settings: Any) -> Any:
         defaults: dict[str, Any] = {"width": 64, "height": 64, "num_inference_steps": 4}
         if FAMILIES[family].media == "video":
             defaults["num_frames"] = 5
-        output = load(family)(
+        output = plain_pipeline(family)(
             prompt,
             generator=torch.Generator("cpu").manual_seed(seed),
             output_type=output_type,

@@ -30,6 +30,30 @@ def test_every_config_is_parsed_and_planned(path: Path) -> None:
     assert build_validator(config).requests({"prompt": "a cat"})
 
 
+def test_serve_takes_every_config_and_planning_touches_no_network_and_no_weights() -> None:
+    """In a process of its own, which refuses connections and tells what was imported."""
+    program = """
+import sys
+from pathlib import Path
+import yaml
+from ray.serve.schema import ServeDeploySchema
+from serve_app.app import build_app
+from serve_app.config import load_app_config
+
+def refuse(event, _):
+    if event in ("socket.connect", "socket.getaddrinfo"):
+        raise ConnectionRefusedError(event)
+
+sys.addaudithook(refuse)
+for path in Path("configs").glob("*.yaml"):
+    ServeDeploySchema.model_validate(yaml.safe_load(path.read_text()))
+    build_app(load_app_config(path))
+print([name for name in ("torch", "diffusers", "transformers") if name in sys.modules])
+"""
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (run.returncode, run.stdout.strip()) == (0, "[]"), run.stderr
+
+
 def test_the_two_card_config_holds_two_shards() -> None:
     config = load_app_config(ROOT / "configs" / "flux_dev_2x16gb.yaml")
     assert config.transformer.num_ranks == 2

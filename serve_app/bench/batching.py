@@ -7,7 +7,7 @@ import asyncio
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,14 @@ WAYS = {"on": 8, "off": 1, "whole pipeline": 0}
 """What the column `merging` says, and the max_batch_size behind it; 0: the baseline."""
 
 
-def run(*, num_rounds: int, models: tuple[str, ...], json_file: Path | None) -> None:
-    """Rows of `model`, `concurrency`, `merging`, `requests_per_s`, `p50_s`, `p99_s`."""
+def run(*, loads: Mapping[str, tuple[int, int]], json_file: Path | None) -> None:
+    """loads: by model ("tiny" or "100M"), requests per client and steps per request.
+
+    Rows of `model`, `concurrency`, `merging`, `requests_per_s`, `p50_s`, `p99_s`."""
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder, Progress() as progress, _ray():
-        task = progress.add_task("batching", total=len(models) * len(WAYS) * len(CONCURRENCIES))
-        for model in models:
+        task = progress.add_task("batching", total=len(loads) * len(WAYS) * len(CONCURRENCIES))
+        for model, load in loads.items():
             handles = {}
             for way, max_batch_size in WAYS.items():
                 config = _config(model, Path(folder), max(1, max_batch_size))
@@ -44,31 +46,30 @@ def run(*, num_rounds: int, models: tuple[str, ...], json_file: Path | None) -> 
                 handles[way] = serve.run(application, name=name, route_prefix=None)
             for concurrency in CONCURRENCIES:
                 for way, handle in handles.items():
-                    rows.append(_measure(model, way, handle, concurrency, num_rounds))
+                    rows.append({"model": model} | _measure(way, handle, concurrency, *load))
                     progress.advance(task)
             for max_batch_size in WAYS.values():
                 serve.delete(f"{model}-{max_batch_size}")
     report("requests per second, merging forwards of concurrent requests", rows, json_file)
 
 
-def _measure(model: str, way: str, handle: Any, concurrency: int, num_rounds: int) -> Row:
+def _measure(way: str, handle: Any, concurrency: int, num_requests: int, steps: int) -> dict[str, Any]:
     times: list[float] = []
 
     async def client(index: int) -> None:
-        for i in range(num_rounds):
+        for i in range(num_requests):
             start = time.perf_counter()
-            await handle.generate.remote(prompt=f"prompt {index} {i}", seed=i, num_inference_steps=8)
+            await handle.generate.remote(prompt=f"prompt {index} {i}", seed=i, num_inference_steps=steps)
             times.append(time.perf_counter() - start)
 
     async def clients() -> float:
-        await handle.generate.remote(prompt="warm up")
+        await handle.generate.remote(prompt="warm up", num_inference_steps=steps)
         start = time.perf_counter()
         await asyncio.gather(*(client(index) for index in range(concurrency)))
         return time.perf_counter() - start
 
     elapsed_s = asyncio.run(clients())
     return {
-        "model": model,
         "concurrency": concurrency,
         "merging": way,
         "requests_per_s": len(times) / elapsed_s,

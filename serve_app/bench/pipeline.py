@@ -102,7 +102,7 @@ class PacedShard:
 def _sleep(seconds: float) -> None:
     """`time.sleep` alone wakes 0.3 ms late here, which is no fault of the pipeline."""
     end = time.perf_counter() + seconds
-    time.sleep(max(0.0, seconds - 0.0005))
+    time.sleep(max(0.0, seconds - 0.0003))
     while time.perf_counter() < end:
         time.sleep(0)
 

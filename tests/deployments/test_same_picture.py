@@ -166,7 +166,32 @@ def build_settings(family: str, request: GenerationRequest) -> dict[str, Any]:
 def test_three_processes_draw_what_the_plain_pipeline_draws(
     processes: Processes, plain: Callable[..., Any], family: str, guided: bool, width: int, height: int
 ) -> None:
-    request = build_request(family, guided=guided, width=width, height=height)
+    check_same_picture(processes, plain, family, build_request(family, guided=guided, width=width, height=height))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_so_they_do_with_a_guidance_scale_and_no_negative_prompt(
+    processes: Processes, plain: Callable[..., Any], family: str
+) -> None:
+    prompt = Prompt("a red cat", None, is_guided=not FAMILIES[family].needs_negative_prompt)
+    request = replace(build_request(family, guided=True), prompt=prompt)
+    check_same_picture(processes, plain, family, request)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_so_they_do_at_the_oddest_size_that_the_family_takes(
+    processes: Processes, plain: Callable[..., Any], family: str
+) -> None:
+    """A UNet halves 5 x 3 latents, and must find its way back."""
+    multiple = FAMILIES[family].size_multiple
+    request = build_request(family, guided=True, width=5 * multiple, height=3 * multiple)
+    check_same_picture(processes, plain, family, request)
+
+
+def check_same_picture(
+    processes: Processes, plain: Callable[..., Any], family: str, request: GenerationRequest
+) -> None:
+    """Latents and 8-bit frames."""
     latents, frames = processes.draw(family, request)
     settings = build_settings(family, request)
     assert torch.equal(latents, plain(family, "a red cat", seed=3, output_type="latent", **settings))
@@ -249,9 +274,23 @@ def test_defaults_are_those_of_the_pipelines_call(family: Any) -> None:
             assert ours == call[name].default, name
 
 
+@pytest.mark.parametrize("family", ["flux", "qwen-image"])
+def test_the_default_size_is_the_pipelines(plain_pipeline: Callable[[str], Any], family: str) -> None:
+    pipe, defaults = plain_pipeline(family), FAMILIES[family].defaults
+    assert defaults.width == defaults.height == pipe.default_sample_size * pipe.vae_scale_factor
+
+
+def test_the_default_size_of_a_video_is_the_pipelines() -> None:
+    call = inspect.signature(diffusers.WanPipeline.__call__).parameters
+    defaults = FAMILIES["wan"].defaults
+    assert (defaults.width, defaults.height) == (call["width"].default, call["height"].default)
+
+
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-def test_size_multiple_is_the_vaes_factor_times_the_patch(family: Any) -> None:
-    pipe: Any = DiffusionPipeline.from_pretrained(fetch_checkpoint(f"tiny://{family.name}", ()))
+def test_size_multiple_is_the_vaes_factor_times_the_patch(
+    plain_pipeline: Callable[[str], Any], family: Any
+) -> None:
+    pipe = plain_pipeline(family.name)
     factor = getattr(pipe, "vae_scale_factor", None) or pipe.vae_scale_factor_spatial
     packed = 2 if family.name in {"flux", "qwen-image"} else 1  # these pipelines pack 2 x 2 latents themselves
     patch = getattr(pipe, family.denoiser).config.get("patch_size", 1) if packed == 1 else 2

@@ -104,6 +104,14 @@ def test_latents_are_packed_cpu_tensors_that_can_be_sent_without_a_copy(
     assert latents.is_contiguous()
 
 
+def test_the_seed_alone_decides_the_latents(transformer: Transformer, conditioning: Conditioning) -> None:
+    one, again, other = (
+        asyncio.run(collect(transformer, conditioning, build_request(seed=seed)))[-1] for seed in (1, 1, 2)
+    )
+    assert torch.equal(one, again)
+    assert not torch.allclose(one, other, atol=1e-2)
+
+
 def test_requests_at_once_of_different_lengths_give_what_each_gives_alone(
     transformer: Transformer, conditioning: Conditioning
 ) -> None:
@@ -117,7 +125,6 @@ def test_requests_at_once_of_different_lengths_give_what_each_gives_alone(
     together = [items[-1] for items in asyncio.run(at_once())]
     for one, other in zip(alone, together, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=2e-5)
-    assert not torch.allclose(alone[0], alone[1], atol=1e-2)
 
 
 def test_requests_at_once_share_forwards(transformer: Transformer, conditioning: Conditioning) -> None:
