@@ -1,8 +1,10 @@
 """How messages get from each rank to the next: the interface, and torch.distributed as its implementation."""
 
 import socket
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -170,17 +172,17 @@ class _Edge:
 
     def send(self, packed: Packed) -> None:
         self.synchronize()  # the copies: gloo must not read before they are done, nor the other GPU wait for them
-        for buffer in packed.buffers:
-            self._transfer("send", buffer)
+        for wait in [self._transfer("send", buffer) for buffer in packed.buffers]:
+            wait()
         self.synchronize()
 
     def receive(self, staging: torch.device) -> Packed:
         """What is on a GPU then is complete when the stream is done."""
         header = torch.empty(HEADER_SIZE, dtype=torch.int64)
-        self._transfer("recv", header)
+        self._transfer("recv", header)()
         packed = Packed.empty(header, staging)
-        self._transfer("recv", packed.host)
-        self._transfer("recv", packed.device)
+        for wait in [self._transfer("recv", buffer) for buffer in (packed.host, packed.device)]:
+            wait()
         return packed
 
     def synchronize(self) -> None:
@@ -194,14 +196,13 @@ class _Edge:
         with suppress(RuntimeError):
             self._gloo.recv([torch.empty(1)], self._other_end, _UNUSED_TAG).wait(_AT_ONCE)
 
-    def _transfer(self, direction: Literal["send", "recv"], buffer: Tensor) -> None:
-        """Both ends know from the header which buffers are empty."""
+    def _transfer(self, direction: Literal["send", "recv"], buffer: Tensor) -> Callable[[], object]:
+        """Begin it; call what it returns to wait for the end. Both ends know from the header what is empty."""
         if buffer.nbytes == 0:
-            return
-        if buffer.is_cuda:
-            getattr(self._nccl, direction)([buffer], self._other_end, _TAG).wait()  # only the stream waits
-        else:
-            getattr(self._gloo, direction)([buffer], self._other_end, _TAG).wait(_FOREVER)
+            return lambda: None
+        group = self._nccl if buffer.is_cuda else self._gloo
+        work = getattr(group, direction)([buffer], self._other_end, _TAG)
+        return partial(work.wait) if buffer.is_cuda else partial(work.wait, _FOREVER)  # NCCL: the stream waits
 
 
 def _own_address(store: TCPStore) -> str:

@@ -26,8 +26,19 @@ def latency(
 @bench.command()
 def batching(json_file: JsonFile = None, quick: Quick = False) -> None:
     """Requests per second at concurrency 1 to 8: merging on, off, and the whole pipeline in one replica."""
-    loads = {"tiny": (2, 8)} if quick else {"tiny": (8, 8), "100M": (3, 4)}
-    _run("batching", loads=loads, json_file=json_file)
+    _run(
+        "batching",
+        loads={"tiny": (8, 8)} if quick else {"tiny": (32, 28), "100M": (16, 4)},
+        concurrencies=(1, 8) if quick else (1, 2, 4, 8),
+        json_file=json_file,
+    )
+
+
+@bench.command()
+def overhead(json_file: JsonFile = None, quick: Quick = False) -> None:
+    """What the engine costs a lone request's denoise, over the plain pipeline."""
+    loads = {"tiny": (20, 8)} if quick else {"tiny": (40, 28), "100M": (20, 4)}
+    _run("overhead", loads=loads, json_file=json_file)
 
 
 @bench.command()

@@ -1,5 +1,7 @@
 """One rank's shard of a checkpoint's denoiser, on its device and ready to run."""
 
+import tempfile
+import weakref
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -59,9 +61,14 @@ def open_denoiser(model: ModelConfig, family: Family, config: TransformerConfig)
 
 def load_rank(denoiser: Denoiser, model: ModelConfig, config: TransformerConfig, rank: int) -> Shard:
     """Reads the weights of this rank's blocks, and only those."""
-    placement = {}
+    placement: dict[str, Any] = {}
     if config.device_map is not None:
-        placement = {"device_map": config.device_map, "max_memory": _max_memory(config)}
+        disk = tempfile.TemporaryDirectory(prefix="latent-relay-")  # for what fits nowhere; gone with the process
+        placement = {
+            "device_map": config.device_map,
+            "max_memory": _max_memory(config),
+            "offload_folder": disk.name,
+        }
     shard = load_shard(
         denoiser.model_class,
         denoiser.folder,
@@ -73,6 +80,8 @@ def load_rank(denoiser: Denoiser, model: ModelConfig, config: TransformerConfig,
     )
     if config.device_map is None:
         shard.model.to(denoiser.device)
+    else:
+        weakref.finalize(shard.model, disk.cleanup)
     shard.model.eval()
     return shard
 

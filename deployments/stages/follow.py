@@ -50,7 +50,8 @@ def rank_stats(rank: int, denoiser: Denoiser, shard: Shard, ring: RingStats) -> 
     """What this process's rank holds and has done."""
     weights: Counter[str] = Counter()
     for tensor in shard.model.state_dict(keep_vars=True).values():
-        weights[f"{tensor.device} {str(tensor.dtype).removeprefix('torch.')}"] += tensor.nbytes
+        place = "disk" if tensor.is_meta else tensor.device
+        weights[f"{place} {str(tensor.dtype).removeprefix('torch.')}"] += tensor.nbytes
     device_map = getattr(shard.model, "hf_device_map", None)
     return RankStats(
         rank=rank,

@@ -1,0 +1,34 @@
+"""The checkpoints that benchmarks draw with: nothing to download, and weights that mean nothing."""
+
+from pathlib import Path
+
+from diffusers import FluxPipeline, FluxTransformer2DModel
+
+from deployments.checkpoints.source import fetch_checkpoint
+from deployments.config import ModelConfig
+
+
+def bench_model(name: str, folder: Path) -> ModelConfig:
+    """name: "tiny", the tiny FLUX at 64 x 64, or "100M", one of 100 million parameters at 256 x 256."""
+    checkpoint, size = "tiny://flux", 64
+    if name == "100M":
+        checkpoint, size = str(_write_medium_flux(folder / name)), 256
+    return ModelConfig.model_validate(
+        {"name": name, "checkpoint": checkpoint, "defaults": {"width": size, "height": size}}
+    )
+
+
+def _write_medium_flux(folder: Path) -> Path:
+    """The tiny FLUX around a transformer of about 100 million random parameters."""
+    if not folder.exists():
+        tiny = FluxPipeline.from_pretrained(fetch_checkpoint("tiny://flux", ()))
+        settings = dict(tiny.transformer.config) | {
+            "num_layers": 4,
+            "num_single_layers": 16,
+            "num_attention_heads": 8,
+            "attention_head_dim": 64,
+            "axes_dims_rope": (16, 24, 24),
+        }
+        tiny.transformer = FluxTransformer2DModel.from_config(settings)
+        tiny.save_pretrained(folder)
+    return folder

@@ -1,0 +1,106 @@
+"""What the engine costs a request that is alone: the same denoise, plain and through the step queue.
+
+Both in this process and in turn, so that a drifting machine is fair to both: diffusers' pipeline over its own
+transformer, and the denoise stage, which runs that pipeline over a stand-in, a queue and one shard.
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from rich.progress import Progress
+
+from deployments.checkpoints.source import fetch_checkpoint
+from deployments.config import EncoderConfig, ModelConfig, TransformerConfig
+from deployments.families import FAMILIES
+from deployments.request import GenerationRequest, Prompt
+from deployments.stages import load_stage
+from serve_app.bench.models import bench_model
+from serve_app.bench.report import Row, report
+
+FAMILY = "flux"
+NUM_TEXT_TOKENS = 16
+
+
+def run(*, loads: Mapping[str, tuple[int, int]], json_file: Path | None) -> None:
+    """loads: by model ("tiny" or "100M"), how many pictures of how many steps.
+
+    Rows of `model`, `design`, `p50_s`, `ratio` (the median of the ratios, picture by picture).
+    """
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder, Progress() as progress:
+        for name, (num_pictures, num_steps) in loads.items():
+            ways = _ways(bench_model(name, Path(folder)), num_steps)
+            times: dict[str, list[float]] = {design: [] for design in ways}
+            for i in progress.track(range(-1, num_pictures), description=name):
+                for design, draw in ways.items():
+                    start = time.perf_counter()
+                    draw()
+                    if i >= 0:
+                        times[design].append(time.perf_counter() - start)
+            rows += [
+                {
+                    "model": name,
+                    "design": design,
+                    "p50_s": statistics.median(of),
+                    "ratio": statistics.median(a / b for a, b in zip(of, times["plain"], strict=True)),
+                }
+                for design, of in times.items()
+            ]
+    report("a lone request's denoise", rows, json_file)
+
+
+def _ways(model: ModelConfig, num_steps: int) -> dict[str, Callable[[], torch.Tensor]]:
+    """By design, one denoise, to latents."""
+    request = GenerationRequest(
+        Prompt("a red circle", None, is_guided=False),
+        width=model.defaults.width or 0,
+        height=model.defaults.height or 0,
+        num_frames=1,
+        num_inference_steps=num_steps,
+        guidance_scale=FAMILIES[FAMILY].defaults.guidance_scale,
+        true_cfg_scale=FAMILIES[FAMILY].defaults.true_cfg_scale,
+        seed=0,
+        output_format="png",
+        output_compression=100,
+        fps=1,
+    )
+    encoding = load_stage("encode", model, FAMILY, EncoderConfig(max_sequence_length=NUM_TEXT_TOKENS))
+    embeds = encoding.encode(request.prompt)
+    stage = load_stage("denoise", model, FAMILY, TransformerConfig())
+    stage.connect(None, _raise)
+    absent: dict[str, Any] = dict.fromkeys(("text_encoder", "text_encoder_2", "vae"))
+    pipe: Any = DiffusionPipeline.from_pretrained(fetch_checkpoint(model.checkpoint, ()), **absent)
+    pipe.set_progress_bar_config(disable=True)
+
+    def through_the_engine() -> torch.Tensor:
+        seat = stage.join()
+        try:
+            latents: torch.Tensor = stage.denoise(seat, embeds, request, on_step=lambda _step, _latents: None)
+            return latents
+        finally:
+            stage.leave(seat)
+
+    def plain() -> torch.Tensor:
+        latents: torch.Tensor = pipe(
+            **embeds,
+            **FAMILIES[FAMILY].call(request),
+            width=request.width,
+            height=request.height,
+            num_inference_steps=num_steps,
+            generator=torch.Generator("cpu").manual_seed(request.seed),
+            output_type="latent",
+            return_dict=False,
+        )[0]
+        return latents
+
+    return {"plain": plain, "engine": through_the_engine}
+
+
+def _raise(error: BaseException) -> None:
+    raise error
