@@ -1,14 +1,13 @@
 """What may be said of the model and of each stage."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from cluster.config import Config
 from cluster.resources import ResourceConfig
 from deployments.families import FAMILIES
-
-Dtype = Literal["float32", "bfloat16", "float16"]
+from deployments.memory.config import OFF, MemoryConfig, TilingConfig
 
 
 class DefaultsConfig(Config):
@@ -44,10 +43,9 @@ class ModelConfig(Config):
         return family
 
 
-class StageConfig(ResourceConfig):
+class StageConfig(MemoryConfig, ResourceConfig):
     """What every stage may be told."""
 
-    dtype: Dtype = Field("float32", description="of weights and arithmetic")
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto: CUDA where Ray gives the replica a GPU and torch sees one, else CPU"
     )
@@ -126,3 +124,8 @@ class TransformerConfig(StageConfig):
 
 class VaeConfig(StageConfig):
     """The VAE, and the encoder of pictures and videos."""
+
+    slicing: bool = Field(False, description="decode a batch one picture at a time")
+    tiling: Annotated[TilingConfig | None, OFF] = Field(
+        None, description="decode in overlapping tiles, in bounded memory; seams are blended"
+    )

@@ -2,7 +2,8 @@
 
 import torch
 
-from deployments.config import Dtype, StageConfig
+from deployments.config import StageConfig
+from deployments.memory.config import Dtype
 
 
 def resolve_device(config: StageConfig) -> torch.device:

@@ -64,5 +64,11 @@ class Encoder:
         """Answers when this replica can serve."""
 
     async def stats(self) -> EncoderStats:
-        cache = self._cache
-        return EncoderStats(os.getpid(), self._num_forwards, self._num_cache_hits, len(cache), cache.num_bytes)
+        return EncoderStats(
+            os.getpid(),
+            self._stage.keeper.stats(),
+            self._num_forwards,
+            self._num_cache_hits,
+            num_cached=len(self._cache),
+            cached_bytes=self._cache.num_bytes,
+        )

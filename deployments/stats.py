@@ -7,10 +7,25 @@ from deployments.engine.step_queue import StepQueueStats
 
 
 @dataclass(frozen=True)
+class MemoryStats:
+    """What one process holds of a model, and how."""
+
+    weights_bytes: Mapping[str, int]
+    """Parameters and buffers by "device dtype"; "offloaded dtype" for what accelerate keeps elsewhere."""
+    applied: tuple[str, ...]
+    """Memory techniques, in the order they were applied."""
+    peak_allocated_bytes: int
+    """On the GPU since the start, weights and activations; on the CPU the largest resident set of the process."""
+    peak_reserved_bytes: int
+    """On the GPU by torch's allocator; on the CPU as above."""
+
+
+@dataclass(frozen=True)
 class EncoderStats:
     """Counts since the replica started."""
 
     pid: int
+    memory: MemoryStats
     num_forwards: int
     num_cache_hits: int
     num_cached: int
@@ -25,8 +40,7 @@ class RankStats:
     pid: int
     blocks: tuple[int, int]
     """The range of blocks that it holds."""
-    weights_bytes: Mapping[str, int]
-    """Parameters and buffers by "device dtype"."""
+    memory: MemoryStats
     device_map: Mapping[str, str] | None
     """accelerate's `hf_device_map`, where `device_map` is set."""
     num_micro_batches: int
@@ -39,6 +53,7 @@ class VaeStats:
     """Counts since the replica started."""
 
     pid: int
+    memory: MemoryStats
     num_decoded: int
 
 

@@ -1,4 +1,4 @@
-"""One rank's shard of a checkpoint's denoiser, on its device and ready to run."""
+"""One rank's shard of a checkpoint's denoiser, ready to run."""
 
 import tempfile
 import weakref
@@ -18,6 +18,8 @@ from deployments.device import resolve_device, resolve_dtype
 from deployments.engine.blocks import block_bytes, block_names, build_skeleton
 from deployments.engine.shard import Shard, load_shard
 from deployments.families import Family
+from deployments.memory.prepare import Keeper
+from deployments.memory.quantize import plan_quantization
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +50,14 @@ class Denoiser:
         return self.skeleton.config
 
 
+@dataclass(frozen=True, eq=False)
+class LoadedRank:
+    """One rank's weights."""
+
+    shard: Shard
+    keeper: Keeper
+
+
 def open_denoiser(model: ModelConfig, family: Family, config: TransformerConfig) -> Denoiser:
     """Fetches the checkpoint if need be; reads configs only."""
     folder, index = fetch_stage(model, family, "denoise")
@@ -59,12 +69,14 @@ def open_denoiser(model: ModelConfig, family: Family, config: TransformerConfig)
     )
 
 
-def load_rank(denoiser: Denoiser, model: ModelConfig, config: TransformerConfig, rank: int) -> Shard:
-    """Reads the weights of this rank's blocks, and only those."""
-    placement: dict[str, Any] = {}
+def load_rank(denoiser: Denoiser, model: ModelConfig, config: TransformerConfig, rank: int) -> LoadedRank:
+    """Reads the weights of this rank's blocks, and only those, and keeps them as config says."""
+    options: dict[str, Any] = {}
+    if config.quantization is not None:
+        options["quantization_config"] = plan_quantization(config.quantization, config.dtype, "diffusers")
     if config.device_map is not None:
-        disk = tempfile.TemporaryDirectory(prefix="latent-relay-")  # for what fits nowhere; gone with the process
-        placement = {
+        disk = tempfile.TemporaryDirectory(prefix="latent-relay-")  # for what fits nowhere
+        options |= {
             "device_map": config.device_map,
             "max_memory": _max_memory(config),
             "offload_folder": disk.name,
@@ -76,14 +88,11 @@ def load_rank(denoiser: Denoiser, model: ModelConfig, config: TransformerConfig,
         blocks=plan_ranks(denoiser, config)[rank] if config.num_ranks > 1 else None,
         dtype=denoiser.dtype,
         variant=model.variant,
-        **placement,
+        **options,
     )
-    if config.device_map is None:
-        shard.model.to(denoiser.device)
-    else:
+    if config.device_map is not None:
         weakref.finalize(shard.model, disk.cleanup)
-    shard.model.eval()
-    return shard
+    return LoadedRank(shard, Keeper({denoiser.name: shard.model}, config, denoiser.device, config.device_map))
 
 
 def plan_ranks(denoiser: Denoiser, config: TransformerConfig) -> list[tuple[int, int]]:

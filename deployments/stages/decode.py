@@ -7,9 +7,11 @@ from deployments.checkpoints.components import fetch_stage, stage_components
 from deployments.config import ModelConfig, VaeConfig
 from deployments.device import resolve_device, resolve_dtype
 from deployments.families import FAMILIES
+from deployments.memory.prepare import Keeper
+from deployments.memory.tiling import set_tiles
 from deployments.request import GenerationRequest
 from deployments.stages.media import MEDIA_TYPES, Frames, encode_media
-from deployments.stages.pipeline import load_pipeline
+from deployments.stages.pipeline import load_pipeline, loaded_models
 
 
 class Decoding:
@@ -20,19 +22,26 @@ class Decoding:
         self._family = FAMILIES[family]
         folder, index = fetch_stage(model, self._family, "decode")
         keep = stage_components(index, self._family, "decode")
-        dtype = resolve_dtype(config.dtype)
-        self._pipe = load_pipeline(folder, index, keep, dtype=dtype, variant=model.variant)
-        if dtype == torch.float16 and self._pipe.vae.config.get("force_upcast"):
-            self._pipe.vae.to(torch.float32)  # as the SDXL pipeline does: this VAE overflows in float16
-        self._pipe.to(resolve_device(config))
+        self._pipe = load_pipeline(folder, index, keep, config, variant=model.variant)
+        vae = self._pipe.vae
+        self._device, self._dtype = resolve_device(config), resolve_dtype(config.dtype)
+        if self._dtype == torch.float16 and vae.config.get("force_upcast"):
+            self._dtype = torch.float32  # as the SDXL pipeline does: this VAE overflows in float16
+            vae.to(torch.float32)
+        if config.slicing:
+            vae.enable_slicing()
+        if config.tiling is not None:
+            set_tiles(vae, config.tiling)
+        self.keeper = Keeper(loaded_models(self._pipe), config, self._device)
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, request: GenerationRequest) -> Frames:
         """Latents as the pipeline returns them -> uint8 [F, H, W, 3], F = 1 for a picture."""
         vae = self._pipe.vae
-        latents = latents.to(vae.device, vae.dtype)
+        latents = latents.to(self._device, self._dtype)
         latents = self._family.unscale(self._pipe, latents, request.height, request.width)
         pixels = vae.decode(latents, return_dict=False)[0]
+        self.keeper.release()
         if self._family.media == "video":
             frames = self._pipe.video_processor.postprocess_video(pixels, output_type="np")[0]
         else:

@@ -4,11 +4,12 @@ import torch
 
 from deployments.checkpoints.components import fetch_stage, stage_components
 from deployments.config import EncoderConfig, ModelConfig
-from deployments.device import resolve_device, resolve_dtype
+from deployments.device import resolve_device
 from deployments.families import FAMILIES
 from deployments.families.family import Embeds
+from deployments.memory.prepare import Keeper
 from deployments.request import Prompt
-from deployments.stages.pipeline import load_pipeline
+from deployments.stages.pipeline import load_pipeline, loaded_models
 
 
 class TextEncoding:
@@ -20,12 +21,12 @@ class TextEncoding:
         self._max_sequence_length = config.max_sequence_length or self._family.max_sequence_length
         folder, index = fetch_stage(model, self._family, "encode")
         keep = stage_components(index, self._family, "encode")
-        dtype = resolve_dtype(config.dtype)
-        self._pipe = load_pipeline(folder, index, keep, dtype=dtype, variant=model.variant)
-        self._pipe.to(resolve_device(config))
+        self._pipe = load_pipeline(folder, index, keep, config, variant=model.variant)
+        self.keeper = Keeper(loaded_models(self._pipe), config, resolve_device(config))
 
     @torch.no_grad()
     def encode(self, prompt: Prompt) -> Embeds:
         """CPU tensors, named as the pipeline's call spells them."""
         embeds = self._family.encode(self._pipe, prompt, self._max_sequence_length)
+        self.keeper.release()
         return {name: None if value is None else value.cpu().contiguous() for name, value in embeds.items()}

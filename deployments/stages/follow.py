@@ -1,7 +1,6 @@
 """One of the ranks after the first: its blocks, and its place in the ring."""
 
 import os
-from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -10,10 +9,9 @@ from cluster.place import Rendezvous
 from cluster.ring import Ring, RingStats
 from cluster.transport import GroupTransport, join_store
 from deployments.config import ModelConfig, TransformerConfig
-from deployments.engine.load import Denoiser, load_rank, open_denoiser
+from deployments.engine.load import Denoiser, LoadedRank, load_rank, open_denoiser
 from deployments.engine.merge import Merger
 from deployments.engine.outline import Holder
-from deployments.engine.shard import Shard
 from deployments.engine.work import Follower
 from deployments.families import FAMILIES
 from deployments.stats import RankStats
@@ -26,13 +24,13 @@ class Following:
         torch.set_num_threads(config.num_threads)
         self._rank = rank
         self._denoiser = open_denoiser(model, FAMILIES[family], config)
-        self._shard = load_rank(self._denoiser, model, config, rank)
+        self._loaded = load_rank(self._denoiser, model, config, rank)
 
     def connect(self, rendezvous: Rendezvous, on_lost: Callable[[BaseException], None]) -> None:
         """Meet the other ranks and begin to work. on_lost: the group is no more."""
         device, num_ranks = self._denoiser.device, rendezvous.num_ranks
         store = join_store(rendezvous.host, rendezvous.port, num_ranks)
-        follower = Follower(self._shard, Merger(self._denoiser.model_class.__name__), Holder(device))
+        follower = Follower(self._loaded.shard, Merger(self._denoiser.model_class.__name__), Holder(device))
         self._ring = Ring(
             follower.run,
             rank=self._rank,
@@ -43,21 +41,17 @@ class Following:
         self._ring.start()
 
     def stats(self) -> RankStats:
-        return rank_stats(self._rank, self._denoiser, self._shard, self._ring.stats())
+        return rank_stats(self._rank, self._denoiser, self._loaded, self._ring.stats())
 
 
-def rank_stats(rank: int, denoiser: Denoiser, shard: Shard, ring: RingStats) -> RankStats:
+def rank_stats(rank: int, denoiser: Denoiser, loaded: LoadedRank, ring: RingStats) -> RankStats:
     """What this process's rank holds and has done."""
-    weights: Counter[str] = Counter()
-    for tensor in shard.model.state_dict(keep_vars=True).values():
-        place = "disk" if tensor.is_meta else tensor.device
-        weights[f"{place} {str(tensor.dtype).removeprefix('torch.')}"] += tensor.nbytes
-    device_map = getattr(shard.model, "hf_device_map", None)
+    device_map = getattr(loaded.shard.model, "hf_device_map", None)
     return RankStats(
         rank=rank,
         pid=os.getpid(),
-        blocks=shard.blocks or (0, len(denoiser.block_names)),
-        weights_bytes=dict(weights),
+        blocks=loaded.shard.blocks or (0, len(denoiser.block_names)),
+        memory=loaded.keeper.stats(),
         device_map=None if device_map is None else {name: str(device) for name, device in device_map.items()},
         num_micro_batches=ring.num_computed,
         compute_s=ring.busy_s,

@@ -3,16 +3,19 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
+from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from deployments.checkpoints.components import ModelIndex, component_names
+from deployments.config import StageConfig
+from deployments.device import resolve_dtype
+from deployments.memory.quantize import plan_pipeline_quantization
 
 
 def load_pipeline(
-    folder: Path, index: ModelIndex, keep: frozenset[str], *, dtype: torch.dtype, variant: str | None
+    folder: Path, index: ModelIndex, keep: frozenset[str], config: StageConfig, *, variant: str | None
 ) -> Any:
     """The checkpoint's own pipeline class with the components named in `keep`; all others are None.
 
@@ -24,6 +27,17 @@ def load_pipeline(
     absent: dict[str, Any] = dict.fromkeys(component_names(index) - keep)
     if "requires_safety_checker" in index:
         absent["requires_safety_checker"] = False
-    pipe = DiffusionPipeline.from_pretrained(folder, **absent, dtype=dtype, variant=variant, local_files_only=True)
+    options: dict[str, Any] = {"dtype": resolve_dtype(config.dtype), "variant": variant}
+    models = [name for name in keep if name.startswith(("text_encoder", "vae"))]
+    if config.quantization is not None and models:
+        options["quantization_config"] = plan_pipeline_quantization(
+            config.quantization, config.dtype, index, models
+        )
+    pipe = DiffusionPipeline.from_pretrained(folder, **absent, **options, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def loaded_models(pipe: Any) -> dict[str, nn.Module]:
+    """The pipeline's models by component name."""
+    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}

@@ -251,7 +251,7 @@ def test_the_ranks_together_hold_the_model_and_the_embedders_once_more_each(
     model = ModelConfig(name="tiny", checkpoint=f"tiny://{family}")
     weights = block_bytes(open_denoiser(model, FAMILIES[family], processes.config(3)).skeleton, torch.float32)
     processes.connect(family, 3)
-    held = [sum(rank.weights_bytes.values()) for rank in processes.stats(family, 3)]
+    held = [sum(rank.memory.weights_bytes.values()) for rank in processes.stats(family, 3)]
     assert sum(held) == 3 * weights.head + sum(weights.blocks) + weights.tail
     blocks = [rank.blocks for rank in processes.stats(family, 3)]
     assert [start for start, _ in blocks[1:]] == [end for _, end in blocks[:-1]]

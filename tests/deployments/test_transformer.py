@@ -220,6 +220,6 @@ def test_stats_tell_blocks_bytes_and_work(transformer: Transformer, conditioning
     stats = asyncio.run(transformer.stats())
     [rank] = stats.ranks
     assert rank.blocks[0] == 0
-    assert list(rank.weights_bytes) == ["cpu float32"]
+    assert list(rank.memory.weights_bytes) == ["cpu float32"]
     assert rank.num_micro_batches == sum(stats.queue.batch_sizes.values()) > 0
     assert 0 <= stats.bubble(0) < 1

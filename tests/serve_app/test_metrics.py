@@ -54,7 +54,7 @@ def test_status_tells_blocks_bytes_and_cache(flux_app: Any) -> None:
     status = flux_app.client.get("/v1/status").json()
     [rank] = status["transformer"]["ranks"]
     assert rank["blocks"] == [0, 8]
-    assert rank["weights_bytes"]["cpu float32"] > 1_000_000
+    assert rank["memory"]["weights_bytes"]["cpu float32"] > 1_000_000
     assert rank["device_map"] is None
     assert status["encoder"]["num_forwards"] >= 0
     assert status["vae"]["pid"] > 0

@@ -1,0 +1,140 @@
+"""What a stage may be told about memory and kernels, a line each: `quantization: nf4`, `offload: group`."""
+
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from cluster.config import Config
+from deployments.memory.conflicts import find_conflict
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class Technique(Config):
+    """A config that a single value may stand for: `true`, or the value of the key named `main_key`."""
+
+    main_key: ClassVar[str]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand(cls, value: Any) -> Any:
+        if value is True:
+            return {}
+        return value if isinstance(value, dict | Technique) else {cls.main_key: value}
+
+
+class QuantizationConfig(Technique):
+    """bitsandbytes' weights of 4 or 8 bits. A checkpoint that is stored so needs none of this."""
+
+    main_key = "kind"
+
+    kind: Literal["nf4", "fp4", "int8"] = Field("nf4", description="format of the weights of Linear layers")
+    compute_dtype: Dtype | None = Field(None, description="nf4, fp4: of the arithmetic; None: the stage's dtype")
+    double_quant: bool = Field(False, description="nf4, fp4: quantise the scales too; saves 0.4 bit per weight")
+    threshold: float = Field(6.0, gt=0, description="int8: activations above it are multiplied in 16 bits")
+    skip_modules: tuple[str, ...] = Field((), description="modules to keep as they are, such as proj_out")
+    components: tuple[str, ...] | None = Field(
+        None, description="models of the stage to quantise, such as [text_encoder_2]; None: all of them"
+    )
+
+
+class LayerwiseCastingConfig(Technique):
+    """Weights stored in 8 bits and cast, layer by layer, for the arithmetic in the stage's dtype."""
+
+    main_key = "storage_dtype"
+
+    storage_dtype: Literal["float8_e4m3fn", "float8_e5m2"] = Field("float8_e4m3fn", description="of the weights")
+    skip_patterns: tuple[str, ...] | None = Field(
+        None, description="regular expressions of modules to leave; None: the model's own (FLUX: all norms, 3.2 B)"
+    )
+
+
+class CompileConfig(Technique):
+    """torch.compile."""
+
+    main_key = "scope"
+
+    scope: Literal["blocks", "model"] = Field(
+        "blocks", description="blocks: the repeated ones, compiled once for all; model: as one graph"
+    )
+    mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = Field(
+        "default", description="as torch.compile's"
+    )
+    fullgraph: bool = Field(False, description="refuse graph breaks")
+    dynamic: bool | None = Field(None, description="true: one graph for all sizes; None: torch decides")
+    backend: str = Field("inductor", description="as torch.compile's; eager: only trace")
+
+
+class OffloadConfig(Technique):
+    """Where weights wait while they are not at work."""
+
+    main_key = "kind"
+
+    kind: Literal["model", "sequential", "group", "disk"] = Field(
+        "model",
+        description="model: all come for a call and leave when the stage is idle; sequential: layer by layer; "
+        "group: block by block, or layer by layer with prefetch; disk: layer by layer from files",
+    )
+    level: Literal["block", "leaf"] = Field("leaf", description="group: what comes and goes together")
+    blocks_per_group: int = Field(1, ge=1, description="group of level block")
+    use_stream: bool = Field(False, description="group: fetch the next while this one computes; CUDA only")
+    record_stream: bool = Field(False, description="group with use_stream: faster, some more memory")
+    non_blocking: bool = Field(False, description="group: copies do not wait")
+    low_cpu_memory: bool = Field(False, description="group with use_stream: pin host memory only for the copy")
+    folder: str | None = Field(
+        None, description="group: keep weights in files under it; disk: None: under the temporary folder"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.record_stream or self.low_cpu_memory) and not self.use_stream:
+            raise ValueError("record_stream and low_cpu_memory are of use_stream: set use_stream: true")
+        if self.kind != "group" and (self.use_stream or self.non_blocking):
+            raise ValueError(f"use_stream and non_blocking are of offload: group, not of {self.kind}")
+        if self.folder is not None and self.kind not in {"group", "disk"}:
+            raise ValueError(f"folder is of offload: group or disk, not of {self.kind}")
+        return self
+
+
+class TilingConfig(Technique):
+    """Tiles of a VAE, in pixels."""
+
+    main_key = "tile_size"
+
+    tile_size: int | None = Field(None, ge=64, description="of a tile, in pixels; None: the VAE's own")
+    overlap: float = Field(0.25, gt=0, lt=1, description="share of a tile that is blended with the next")
+
+
+def _none_if_off(value: Any) -> Any:
+    return None if value is False or value == "none" else value
+
+
+OFF = BeforeValidator(_none_if_off)
+"""`false` and `none` turn a technique off."""
+
+
+class MemoryConfig(Config):
+    """What every stage may be told."""
+
+    dtype: Dtype = Field("float32", description="of weights and arithmetic")
+    quantization: Annotated[QuantizationConfig | None, OFF] = Field(None, description="nf4, fp4 or int8")
+    layerwise_casting: Annotated[LayerwiseCastingConfig | None, OFF] = Field(
+        None, description="float8_e4m3fn or float8_e5m2"
+    )
+    offload: Annotated[OffloadConfig | None, OFF] = Field(None, description="model, sequential, group or disk")
+    vram_limit_gib: float | None = Field(
+        None, ge=0, description="weights on the GPU, in GiB; what exceeds them is copied in for its call"
+    )
+    compile: Annotated[CompileConfig | None, OFF] = Field(None, description="blocks or model")
+    trace: bool = Field(False, description="torch.jit.trace; UNets only")
+    channels_last: bool = Field(False, description="memory format of convolutions: UNets and VAEs")
+    attention_backend: str | None = Field(
+        None, description="diffusers' name, such as native, flash, sage, xformers; None: native"
+    )
+
+    @model_validator(mode="after")
+    def _check_combination(self) -> Self:
+        conflict = find_conflict(self)
+        if conflict is not None:
+            raise ValueError(conflict)
+        return self

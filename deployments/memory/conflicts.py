@@ -1,0 +1,97 @@
+"""Which techniques do not combine, why, and what to use instead. Found by trying every pair."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+
+class Conflict(NamedTuple):
+    """Two techniques, each as config spells it, and whether a stage's config asks for it."""
+
+    one: str
+    other: str
+    reason: str
+    """Why, and what to do instead."""
+
+
+def _num_ranks(config: Any) -> int:
+    return getattr(config, "num_ranks", 1)
+
+
+ASKED: dict[str, Callable[[Any], bool]] = {
+    "quantization": lambda c: c.quantization is not None,
+    "quantization: nf4 or fp4": lambda c: c.quantization is not None and c.quantization.kind != "int8",
+    "layerwise_casting": lambda c: c.layerwise_casting is not None,
+    "offload": lambda c: c.offload is not None,
+    "offload: sequential or disk": lambda c: c.offload is not None and c.offload.kind in {"sequential", "disk"},
+    "offload: sequential, group or disk": lambda c: c.offload is not None and c.offload.kind != "model",
+    "vram_limit_gib": lambda c: c.vram_limit_gib is not None,
+    "compile": lambda c: c.compile is not None,
+    "compile.fullgraph": lambda c: c.compile is not None and c.compile.fullgraph,
+    "compile.mode with CUDA graphs": lambda c: (
+        c.compile is not None and c.compile.mode in {"reduce-overhead", "max-autotune"}
+    ),
+    "trace": lambda c: c.trace,
+    "device_map": lambda c: getattr(c, "device_map", None) is not None,
+    "shards": lambda c: _num_ranks(c) > 1,
+    "shards with compile: model": lambda c: (
+        _num_ranks(c) > 1 and c.compile is not None and c.compile.scope == "model"
+    ),
+}
+
+CONFLICTS: tuple[Conflict, ...] = (
+    Conflict(
+        "quantization",
+        "layerwise_casting",
+        "quantised weights are smaller than 8 bits already and must not be cast: leave out layerwise_casting",
+    ),
+    Conflict(
+        "quantization: nf4 or fp4",
+        "offload: sequential or disk",
+        "4-bit weights cannot leave their layer's state on the meta device: use offload: group or model",
+    ),
+    Conflict(
+        "quantization",
+        "vram_limit_gib",
+        "bitsandbytes' weights do not move one by one: use offload: group or model",
+    ),
+    Conflict("offload", "vram_limit_gib", "each moves the same weights: leave out one of them"),
+    Conflict("offload", "device_map", "device_map offloads by max_memory: leave out offload"),
+    Conflict("vram_limit_gib", "device_map", "device_map offloads by max_memory: leave out vram_limit_gib"),
+    Conflict(
+        "compile.fullgraph",
+        "offload: sequential, group or disk",
+        "weights come and go between graphs: leave out fullgraph",
+    ),
+    Conflict("compile.fullgraph", "vram_limit_gib", "weights come and go between graphs: leave out fullgraph"),
+    Conflict("compile.fullgraph", "layerwise_casting", "weights are cast between graphs: leave out fullgraph"),
+    Conflict(
+        "compile.fullgraph",
+        "shards with compile: model",
+        "a shard's forward ends at its cut, which breaks the graph: use compile: blocks, or leave out fullgraph",
+    ),
+    Conflict(
+        "compile.mode with CUDA graphs",
+        "offload",
+        "a CUDA graph holds its weights' addresses: use mode default or max-autotune-no-cudagraphs",
+    ),
+    Conflict(
+        "compile.mode with CUDA graphs",
+        "vram_limit_gib",
+        "a CUDA graph holds its weights' addresses: use mode default or max-autotune-no-cudagraphs",
+    ),
+    Conflict("trace", "compile", "one compiler is enough: leave out trace"),
+    Conflict("trace", "offload: sequential, group or disk", "a traced graph calls no hooks: use compile: blocks"),
+    Conflict("trace", "vram_limit_gib", "a traced graph calls no hooks: use compile: blocks"),
+    Conflict("trace", "layerwise_casting", "a traced graph calls no hooks: use compile: blocks"),
+    Conflict("trace", "quantization", "bitsandbytes' layers cannot be traced: use compile: blocks"),
+    Conflict("trace", "device_map", "a traced graph calls no hooks: use compile: blocks"),
+    Conflict("trace", "shards", "a traced graph has no cut: leave out trace, or shards"),
+)
+
+
+def find_conflict(config: Any) -> str | None:
+    """A sentence on the first two techniques of a stage's config that do not combine; None if all do."""
+    for one, other, reason in CONFLICTS:
+        if ASKED[one](config) and ASKED[other](config):
+            return f"{one} and {other} do not combine: {reason}"
+    return None

@@ -1,0 +1,255 @@
+"""Applies a stage's memory techniques to its loaded models, in the one order that works.
+
+    quantise (while loading) → attention backend → channels_last → cast → place → compile or trace
+
+Casting hooks must be there before offloading hooks, which move what is stored; compiling comes last, so that
+graphs see the final modules.
+"""
+
+import resource
+import tempfile
+import weakref
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import accelerate
+import torch
+from diffusers import ModelMixin
+from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
+from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN
+from torch import nn
+
+from deployments.config import StageConfig
+from deployments.device import resolve_dtype
+from deployments.memory.config import CompileConfig, LayerwiseCastingConfig, OffloadConfig
+from deployments.memory.trace import TracedForward
+from deployments.stats import MemoryStats
+
+RECOMPILE_LIMIT = 1000
+"""Of graphs per function: every hook, block kind and size may need one."""
+T5_OUTPUT = r"\.wo$"
+"""transformers' T5 casts activations to this layer's dtype as stored, before a hook could cast its weight."""
+
+
+class Keeper:
+    """Keeps the models of one stage as its config says."""
+
+    def __init__(
+        self,
+        models: Mapping[str, nn.Module],
+        config: StageConfig,
+        device: torch.device,
+        device_map: str | None = None,
+    ) -> None:
+        """device_map: how accelerate has placed them already, if it has.
+
+        Raises ValueError where a technique does not suit a model or the device; names both.
+        """
+        self._models, self._config, self._device = models, config, device
+        self._leaving: list[Any] = []
+        self._budgets: list[Any] = []
+        self._applied: list[str] = []
+        for model in models.values():
+            model.eval().requires_grad_(False)
+        if config.quantization is not None:
+            self._applied.append(f"quantization: {config.quantization.kind}")
+        self._set_kernels()
+        if config.layerwise_casting is not None:
+            self._cast(config.layerwise_casting)
+        if device_map is None:
+            self._place()
+        else:
+            self._applied.append(f"device_map: {device_map}")
+        if config.compile is not None:
+            self._compile(config.compile)
+        if config.trace:
+            self._trace()
+
+    @property
+    def applied(self) -> tuple[str, ...]:
+        """The techniques, in the order they were applied."""
+        return tuple(self._applied)
+
+    def release(self) -> None:
+        """The stage is idle: what `offload: model` brought to the device leaves it."""
+        for hook in self._leaving:
+            hook.offload()
+
+    def stats(self) -> MemoryStats:
+        """Of this process, which holds nothing but these models."""
+        weights: Counter[str] = Counter()
+        for model in self._models.values():
+            for tensor in model.state_dict(keep_vars=True).values():
+                place = "offloaded" if tensor.is_meta else tensor.device
+                weights[f"{place} {str(tensor.dtype).removeprefix('torch.')}"] += tensor.nbytes
+        return MemoryStats(dict(weights), self.applied, *_peaks(self._device))
+
+    def _set_kernels(self) -> None:
+        backend, is_channels_last = self._config.attention_backend, self._config.channels_last
+        for name, model in self._models.items():
+            if backend is not None:
+                _set_attention_backend(name, model, backend)
+            if is_channels_last:
+                _set_channels_last(name, model)
+        if backend is not None:
+            self._applied.append(f"attention_backend: {backend}")
+        if is_channels_last:
+            self._applied.append("channels_last")
+
+    def _cast(self, config: LayerwiseCastingConfig) -> None:
+        for model in self._models.values():
+            patterns = config.skip_patterns
+            if patterns is None:
+                patterns = (
+                    *(getattr(model, "_skip_layerwise_casting_patterns", None) or DEFAULT_SKIP_MODULES_PATTERN),
+                    T5_OUTPUT,
+                )
+            apply_layerwise_casting(
+                model,
+                storage_dtype=getattr(torch, config.storage_dtype),
+                compute_dtype=resolve_dtype(self._config.dtype),
+                skip_modules_pattern=patterns,
+            )
+        self._applied.append(f"layerwise_casting: {config.storage_dtype}")
+
+    def _place(self) -> None:
+        if self._config.vram_limit_gib is not None:
+            self._limit(self._config.vram_limit_gib * 2**30)
+        elif self._config.offload is not None:
+            self._offload(self._config.offload)
+        else:
+            for model in self._models.values():
+                if not getattr(model, "is_loaded_in_8bit", False):  # those are where they belong
+                    model.to(self._device)
+            self._applied.append(f"device: {self._device.type}")
+
+    def _limit(self, limit_bytes: float) -> None:  # TODO hoist
+        from deployments.memory.vram_limit import VramLimit
+
+        """One budget for the stage, shared out by size."""
+        sizes = {name: sum(p.nbytes for p in model.parameters()) for name, model in self._models.items()}
+        for name, model in self._models.items():
+            share = int(limit_bytes * sizes[name] / sum(sizes.values()))
+            self._budgets.append(
+                VramLimit(
+                    model, limit_bytes=share, device=self._device, compute_dtype=resolve_dtype(self._config.dtype)
+                )
+            )
+        self._applied.append(f"vram_limit_gib: {self._config.vram_limit_gib:g}")
+
+    def _offload(self, config: OffloadConfig) -> None:
+        if config.use_stream and self._device.type == "cpu":
+            raise ValueError("offload.use_stream needs a GPU, and this stage runs on the CPU: leave it out")
+        previous = None
+        for model in self._models.values():
+            if config.kind == "model":
+                _, previous = accelerate.cpu_offload_with_hook(model, self._device, previous)
+                self._leaving.append(previous)
+            elif config.kind == "sequential":
+                accelerate.cpu_offload(model, self._device, offload_buffers=True)
+            elif config.kind == "disk":
+                accelerate.disk_offload(model, _folder(model, config.folder), self._device, offload_buffers=True)
+            else:
+                apply_group_offloading(
+                    model,
+                    onload_device=self._device,
+                    offload_type=f"{config.level}_level",
+                    num_blocks_per_group=config.blocks_per_group if config.level == "block" else None,
+                    non_blocking=config.non_blocking,
+                    use_stream=config.use_stream,
+                    record_stream=config.record_stream,
+                    low_cpu_mem_usage=config.low_cpu_memory,
+                    offload_to_disk_path=config.folder and _folder(model, config.folder),
+                )
+        self._applied.append(f"offload: {config.kind}")
+
+    def _compile(self, config: CompileConfig) -> None:
+        options = {
+            "mode": None if config.mode == "default" else config.mode,
+            "fullgraph": config.fullgraph,
+            "dynamic": config.dynamic,
+            "backend": config.backend,
+        }
+        for model in self._models.values():
+            # A VAE is not called by its forward, but by its decode.
+            parts = repeated_blocks(model) if config.scope == "blocks" else [getattr(model, "decoder", model)]
+            for part in parts:
+                part.compile(**options)
+                part._compiled_call_impl = _in_any_thread(part._compiled_call_impl)
+        self._applied.append(f"compile: {config.scope}")
+
+    def _trace(self) -> None:
+        for name, model in self._models.items():
+            if not type(model).__name__.startswith("UNet"):
+                raise ValueError(
+                    f"trace is for UNets, and {name} is a {type(model).__name__}: use compile: blocks"
+                )
+            model.forward = TracedForward(model)
+        self._applied.append("trace")
+
+
+def _in_any_thread(compiled: Any) -> Any:
+    """dynamo's settings are each thread's own, and it compiles in the thread that calls.
+
+    What quantised and offloaded models need: https://huggingface.co/docs/diffusers/optimization/speed-memory-optims
+    """
+    settings = torch._dynamo.config
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if settings.recompile_limit != RECOMPILE_LIMIT:
+            settings.recompile_limit = RECOMPILE_LIMIT
+            settings.capture_dynamic_output_shape_ops = True
+        return compiled(*args, **kwargs)
+
+    return call
+
+
+def _peaks(device: torch.device) -> tuple[int, int]:
+    """(allocated, reserved)"""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak, peak
+
+
+def repeated_blocks(model: nn.Module) -> list[nn.Module]:
+    """What `compile_repeated_blocks` would compile, where the class says; else entries of its outermost lists."""
+    names = getattr(model, "_repeated_blocks", None)
+    if names:
+        return [module for module in model.modules() if type(module).__name__ in names]
+    blocks = []
+    for child in model.children():
+        blocks += list(child) if isinstance(child, nn.ModuleList) else repeated_blocks(child)
+    return [block for block in blocks if any(True for _ in block.parameters())]  # a shard's stubs have none
+
+
+def _set_attention_backend(name: str, model: Any, backend: str) -> None:
+    if not isinstance(model, ModelMixin):
+        raise ValueError(f"attention_backend is for diffusers' models, and {name} is a {type(model).__name__}")
+    try:
+        model.set_attention_backend(backend)
+    except RuntimeError as error:  # names the missing package
+        raise ValueError(f"attention_backend {backend!r} cannot run here: {error}") from error
+    processors = [getattr(module, "processor", None) for module in model.modules()]
+    if not any(hasattr(processor, "_attention_backend") for processor in processors):
+        raise ValueError(
+            f"attention_backend: {type(model).__name__} always uses torch's native attention: leave it out"
+        )
+
+
+def _set_channels_last(name: str, model: Any) -> None:
+    kinds = {type(module) for module in model.modules()}
+    if any(issubclass(kind, nn.Conv3d) for kind in kinds):
+        model.to(memory_format=torch.channels_last_3d)
+    elif any(issubclass(kind, nn.Conv2d) for kind in kinds):
+        model.to(memory_format=torch.channels_last)
+    else:
+        raise ValueError(f"channels_last is for convolutions, and {name} ({type(model).__name__}) has none")
+
+
+def _folder(model: nn.Module, parent: str | None) -> str:
+    """A folder of the model's own, gone with it: group offloading would take files it finds for its own."""
+    folder = tempfile.TemporaryDirectory(prefix="latent-relay-", dir=parent)
+    weakref.finalize(model, folder.cleanup)
+    return folder.name

@@ -1,0 +1,46 @@
+"""A VAE's tiles. The 2-D and the 3-D VAEs of diffusers name them differently."""
+
+from fractions import Fraction
+from typing import Any
+
+from deployments.memory.config import TilingConfig
+
+
+def set_tiles(vae: Any, config: TilingConfig) -> None:
+    """Decode and encode in tiles. A picture of at most one tile is not changed.
+
+    Raises ValueError if the tile is not a multiple of the VAE's factor.
+    """
+    vae.enable_tiling()
+    if hasattr(vae, "tile_sample_stride_height"):
+        _set_3d(vae, config)
+    else:
+        _set_2d(vae, config)
+
+
+def _set_2d(vae: Any, config: TilingConfig) -> None:
+    """AutoencoderKL: one size for both axes, and the overlap as a share."""
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    if config.tile_size is not None:
+        _check(config.tile_size, factor)
+        vae.tile_sample_min_size = config.tile_size
+        vae.tile_latent_min_size = config.tile_size // factor
+    # Whole latents, and exact: where rounding differs between latents and pixels, the picture gets another size.
+    latents = vae.tile_latent_min_size
+    vae.tile_overlap_factor = Fraction(min(max(1, round(latents * config.overlap)), latents - 1), latents)
+
+
+def _set_3d(vae: Any, config: TilingConfig) -> None:
+    """The VAEs of Wan and Qwen-Image: height and width apart, and a stride instead of an overlap."""
+    factor = vae.spatial_compression_ratio
+    for axis in ("height", "width"):
+        tile = config.tile_size or getattr(vae, f"tile_sample_min_{axis}")
+        _check(tile, factor)
+        stride = max(1, round(tile * (1 - config.overlap) / factor)) * factor
+        setattr(vae, f"tile_sample_min_{axis}", tile)
+        setattr(vae, f"tile_sample_stride_{axis}", stride)
+
+
+def _check(tile_size: int, factor: int) -> None:
+    if tile_size % factor:
+        raise ValueError(f"tiling.tile_size must be a multiple of the VAE's factor {factor}, got {tile_size}")

@@ -1,0 +1,56 @@
+"""torch.jit.trace for UNets: a graph per shape of the call's arguments, recorded when first seen."""
+
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class TracedForward:
+    """Stands for a UNet's `forward`, and returns what it does with `return_dict=False`.
+
+    A graph records plain positional tensors, so nested arguments are flattened here and rebuilt inside.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._forward = model.forward
+        self._graphs: dict[Hashable, Any] = {}
+
+    def __call__(self, **inputs: Any) -> tuple[torch.Tensor]:
+        inputs.pop("return_dict", None)
+        tensors: list[torch.Tensor] = []
+        outline = _flatten(inputs, tensors)
+        key = repr(outline), tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors)
+        if key not in self._graphs:
+            self._graphs[key] = self._record(outline, tensors)
+        return (self._graphs[key](*tensors),)
+
+    def _record(self, outline: Any, tensors: list[torch.Tensor]) -> Any:
+        def run(*values: torch.Tensor) -> torch.Tensor:
+            output: torch.Tensor = self._forward(**_rebuild(outline, values), return_dict=False)[0]
+            return output
+
+        return torch.jit.trace(run, tuple(tensors), check_trace=False)  # type: ignore[no-untyped-call]
+
+
+def _flatten(value: Any, tensors: list[torch.Tensor]) -> Any:
+    """The nest with a `_Place` for each tensor, which goes to `tensors`."""
+    if isinstance(value, torch.Tensor):
+        tensors.append(value)
+        return _Place(len(tensors) - 1)
+    if isinstance(value, Mapping):
+        return {name: _flatten(entry, tensors) for name, entry in value.items()}
+    return value
+
+
+def _rebuild(outline: Any, tensors: tuple[torch.Tensor, ...]) -> Any:
+    if isinstance(outline, _Place):
+        return tensors[outline]
+    if isinstance(outline, Mapping):
+        return {name: _rebuild(entry, tensors) for name, entry in outline.items()}
+    return outline
+
+
+class _Place(int):
+    """Index of a tensor."""
