@@ -1,5 +1,6 @@
 """Finds a checkpoint: which family it belongs to, and a local folder that holds the components asked for.
 
+    "embedded://shapes"               trained weights that come with this package
     "tiny://flux"                     random weights, written once per machine
     "/models/flux", "./flux", "~/x"   a local folder in diffusers' layout
     "black-forest-labs/FLUX.1-dev"    a Hugging Face hub id
@@ -26,6 +27,9 @@ FAMILY_BY_PIPELINE: dict[str, str] = {
 }
 """`_class_name` in a checkpoint's model_index.json to the family that runs it."""
 
+_EMBEDDED_PREFIX = "embedded://"
+_EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
+
 _TINY_PREFIX = "tiny://"
 _TINY_FORMAT = 1
 """Raise it whenever the bytes that `write_tiny_checkpoint` writes change, so that caches start anew."""
@@ -37,7 +41,8 @@ def detect_family(checkpoint: str, revision: str | None) -> str:
     """Names the family of `checkpoint`; from the hub it fetches model_index.json and nothing else.
 
     Raises:
-        ValueError: the tiny family, or the checkpoint's pipeline class, is not supported.
+        ValueError: the embedded checkpoint or the tiny family does not exist, or the checkpoint's pipeline
+            class is not supported.
         FileNotFoundError: a local path that does not exist or has no model_index.json.
     """
     if checkpoint.startswith(_TINY_PREFIX):
@@ -70,7 +75,7 @@ def fetch_checkpoint(
     ask at once: tiny checkpoints are written under a file lock, huggingface_hub locks its own downloads.
 
     Raises:
-        ValueError: a tiny family that does not exist.
+        ValueError: an embedded checkpoint or a tiny family that does not exist.
         FileNotFoundError: a local path that does not exist, or a component that the checkpoint lacks.
     """
     if checkpoint.startswith(_TINY_PREFIX):
@@ -122,8 +127,18 @@ def _fetch_tiny(family: str) -> Path:
     return folder
 
 
+def _embedded_folder(checkpoint: str) -> Path:
+    name = checkpoint.removeprefix(_EMBEDDED_PREFIX)
+    names = sorted(index.parent.name for index in _EMBEDDED_FOLDER.glob(f"*/{_MODEL_INDEX}"))
+    if name not in names:
+        raise ValueError(f"checkpoint {checkpoint!r} is not embedded; choose one of: {', '.join(names)}")
+    return _EMBEDDED_FOLDER / name
+
+
 def _local_folder(checkpoint: str) -> Path | None:
-    """Returns the path that `checkpoint` names, or None if it must be a hub id."""
+    """Returns the folder that `checkpoint` names, embedded or by path, or None if it must be a hub id."""
+    if checkpoint.startswith(_EMBEDDED_PREFIX):
+        return _embedded_folder(checkpoint)
     path = Path(checkpoint).expanduser()
     if path.exists():
         return path

@@ -1,0 +1,191 @@
+"""Trains the transformer and both text encoders together, by rectified flow over latents made once."""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
+from rich.progress import track
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from deployments.checkpoints.shapes.autoencoder import State, learning_rate_factor, to_tensor
+from deployments.checkpoints.shapes.models import VAE_FACTOR, build_transformer
+from deployments.checkpoints.shapes.plan import BASE_SIZE, Plan, Size
+from deployments.checkpoints.shapes.scene import Pixels, Scene, random_scene, render_scene
+from deployments.checkpoints.shapes.text import (
+    MAX_SEQUENCE_LENGTH,
+    build_clip_encoder,
+    build_clip_tokenizer,
+    build_t5_encoder,
+    build_t5_tokenizer,
+)
+from deployments.checkpoints.shapes.wording import describe, describe_unseen
+
+_STREAM, _POOL_STREAM, _SHEET_STREAM = 2, 3, 4
+_OTHER_SHARE = 0.2
+"""Of the steps that see another size or a longer padded text, from a quarter of the training on."""
+_TEXT_LENGTHS = (MAX_SEQUENCE_LENGTH, MAX_SEQUENCE_LENGTH, 64, 128, 512)
+_EMPTY_SHARE = 0.03
+"""Of the prompts that say nothing, so that guidance over an empty negative prompt works."""
+_TIME_MEAN, _TIME_STD = 0.3, 1.2
+"""Of the logit-normal timesteps (arXiv 2403.03206), a little towards noise, where the layout is decided."""
+_WARMUP = 150
+_EMA_DECAY = 0.999
+_SHIFT = 1.5
+
+
+class FlowTraining:
+    """One phase of the training; what is saved and sampled is the moving average of the weights."""
+
+    def __init__(self, plan: Plan, vae: AutoencoderKL, pool_file: Path) -> None:
+        self._plan = plan
+        self.num_steps = plan.num_flow_steps
+        self.vae = vae.eval().requires_grad_(False)
+        self._pool = _make_pool(plan, vae, pool_file)
+        base = self._pool[BASE_SIZE]
+        vae.register_to_config(shift_factor=base.mean().item(), scaling_factor=1 / base.std().item())
+        self._clip_tokenizer, self._t5_tokenizer = build_clip_tokenizer(), build_t5_tokenizer()
+        self._live = nn.ModuleDict(
+            {
+                "text_encoder": build_clip_encoder(self._clip_tokenizer),
+                "text_encoder_2": build_t5_encoder(self._t5_tokenizer),
+                "transformer": build_transformer(),
+            }
+        ).train()
+        self._average = copy.deepcopy(self._live).eval().requires_grad_(False)
+        self._optimizer = torch.optim.AdamW(
+            self._live.parameters(), plan.flow_lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+        )
+
+    def step(self, step: int) -> float:
+        """One optimiser step; returns the mean squared error of the velocity."""
+        rng = np.random.default_rng([self._plan.seed, _STREAM, step])
+        size, text_length = self._choose_shape(step, rng)
+        num_tokens = text_length + size[0] * size[1] // (2 * VAE_FACTOR) ** 2
+        chosen = rng.integers(len(self._pool[size]), size=max(1, self._plan.tokens_per_step // num_tokens))
+        prompts = [describe(_pool_scene(self._plan, size, int(index))[0], rng) for index in chosen]
+        prompts = ["" if rng.random() < _EMPTY_SHARE else prompt for prompt in prompts]
+        latents = (self._pool[size][chosen] - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+        loss = self._loss(latents, prompts, text_length, int(rng.integers(2**62)))
+        self._optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        nn.utils.clip_grad_norm_(self._live.parameters(), 1.0)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._plan.flow_lr * learning_rate_factor(step, self.num_steps, _WARMUP)
+        self._optimizer.step()
+        self._update_average(step)
+        return loss.item()
+
+    def pipeline(self) -> FluxPipeline:
+        """Averaged weights, in float32, shared with this training."""
+        pipeline = FluxPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=False, shift=_SHIFT),
+            vae=self.vae,
+            tokenizer=self._clip_tokenizer,
+            tokenizer_2=self._t5_tokenizer,
+            **self._average,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def sheet(self) -> list[list[Pixels]]:
+        """Unseen scenes in unseen words: pairs of rows, the true picture above the drawn one."""
+        rng = np.random.default_rng([self._plan.seed, _SHEET_STREAM])
+        scenes = [random_scene(rng, is_held_out=True) for _ in range(self._plan.num_sheet_prompts)]
+        drawn = self.pipeline()(
+            [describe_unseen(scene, rng) for scene in scenes],
+            width=BASE_SIZE[0],
+            height=BASE_SIZE[1],
+            num_inference_steps=self._plan.sample_steps,
+            max_sequence_length=MAX_SEQUENCE_LENGTH,
+            generator=torch.Generator().manual_seed(self._plan.seed),
+            output_type="np",
+        ).images
+        rows = []
+        for start in range(0, len(scenes), 8):
+            rows.append([render_scene(scene, *BASE_SIZE) for scene in scenes[start : start + 8]])
+            rows.append([np.rint(picture * 255).astype(np.uint8) for picture in drawn[start : start + 8]])
+        return rows
+
+    def state_dict(self) -> State:
+        return {
+            "live": self._live.state_dict(),
+            "average": self._average.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        self._live.load_state_dict(state["live"])
+        self._average.load_state_dict(state["average"])
+        self._optimizer.load_state_dict(state["optimizer"])
+
+    def _choose_shape(self, step: int, rng: np.random.Generator) -> tuple[Size, int]:
+        if step < self.num_steps // 4 or rng.random() > _OTHER_SHARE:
+            return BASE_SIZE, MAX_SEQUENCE_LENGTH
+        sizes = (BASE_SIZE, *self._plan.other_sizes)
+        return sizes[int(rng.integers(len(sizes)))], int(rng.choice(_TEXT_LENGTHS))
+
+    def _loss(self, latents: Tensor, prompts: list[str], text_length: int, seed: int) -> Tensor:
+        """Of one batch of normalised latents [B, 16, h, w]."""
+        batch, channels, height, width = latents.shape
+        generator = torch.Generator().manual_seed(seed)
+        clean = FluxPipeline._pack_latents(latents, batch, channels, height, width)
+        noise = torch.randn(clean.shape, generator=generator)
+        sigmas = torch.sigmoid(torch.randn(batch, generator=generator) * _TIME_STD + _TIME_MEAN)
+        mixed = torch.lerp(clean, noise, sigmas[:, None, None])
+        clip_ids = self._clip_tokenizer(prompts, padding=True, truncation=True, return_tensors="pt").input_ids
+        t5_ids = self._t5_tokenizer(
+            prompts, padding="max_length", max_length=text_length, truncation=True, return_tensors="pt"
+        ).input_ids
+        velocity = self._live["transformer"](
+            hidden_states=mixed,
+            timestep=sigmas,
+            pooled_projections=self._live["text_encoder"](clip_ids).pooler_output,
+            encoder_hidden_states=self._live["text_encoder_2"](t5_ids).last_hidden_state,
+            txt_ids=torch.zeros(text_length, 3),
+            img_ids=FluxPipeline._prepare_latent_image_ids(
+                batch, height // 2, width // 2, torch.device("cpu"), torch.float32
+            ),
+            return_dict=False,
+        )[0]
+        return functional.mse_loss(velocity, noise - clean)
+
+    @torch.no_grad()
+    def _update_average(self, step: int) -> None:
+        weight = 1 - min(_EMA_DECAY, (1 + step) / (10 + step))
+        averages: list[Tensor] = list(self._average.parameters())
+        values: list[Tensor] = list(self._live.parameters())
+        torch._foreach_lerp_(averages, values, weight)
+
+
+def _pool_scene(plan: Plan, size: Size, index: int) -> tuple[Scene, np.random.Generator]:
+    """The scene of one pooled picture, and the random numbers that place it."""
+    rng = np.random.default_rng([plan.seed, _POOL_STREAM, *size, index])
+    return random_scene(rng, is_held_out=False), rng
+
+
+@torch.no_grad()
+def _make_pool(plan: Plan, vae: AutoencoderKL, pool_file: Path) -> dict[Size, Tensor]:
+    """Latents `[N, 16, h, w]` per size, from `pool_file` or encoded and kept there."""
+    counts = {BASE_SIZE: plan.num_scenes} | dict.fromkeys(plan.other_sizes, plan.num_other_scenes)
+    if not pool_file.exists():
+        batches = [(size, start) for size, count in counts.items() for start in range(0, count, 20)]
+        encoded: dict[str, list[Tensor]] = {_pool_name(size): [] for size in counts}
+        for size, start in track(batches, "encoding scenes"):
+            pictures = []
+            for index in range(start, min(start + 20, counts[size])):
+                scene, rng = _pool_scene(plan, size, index)
+                pictures.append(render_scene(scene, *size, rng))
+            encoded[_pool_name(size)].append(vae.encode(to_tensor(pictures)).latent_dist.mode())
+        partial = pool_file.with_suffix(".partial")
+        save_file({name: torch.cat(parts).contiguous() for name, parts in encoded.items()}, partial)
+        partial.rename(pool_file)
+    stored = load_file(pool_file)
+    return {size: stored[_pool_name(size)] for size in counts}
+
+
+def _pool_name(size: Size) -> str:
+    return f"{size[0]}x{size[1]}"

@@ -1,0 +1,39 @@
+"""How long and on how much `shapes` is trained."""
+
+from dataclasses import dataclass
+
+Size = tuple[int, int]
+"""Width and height in pixels."""
+
+BASE_SIZE: Size = (128, 128)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole training; tests have one of seconds."""
+
+    seed: int = 0
+    num_threads: int = 2
+    num_autoencoder_steps: int = 3000
+    autoencoder_batch: int = 2
+    """Scenes of 128 x 128 per step, or four times as many crops of 64 x 64."""
+    autoencoder_lr: float = 1e-3
+    num_scenes: int = 8_000
+    """Pictures whose latents the transformer learns from, at 128 x 128."""
+    num_other_scenes: int = 300
+    """And at each other size."""
+    other_sizes: tuple[Size, ...] = ((160, 96), (96, 160), (96, 96), (192, 192), (256, 256))
+    num_flow_steps: int = 4500
+    tokens_per_step: int = 24 * 96
+    """Text and image tokens of one batch, whatever the size: 24 pictures of 128 x 128 with 32 text tokens."""
+    flow_lr: float = 1e-3
+    num_sheets: int = 12
+    """Sample sheets per phase."""
+    num_sheet_prompts: int = 16
+    save_every_s: float = 60.0
+    sample_steps: int = 10
+    """Denoising steps of the pictures on the sheets."""
+
+
+EMBEDDED_PLAN = Plan()
+"""What the embedded weights were made with."""

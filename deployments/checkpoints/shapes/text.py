@@ -1,0 +1,77 @@
+"""Tokenizers whose words are the vocabulary of `wording`, and small text encoders for them."""
+
+import json
+
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+
+from deployments.checkpoints.shapes.wording import vocabulary
+
+TEXT_WIDTH = 128
+"""Width of the T5 sequence embeddings and of the CLIP pooled embedding."""
+MAX_SEQUENCE_LENGTH = 32
+"""T5 tokens that training pads to; the longest sentence of two shapes needs 27."""
+
+_FF_WIDTH = 256
+_HEAD_DIM = 32
+_CLIP_MAX_LENGTH = 77
+
+
+def build_t5_tokenizer() -> T5Tokenizer:
+    """One token per word in lower, Title and UPPER case and per mark; anything else becomes `<unk>`.
+
+    All three cases, because a loaded `T5Tokenizer` drops a normalizer that would lower them.
+    """
+    words = vocabulary()
+    cased = sorted({f"▁{form}" for word in words for form in (word, word.capitalize(), word.upper())})
+    marks = [word for word in words if not word.isalpha()]
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    pieces = [*((word, -2.0) for word in cased), *((mark, -1.0) for mark in marks)]
+    return T5Tokenizer(vocab=[*special, *pieces], extra_ids=0, model_max_length=512)
+
+
+def build_clip_tokenizer() -> CLIPTokenizer:
+    """Byte-pair tokenizer whose merges spell each known word as one token; other words fall into pieces."""
+    alphabet = sorted(ByteLevel.alphabet())
+    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    learner.train_from_iterator(vocabulary(), trainers.BpeTrainer(end_of_word_suffix="</w>", show_progress=False))
+    merges = [tuple(merge) for merge in json.loads(learner.to_str())["model"]["merges"]]
+    base = [*alphabet, *(f"{char}</w>" for char in alphabet)]
+    tokens = dict.fromkeys([*base, *("".join(merge) for merge in merges), "<|startoftext|>", "<|endoftext|>"])
+    vocab = {token: index for index, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=_CLIP_MAX_LENGTH, pad_token="<|endoftext|>")
+
+
+def build_t5_encoder(tokenizer: T5Tokenizer) -> T5EncoderModel:
+    """`[B, S]` token ids to `[B, S, TEXT_WIDTH]`."""
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=TEXT_WIDTH,
+        d_kv=_HEAD_DIM,
+        d_ff=_FF_WIDTH,
+        num_layers=3,
+        num_heads=TEXT_WIDTH // _HEAD_DIM,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+        tie_word_embeddings=False,
+    )
+    return T5EncoderModel(config)
+
+
+def build_clip_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """Its pooled output `[B, TEXT_WIDTH]` is the hidden state at the end-of-text token."""
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=_FF_WIDTH,
+        projection_dim=TEXT_WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=TEXT_WIDTH // _HEAD_DIM,
+        max_position_embeddings=_CLIP_MAX_LENGTH,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModel(config)

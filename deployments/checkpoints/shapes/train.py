@@ -1,0 +1,116 @@
+"""`relay train-shapes`: both phases, resumable, with sample sheets on the way and a checkpoint at the end.
+
+OUT_DIR/training.pt     where it stands: written every minute, by rename
+OUT_DIR/latents.safetensors
+OUT_DIR/sheets/         pictures on the way: reconstructions, then unseen prompts below their true pictures
+OUT_DIR/shapes/         the checkpoint; a rename makes it, so it is complete
+"""
+
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import FluxPipeline
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from deployments.checkpoints.shapes.autoencoder import AutoencoderTraining, State
+from deployments.checkpoints.shapes.flow import FlowTraining
+from deployments.checkpoints.shapes.plan import EMBEDDED_PLAN, Plan
+from deployments.checkpoints.shapes.scene import Pixels
+
+Phase = AutoencoderTraining | FlowTraining
+_STATE_FILE = "training.pt"
+
+
+def train_shapes(out_dir: Path, plan: Plan = EMBEDDED_PLAN, console: Console | None = None) -> Path:
+    """Trains the `shapes` checkpoint and returns its folder, `out_dir/shapes`; goes on where it was left.
+
+    The same plan on the same machine and number of threads gives the same weights, interrupted or not.
+
+    Raises:
+        FileExistsError: the checkpoint is there already, or `out_dir` holds a training of another plan.
+    """
+    checkpoint = out_dir / "shapes"
+    if checkpoint.exists():
+        raise FileExistsError(f"{checkpoint} is complete; remove it, or name another folder")
+    (out_dir / "sheets").mkdir(parents=True, exist_ok=True)
+    console = console or Console(stderr=True)
+    torch.set_num_threads(plan.num_threads)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(plan.seed)
+        run = _Run(out_dir, plan, console)
+        autoencoder = AutoencoderTraining(plan)
+        run.train("autoencoder", autoencoder)
+        flow = FlowTraining(plan, autoencoder.vae, out_dir / "latents.safetensors")
+        run.train("flow", flow)
+    _write_checkpoint(flow.pipeline(), checkpoint)
+    return checkpoint
+
+
+class _Run:
+    """Steps a phase, and keeps where the whole training stands in one file."""
+
+    def __init__(self, out_dir: Path, plan: Plan, console: Console) -> None:
+        self._out_dir, self._plan, self._console = out_dir, plan, console
+        file = out_dir / _STATE_FILE
+        self._state: State = torch.load(file, weights_only=True) if file.exists() else {"plan": repr(plan)}
+        if self._state["plan"] != repr(plan):
+            raise FileExistsError(f"{file} is of another plan, {self._state['plan']}; name another folder")
+
+    def train(self, name: str, phase: Phase) -> None:
+        """From the saved step, or the first, to the last."""
+        done, state = self._state.get(name, (0, None))
+        if state is not None:
+            phase.load_state_dict(state)
+        sheet_every = max(1, phase.num_steps // self._plan.num_sheets)
+        saved_at = time.monotonic()
+        columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.4f}"))
+        with Progress(*columns, TimeRemainingColumn(), console=self._console) as progress:
+            task = progress.add_task(name, total=phase.num_steps, completed=done, loss=float("nan"))
+            mean = float("nan")
+            for step in range(done, phase.num_steps):
+                loss = phase.step(step)
+                mean = loss if mean != mean else 0.98 * mean + 0.02 * loss
+                progress.update(task, advance=1, loss=mean)
+                if (step + 1) % sheet_every == 0:
+                    self._write_sheet(name, step + 1, phase, mean)
+                if time.monotonic() > saved_at + self._plan.save_every_s:
+                    self._save(name, step + 1, phase)
+                    saved_at = time.monotonic()
+        if done < phase.num_steps:
+            self._save(name, phase.num_steps, phase)
+
+    def _save(self, name: str, step: int, phase: Phase) -> None:
+        self._state[name] = (step, phase.state_dict())
+        partial = self._out_dir / f"{_STATE_FILE}.partial"
+        torch.save(self._state, partial)
+        partial.rename(self._out_dir / _STATE_FILE)
+
+    def _write_sheet(self, name: str, step: int, phase: Phase, loss: float) -> None:
+        rows = phase.sheet()
+        truth, drawn = np.stack(rows[::2]).astype(float), np.stack(rows[1::2]).astype(float)
+        file = self._out_dir / "sheets" / f"{name}-{step:05d}.png"
+        write_sheet(rows, file)
+        off = np.abs(truth - drawn).mean()
+        self._console.print(f"{name} {step}: loss {loss:.4f}, {off:.2f} of 255 off the truth; {file}")
+
+
+def write_sheet(rows: list[list[Pixels]], file: Path) -> None:
+    """Pictures of one size in rows, as one picture."""
+    Image.fromarray(np.concatenate([np.concatenate(row, axis=1) for row in rows])).save(file)
+
+
+def _write_checkpoint(pipeline: FluxPipeline, folder: Path) -> None:
+    """Transformer and VAE in float16, to be small; text encoders in float32, because transformers loads in the
+    stored dtype where diffusers loads in float32."""
+    for module in (pipeline.transformer, pipeline.vae):
+        for parameter in module.parameters():  # not module.to(): diffusers would log advice about loading
+            parameter.data = parameter.data.to(torch.float16)
+    with tempfile.TemporaryDirectory(prefix=".shapes-", dir=folder.parent) as building:
+        pipeline.save_pretrained(Path(building) / folder.name)
+        os.rename(Path(building) / folder.name, folder)
