@@ -28,7 +28,8 @@ cli.add_typer(bench, name="bench")
 console = Console(stderr=True)
 
 TINY = "deployments.checkpoints.tiny"
-"""Imports torch and diffusers, so it is looked up only by the command that needs it."""
+SHAPES = "deployments.checkpoints.shapes.train"
+"""Both import torch and diffusers, so they are looked up only by the command that needs them."""
 
 
 def main() -> None:
@@ -53,6 +54,15 @@ def tiny(
     importlib.import_module(TINY).write_tiny_checkpoint(family, out_dir)
     size = sum(path.stat().st_size for path in out_dir.rglob("*") if path.is_file())
     console.print(f"wrote {out_dir} ({size / 2**20:.1f} MiB)")
+
+
+@cli.command()
+def train_shapes(
+    out_dir: Annotated[Path, typer.Argument(help="a new folder, or that of a training to go on with")],
+) -> None:
+    """Train the `shapes` checkpoint anew: about an hour on 2 cores; run it again if it was interrupted."""
+    checkpoint = importlib.import_module(SHAPES).train_shapes(out_dir, console=console)
+    console.print(f"wrote {checkpoint}")
 
 
 @cli.command()
