@@ -1,6 +1,8 @@
 """What travels between the stages: one frozen dataclass per hop. Torch is named here, never imported.
 
 GenerationRequest --Prompt--> Conditioning --> Latents --> Media
+
+Beside it, StreamOptions say what the caller wants to hear on the way: Progress, and partial pictures.
 """
 
 from collections.abc import Mapping
@@ -53,11 +55,33 @@ class Conditioning:
 
 
 @dataclass(frozen=True)
+class StreamOptions:
+    """What the caller wants to hear before the picture."""
+
+    wants_progress: bool = False
+    num_partial_images: int = 0
+    """At most so many; fewer if there are too few steps, or the picture is done first."""
+
+
+NO_NEWS = StreamOptions()
+
+
+@dataclass(frozen=True)
 class Progress:
-    """Step `step` of `num_steps` is done."""
+    """`step` of `num_steps` are done, as the request counts them; in the decode phase, all."""
 
     step: int
     num_steps: int
+    eta_s: float | None
+    """Time left until the last step, going by this request's own steps; None before the first."""
+    phase: Literal["denoise", "decode"] = "denoise"
+
+
+@dataclass(frozen=True)
+class PartialDenoised:
+    """The latents of partial picture `partial_image_index` follow, by reference."""
+
+    partial_image_index: int
 
 
 @dataclass(frozen=True)

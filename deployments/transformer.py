@@ -11,7 +11,15 @@ from cluster.metrics import StageMetrics, export_regularly
 from cluster.shard_group import ShardGroup, this_address
 from deployments.config import ModelConfig, TransformerConfig
 from deployments.rank import Rank, exit_replica
-from deployments.request import Conditioning, Denoised, GenerationRequest, Progress
+from deployments.request import (
+    NO_NEWS,
+    Conditioning,
+    Denoised,
+    GenerationRequest,
+    PartialDenoised,
+    Progress,
+    StreamOptions,
+)
 from deployments.stages import load_stage
 from deployments.stats import TransformerStats
 
@@ -53,27 +61,39 @@ class Transformer:
         self._group.watch(self._stage.engine.lose)
 
     async def denoise(
-        self, conditioning: Conditioning, request: GenerationRequest, wants_progress: bool = False
-    ) -> "AsyncIterator[Progress | Denoised | torch.Tensor]":
-        """Yields Progress (if wanted, a few times a second), then Denoised, then the latents.
+        self, conditioning: Conditioning, request: GenerationRequest, options: StreamOptions = NO_NEWS
+    ) -> "AsyncIterator[Progress | PartialDenoised | Denoised | torch.Tensor]":
+        """Yields what options ask for (Progress a few times a second), then Denoised, then the latents.
 
-        The latents come last and alone, so that the caller may hand on their reference without reading them.
+        Latents, partial ones too, come alone and are announced by the item before them, so that the caller may
+        hand on their reference without reading them.
         A caller that stops listening cancels the request at its next step.
         """
         loop = asyncio.get_running_loop()
-        news: asyncio.Queue[Progress | None] = asyncio.Queue()
+        news: asyncio.Queue[tuple[Any, ...] | None] = asyncio.Queue()
         arrived = time.perf_counter()
         times = {"started": arrived, "reported": 0.0}
 
-        def on_step(step: int, _latents: Any) -> None:
+        def tell(*items: Any) -> None:
+            loop.call_soon_threadsafe(news.put_nowait, items)
+
+        def on_step(step: int, _latents: Any = None) -> None:
             now = time.perf_counter()
-            if wants_progress and now - times["reported"] >= PROGRESS_PERIOD_S:
+            if options.wants_progress and now - times["reported"] >= PROGRESS_PERIOD_S:
                 times["reported"] = now
-                loop.call_soon_threadsafe(news.put_nowait, Progress(step, request.num_inference_steps))
+                num_steps = request.num_inference_steps
+                eta_s = (now - times["started"]) / step * (num_steps - step) if step else None
+                tell(Progress(step, num_steps, eta_s))
+
+        def on_partial(index: int, latents: Any) -> None:
+            tell(PartialDenoised(index), latents)
 
         def run() -> Any:
             times["started"] = time.perf_counter()
-            return self._stage.denoise(seat, conditioning.embeds, request, on_step=on_step)
+            on_step(0)
+            return self._stage.denoise(
+                seat, conditioning.embeds, request, on_step, options.num_partial_images, on_partial
+            )
 
         def on_end(done: "asyncio.Future[Any]") -> None:
             done.cancelled() or done.exception()  # seen: of a cancelled request nobody else asks for it
@@ -84,8 +104,9 @@ class Transformer:
         try:
             running = loop.run_in_executor(self._threads, run)
             running.add_done_callback(on_end)
-            while (progress := await news.get()) is not None:
-                yield progress
+            while (items := await news.get()) is not None:
+                for item in items:
+                    yield item
             latents = await running
         finally:
             self._stage.leave(seat)

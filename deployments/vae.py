@@ -1,4 +1,4 @@
-"""The decode stage's deployment: latents in, an encoded picture or video out."""
+"""The decode stage's deployment: latents in, an encoded picture or video out; partial pictures come second."""
 
 import asyncio
 import os
@@ -17,10 +17,17 @@ if TYPE_CHECKING:
 
 
 class Vae:
-    """Serves `decode`, one request at a time: a VAE's peak of memory is its own worst neighbour."""
+    """Serves `decode` and `decode_partial`, one at a time: a VAE's peak of memory is its own worst neighbour.
+
+    A picture waits for at most one partial picture, the one that is being decoded.
+    """
 
     def __init__(self, model: ModelConfig, family: str, config: VaeConfig) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="decode")
+        self._num_pictures = self._num_partial = 0
+        self._max_partial = config.max_ongoing_requests // 2
+        self._no_picture_waits, self._partial_turn = asyncio.Event(), asyncio.Lock()
+        self._no_picture_waits.set()
         self._stage = load_stage("decode", model, family, config)
         self._num_decoded = 0
         metrics = StageMetrics(stage="decode", rank=0, model=model.name)
@@ -28,14 +35,37 @@ class Vae:
 
     async def decode(self, latents: "torch.Tensor", request: GenerationRequest) -> Media:
         """The picture or video that the latents stand for, in the request's format."""
+        self._num_pictures += 1
+        self._no_picture_waits.clear()
+        try:
+            media = await self._decode(latents, request)
+        finally:
+            self._num_pictures -= 1
+            if not self._num_pictures:
+                self._no_picture_waits.set()
+        self._num_decoded += 1
+        return media
+
+    async def decode_partial(self, latents: "torch.Tensor", request: GenerationRequest) -> Media | None:
+        """Like `decode`, once no picture waits; None if so many do that they would keep pictures out."""
+        if self._num_partial >= self._max_partial:
+            return None
+        self._num_partial += 1
+        try:
+            async with self._partial_turn:
+                await self._no_picture_waits.wait()
+                return await self._decode(latents, request)
+        finally:
+            self._num_partial -= 1
+
+    async def _decode(self, latents: "torch.Tensor", request: GenerationRequest) -> Media:
         start = time.perf_counter()
         loop = asyncio.get_running_loop()
         data, media_type = await loop.run_in_executor(self._thread, self._stage.decode_media, latents, request)
-        self._num_decoded += 1
         return Media(data, media_type, (time.perf_counter() - start) * 1e3)
 
     async def ping(self) -> None:
         """Answers when this replica can serve."""
 
     async def stats(self) -> VaeStats:
-        return VaeStats(os.getpid(), self._num_decoded)
+        return VaeStats(os.getpid(), self._stage.keeper.stats(), self._num_decoded)

@@ -16,6 +16,7 @@ from serve_app.bench_cli import bench
 from serve_app.config import ConfigError, load_app_config
 from serve_app.config_docs import render_config_docs
 from serve_app.errors import RelayError
+from serve_app.generation import Picture
 from serve_app.local import app_handle, is_running
 
 cli = typer.Typer(
@@ -99,7 +100,7 @@ def generate(
     if app_config is not None:
         build_validator(app_config).requests(given)  # refuse at once what the app would refuse once started
     with app_handle(app_config) as handle:
-        [picture] = _watch(handle, given)
+        picture = _watch(handle, given)
     out.write_bytes(picture.media.data)
     times = ", ".join(f"{stage} {ms:.0f} ms" for stage, ms in picture.timings_ms.items())
     console.print(f"{out}: {picture.media.media_type}, seed {picture.seed} ({times})", highlight=False)
@@ -121,14 +122,15 @@ def config() -> None:
     print(render_config_docs(), end="")
 
 
-def _watch(handle: Any, fields: dict[str, Any]) -> Any:
-    """The result, with a progress bar on the way."""
+def _watch(handle: Any, fields: dict[str, Any]) -> Picture:
+    """The only picture, with a progress bar on the way."""
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("encoding", total=None)
         for item in handle.options(stream=True).stream.remote(**fields):
-            if isinstance(item, list):
-                return item
-            _, step = item
-            progress.update(task, description="denoising", completed=step.step, total=step.num_steps)
-    raise AssertionError("the stream ended without a result")
+            if isinstance(item.news, Picture):
+                return item.news
+            step = item.news
+            description = {"denoise": "denoising", "decode": "decoding"}[step.phase]
+            progress.update(task, description=description, completed=step.step, total=step.num_steps)
+    raise AssertionError("the stream ended without a picture")

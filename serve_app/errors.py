@@ -10,7 +10,10 @@ RelayError
 └── DeadlineExceeded  504  not done within request_timeout_s
 """
 
+import logging
 from typing import Any, ClassVar
+
+log = logging.getLogger("ray.serve")
 
 
 class RelayError(Exception):
@@ -81,3 +84,11 @@ class Unavailable(RelayError):
 class DeadlineExceeded(RelayError):
     status = 504
     code = "deadline_exceeded"
+
+
+def as_relay_error(error: Exception) -> RelayError:
+    """What nobody foresaw is logged, and told as a StageFailed."""
+    if isinstance(error, RelayError):
+        return error
+    log.error("a request failed", exc_info=error)
+    return StageFailed(f"internal error: {type(error).__name__}: {error}")

@@ -1,13 +1,12 @@
 """The deployment that clients meet, over HTTP or by a Python handle. Imports no torch and reads no tensor."""
 
-import asyncio
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 from fastapi import FastAPI
 
-from deployments.request import Progress
-from serve_app.generation import Picture
+from serve_app.generation import Event, Picture
 from serve_app.relay import Relay
 from serve_app.routes import build_api
 
@@ -26,15 +25,10 @@ class Ingress(Relay):
         """
         return await self.run(self.validator.requests(fields))
 
-    async def stream(self, **fields: Any) -> AsyncIterator[tuple[int, Progress] | list[Picture]]:
-        """Like `generate`, with (index of the picture, Progress) items before the result."""
-        news: asyncio.Queue[tuple[int, Progress] | None] = asyncio.Queue()
-        requests = self.validator.requests(fields)
-        running = asyncio.create_task(self.run(requests, lambda i, p: news.put_nowait((i, p))))
-        running.add_done_callback(lambda _: news.put_nowait(None))
-        try:
-            while (item := await news.get()) is not None:
-                yield item
-            yield await running
-        finally:
-            running.cancel()
+    async def stream(self, **fields: Any) -> AsyncIterator[Event]:
+        """Like `generate`, but of each picture first its progress, and partial pictures if asked for."""
+        requests, options = self.validator.streamed(fields)
+        async with aclosing(self.events(requests, options)) as events:
+            async for event in events:
+                if event is not None:
+                    yield event

@@ -4,6 +4,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from deployments.request import StreamOptions
+
 
 class GenerationBody(BaseModel):
     """What pictures and videos have in common."""
@@ -42,6 +44,15 @@ class ImageBody(GenerationBody):
     quality: Literal["auto"] | None = Field(None, description="accepted; steps decide the quality here")
     background: Literal["auto", "opaque"] | None = Field(None, description="accepted; always opaque")
     moderation: Literal["auto"] | None = Field(None, description="accepted; nothing is moderated here")
+    stream: bool = Field(False, description="answer with server-sent events")
+    partial_images: int = Field(
+        0, ge=0, le=3, description="needs `stream`: pictures that are still forming, at most so many of each"
+    )
+    progress: bool = Field(False, description="beyond OpenAI; needs `stream`: steps done, time left")
+
+    @property
+    def stream_options(self) -> StreamOptions:
+        return StreamOptions(wants_progress=self.progress, num_partial_images=self.partial_images)
 
 
 class VideoBody(GenerationBody):
@@ -72,6 +83,64 @@ class ImagesResponse(BaseModel):
     output_format: Literal["png", "jpeg", "webp"]
     size: str
     data: list[ImageData]
+
+
+class ImageEvent(BaseModel):
+    """What all events of a streamed answer have in common."""
+
+    type: str
+    created_at: int = Field(description="Unix time, seconds")
+    index: int = Field(description="of the n pictures, from 0. Beyond OpenAI")
+
+
+class ProgressEvent(ImageEvent):
+    """`progress: true`; a few a second at most. Beyond OpenAI."""
+
+    type: Literal["image_generation.progress"] = "image_generation.progress"
+    phase: Literal["denoise", "decode"] = Field(description="before the first event: waiting, or encoding")
+    step: int = Field(description="steps done")
+    num_steps: int
+    eta_s: float | None = Field(description="seconds left until the last step; null before the first is done")
+
+
+class MediaEvent(ImageEvent):
+    """An event that carries a picture."""
+
+    b64_json: str
+    size: str
+    quality: Literal["auto"] = "auto"
+    background: Literal["opaque"] = "opaque"
+    output_format: Literal["png", "jpeg", "webp"]
+
+
+class PartialImageEvent(MediaEvent):
+    """A picture that is still forming; one that is not ready before its picture is never sent."""
+
+    type: Literal["image_generation.partial_image"] = "image_generation.partial_image"
+    partial_image_index: int
+
+
+class InputTokens(BaseModel):
+    image_tokens: int = 0
+    text_tokens: int = 0
+
+
+class Usage(BaseModel):
+    """OpenAI's clients expect it; nothing is counted here."""
+
+    input_tokens: int = 0
+    input_tokens_details: InputTokens = InputTokens()
+    output_tokens: int = 0
+    total_tokens: int = 0
+
+
+class CompletedEvent(MediaEvent):
+    """A picture, and the last event of it. `seed` and `timings_ms` are beyond OpenAI."""
+
+    type: Literal["image_generation.completed"] = "image_generation.completed"
+    usage: Usage = Usage()
+    seed: int
+    timings_ms: TimingsMs
 
 
 class ModelCard(BaseModel):

@@ -2,14 +2,16 @@
 
 import asyncio
 import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import asdict
 from typing import Any
 
 from deployments.config import ModelConfig
-from deployments.request import GenerationRequest
+from deployments.request import NO_NEWS, GenerationRequest, StreamOptions
 from serve_app.config import LimitsConfig
 from serve_app.errors import Overloaded, Unavailable
-from serve_app.generation import OnProgress, Picture, Stages, generate
+from serve_app.generation import Event, Picture, Stages, generate
 from serve_app.openai_api import ModelCard
 from serve_app.validation import Validator
 
@@ -35,16 +37,33 @@ class Relay:
         self._created = int(time.time())
         self._num_requests = 0
 
-    async def run(self, requests: list[GenerationRequest], on_progress: OnProgress | None = None) -> list[Picture]:
+    async def run(self, requests: list[GenerationRequest]) -> list[Picture]:
         """Pictures in the order of their requests, which share one prompt. Raises a RelayError."""
+        pictures: dict[int, Picture] = {}
+        async with aclosing(self.events(requests)) as events:
+            async for event in events:
+                if event is not None and isinstance(event.news, Picture):
+                    pictures[event.index] = event.news
+        return [pictures[i] for i in range(len(requests))]
+
+    async def events(
+        self,
+        requests: list[GenerationRequest],
+        options: StreamOptions = NO_NEWS,
+        *,
+        heartbeat_s: float | None = None,
+    ) -> AsyncGenerator[Event | None, None]:
+        """What happens until all pictures are there, as `generate` tells it. Raises a RelayError."""
         limit = self._limits.max_concurrent_requests
         if self._num_requests >= limit:
             raise Overloaded(f"{self._num_requests} requests are in progress; the limit is {limit}")
         self._num_requests += 1
         try:
-            return await generate(
-                self._stages, requests, timeout_s=self._limits.request_timeout_s, on_progress=on_progress
-            )
+            timeout_s = self._limits.request_timeout_s
+            news = generate(self._stages, requests, options, timeout_s=timeout_s, heartbeat_s=heartbeat_s)
+            async with aclosing(news) as events:
+                async for event in events:
+                    yield event
         finally:
             self._num_requests -= 1
 

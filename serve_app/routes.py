@@ -1,32 +1,35 @@
 """HTTP in OpenAI's shapes, over a Relay."""
 
 import base64
-import logging
 import time
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.sse import EventSourceResponse
+from pydantic import TypeAdapter
 from starlette.exceptions import HTTPException
 
-from serve_app.errors import BadCall, BadRequest, RelayError, StageFailed
+from serve_app.errors import BadCall, BadRequest, RelayError, as_relay_error
 from serve_app.generation import Picture
 from serve_app.openai_api import (
+    CompletedEvent,
     ErrorResponse,
     ImageBody,
     ImageData,
     ImagesResponse,
     ModelCard,
     ModelList,
+    PartialImageEvent,
+    ProgressEvent,
     StageHealth,
     TimingsMs,
     VideoBody,
 )
 from serve_app.relay import Relay
+from serve_app.sse import HEARTBEAT_S, answer_with_events
 from serve_app.validation import bad_request, parse_body
-
-log = logging.getLogger("ray.serve")
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse, "description": text}
@@ -38,6 +41,12 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         503: "A stage cannot serve now; see Retry-After",
         504: "Not done within the deadline",
     }.items()
+}
+EVENTS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "content": {"text/event-stream": {"schema": {"$ref": "#/components/schemas/ImageStreamEvent"}}},
+        "description": "Pictures; with `stream`, events, of which an `error` may be the last",
+    }
 }
 VIDEO: dict[int | str, dict[str, Any]] = {
     200: {"content": {"video/mp4": {}}, "description": "MP4; the headers X-Seed and Server-Timing tell more"}
@@ -59,9 +68,17 @@ def build_api(relay: Relay) -> FastAPI:
     for kind in (RelayError, RequestValidationError, HTTPException):
         api.add_exception_handler(kind, _answer_error)
 
-    @api.post("/v1/images/generations", responses=ERRORS, summary="Make pictures")
-    async def images(body: ImageBody) -> ImagesResponse:
+    @api.post(
+        "/v1/images/generations",
+        response_model=ImagesResponse,
+        responses=ERRORS | EVENTS,
+        summary="Make pictures; with `stream`, tell what happens on the way",
+    )
+    async def images(body: ImageBody) -> ImagesResponse | EventSourceResponse:
         requests = relay.validator.images(body)
+        if body.stream:
+            events = relay.events(requests, body.stream_options, heartbeat_s=HEARTBEAT_S)
+            return await answer_with_events(events, requests[0])
         pictures = await relay.run(requests)
         return ImagesResponse(
             created=int(time.time()),
@@ -110,6 +127,7 @@ def build_api(relay: Relay) -> FastAPI:
         return await relay.status()
 
     _drop_422(api)
+    _describe_events(api)
     return api
 
 
@@ -141,10 +159,8 @@ async def _answer_error(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, HTTPException):
         refused = BadCall(f"{request.method} {request.url.path}: {error.detail}")
         return JSONResponse(refused.body(), error.status_code, dict(error.headers or {}))
-    if not isinstance(error, RelayError):
-        log.exception("%s %s failed", request.method, request.url.path, exc_info=error)
-        error = StageFailed(f"internal error: {type(error).__name__}: {error}")
-    return JSONResponse(error.body(), error.status, error.headers())
+    refusal = as_relay_error(error)
+    return JSONResponse(refusal.body(), refusal.status, refusal.headers())
 
 
 def _drop_422(api: FastAPI) -> None:
@@ -152,3 +168,12 @@ def _drop_422(api: FastAPI) -> None:
     for path in api.openapi()["paths"].values():
         for operation in path.values():
             operation["responses"].pop("422", None)
+
+
+def _describe_events(api: FastAPI) -> None:
+    """FastAPI describes the models of answers; an event is only a part of one."""
+    adapter: TypeAdapter[Any] = TypeAdapter(ProgressEvent | PartialImageEvent | CompletedEvent)
+    schema = adapter.json_schema(mode="serialization", ref_template="#/components/schemas/{model}")
+    schemas = api.openapi()["components"]["schemas"]
+    schemas |= schema.pop("$defs")
+    schemas["ImageStreamEvent"] = schema

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from deployments.config import DefaultsConfig, ModelConfig
 from deployments.families import FAMILIES, Family
 from deployments.families.family import Defaults
-from deployments.request import GenerationRequest, Prompt
+from deployments.request import GenerationRequest, Prompt, StreamOptions
 from serve_app.config import ConfigError, LimitsConfig
 from serve_app.errors import BadRequest, UnknownModel
 from serve_app.openai_api import GenerationBody, ImageBody, VideoBody
@@ -35,9 +35,19 @@ class Validator:
             return [self.video(parse_body(VideoBody, fields))]
         return self.images(parse_body(ImageBody, fields))
 
+    def streamed(self, fields: Mapping[str, Any]) -> tuple[list[GenerationRequest], StreamOptions]:
+        """Like `requests`, for a caller that streams, and so gets progress unless it declines."""
+        if self.family.media == "video":
+            return self.requests(fields), StreamOptions(wants_progress=True)
+        body = parse_body(ImageBody, {"progress": True, **fields, "stream": True})
+        return self.images(body), body.stream_options
+
     def images(self, body: ImageBody) -> list[GenerationRequest]:
         """One request per picture; picture i has seed + i."""
         self._check_media("image")
+        for param in ("partial_images", "progress"):
+            if getattr(body, param) and not body.stream:
+                raise BadRequest(f"{param} needs stream: true, for it comes before the picture", param)
         if body.output_format == "png" and body.output_compression != 100:
             raise BadRequest(
                 f"output_compression is for jpeg and webp; png takes only 100, got {body.output_compression}",

@@ -27,11 +27,12 @@ from deployments.families import FAMILIES
 from deployments.families.family import Embeds
 from deployments.request import GenerationRequest
 from deployments.stages.follow import rank_stats
+from deployments.stages.partial import OnPartial, PartialLatents
 from deployments.stages.pipeline import load_pipeline
 from deployments.stats import TransformerStats
 
 OnStep = Callable[[int, torch.Tensor], None]
-"""(steps done, latents after them)"""
+"""(steps done, latents after them), after every timestep: some schedulers have several to a step."""
 
 
 class Denoising:
@@ -41,12 +42,12 @@ class Denoising:
         torch.set_num_threads(config.num_threads)
         self._family, self._config = FAMILIES[family], config
         self._denoiser = open_denoiser(model, self._family, config)
-        self._shard = load_rank(self._denoiser, model, config, rank=0)
+        self.loaded = load_rank(self._denoiser, model, config, rank=0)
         self._pipe = load_pipeline(
             self._denoiser.folder,
             self._denoiser.index,
             frozenset({"scheduler"}),
-            dtype=self._denoiser.dtype,
+            config,
             variant=model.variant,
         )
 
@@ -65,7 +66,7 @@ class Denoising:
         merger = Merger(self._denoiser.model_class.__name__)
         outliner = Outliner(shape_only_inputs(self._denoiser.skeleton))
         self.engine = Engine(
-            Leader(self._shard, merger, outliner),
+            Leader(self.loaded.shard, merger, outliner),
             merger,
             self._config,
             device=device,
@@ -85,7 +86,7 @@ class Denoising:
     def stats(self) -> TransformerStats:
         """With rank 0 alone; the other ranks tell of themselves."""
         ring = self.engine.stats()
-        rank_0 = rank_stats(0, self._denoiser, self._shard, ring)
+        rank_0 = rank_stats(0, self._denoiser, self.loaded, ring)
         return TransformerStats(self.engine.queue.stats(), (rank_0,), ring.occupied_s or 0.0)
 
     def close(self) -> None:
@@ -93,11 +94,22 @@ class Denoising:
         self.engine.close()
 
     @torch.no_grad()
-    def denoise(self, seat: Seat, embeds: Embeds, request: GenerationRequest, on_step: OnStep) -> torch.Tensor:
+    def denoise(
+        self,
+        seat: Seat,
+        embeds: Embeds,
+        request: GenerationRequest,
+        on_step: OnStep,
+        num_partial_images: int = 0,
+        on_partial: OnPartial | None = None,
+    ) -> torch.Tensor:
         """The latents as the pipeline returns them, on the CPU. Blocks; raises Cancelled."""
+        partials = None if on_partial is None else PartialLatents(num_partial_images, on_partial)
 
-        def after_step(_pipe: Any, index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            on_step(index + 1, tensors["latents"])
+        def after_step(pipe: Any, index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            on_step(_num_done(pipe, index, request.num_inference_steps), tensors["latents"])
+            if partials is not None:
+                partials.after_step(pipe, index, tensors["latents"])
             return {}
 
         latents: torch.Tensor = self._pipeline(seat)(
@@ -132,3 +144,11 @@ class Denoising:
             return None
         dtype = self._denoiser.dtype if value.is_floating_point() else value.dtype
         return value.to(self._denoiser.device, dtype)
+
+
+def _num_done(pipe: Any, index: int, num_inference_steps: int) -> int:
+    """Of the request's steps, after timestep `index`, as the pipelines' progress bars count: PNDM and Heun have
+    more timesteps than steps."""
+    order: int = pipe.scheduler.order
+    num_done: int = (index + 1 - pipe.num_timesteps) // order + num_inference_steps
+    return max(0, num_done)

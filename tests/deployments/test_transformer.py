@@ -10,12 +10,21 @@ import torch
 
 from deployments.config import EncoderConfig, ModelConfig, TransformerConfig
 from deployments.engine.step_queue import StepQueueStats
-from deployments.request import Conditioning, Denoised, GenerationRequest, Progress, Prompt
+from deployments.request import (
+    Conditioning,
+    Denoised,
+    GenerationRequest,
+    PartialDenoised,
+    Progress,
+    Prompt,
+    StreamOptions,
+)
 from deployments.stages import load_stage
 from deployments.transformer import Transformer
 
 MODEL = ModelConfig(name="tiny", checkpoint="tiny://flux")
 PROMPT = Prompt("a red fox", None, is_guided=False)
+PROGRESS = StreamOptions(wants_progress=True)
 NUM_THREADS = 4
 ENDLESS = 10_000
 """Steps; minutes of work, which a test that cancels must not wait for."""
@@ -49,11 +58,11 @@ def conditioning() -> Conditioning:
 
 
 async def collect(transformer: Transformer, conditioning: Conditioning, request: GenerationRequest) -> list[Any]:
-    return [item async for item in transformer.denoise(conditioning, request, wants_progress=True)]
+    return [item async for item in transformer.denoise(conditioning, request, PROGRESS)]
 
 
 async def cancel_after_the_first_step(transformer: Transformer, conditioning: Conditioning) -> None:
-    stream = transformer.denoise(conditioning, build_request(ENDLESS), wants_progress=True)
+    stream = transformer.denoise(conditioning, build_request(ENDLESS), PROGRESS)
     assert isinstance(await anext(stream), Progress)
     await stream.aclose()  # type: ignore[attr-defined]
 
@@ -85,6 +94,29 @@ def test_nobody_gets_progress_who_did_not_ask(transformer: Transformer, conditio
         return [type(item) async for item in transformer.denoise(conditioning, build_request())]
 
     assert asyncio.run(run()) == [Denoised, torch.Tensor]
+
+
+def test_the_time_left_is_known_once_a_step_is_done(transformer: Transformer, conditioning: Conditioning) -> None:
+    request = build_request(200)
+    first, *later = [
+        item for item in asyncio.run(collect(transformer, conditioning, request)) if isinstance(item, Progress)
+    ]
+    assert (first.step, first.eta_s) == (0, None)
+    assert later
+    assert all(progress.eta_s > 0 for progress in later if progress.step < 200)
+
+
+def test_partial_latents_come_announced_and_in_order(transformer: Transformer, conditioning: Conditioning) -> None:
+    async def run() -> list[Any]:
+        stream = transformer.denoise(conditioning, build_request(8), StreamOptions(num_partial_images=3))
+        return [item async for item in stream]
+
+    *partials, denoised, latents = asyncio.run(run())
+    assert partials[::2] == [PartialDenoised(0), PartialDenoised(1), PartialDenoised(2)]
+    assert all(partial.shape == latents.shape and partial.is_contiguous() for partial in partials[1::2])
+    assert isinstance(denoised, Denoised)
+    far, near, nearest = (float((partial - latents).norm()) for partial in partials[1::2])
+    assert far > near > nearest > 0
 
 
 def test_the_summary_passes_on_what_the_encoder_said(transformer: Transformer, conditioning: Conditioning) -> None:

@@ -74,3 +74,46 @@ def test_latents_that_may_not_be_written_to_are_left_as_they_are() -> None:
 def test_the_vae_tells_how_long_it_took() -> None:
     media, _ = decode("sd15", build_request("png"))
     assert media.decode_ms > 0
+
+
+def test_a_partial_picture_is_decoded_like_a_picture() -> None:
+    vae, latents, request = (
+        Vae(build_model("sd15"), "sd15", VaeConfig()),
+        build_latents("sd15"),
+        build_request("png"),
+    )
+    partial, picture = (asyncio.run(decode(latents, request)) for decode in (vae.decode_partial, vae.decode))
+    assert partial is not None
+    assert partial.data == picture.data
+
+
+def test_pictures_go_before_partial_pictures_that_came_first() -> None:
+    vae, latents, request = (
+        Vae(build_model("sd15"), "sd15", VaeConfig()),
+        build_latents("sd15"),
+        build_request("png"),
+    )
+    done: list[str] = []
+
+    async def note(name: str, decoding: Any) -> None:
+        await decoding
+        done.append(name)
+
+    async def run() -> None:
+        running = note("running", vae.decode_partial(latents, request))
+        partials = [note("partial", vae.decode_partial(latents, request)) for _ in range(2)]
+        pictures = [note("picture", vae.decode(latents, request)) for _ in range(3)]
+        await asyncio.gather(running, *partials, *pictures)
+
+    asyncio.run(run())
+    assert done == ["running", "picture", "picture", "picture", "partial", "partial"]
+
+
+def test_partial_pictures_never_fill_the_places_of_pictures() -> None:
+    vae = Vae(build_model("sd15"), "sd15", VaeConfig(max_ongoing_requests=4))
+    latents, request = build_latents("sd15"), build_request("png")
+
+    async def run() -> list[Media | None]:
+        return await asyncio.gather(*(vae.decode_partial(latents, request) for _ in range(4)))
+
+    assert [media is None for media in asyncio.run(run())] == [False, False, True, True]

@@ -40,6 +40,12 @@ WRONG_IMAGES: list[tuple[dict[str, Any], str]] = [
     ({"quality": "hd"}, "quality"),
     ({"num_frames": 5}, "num_frames"),
     ({"colour": "red"}, "colour"),
+    ({"partial_images": 2}, "partial_images"),
+    ({"progress": True}, "progress"),
+    ({"stream": True, "partial_images": 4}, "partial_images"),
+    ({"stream": True, "partial_images": -1}, "partial_images"),
+    ({"stream": True, "size": "65x64"}, "size"),
+    ({"stream": "perhaps"}, "stream"),
 ]
 
 ENDLESS = 100_000

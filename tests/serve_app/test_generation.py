@@ -1,4 +1,5 @@
-"""What is repeated when a stage is lost. The handles play Serve's part: each call ends as its script says.
+"""What is told on the way, and what is repeated when a stage is lost. The handles play Serve's part: each call
+ends as its script says.
 
 Which error stands for which loss was seen in Ray 2.60 (`relay bench recovery`).
 """
@@ -13,12 +14,22 @@ from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 
 from deployments.engine.step_queue import ShardGroupLost
-from deployments.request import Denoised, GenerationRequest, Media, Prompt
-from serve_app import generation
+from deployments.request import (
+    NO_NEWS,
+    Denoised,
+    GenerationRequest,
+    Media,
+    PartialDenoised,
+    Progress,
+    Prompt,
+    StreamOptions,
+)
+from serve_app import losses
 from serve_app.errors import DeadlineExceeded, Overloaded, StageFailed, Unavailable
-from serve_app.generation import MAX_LOSSES, Picture, Stages, generate
+from serve_app.generation import News, Picture, Stages, generate
+from serve_app.losses import MAX_LOSSES
+from serve_app.partials import PartialImage
 
-MEDIA = Media(b"picture", "image/png", 1.0)
 REQUEST = GenerationRequest(
     prompt=Prompt("a cat", None, False),
     width=64,
@@ -64,63 +75,157 @@ class EncodeHandle(Calls):
 
 
 class DenoiseHandle(Calls):
+    """num_partials: how many partial pictures every call gives before it ends."""
+
     denoise = property(lambda self: self)
+
+    def __init__(self, *errors: Exception, num_partials: int = 0) -> None:
+        super().__init__(*errors)
+        self._num_partials = num_partials
 
     def options(self, *, stream: bool) -> "DenoiseHandle":
         assert stream
         return self
 
     def remote(self, conditioning: str, *_: Any) -> "Stream":
-        return Stream(self.start(conditioning), f"latents {len(self.arguments)}")
+        return Stream(self.start(conditioning), f"latents {len(self.arguments)}", self._num_partials)
 
 
 class Stream:
-    """An asynchronous and a synchronous iterator, as Ray's generators of references are."""
+    """An asynchronous and a synchronous iterator, as Ray's generators of references are.
 
-    def __init__(self, error: Exception | None, latents: str) -> None:
-        self._error, self._latents = error, latents
+    An error comes after the partial pictures.
+    """
+
+    def __init__(self, error: Exception | None, latents: str, num_partials: int) -> None:
+        self._error, self._num_partials = error, num_partials
+        self._latents = iter([*(f"partial {i} of {latents}" for i in range(num_partials)), latents])
 
     async def _to_object_ref_gen(self) -> "Stream":
-        if self._error is not None:
-            raise self._error
         return self
 
-    async def __aiter__(self) -> AsyncIterator["asyncio.Future[Denoised]"]:
-        reference = asyncio.get_running_loop().create_future()
-        reference.set_result(Denoised(encode_ms=1, is_cached=False, queue_ms=1, denoise_ms=1))
-        yield reference
+    async def __aiter__(self) -> AsyncIterator["asyncio.Future[Any]"]:
+        for i in range(self._num_partials):
+            yield ready(PartialDenoised(i))
+            await asyncio.sleep(0.01)  # a step
+        if self._error is not None:
+            raise self._error
+        yield ready(Denoised(encode_ms=1, is_cached=False, queue_ms=1, denoise_ms=1))
 
     def __next__(self) -> str:
-        return self._latents
+        return next(self._latents)
 
     def cancel(self) -> None:
         """Told when the call has failed."""
 
 
+def ready(item: Any) -> "asyncio.Future[Any]":
+    reference = asyncio.get_running_loop().create_future()
+    reference.set_result(item)
+    return reference
+
+
 class DecodeHandle(Calls):
     decode = property(lambda self: self)
 
-    async def remote(self, latents: str, _: GenerationRequest) -> Media:
+    def __init__(self, *errors: Exception, takes_s: float = 0.0, partials: Calls | None = None) -> None:
+        super().__init__(*errors)
+        self._takes_s, self._partials = takes_s, partials
+
+    @property
+    def decode_partial(self) -> "DecodeHandle":
+        assert isinstance(self._partials, DecodeHandle)
+        return self._partials
+
+    def remote(self, latents: str, _: GenerationRequest) -> "asyncio.Task[Media]":
+        return asyncio.create_task(self._decode(latents))
+
+    async def _decode(self, latents: str) -> Media:
+        await asyncio.sleep(self._takes_s)
         if error := self.start(latents):
             raise error
-        return MEDIA
+        return Media(latents.encode(), "image/png", 1.0)
 
 
 @pytest.fixture(autouse=True)
 def _no_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generation, "FIRST_BACKOFF_S", 0.001)
-    monkeypatch.setattr(generation, "MAX_BACKOFF_S", 0.001)
+    monkeypatch.setattr(losses, "FIRST_BACKOFF_S", 0.001)
+    monkeypatch.setattr(losses, "MAX_BACKOFF_S", 0.001)
+
+
+def news(
+    encoder: Calls,
+    transformer: Calls,
+    vae: Calls,
+    options: StreamOptions = NO_NEWS,
+    *,
+    timeout_s: float = 10,
+    heartbeat_s: float | None = None,
+) -> list[News | None]:
+    stages = Stages(encoder, transformer, vae)
+
+    async def collect() -> list[News | None]:
+        events = generate(stages, [REQUEST], options, timeout_s=timeout_s, heartbeat_s=heartbeat_s)
+        return [event and event.news async for event in events]
+
+    return asyncio.run(collect())
 
 
 def run(encoder: Calls, transformer: Calls, vae: Calls, timeout_s: float = 10) -> Picture:
-    [picture] = asyncio.run(generate(Stages(encoder, transformer, vae), [REQUEST], timeout_s=timeout_s))
+    [picture] = news(encoder, transformer, vae, timeout_s=timeout_s)
+    assert isinstance(picture, Picture)
     return picture
+
+
+def partials(transformer: Calls, decode_partial: Calls, vae_takes_s: float = 0.0) -> list[tuple[int, bytes]]:
+    """Index and data of the partial pictures that were told; after them there was a picture."""
+    vae = DecodeHandle(takes_s=vae_takes_s, partials=decode_partial)
+    *told, picture = news(EncodeHandle(), transformer, vae, StreamOptions(num_partial_images=3))
+    assert isinstance(picture, Picture)
+    assert all(isinstance(partial, PartialImage) for partial in told)
+    return [(partial.partial_image_index, partial.media.data) for partial in told]  # type: ignore[union-attr]
+
+
+def test_partial_pictures_are_told_in_order_before_the_picture() -> None:
+    transformer, decode_partial = DenoiseHandle(num_partials=3), DecodeHandle()
+    expected = [(i, f"partial {i} of latents 1".encode()) for i in range(3)]
+    assert partials(transformer, decode_partial) == expected
+
+
+def test_a_partial_picture_that_is_not_ready_with_the_picture_is_dropped() -> None:
+    transformer, decode_partial = DenoiseHandle(num_partials=3), DecodeHandle(takes_s=0.025)
+    told = partials(transformer, decode_partial)
+    assert [index for index, _ in told] == [0]
+
+
+@pytest.mark.parametrize("error", [REPLICA_DIED, AWAY, INPUT_LOST, ValueError("bad shape")])
+def test_a_partial_picture_that_fails_is_left_out(error: Exception) -> None:
+    told = partials(DenoiseHandle(num_partials=3), DecodeHandle(error))
+    assert [index for index, _ in told] == [1, 2]
+
+
+def test_no_partial_picture_is_told_twice_when_the_denoise_is_repeated() -> None:
+    told = partials(DenoiseHandle(REPLICA_DIED, REPLICA_DIED, num_partials=3), DecodeHandle())
+    assert [index for index, _ in told] == [0, 1, 2]
+
+
+def test_progress_ends_with_the_decode() -> None:
+    last, picture = news(EncodeHandle(), DenoiseHandle(), DecodeHandle(), StreamOptions(wants_progress=True))
+    assert last == Progress(4, 4, 0.0, "decode")
+    assert isinstance(picture, Picture)
+
+
+def test_silence_is_told_by_heartbeats() -> None:
+    *silence, picture = news(EncodeHandle(), DenoiseHandle(), DecodeHandle(takes_s=0.1), heartbeat_s=0.02)
+    assert 3 <= len(silence) <= 5
+    assert set(silence) == {None}
+    assert isinstance(picture, Picture)
 
 
 @pytest.mark.parametrize("error", [REPLICA_DIED, raised_in_replica(ShardGroupLost("rank 1 died"))])
 def test_a_lost_shard_group_costs_another_denoise_and_no_encode(error: Exception) -> None:
     encoder, transformer, vae = EncodeHandle(), DenoiseHandle(error, error), DecodeHandle()
-    assert run(encoder, transformer, vae).media == MEDIA
+    assert run(encoder, transformer, vae).media.data.startswith(b"latents")
     assert len(encoder.arguments) == 1
     assert transformer.arguments == ["conditioning 1"] * 3
 
@@ -128,13 +233,13 @@ def test_a_lost_shard_group_costs_another_denoise_and_no_encode(error: Exception
 @pytest.mark.parametrize("error", [INPUT_LOST, raised_in_replica(ObjectLostError("a1", None, ""))])
 def test_lost_embeddings_are_encoded_again(error: Exception) -> None:
     encoder, transformer, vae = EncodeHandle(), DenoiseHandle(error), DecodeHandle()
-    assert run(encoder, transformer, vae).media == MEDIA
+    assert run(encoder, transformer, vae).media.data.startswith(b"latents")
     assert transformer.arguments == ["conditioning 1", "conditioning 2"]
 
 
 def test_a_lost_vae_costs_another_decode_and_no_denoise() -> None:
     encoder, transformer, vae = EncodeHandle(), DenoiseHandle(), DecodeHandle(REPLICA_DIED, AWAY)
-    assert run(encoder, transformer, vae).media == MEDIA
+    assert run(encoder, transformer, vae).media.data.startswith(b"latents")
     assert vae.arguments == ["latents 1"] * 3
     assert len(transformer.arguments) == len(encoder.arguments) == 1
 
@@ -142,7 +247,7 @@ def test_a_lost_vae_costs_another_decode_and_no_denoise() -> None:
 @pytest.mark.parametrize("error", [INPUT_LOST, raised_in_replica(ObjectLostError("a1", None, ""))])
 def test_lost_latents_are_denoised_again_from_the_same_embeddings(error: Exception) -> None:
     encoder, transformer, vae = EncodeHandle(), DenoiseHandle(), DecodeHandle(error)
-    assert run(encoder, transformer, vae).media == MEDIA
+    assert run(encoder, transformer, vae).media.data.startswith(b"latents")
     assert vae.arguments == ["latents 1", "latents 2"]
     assert transformer.arguments == ["conditioning 1"] * 2
 
@@ -157,7 +262,7 @@ def test_a_request_that_may_be_what_kills_replicas_is_given_up() -> None:
 @pytest.mark.parametrize("error", [AWAY, ActorUnavailableError("no answer", None)])
 def test_an_absent_stage_is_waited_for(error: Exception) -> None:
     vae = DecodeHandle(*[error] * 5 * MAX_LOSSES)
-    assert run(EncodeHandle(), DenoiseHandle(), vae).media == MEDIA
+    assert run(EncodeHandle(), DenoiseHandle(), vae).media.data.startswith(b"latents")
 
 
 def test_waiting_ends_with_the_deadline() -> None:

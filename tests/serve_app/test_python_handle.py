@@ -10,6 +10,7 @@ from ray import serve
 from deployments.request import Progress
 from serve_app.errors import BadRequest, UnknownModel
 from serve_app.generation import Picture
+from serve_app.partials import PartialImage
 
 pytestmark = pytest.mark.slow
 
@@ -40,20 +41,34 @@ def test_a_handle_gives_n_pictures_in_the_order_of_their_seeds(handle: Any) -> N
 
 
 def test_a_stream_tells_progress_before_the_pictures(handle: Any) -> None:
-    *news, pictures = stream(handle, **FIELDS, n=2)
-    assert {index for index, _ in news} == {0, 1}
-    assert all(isinstance(progress, Progress) and progress.num_steps == 5 for _, progress in news)
+    events = list(stream(handle, **FIELDS, n=2))
     for i in range(2):
-        steps = [progress.step for index, progress in news if index == i]
-        assert steps == sorted(set(steps))
-    assert [picture.seed for picture in pictures] == [21, 22]
+        *progress, picture = [event.news for event in events if event.index == i]
+        assert all(isinstance(news, Progress) and news.num_steps == 5 for news in progress)
+        steps = [news.step for news in progress]
+        assert steps == sorted(steps)
+        assert (steps[0], steps[-1], progress[-1].phase) == (0, 5, "decode")
+        assert picture.seed == 21 + i
 
 
 def test_a_stream_ends_with_the_picture_that_generate_gives(handle: Any) -> None:
-    *_, [streamed] = stream(handle, **FIELDS)
+    *_, last = stream(handle, **FIELDS)
     [picture] = handle.generate.remote(**FIELDS).result()
-    assert isinstance(streamed, Picture)
-    assert streamed.media.data == picture.media.data
+    assert isinstance(last.news, Picture)
+    assert last.news.media.data == picture.media.data
+
+
+def test_a_stream_gives_partial_pictures_when_asked(handle: Any) -> None:
+    events = stream(handle, **FIELDS | {"num_inference_steps": 12}, partial_images=2, progress=False)
+    *partials, picture = [event.news for event in events]
+    assert isinstance(picture, Picture)
+    assert [(type(news), news.partial_image_index) for news in partials] == [(PartialImage, 0), (PartialImage, 1)]
+
+
+def test_a_videos_stream_tells_progress(wan_app: Any) -> None:
+    *progress, last = stream(wan_app.handle, prompt="waves", seed=3, num_frames=5)
+    assert isinstance(last.news, Picture)
+    assert [event.news.step for event in progress][-1] == 4
 
 
 def test_a_video_models_handle_gives_one_mp4(wan_app: Any) -> None:

@@ -1,0 +1,47 @@
+"""Partial pictures: what a request that is under way is heading for."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+OnPartial = Callable[[int, torch.Tensor], None]
+"""(partial_image_index, latents as the pipeline would return them, on the CPU)"""
+
+
+class PartialLatents:
+    """Gives a few of one request's latents away while its loop runs."""
+
+    def __init__(self, num_partial_images: int, on_partial: OnPartial) -> None:
+        self._num_partial_images, self._on_partial = num_partial_images, on_partial
+        self._before: torch.Tensor | None = None
+
+    def after_step(self, pipe: Any, index: int, latents: torch.Tensor) -> None:
+        """Called after timestep `index` of `pipe.num_timesteps`, with the latents after it."""
+        steps = plan_partial_steps(pipe.num_timesteps, self._num_partial_images)
+        if index + 1 in steps:
+            assert self._before is not None
+            clean = predict_clean(pipe.scheduler, self._before, latents)
+            self._on_partial(steps.index(index + 1), clean.cpu().contiguous())
+        self._before = latents if index + 2 in steps else None
+
+
+def plan_partial_steps(num_steps: int, num_partial_images: int) -> list[int]:
+    """After how many steps a partial picture is due: evenly spaced, not after the first or the last."""
+    wanted = range(1, num_partial_images + 1)
+    return sorted({1 + (num_steps - 1) * i // (num_partial_images + 1) for i in wanted} - {1})
+
+
+def predict_clean(scheduler: Any, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """The predicted clean latents of a flow model, from those before and after its latest step; else `after`.
+
+    An Euler step goes from x to x' along v = (x' - x) / (sigma' - sigma), whatever guidance made of v, and the
+    straight line ends at x' - sigma' v. Formula: `FlowMatchEulerDiscreteScheduler.step`.
+    """
+    if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or scheduler.config.stochastic_sampling:
+        return after
+    sigma, next_sigma = scheduler.sigmas[scheduler.step_index - 1], scheduler.sigmas[scheduler.step_index]
+    velocity = (after.float() - before.float()) / (next_sigma - sigma)
+    clean: torch.Tensor = after.float() - next_sigma * velocity
+    return clean.to(after.dtype)

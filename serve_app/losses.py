@@ -1,0 +1,101 @@
+"""What is done about a stage that is lost: the same call again, until it is answered or the deadline is over.
+
+Serve does not repeat a request it has accepted, so this does: the request is seeded, hence idempotent.
+"""
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
+from typing import TypeVar
+
+from ray.exceptions import (
+    ActorUnavailableError,
+    ObjectLostError,
+    RayActorError,
+    RayError,
+    RaySystemError,
+    RayTaskError,
+)
+from ray.serve.exceptions import (
+    BackPressureError,
+    DeploymentUnavailableError,
+    RayServeException,
+    ReplicaUnavailableError,
+)
+
+from deployments.engine.step_queue import ShardGroupLost
+from serve_app.errors import Overloaded, StageFailed, Unavailable
+
+log = logging.getLogger("ray.serve")
+
+MAX_LOSSES = 6
+"""A request that has lost so many replicas may be what kills them."""
+FIRST_BACKOFF_S = 0.2
+MAX_BACKOFF_S = 2.0
+
+AWAY = (DeploymentUnavailableError, ReplicaUnavailableError, ActorUnavailableError)
+"""Nobody took the call; a replacement may still be loading, so this is repeated up to the deadline."""
+INPUT_LOST = (RayTaskError, RayServeException, ObjectLostError)
+"""Where these tell of a loss, the replica itself lives: a replica that died cannot raise. What it was given is
+gone, by the death of the stage before or of the node that kept it."""
+LOST = (RayActorError, RayServeException, ObjectLostError, RaySystemError, ShardGroupLost)
+"""A process or an object is gone: the same call, made again, will be served by another replica."""
+
+Answer = TypeVar("Answer")
+
+
+class StageLost(Exception):
+    """A stage, or what it was given, is gone. Clients never see it."""
+
+    def __init__(self, stage: str, cause: BaseException, *, was_served: bool) -> None:
+        super().__init__(stage, cause, was_served)
+        self.was_served = was_served
+
+    def __str__(self) -> str:
+        stage, cause, _ = self.args
+        return f"the {stage} stage was lost ({_first_line(cause)})"
+
+
+@contextmanager
+def naming(stage: str, *, if_input_lost: Callable[[], None]) -> Iterator[None]:
+    """A call of the stage: its errors as clients may see them, its loss as StageLost."""
+    try:
+        yield
+    except BackPressureError as error:
+        raise Overloaded(f"the {stage} stage's queue is full: {error}") from error
+    except AWAY as error:
+        raise StageLost(stage, error, was_served=False) from error
+    except LOST as error:
+        if isinstance(error, INPUT_LOST) and not isinstance(error, ShardGroupLost):
+            if_input_lost()
+        raise StageLost(stage, error, was_served=True) from error
+    except RayError as error:
+        raise StageFailed(f"the {stage} stage failed: {_last_line(error)}") from error
+
+
+async def repeat_when_lost(call: Callable[[], Awaitable[Answer]]) -> Answer:
+    """Call until it is answered, or the caller's deadline ends it."""
+    num_lost, backoff_s = 0, FIRST_BACKOFF_S
+    for attempt in count(2):
+        try:
+            return await call()
+        except StageLost as loss:
+            num_lost += loss.was_served
+            if num_lost == MAX_LOSSES:
+                raise Unavailable(f"{loss}, {num_lost} times in all") from loss
+            log.warning("%s; attempt %d follows", loss, attempt)
+        await asyncio.sleep(backoff_s * random.uniform(0.5, 1.5))
+        backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
+    raise AssertionError("unreachable")
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def _last_line(error: BaseException) -> str:
+    """A Ray task error carries the remote traceback; its last line names the cause."""
+    return str(error).strip().rpartition("\n")[2]
