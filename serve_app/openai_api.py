@@ -6,6 +6,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from deployments.request import StreamOptions
 
+MAX_N = 10
+"""Pictures of one request, as OpenAI allows."""
+
 
 class GenerationBody(BaseModel):
     """What pictures and videos have in common."""
@@ -35,7 +38,7 @@ class GenerationBody(BaseModel):
 class ImageBody(GenerationBody):
     """`POST /v1/images/generations`."""
 
-    n: int = Field(1, ge=1, le=10, description="pictures; the i-th uses seed + i")
+    n: int = Field(1, ge=1, le=MAX_N, description="pictures; the i-th uses seed + i")
     response_format: Literal["b64_json"] = "b64_json"
     output_format: Literal["png", "jpeg", "webp"] = "png"
     output_compression: int = Field(
@@ -143,13 +146,43 @@ class CompletedEvent(MediaEvent):
     timings_ms: TimingsMs
 
 
+class ModelDefaults(BaseModel):
+    """What a request that leaves a field out gets; null: this model takes no such field."""
+
+    size: str
+    num_inference_steps: int
+    guidance_scale: float | None
+    true_cfg_scale: float | None
+    num_frames: int | None
+    fps: int | None
+
+
+class ModelLimits(BaseModel):
+    """What a request may ask for."""
+
+    size_multiple: int = Field(description="width and height must be multiples of this")
+    max_pixels: int = Field(description="width times height")
+    max_num_inference_steps: int
+    max_prompt_characters: int
+    max_n: int = MAX_N
+    frame_stride: int = Field(description="num_frames must be 1 more than a multiple of this")
+    max_num_frames: int
+
+
 class ModelCard(BaseModel):
+    """One served model. What follows `owned_by` is beyond OpenAI."""
+
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "latent-relay"
     family: str
     media: Literal["image", "video"]
+    guidance: Literal["guidance_scale", "true_cfg_scale"] = Field(
+        description="the field that must be above 1 for a negative prompt to count"
+    )
+    defaults: ModelDefaults
+    limits: ModelLimits
 
 
 class ModelList(BaseModel):

@@ -12,7 +12,7 @@ from deployments.request import NO_NEWS, GenerationRequest, StreamOptions
 from serve_app.config import LimitsConfig
 from serve_app.errors import Overloaded, Unavailable
 from serve_app.generation import Event, Picture, Stages, generate
-from serve_app.openai_api import ModelCard
+from serve_app.openai_api import ModelCard, ModelDefaults, ModelLimits
 from serve_app.validation import Validator
 
 PING_TIMEOUT_S = 2.0
@@ -68,8 +68,32 @@ class Relay:
             self._num_requests -= 1
 
     def model(self) -> ModelCard:
-        family = self.validator.family
-        return ModelCard(id=self._model.name, created=self._created, family=family.name, media=family.media)
+        """What clients may want to know before they ask for a picture."""
+        family, own, limits = self.validator.family, self.validator.defaults, self._limits
+        is_video = family.media == "video"
+        return ModelCard(
+            id=self._model.name,
+            created=self._created,
+            family=family.name,
+            media=family.media,
+            guidance=family.guidance,
+            defaults=ModelDefaults(
+                size=f"{own.width}x{own.height}",
+                num_inference_steps=own.num_inference_steps,
+                guidance_scale=own.guidance_scale,
+                true_cfg_scale=own.true_cfg_scale,
+                num_frames=own.num_frames if is_video else None,
+                fps=own.fps if is_video else None,
+            ),
+            limits=ModelLimits(
+                size_multiple=family.size_multiple,
+                max_pixels=limits.max_pixels,
+                max_num_inference_steps=limits.max_num_inference_steps,
+                max_prompt_characters=limits.max_prompt_characters,
+                frame_stride=family.frame_stride,
+                max_num_frames=limits.max_num_frames,
+            ),
+        )
 
     async def health(self) -> dict[str, str]:
         """Per stage "ok", or why it cannot serve now. Asks the stages: Serve says RUNNING too early."""

@@ -27,7 +27,7 @@ class Validator:
     def __init__(self, model: ModelConfig, family: str, limits: LimitsConfig) -> None:
         self._model, self._limits = model, limits
         self.family: Family = FAMILIES[family]
-        self._defaults = _defaults(model, self.family.defaults)
+        self.defaults = _defaults(model, self.family.defaults)
 
     def requests(self, fields: Mapping[str, Any]) -> list[GenerationRequest]:
         """The fields of an image's or a video's body, whichever this model makes."""
@@ -58,9 +58,9 @@ class Validator:
 
     def video(self, body: VideoBody) -> GenerationRequest:
         self._check_media("video")
-        fps = body.fps or self._defaults.fps
+        fps = body.fps or self.defaults.fps
         param = "seconds" if body.num_frames is None and body.seconds is not None else "num_frames"
-        num_frames = body.num_frames or self._defaults.num_frames
+        num_frames = body.num_frames or self.defaults.num_frames
         if param == "seconds":
             assert body.seconds is not None
             stride = self.family.frame_stride
@@ -109,7 +109,7 @@ class Validator:
             "true_cfg_scale": true_cfg_scale,
             "seed": secrets.randbelow(2**31) if body.seed is None else body.seed,
             "output_compression": 100,
-            "fps": self._defaults.fps,
+            "fps": self.defaults.fps,
         } | own
 
     def _check_prompt(self, text: str) -> None:
@@ -124,7 +124,7 @@ class Validator:
 
     def _size(self, size: str) -> tuple[int, int]:
         if size == "auto":
-            return self._defaults.width, self._defaults.height
+            return self.defaults.width, self.defaults.height
         match = SIZE.fullmatch(size)
         if match is None:
             raise BadRequest(f'size must be "WIDTHxHEIGHT" or "auto", got {size!r}', "size")
@@ -145,13 +145,13 @@ class Validator:
             raise BadRequest(
                 f"num_inference_steps must be between 1 and {limit}, got {steps}", "num_inference_steps"
             )
-        return steps or self._defaults.num_inference_steps
+        return steps or self.defaults.num_inference_steps
 
     def _guidance(self, body: GenerationBody) -> tuple[float | None, float | None]:
         """(guidance_scale, true_cfg_scale); a field that this family does not know is refused."""
         scales = []
         for param in ("guidance_scale", "true_cfg_scale"):
-            asked, default = getattr(body, param), getattr(self._defaults, param)
+            asked, default = getattr(body, param), getattr(self.defaults, param)
             if asked is not None and default is None:
                 raise BadRequest(f"{param} means nothing to {self.family.name}; use {self.family.guidance}", param)
             scales.append(default if asked is None else asked)
