@@ -27,6 +27,7 @@ from serve_app.openai_api import (
     TimingsMs,
     VideoBody,
 )
+from serve_app.page import add_page
 from serve_app.relay import Relay
 from serve_app.sse import HEARTBEAT_S, answer_with_events
 from serve_app.validation import bad_request, parse_body
@@ -126,6 +127,7 @@ def build_api(relay: Relay) -> FastAPI:
     async def status() -> dict[str, Any]:
         return await relay.status()
 
+    add_page(api)
     _drop_422(api)
     _describe_events(api)
     return api
