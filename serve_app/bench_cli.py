@@ -63,5 +63,18 @@ def recovery(json_file: JsonFile = None, quick: Quick = False) -> None:
     )
 
 
+@bench.command()
+def streaming(
+    config: Annotated[Path, typer.Option(help="Serve YAML to measure")] = Path("configs/quickstart.yaml"),
+    port: Annotated[int, typer.Option(help="free port to serve on")] = 8765,
+    steps: Annotated[int | None, typer.Option(help="denoising steps; the model's default")] = None,
+    json_file: JsonFile = None,
+    quick: Quick = False,
+) -> None:
+    """What partial pictures and progress cost a lone request."""
+    num_requests = 5 if quick else 30
+    _run("streaming", config, port=port, num_steps=steps, num_requests=num_requests, json_file=json_file)
+
+
 def _run(name: str, *args: Any, **kwargs: Any) -> None:
     importlib.import_module(f"serve_app.bench.{name}").run(*args, **kwargs)

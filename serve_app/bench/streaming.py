@@ -1,0 +1,68 @@
+"""What it costs a lone request to be watched: partial pictures and progress, over the plain answer.
+
+All over HTTP on one served app and in turn, so that a drifting machine is fair to all; every request is read to
+its last byte.
+"""
+
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+from rich.progress import track
+
+from serve_app.bench.latency import serving
+from serve_app.bench.report import Row, report
+
+DESIGNS: dict[str, dict[str, Any]] = {
+    "plain answer": {},
+    "stream": {"stream": True},
+    "progress": {"stream": True, "progress": True},
+    "3 partial images": {"stream": True, "partial_images": 3},
+    "both": {"stream": True, "progress": True, "partial_images": 3},
+}
+
+
+def run(config_file: Path, *, port: int, num_steps: int | None, num_requests: int, json_file: Path | None) -> None:
+    """num_steps: None for the model's default.
+
+    Rows of `design`, `partials` (that came, on average), `p50_s` and `ratio` (the median of the ratios to the
+    plain answer, request by request).
+    """
+    times: dict[str, list[float]] = {design: [] for design in DESIGNS}
+    partials: dict[str, list[int]] = {design: [] for design in DESIGNS}
+    body = {"prompt": "a red circle"} | ({} if num_steps is None else {"num_inference_steps": num_steps})
+    url = f"http://127.0.0.1:{port}"
+    with serving(config_file, port), httpx.Client(base_url=url, timeout=600) as client:
+        for i in track(range(-2, num_requests), description="requests"):
+            for design, wishes in DESIGNS.items():
+                start = time.perf_counter()
+                num_partials = _ask(client, body | wishes | {"seed": 1000 + i})
+                if i >= 0:
+                    times[design].append(time.perf_counter() - start)
+                    partials[design].append(num_partials)
+    baseline = times["plain answer"]
+    rows: list[Row] = [
+        {
+            "design": design,
+            "partials": statistics.mean(partials[design]),
+            "p50_s": statistics.median(of),
+            "ratio": statistics.median(a / b for a, b in zip(of, baseline, strict=True)),
+        }
+        for design, of in times.items()
+    ]
+    report(f"a lone request that is watched, {config_file.stem}", rows, json_file)
+
+
+def _ask(client: httpx.Client, body: dict[str, Any]) -> int:
+    """How many partial pictures came before the picture."""
+    with client.stream("POST", "/v1/images/generations", json=body) as answer:
+        answer.raise_for_status()
+        if not body.get("stream"):
+            assert json.loads(answer.read())["data"]
+            return 0
+        names = [line.removeprefix("event: ") for line in answer.iter_lines() if line.startswith("event: ")]
+    assert names[-1] == "image_generation.completed", names[-1]
+    return names.count("image_generation.partial_image")
