@@ -30,7 +30,7 @@ _OTHER_SHARE = 0.2
 _TEXT_LENGTHS = (MAX_SEQUENCE_LENGTH, MAX_SEQUENCE_LENGTH, 64, 128, 512)
 _EMPTY_SHARE = 0.03
 """Of the prompts that say nothing, so that guidance over an empty negative prompt works."""
-_TIME_MEAN, _TIME_STD = 0.3, 1.2
+_TIME_MEAN, _TIME_STD = 0.8, 1.2
 """Of the logit-normal timesteps (arXiv 2403.03206), a little towards noise, where the layout is decided."""
 _WARMUP = 150
 _EMA_DECAY = 0.999

@@ -23,10 +23,10 @@ class Plan:
     num_other_scenes: int = 300
     """And at each other size."""
     other_sizes: tuple[Size, ...] = ((160, 96), (96, 160), (96, 96), (192, 192), (256, 256))
-    num_flow_steps: int = 4500
+    num_flow_steps: int = 3400
     tokens_per_step: int = 24 * 96
     """Text and image tokens of one batch, whatever the size: 24 pictures of 128 x 128 with 32 text tokens."""
-    flow_lr: float = 1e-3
+    flow_lr: float = 1.6e-3
     num_sheets: int = 12
     """Sample sheets per phase."""
     num_sheet_prompts: int = 16

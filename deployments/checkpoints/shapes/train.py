@@ -1,9 +1,10 @@
 """`relay train-shapes`: both phases, resumable, with sample sheets on the way and a checkpoint at the end.
 
-OUT_DIR/training.pt     where it stands: written every minute, by rename
-OUT_DIR/latents.safetensors
-OUT_DIR/sheets/         pictures on the way: reconstructions, then unseen prompts below their true pictures
-OUT_DIR/shapes/         the checkpoint; a rename makes it, so it is complete
+OUT_DIR/training.pt           where it stands: written every minute, by rename
+OUT_DIR/latents.safetensors   the scenes that the transformer learns from
+OUT_DIR/sheets/               pictures on the way, below the true ones: reconstructions, then unseen prompts
+OUT_DIR/shapes/               the checkpoint; a rename makes it, so it is complete
+OUT_DIR/shapes.png            some prompts, and what the stored checkpoint draws
 """
 
 import os
@@ -14,14 +15,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import FluxPipeline
-from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from deployments.checkpoints.shapes.autoencoder import AutoencoderTraining, State
 from deployments.checkpoints.shapes.flow import FlowTraining
 from deployments.checkpoints.shapes.plan import EMBEDDED_PLAN, Plan
-from deployments.checkpoints.shapes.scene import Pixels
+from deployments.checkpoints.shapes.sheet import write_contact_sheet, write_sheet
 
 Phase = AutoencoderTraining | FlowTraining
 _STATE_FILE = "training.pt"
@@ -30,7 +30,8 @@ _STATE_FILE = "training.pt"
 def train_shapes(out_dir: Path, plan: Plan = EMBEDDED_PLAN, console: Console | None = None) -> Path:
     """Trains the `shapes` checkpoint and returns its folder, `out_dir/shapes`; goes on where it was left.
 
-    The same plan on the same machine and number of threads gives the same weights, interrupted or not.
+    The same plan on the same machine and number of threads gives the same weights but for rounding, interrupted
+    or not.
 
     Raises:
         FileExistsError: the checkpoint is there already, or `out_dir` holds a training of another plan.
@@ -49,6 +50,7 @@ def train_shapes(out_dir: Path, plan: Plan = EMBEDDED_PLAN, console: Console | N
         flow = FlowTraining(plan, autoencoder.vae, out_dir / "latents.safetensors")
         run.train("flow", flow)
     _write_checkpoint(flow.pipeline(), checkpoint)
+    write_contact_sheet(checkpoint, out_dir / "shapes.png")
     return checkpoint
 
 
@@ -98,11 +100,6 @@ class _Run:
         write_sheet(rows, file)
         off = np.abs(truth - drawn).mean()
         self._console.print(f"{name} {step}: loss {loss:.4f}, {off:.2f} of 255 off the truth; {file}")
-
-
-def write_sheet(rows: list[list[Pixels]], file: Path) -> None:
-    """Pictures of one size in rows, as one picture."""
-    Image.fromarray(np.concatenate([np.concatenate(row, axis=1) for row in rows])).save(file)
 
 
 def _write_checkpoint(pipeline: FluxPipeline, folder: Path) -> None:

@@ -1,0 +1,58 @@
+"""Pictures in rows, as one picture: with and without the prompts they were drawn for."""
+
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import FluxPipeline
+from PIL import Image, ImageDraw, ImageFont
+
+from deployments.checkpoints.shapes.plan import BASE_SIZE
+from deployments.checkpoints.shapes.scene import Pixels
+from deployments.checkpoints.shapes.text import MAX_SEQUENCE_LENGTH
+
+NUM_STEPS = 8
+"""Denoising steps; more change little."""
+CONTACT_PROMPTS = (
+    "a red circle on the left, on a white background",
+    "draw a small blue triangle at the top, gray background",
+    "a yellow square and nothing else, on cyan",
+    "left: a purple circle; right: a small green square; background: pink",
+    "an orange triangle at the bottom and a black circle at the top",
+    "on the right a small red square, in the middle a tiny black triangle, on pink",
+    "please paint a big green circle in the middle, the background is gray",
+    "top: a little orange square; left: a little blue circle; cyan background",
+)
+_COLUMNS = 4
+_CAPTION_HEIGHT = 44
+_GAP = 8
+
+
+def write_sheet(rows: list[list[Pixels]], file: Path) -> None:
+    """Pictures of one size, side by side."""
+    Image.fromarray(np.concatenate([np.concatenate(row, axis=1) for row in rows])).save(file)
+
+
+def write_contact_sheet(checkpoint: Path, file: Path) -> None:
+    """What the stored checkpoint draws for `CONTACT_PROMPTS`, with seeds 0, 1, 2, …, each above its prompt."""
+    width, height = BASE_SIZE
+    pipeline = FluxPipeline.from_pretrained(checkpoint)
+    pipeline.set_progress_bar_config(disable=True)
+    pictures = pipeline(
+        list(CONTACT_PROMPTS),
+        width=width,
+        height=height,
+        num_inference_steps=NUM_STEPS,
+        max_sequence_length=MAX_SEQUENCE_LENGTH,
+        generator=[torch.Generator().manual_seed(seed) for seed in range(len(CONTACT_PROMPTS))],
+    ).images
+    cell = (width + _GAP, height + _CAPTION_HEIGHT)
+    num_rows = -(-len(pictures) // _COLUMNS)
+    sheet = Image.new("RGB", (_COLUMNS * cell[0] + _GAP, num_rows * cell[1] + _GAP), (225, 225, 225))
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
+    for index, (picture, prompt) in enumerate(zip(pictures, CONTACT_PROMPTS, strict=True)):
+        x, y = _GAP + index % _COLUMNS * cell[0], _GAP + index // _COLUMNS * cell[1]
+        sheet.paste(picture, (x, y))
+        draw.text((x, y + height + 3), textwrap.fill(prompt, 27), fill=(30, 30, 30), font=font, spacing=1)
+    sheet.save(file, optimize=True)
