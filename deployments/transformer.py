@@ -82,7 +82,7 @@ class Transformer:
             if options.wants_progress and now - times["reported"] >= PROGRESS_PERIOD_S:
                 times["reported"] = now
                 num_steps = request.num_inference_steps
-                eta_s = (now - times["started"]) / step * (num_steps - step) if step else None
+                eta_s = round((now - times["started"]) / step * (num_steps - step), 3) if step else None
                 tell(Progress(step, num_steps, eta_s))
 
         def on_partial(index: int, latents: Any) -> None:
