@@ -1,4 +1,7 @@
-"""Which techniques do not combine, why, and what to use instead. Found by trying every pair."""
+"""Which techniques do not combine, why, and what to use instead. Found by trying every pair on the CPU.
+
+Some pairs run there and are refused all the same: where all devices are one, what a hook moves stays where it was.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -24,6 +27,10 @@ ASKED: dict[str, Callable[[Any], bool]] = {
     "offload": lambda c: c.offload is not None,
     "offload: sequential or disk": lambda c: c.offload is not None and c.offload.kind in {"sequential", "disk"},
     "offload: sequential, group or disk": lambda c: c.offload is not None and c.offload.kind != "model",
+    "offload: group with folder": lambda c: (
+        c.offload is not None and c.offload.kind == "group" and c.offload.folder
+    ),
+    "channels_last": lambda c: c.channels_last,
     "vram_limit_gib": lambda c: c.vram_limit_gib is not None,
     "compile": lambda c: c.compile is not None,
     "compile.fullgraph": lambda c: c.compile is not None and c.compile.fullgraph,
@@ -53,6 +60,11 @@ CONFLICTS: tuple[Conflict, ...] = (
         "quantization",
         "vram_limit_gib",
         "bitsandbytes' weights do not move one by one: use offload: group or model",
+    ),
+    Conflict(
+        "channels_last",
+        "offload: group with folder",
+        "files keep rows in their plain order: leave out channels_last, or the folder",
     ),
     Conflict("offload", "vram_limit_gib", "each moves the same weights: leave out one of them"),
     Conflict("offload", "device_map", "device_map offloads by max_memory: leave out offload"),

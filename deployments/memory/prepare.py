@@ -98,19 +98,18 @@ class Keeper:
             self._applied.append("channels_last")
 
     def _cast(self, config: LayerwiseCastingConfig) -> None:
+        dtypes = {
+            "storage_dtype": getattr(torch, config.storage_dtype),
+            "compute_dtype": resolve_dtype(self._config.dtype),
+        }
         for model in self._models.values():
-            patterns = config.skip_patterns
-            if patterns is None:
-                patterns = (
-                    *(getattr(model, "_skip_layerwise_casting_patterns", None) or DEFAULT_SKIP_MODULES_PATTERN),
-                    T5_OUTPUT,
-                )
-            apply_layerwise_casting(
-                model,
-                storage_dtype=getattr(torch, config.storage_dtype),
-                compute_dtype=resolve_dtype(self._config.dtype),
-                skip_modules_pattern=patterns,
-            )
+            if config.skip_patterns is not None:
+                apply_layerwise_casting(model, skip_modules_pattern=config.skip_patterns, **dtypes)
+            elif isinstance(model, ModelMixin):
+                model.enable_layerwise_casting(**dtypes)
+            else:
+                patterns = (*DEFAULT_SKIP_MODULES_PATTERN, T5_OUTPUT)
+                apply_layerwise_casting(model, skip_modules_pattern=patterns, **dtypes)
         self._applied.append(f"layerwise_casting: {config.storage_dtype}")
 
     def _place(self) -> None:
@@ -238,14 +237,15 @@ def _set_attention_backend(name: str, model: Any, backend: str) -> None:
         )
 
 
-def _set_channels_last(name: str, model: Any) -> None:
-    kinds = {type(module) for module in model.modules()}
-    if any(issubclass(kind, nn.Conv3d) for kind in kinds):
-        model.to(memory_format=torch.channels_last_3d)
-    elif any(issubclass(kind, nn.Conv2d) for kind in kinds):
-        model.to(memory_format=torch.channels_last)
-    else:
+def _set_channels_last(name: str, model: nn.Module) -> None:
+    formats = {nn.Conv2d: torch.channels_last, nn.Conv3d: torch.channels_last_3d}
+    found = [
+        (module, to) for kind, to in formats.items() for module in model.modules() if isinstance(module, kind)
+    ]
+    if not found:
         raise ValueError(f"channels_last is for convolutions, and {name} ({type(model).__name__}) has none")
+    for convolution, memory_format in found:
+        convolution.weight.data = convolution.weight.data.contiguous(memory_format=memory_format)
 
 
 def _folder(model: nn.Module, parent: str | None) -> str:

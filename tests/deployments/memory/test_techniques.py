@@ -1,0 +1,362 @@
+"""Every technique and every allowed pair draws what plain diffusers draws with the same technique."""
+
+from collections.abc import Iterator
+from functools import cache
+from itertools import combinations
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+from deployments.checkpoints.source import fetch_checkpoint
+from deployments.config import EncoderConfig, ModelConfig, TransformerConfig, VaeConfig
+from deployments.families import FAMILIES
+from deployments.memory.conflicts import find_conflict
+from deployments.request import GenerationRequest, Prompt
+from deployments.stages import load_stage
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quantize_on_cpu", "fresh_torch")]
+
+TECHNIQUES: dict[str, dict[str, Any]] = {
+    "nf4": {"quantization": "nf4"},
+    "int8": {"quantization": "int8"},
+    "fp8": {"layerwise_casting": True},
+    "model": {"offload": "model"},
+    "sequential": {"offload": "sequential"},
+    "leaves": {"offload": "group"},
+    "blocks": {"offload": {"kind": "group", "level": "block"}},
+    "files": {"offload": {"kind": "group", "folder": "/tmp"}},
+    "disk": {"offload": "disk"},
+    "compile": {"compile": {"backend": "eager"}},
+    "fullgraph": {"compile": {"backend": "eager", "fullgraph": True}},
+    "compile model": {"compile": {"scope": "model", "backend": "eager"}},
+    "trace": {"trace": True},
+    "channels_last": {"channels_last": True},
+    "math": {"attention_backend": "_native_math"},
+}
+EXACT = {
+    "model",
+    "sequential",
+    "leaves",
+    "blocks",
+    "files",
+    "disk",
+    "compile",
+    "fullgraph",
+    "compile model",
+    "trace",
+}
+TOLERANCE = 5e-5
+"""Where another kernel adds up in another order: attention backends, channels_last. Latents reach 3."""
+PROMPT = "a red cat"
+NUM_STEPS = 2
+
+
+@pytest.fixture
+def fresh_torch() -> Iterator[None]:
+    """Compiled graphs and the attention backend are the process's own, not the model's."""
+    torch._dynamo.reset()
+    _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)
+    yield
+    _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)
+
+
+def draw(family: str, **settings: Any) -> torch.Tensor:
+    """Latents of the denoise stage."""
+    request, model = build_request(family), ModelConfig(name="tiny", checkpoint=f"tiny://{family}")
+    stage = load_stage("denoise", model, family, TransformerConfig(**settings))
+    stage.connect(None, pytest.fail)
+    try:
+        latents: torch.Tensor = stage.denoise(stage.join(), embeds(family), request, on_step=lambda *_: None)
+    finally:
+        stage.close()
+    return latents
+
+
+@cache
+def embeds(family: str) -> Any:
+    model = ModelConfig(name="tiny", checkpoint=f"tiny://{family}")
+    return load_stage("encode", model, family, build_encoder_config(family)).encode(build_request(family).prompt)
+
+
+def build_encoder_config(family: str, **settings: Any) -> EncoderConfig:
+    tokens = 64 if FAMILIES[family].max_sequence_length else None
+    return EncoderConfig(max_sequence_length=tokens, **settings)
+
+
+def build_request(family: str) -> GenerationRequest:
+    of = FAMILIES[family]
+    return GenerationRequest(
+        Prompt(PROMPT, None, is_guided=False),
+        width=64,
+        height=64,
+        num_frames=5 if of.media == "video" else 1,
+        num_inference_steps=NUM_STEPS,
+        guidance_scale=3.5 if of.guidance == "true_cfg_scale" else 1.0,
+        true_cfg_scale=1.0 if of.guidance == "true_cfg_scale" else None,
+        seed=7,
+        output_format="png",
+        output_compression=100,
+        fps=16,
+    )
+
+
+@cache
+def plain_latents(family: str, technique: str | None) -> torch.Tensor:
+    """By diffusers' own pipeline, with its own switch for the technique; None: without any."""
+    folder, name = fetch_checkpoint(f"tiny://{family}", ()), FAMILIES[family].denoiser
+    kind: Any = getattr(diffusers, DiffusionPipeline.load_config(folder)[name][1])
+    quantization = {
+        "nf4": lambda: diffusers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+        ),
+        "int8": lambda: diffusers.BitsAndBytesConfig(load_in_8bit=True),
+    }.get(technique or "", lambda: None)()
+    denoiser = kind.from_pretrained(folder, subfolder=name, dtype=torch.float32, quantization_config=quantization)
+    if technique == "fp8":
+        denoiser.enable_layerwise_casting(torch.float8_e4m3fn, compute_dtype=torch.float32)
+    pipe: Any = DiffusionPipeline.from_pretrained(folder)
+    setattr(pipe, name, denoiser)
+    pipe.set_progress_bar_config(disable=True)
+    request = build_request(family)
+    settings = {"true_cfg_scale": request.true_cfg_scale} if request.true_cfg_scale is not None else {}
+    if FAMILIES[family].media == "video":
+        settings["num_frames"] = 5
+    if FAMILIES[family].max_sequence_length is not None:
+        settings["max_sequence_length"] = 64
+    latents: torch.Tensor = pipe(
+        PROMPT,
+        width=64,
+        height=64,
+        num_inference_steps=NUM_STEPS,
+        guidance_scale=request.guidance_scale,
+        generator=torch.Generator("cpu").manual_seed(7),
+        output_type="latent",
+        return_dict=False,
+        **settings,
+    )[0]
+    return latents
+
+
+def expected(family: str, techniques: tuple[str, ...]) -> torch.Tensor:
+    """What changes the weights decides, and nothing else."""
+    return plain_latents(family, next((name for name in techniques if name in {"nf4", "int8", "fp8"}), None))
+
+
+def suits(family: str, technique: str) -> bool:
+    if technique == "math":
+        return FAMILIES[family].denoiser == "transformer" and family != "sd3"
+    return technique not in {"trace", "channels_last"} or FAMILIES[family].denoiser == "unet"
+
+
+def singles(*families: str) -> list[Any]:
+    return [(family, (name,)) for family in families for name in TECHNIQUES if suits(family, name)]
+
+
+def pairs(family: str, *of: str) -> list[Any]:
+    """Every allowed pair with one of these in it."""
+    return [
+        (family, names)
+        for names in combinations(TECHNIQUES, 2)
+        if set(names) & set(of)
+        and all(suits(family, name) for name in names)
+        and is_allowed(names)
+        and not {"compile", "fullgraph", "compile model"} & set(names)  # graphs through hooks: minutes
+    ]
+
+
+def is_allowed(names: tuple[str, ...]) -> bool:
+    keys = [key for name in names for key in TECHNIQUES[name]]
+    if len(keys) != len(set(keys)):
+        return False  # two values of one key
+    settings = {key: value for name in names for key, value in TECHNIQUES[name].items()}
+    try:
+        return find_conflict(TransformerConfig(**settings)) is None
+    except ValueError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [
+        *singles("flux", "sdxl", "qwen-image", "wan"),
+        *pairs("flux", "math"),
+        *pairs("sdxl", "trace", "channels_last"),
+        *pairs("flux", "nf4", "int8", "fp8"),
+        ("flux", ("nf4", "fullgraph")),
+        ("flux", ("leaves", "compile")),
+    ],
+    ids=str,
+)
+def test_the_denoiser_draws_what_diffusers_draws_with_the_same_techniques(
+    family: str, names: tuple[str, ...]
+) -> None:
+    settings = {key: value for name in names for key, value in TECHNIQUES[name].items()}
+    latents = draw(family, **settings)
+    if set(names) <= EXACT | {"nf4", "int8", "fp8"}:
+        assert torch.equal(latents, expected(family, names))
+    elif "int8" in names:  # whose rounding turns the last bit of an activation into a step of 8-bit weights
+        assert (latents - expected(family, names)).abs().max() < 0.2
+    else:
+        torch.testing.assert_close(latents, expected(family, names), atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("technique", ["nf4", "int8", "fp8"])
+def test_what_changes_the_weights_changes_the_picture(technique: str) -> None:
+    """Or the tests above could not tell one from the other."""
+    difference = (plain_latents("flux", technique) - plain_latents("flux", None)).abs().max()
+    assert difference > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("settings", "ratio"),
+    [({"quantization": "nf4"}, 0.25), ({"quantization": "int8"}, 0.4), ({"layerwise_casting": True}, 0.5)],
+)
+def test_it_saves_memory(settings: dict[str, Any], ratio: float) -> None:
+    """Bytes held, as status tells them, over those of float32."""
+    model = ModelConfig(name="tiny", checkpoint="tiny://flux")
+    held = []
+    for config in (TransformerConfig(**settings), TransformerConfig()):
+        stage = load_stage("denoise", model, "flux", config)
+        held.append(sum(stage.loaded.keeper.stats().weights_bytes.values()))
+    assert held[0] < ratio * held[1]
+
+
+@pytest.mark.parametrize("shards", [2])
+@pytest.mark.parametrize("technique", ["nf4", "int8", "fp8"])
+def test_a_shard_quantised_holds_what_the_whole_holds(technique: str, shards: int) -> None:
+    """A shard reads only its blocks and quantises them alike: the blocks' state is equal, key by key."""
+    model = ModelConfig(name="tiny", checkpoint="tiny://flux")
+    whole = load_stage("denoise", model, "flux", TransformerConfig(**TECHNIQUES[technique]))
+    state = whole.loaded.shard.model.state_dict()
+    part = load_stage("denoise", model, "flux", TransformerConfig(shards=shards, **TECHNIQUES[technique]))
+    part_state = part.loaded.shard.model.state_dict()
+    assert 0 < len(part_state) < len(state)
+    for key, value in part_state.items():
+        assert torch.equal(value.float(), state[key].float()), key
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"offload": "model"},
+        {"offload": "sequential"},
+        {"offload": "group"},
+        {"offload": "disk"},
+        {"compile": {"backend": "eager"}},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("family", ["flux", "qwen-image"])
+def test_the_encoder_gives_the_same_embeddings(family: str, settings: dict[str, Any]) -> None:
+    model, prompt = ModelConfig(name="tiny", checkpoint=f"tiny://{family}"), build_request(family).prompt
+    stage = load_stage("encode", model, family, build_encoder_config(family, **settings))
+    for _ in range(2):
+        for name, value in stage.encode(prompt).items():
+            torch.testing.assert_close(value, embeds(family)[name], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("components", [None, ("text_encoder_2",)])
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_the_encoder_quantises_the_models_it_is_told_to(kind: str, components: tuple[str, ...] | None) -> None:
+    model = ModelConfig(name="tiny", checkpoint="tiny://flux")
+    config = build_encoder_config("flux", quantization={"kind": kind, "components": components})
+    stage = load_stage("encode", model, "flux", config)
+    got, whole = stage.encode(build_request("flux").prompt), embeds("flux")
+    assert not torch.equal(got["prompt_embeds"], whole["prompt_embeds"])  # T5's
+    assert torch.equal(got["pooled_prompt_embeds"], whole["pooled_prompt_embeds"]) == (components is not None)
+    torch.testing.assert_close(got["prompt_embeds"], whole["prompt_embeds"], atol=0.5, rtol=0.5)
+
+
+def test_an_unknown_component_is_named() -> None:
+    model = ModelConfig(name="tiny", checkpoint="tiny://flux")
+    config = build_encoder_config("flux", quantization={"kind": "nf4", "components": ["text_encoder_3"]})
+    with pytest.raises(ValueError, match="no text_encoder_3 in this stage; it has text_encoder, text_encoder_2"):
+        load_stage("encode", model, "flux", config)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "message"),
+    [
+        ("flux", {"trace": True}, "trace is for UNets"),
+        ("flux", {"channels_last": True}, "has none"),
+        ("sdxl", {"attention_backend": "native"}, "always uses torch's native attention"),
+        ("flux", {"attention_backend": "flash"}, "flash-attn"),
+        ("flux", {"attention_backend": "flush"}, "must be one of"),
+        ("flux", {"offload": {"kind": "group", "use_stream": True}}, "use_stream needs a GPU"),
+    ],
+)
+def test_what_does_not_suit_the_model_is_refused_at_start(
+    family: str, settings: dict[str, Any], message: str
+) -> None:
+    model = ModelConfig(name="tiny", checkpoint=f"tiny://{family}")
+    with pytest.raises(ValueError, match=message):
+        load_stage("denoise", model, family, TransformerConfig(**settings))
+
+
+@pytest.mark.parametrize("family", ["flux", "wan"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"slicing": True},
+        {"channels_last": True},
+        {"offload": "model"},
+        {"offload": "sequential"},
+        {"offload": "group"},
+        {"tiling": {"tile_size": 64}},
+        {"compile": {"backend": "eager"}},
+    ],
+    ids=str,
+)
+def test_the_vae_decodes_the_same_pixels(family: str, settings: dict[str, Any]) -> None:
+    """A picture of one tile is not tiled."""
+    model, request = ModelConfig(name="tiny", checkpoint=f"tiny://{family}"), build_request(family)
+    latents = plain_latents(family, None)
+    whole = load_stage("decode", model, family, VaeConfig()).decode(latents, request)
+    stage = load_stage("decode", model, family, VaeConfig(**settings))
+    frames = stage.decode(latents, request)
+    assert abs(frames.astype(int) - whole.astype(int)).max() <= 1
+
+
+def test_the_vae_in_fp8_decodes_what_diffusers_decodes_in_fp8() -> None:
+    model, request = ModelConfig(name="tiny", checkpoint="tiny://sd15"), build_request("sd15")
+    latents = plain_latents("sd15", None)
+    vae: Any = diffusers.AutoencoderKL.from_pretrained(fetch_checkpoint("tiny://sd15", ()), subfolder="vae")
+    vae.enable_layerwise_casting(torch.float8_e4m3fn, compute_dtype=torch.float32)
+    with torch.no_grad():
+        pixels = vae.decode(latents / vae.config.scaling_factor).sample
+    frames = load_stage("decode", model, "sd15", VaeConfig(layerwise_casting=True)).decode(latents, request)
+    expected_frames = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1)
+    assert torch.equal(torch.from_numpy(frames).float(), expected_frames)
+
+
+@pytest.mark.parametrize("overlap", [0.25, 0.6])
+@pytest.mark.parametrize("family", ["flux", "sd15", "wan", "qwen-image"])
+def test_tiles_make_the_whole_picture_without_seams(family: str, overlap: float) -> None:
+    """Of its shape; and where tiles meet, neighbouring columns differ no more than elsewhere."""
+    model = ModelConfig(name="tiny", checkpoint=f"tiny://{family}")
+    request = build_request(family)
+    request = GenerationRequest(**(vars(request) | {"width": 176, "height": 144}))
+    frames = 2 if family == "wan" else 1
+    latents = torch.randn(1, 16 if family != "sd15" else 4, 144 // 8, 176 // 8).mul(0.1)
+    if family in {"wan", "qwen-image"}:
+        latents = latents.unsqueeze(2).repeat(1, 1, frames, 1, 1)
+    if family in {"flux", "qwen-image"}:
+        latents = pack(latents)
+    stage = load_stage("decode", model, family, VaeConfig(tiling={"tile_size": 64, "overlap": overlap}))
+    tiled = stage.decode(latents, request).astype(int)
+    assert tiled.shape[1:] == (144, 176, 3)
+    steps = abs(tiled[:, :, 1:] - tiled[:, :, :-1]).mean(axis=(0, 1, 3))
+    assert steps.max() < 4 * steps.mean() + 1
+
+
+def pack(latents: torch.Tensor) -> torch.Tensor:
+    """[1, 16, (1,) H, W] -> [1, H/2 * W/2, 64], as FLUX's and Qwen-Image's pipelines do."""
+    if latents.ndim == 5:
+        latents = latents[:, :, 0]
+    height, width = latents.shape[-2:]
+    blocks = latents.view(1, 16, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return blocks.reshape(1, height * width // 4, 64)
