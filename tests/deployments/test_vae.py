@@ -88,6 +88,7 @@ def test_a_partial_picture_is_decoded_like_a_picture() -> None:
 
 
 def test_pictures_go_before_partial_pictures_that_came_first() -> None:
+    """As long as there are any: each comes while another waits."""
     vae, latents, request = (
         Vae(build_model("sd15"), "sd15", VaeConfig()),
         build_latents("sd15"),
@@ -102,11 +103,17 @@ def test_pictures_go_before_partial_pictures_that_came_first() -> None:
     async def run() -> None:
         running = note("running", vae.decode_partial(latents, request))
         partials = [note("partial", vae.decode_partial(latents, request)) for _ in range(2)]
-        pictures = [note("picture", vae.decode(latents, request)) for _ in range(3)]
-        await asyncio.gather(running, *partials, *pictures)
+        await asyncio.gather(running, *partials, pictures())
+
+    async def pictures() -> None:
+        waiting = [asyncio.create_task(note("picture", vae.decode(latents, request)))]
+        for _ in range(4):
+            waiting.append(asyncio.create_task(note("picture", vae.decode(latents, request))))
+            await waiting.pop(0)
+        await waiting.pop()
 
     asyncio.run(run())
-    assert done == ["running", "picture", "picture", "picture", "partial", "partial"]
+    assert done == ["running", *["picture"] * 5, "partial", "partial"]
 
 
 def test_partial_pictures_never_fill_the_places_of_pictures() -> None:

@@ -177,9 +177,9 @@ def run(encoder: Calls, transformer: Calls, vae: Calls, timeout_s: float = 10) -
     return picture
 
 
-def partials(transformer: Calls, decode_partial: Calls, vae_takes_s: float = 0.0) -> list[tuple[int, bytes]]:
+def partials(transformer: Calls, decode_partial: Calls) -> list[tuple[int, bytes]]:
     """Index and data of the partial pictures that were told; after them there was a picture."""
-    vae = DecodeHandle(takes_s=vae_takes_s, partials=decode_partial)
+    vae = DecodeHandle(partials=decode_partial)
     *told, picture = news(EncodeHandle(), transformer, vae, StreamOptions(num_partial_images=3))
     assert isinstance(picture, Picture)
     assert all(isinstance(partial, PartialImage) for partial in told)
@@ -193,9 +193,7 @@ def test_partial_pictures_are_told_in_order_before_the_picture() -> None:
 
 
 def test_a_partial_picture_that_is_not_ready_with_the_picture_is_dropped() -> None:
-    transformer, decode_partial = DenoiseHandle(num_partials=3), DecodeHandle(takes_s=0.025)
-    told = partials(transformer, decode_partial)
-    assert [index for index, _ in told] == [0]
+    assert partials(DenoiseHandle(num_partials=3), DecodeHandle(takes_s=60)) == []
 
 
 @pytest.mark.parametrize("error", [REPLICA_DIED, AWAY, INPUT_LOST, ValueError("bad shape")])
@@ -216,8 +214,8 @@ def test_progress_ends_with_the_decode() -> None:
 
 
 def test_silence_is_told_by_heartbeats() -> None:
-    *silence, picture = news(EncodeHandle(), DenoiseHandle(), DecodeHandle(takes_s=0.1), heartbeat_s=0.02)
-    assert 3 <= len(silence) <= 5
+    *silence, picture = news(EncodeHandle(), DenoiseHandle(), DecodeHandle(takes_s=0.2), heartbeat_s=0.02)
+    assert 2 <= len(silence) <= 10
     assert set(silence) == {None}
     assert isinstance(picture, Picture)
 
