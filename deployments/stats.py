@@ -7,6 +7,20 @@ from deployments.engine.step_queue import StepQueueStats
 
 
 @dataclass(frozen=True)
+class VramLimitStats:
+    """One model under `vram_limit_gib`: its weights, as they are stored."""
+
+    kept_bytes: int
+    """What stays on the device once it has come."""
+    peak_bytes: int
+    """The most that was there at once: kept, at work, fetched ahead."""
+    num_kept: int
+    num_streamed: int
+    streamed_bytes: int
+    """Copied in since the start, what is kept not counted."""
+
+
+@dataclass(frozen=True)
 class MemoryStats:
     """What one process holds of a model, and how."""
 
@@ -18,6 +32,8 @@ class MemoryStats:
     """On the GPU since the start, weights and activations; on the CPU the largest resident set of the process."""
     peak_reserved_bytes: int
     """On the GPU by torch's allocator; on the CPU as above."""
+    vram_limits: tuple[VramLimitStats, ...]
+    """One per model of the stage, where it has a limit."""
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from deployments.config import StageConfig
 from deployments.device import resolve_dtype
 from deployments.memory.config import CompileConfig, LayerwiseCastingConfig, OffloadConfig
 from deployments.memory.trace import TracedForward
+from deployments.memory.vram_limit import VramLimit
 from deployments.stats import MemoryStats
 
 RECOMPILE_LIMIT = 1000
@@ -48,7 +49,7 @@ class Keeper:
         """
         self._models, self._config, self._device = models, config, device
         self._leaving: list[Any] = []
-        self._budgets: list[Any] = []
+        self._budgets: list[VramLimit] = []
         self._applied: list[str] = []
         for model in models.values():
             model.eval().requires_grad_(False)
@@ -83,7 +84,8 @@ class Keeper:
             for tensor in model.state_dict(keep_vars=True).values():
                 place = "offloaded" if tensor.is_meta else tensor.device
                 weights[f"{place} {str(tensor.dtype).removeprefix('torch.')}"] += tensor.nbytes
-        return MemoryStats(dict(weights), self.applied, *_peaks(self._device))
+        limits = tuple(budget.stats() for budget in self._budgets)
+        return MemoryStats(dict(weights), self.applied, *_peaks(self._device), limits)
 
     def _set_kernels(self) -> None:
         backend, is_channels_last = self._config.attention_backend, self._config.channels_last
@@ -123,18 +125,12 @@ class Keeper:
                     model.to(self._device)
             self._applied.append(f"device: {self._device.type}")
 
-    def _limit(self, limit_bytes: float) -> None:  # TODO hoist
-        from deployments.memory.vram_limit import VramLimit
-
+    def _limit(self, limit_bytes: float) -> None:
         """One budget for the stage, shared out by size."""
         sizes = {name: sum(p.nbytes for p in model.parameters()) for name, model in self._models.items()}
         for name, model in self._models.items():
             share = int(limit_bytes * sizes[name] / sum(sizes.values()))
-            self._budgets.append(
-                VramLimit(
-                    model, limit_bytes=share, device=self._device, compute_dtype=resolve_dtype(self._config.dtype)
-                )
-            )
+            self._budgets.append(VramLimit(model, limit_bytes=share, device=self._device))
         self._applied.append(f"vram_limit_gib: {self._config.vram_limit_gib:g}")
 
     def _offload(self, config: OffloadConfig) -> None:

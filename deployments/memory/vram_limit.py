@@ -1,0 +1,205 @@
+"""A budget for weights on the GPU: what fits stays there, the rest is copied in for its call and dropped after it.
+
+The idea is DiffSynth-Studio's `vram_limit`; diffusers' group offloading is all or nothing, and what accelerate's
+`max_memory` leaves on the CPU has no budget either. Here sizes alone decide, once, which weights stay: as many as
+fit, spread evenly along the model, so that on CUDA a copy hides behind the computing of the layers before it.
+
+What is stored in 8 bits (`layerwise_casting`) comes and goes so, and is cast at its call.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import nn
+
+from deployments.stats import VramLimitStats
+
+
+@dataclass(eq=False)
+class _Weight:
+    """A parameter or buffer, and where it is in the model: at several places, if it is tied."""
+
+    places: list[tuple[nn.Module, str]]
+    host: torch.Tensor
+
+    def put(self, value: torch.Tensor) -> None:
+        """A parameter stays the object it is, for ties, hooks and the state dict."""
+        for module, name in self.places:
+            if name in module._parameters:
+                module.get_parameter(name).data = value
+            else:
+                module._buffers[name] = value
+
+
+@dataclass(eq=False)
+class _Leaf:
+    """What comes and goes together: the weights that one module owns itself."""
+
+    modules: list[nn.Module]
+    """The module; or those that share a tied weight."""
+    weights: list[_Weight]
+    must_stay: bool
+    """Its module calls others, or it is tied: it may be at work at any time."""
+    is_present: bool = False
+    ahead: "tuple[list[torch.Tensor], Any] | None" = None
+    """Copies under way, and the event after which they are done."""
+    num_bytes: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.num_bytes = sum(weight.host.nbytes for weight in self.weights)
+
+
+class VramLimit:
+    """Holds one model to `limit_bytes` of weights on `device`. One thread runs the model.
+
+    peak <= limit_bytes, unless what must stay and the largest leaf exceed it: then those are the peak. On CUDA,
+    where the limit has room for two of the largest leaf, the next is fetched while one computes.
+    """
+
+    def __init__(self, model: nn.Module, *, limit_bytes: int, device: torch.device) -> None:
+        """The model's weights are in host memory; those that stream are pinned there for CUDA."""
+        self._device = device
+        self._present_bytes = self._peak_bytes = self._streamed_bytes = 0
+        self._leaves = list(_find_leaves(model))
+        largest = max((leaf.num_bytes for leaf in self._leaves if not leaf.must_stay), default=0)
+        self._kept = _choose_kept(self._leaves, limit_bytes, reserve_bytes=largest)
+        self._stream: Any = None
+        if device.type == "cuda":
+            room = _choose_kept(self._leaves, limit_bytes, reserve_bytes=2 * largest)
+            if sum(leaf.num_bytes for leaf in room) + 2 * largest <= limit_bytes:
+                self._kept = room
+                self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._after: dict[_Leaf, _Leaf] = {}
+        """The streamed leaf that came after each, the last time."""
+        self._latest: _Leaf | None = None
+        for leaf in self._leaves:
+            self._watch(leaf)
+        model.register_forward_pre_hook(self._move_inputs, with_kwargs=True, prepend=True)
+
+    def stats(self) -> VramLimitStats:
+        return VramLimitStats(
+            kept_bytes=sum(leaf.num_bytes for leaf in self._kept),
+            peak_bytes=self._peak_bytes,
+            num_kept=len(self._kept),
+            num_streamed=len(self._leaves) - len(self._kept),
+            streamed_bytes=self._streamed_bytes,
+        )
+
+    def release(self) -> None:
+        """Everything leaves the device, for another stage needs the room; the next forward brings it again."""
+        for leaf in self._leaves:
+            leaf.ahead = None
+            self._drop(leaf)
+        self._present_bytes, self._latest = 0, None
+
+    def _watch(self, leaf: _Leaf) -> None:
+        if leaf not in self._kept and self._device.type == "cuda":
+            for weight in leaf.weights:
+                weight.host = weight.host.pin_memory()
+                weight.put(weight.host)
+        for module in leaf.modules:
+            module.register_forward_pre_hook(partial(self._bring, leaf), prepend=True)
+            if leaf not in self._kept:
+                module.register_forward_hook(partial(self._drop, leaf), always_call=True)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _move_inputs(self, _model: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Pipelines that ask a model on the host for its device leave tensors there."""
+        return send_to_device((args, kwargs), self._device)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _bring(self, leaf: _Leaf, *_: Any) -> None:
+        if leaf.is_present:
+            return
+        if leaf.ahead is None:
+            copies = self._copy(leaf)
+        else:
+            copies, done = leaf.ahead
+            leaf.ahead = None
+            current = torch.cuda.current_stream(self._device)
+            current.wait_event(done)
+            for copy in copies:
+                copy.record_stream(current)  # its memory is not used again before the layer has computed
+        for weight, copy in zip(leaf.weights, copies, strict=True):
+            weight.put(copy)
+        leaf.is_present = True
+        if leaf not in self._kept:
+            self._streamed_bytes += leaf.num_bytes
+            self._fetch_ahead(leaf)
+
+    def _fetch_ahead(self, leaf: _Leaf) -> None:
+        """What came after this leaf in the last forward will most likely come after it in this one."""
+        if self._stream is None:
+            return
+        if self._latest is not None:
+            self._after[self._latest] = leaf
+        self._latest = leaf
+        following = self._after.get(leaf)
+        if following is None or following.ahead is not None or following.is_present:
+            return
+        with torch.cuda.stream(self._stream):
+            copies = self._copy(following)
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record(self._stream)
+        following.ahead = copies, done
+
+    def _copy(self, leaf: _Leaf) -> list[torch.Tensor]:
+        """On the CPU a real copy too, so that what is tested there is what a GPU holds."""
+        self._present_bytes += leaf.num_bytes
+        self._peak_bytes = max(self._peak_bytes, self._present_bytes)
+        return [weight.host.to(self._device, non_blocking=True, copy=True) for weight in leaf.weights]
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _drop(self, leaf: _Leaf, *_: Any) -> None:
+        if leaf.is_present:
+            leaf.is_present = False
+            self._present_bytes -= leaf.num_bytes
+            for weight in leaf.weights:
+                weight.put(weight.host)
+
+
+def _find_leaves(model: nn.Module) -> Iterator[_Leaf]:
+    """In the order of the model's modules, which is about that of its forward."""
+    places: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
+    tensors: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                places[id(tensor)].append((module, name))
+                tensors[id(tensor)] = tensor
+    owners = {module for at in places.values() for module, _ in at}
+    for module in model.modules():
+        own = [key for key, at in places.items() if at[0][0] is module]
+        weights = [_Weight(places[key], tensors[key].data) for key in own]
+        tied = [weight for weight in weights if len(weight.places) > 1]
+        if alone := [weight for weight in weights if len(weight.places) == 1]:
+            calls_others = any(inner in owners for inner in module.modules() if inner is not module)
+            yield _Leaf([module], alone, must_stay=calls_others)
+        for weight in tied:
+            yield _Leaf([place for place, _ in weight.places], [weight], must_stay=True)
+
+
+def _choose_kept(leaves: Sequence[_Leaf], limit_bytes: int, *, reserve_bytes: int) -> set[_Leaf]:
+    """As many as the limit has room for, evenly spread: up to each leaf, the share kept is at most the whole's.
+
+    reserve_bytes: left for those that come and go, if any do.
+    """
+    kept = {leaf for leaf in leaves if leaf.must_stay}
+    others = [leaf for leaf in leaves if not leaf.must_stay]
+    total = sum(leaf.num_bytes for leaf in others)
+    room = limit_bytes - sum(leaf.num_bytes for leaf in kept)
+    if total <= room:
+        return set(leaves)
+    room = max(0, room - reserve_bytes)
+    kept_bytes = seen_bytes = 0
+    for leaf in others:
+        seen_bytes += leaf.num_bytes
+        if (kept_bytes + leaf.num_bytes) * total <= seen_bytes * room:
+            kept_bytes += leaf.num_bytes
+            kept.add(leaf)
+    return kept

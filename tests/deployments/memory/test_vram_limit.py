@@ -1,0 +1,222 @@
+"""A model under a budget computes what it computes without, and holds no more than it may."""
+
+from itertools import pairwise
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from deployments.checkpoints.source import fetch_checkpoint
+from deployments.config import EncoderConfig, ModelConfig, TransformerConfig, VaeConfig
+from deployments.families import FAMILIES
+from deployments.memory.vram_limit import VramLimit
+from deployments.request import GenerationRequest, Prompt
+from deployments.stages import load_stage
+
+CPU = torch.device("cpu")
+KIB = 1024
+
+
+class Block(nn.Module):
+    """With a weight of its own, used around those of its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(16))
+        self.register_buffer("shift", torch.randn(16))
+        self.one, self.two = nn.Linear(16, 64), nn.Linear(64, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x * self.scale + self.two(self.one(x).relu())
+        return x + self.get_buffer("shift")
+
+
+class Model(nn.Module):
+    """Four blocks between an embedding and its transpose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.blocks = nn.Embedding(32, 16), nn.ModuleList(Block() for _ in range(4))
+        self.head = nn.Linear(16, 32, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: torch.Tensor, fail_at: int | None = None) -> torch.Tensor:
+        x = self.embed(ids)
+        for i, block in enumerate(self.blocks):
+            if i == fail_at:
+                raise KeyError(i)
+            x = block(x)
+        logits: torch.Tensor = self.head(x)
+        return logits
+
+
+IDS = torch.tensor([[1, 2, 3]])
+TOTAL = sum(tensor.nbytes for tensor in (*Model().parameters(), *Model().buffers()))
+LARGEST = nn.Linear(16, 64).weight.nbytes + 64 * 4
+MUST_STAY = 32 * 16 * 4 + 4 * 2 * 16 * 4
+
+
+@pytest.fixture
+def model() -> Model:
+    torch.manual_seed(0)
+    return Model().requires_grad_(False)
+
+
+@pytest.mark.parametrize("limit", [0, MUST_STAY + LARGEST, TOTAL // 2, TOTAL - 1, TOTAL, 10 * TOTAL])
+def test_a_model_computes_the_same_within_its_limit(model: Model, limit: int) -> None:
+    expected = model(IDS)
+    budget = VramLimit(model, limit_bytes=limit, device=CPU)
+    for _ in range(3):
+        assert torch.equal(model(IDS), expected)
+    stats = budget.stats()
+    assert stats.peak_bytes <= max(limit, MUST_STAY + LARGEST)
+    assert (stats.num_streamed == 0) == (limit >= TOTAL)
+    assert stats.kept_bytes + stats.streamed_bytes // 3 == TOTAL
+
+
+@pytest.mark.parametrize("limit", range(MUST_STAY + LARGEST, TOTAL, KIB))
+def test_what_may_be_kept_is_kept(limit: int) -> None:
+    """But for the room of one layer at work, and less than another."""
+    kept_bytes = VramLimit(Model(), limit_bytes=limit, device=CPU).stats().kept_bytes
+    assert limit - 2 * LARGEST < kept_bytes <= limit - LARGEST
+
+
+def test_what_is_kept_is_spread_along_the_model(model: Model) -> None:
+    """Not the first two blocks, but every other layer."""
+    layers = [layer for block in model.blocks for layer in (block.one, block.two)]  # type: ignore[union-attr]
+    hosts = [layer.weight.data_ptr() for layer in layers]
+    VramLimit(model, limit_bytes=MUST_STAY + 5 * LARGEST, device=CPU)
+    model(IDS)
+    is_kept = [layer.weight.data_ptr() != host for layer, host in zip(layers, hosts, strict=True)]
+    assert sum(is_kept) == 4
+    assert not any(one and other for one, other in pairwise(is_kept))
+
+
+def test_an_exception_on_the_way_leaves_nothing_behind(model: Model) -> None:
+    """A shard's forward ends so at its cut."""
+    expected = model(IDS)
+    budget = VramLimit(model, limit_bytes=0, device=CPU)
+    for _ in range(2):
+        with pytest.raises(KeyError):
+            model(IDS, fail_at=2)
+    assert torch.equal(model(IDS), expected)
+    assert budget.stats().peak_bytes <= MUST_STAY + LARGEST
+
+
+def test_release_empties_the_device_and_the_next_forward_fills_it(model: Model) -> None:
+    expected, addresses = model(IDS), {tensor.data_ptr() for tensor in model.state_dict().values()}
+    budget = VramLimit(model, limit_bytes=TOTAL, device=CPU)
+    model(IDS)
+    assert not addresses & {tensor.data_ptr() for tensor in model.state_dict().values()}
+    budget.release()
+    assert addresses == {tensor.data_ptr() for tensor in model.state_dict().values()}
+    assert torch.equal(model(IDS), expected)
+    assert budget.stats().peak_bytes == TOTAL
+
+
+def build_stage(family: str, **settings: Any) -> Any:
+    model = ModelConfig(name="tiny", checkpoint=f"tiny://{family}")
+    stage = load_stage("denoise", model, family, TransformerConfig(**settings))
+    stage.connect(None, pytest.fail)
+    return stage
+
+
+def build_request(family: str) -> GenerationRequest:
+    of = FAMILIES[family]
+    return GenerationRequest(
+        Prompt("a red cat", None, is_guided=False),
+        width=64,
+        height=64,
+        num_frames=5 if of.media == "video" else 1,
+        num_inference_steps=2,
+        guidance_scale=3.5 if of.guidance == "true_cfg_scale" else 1.0,
+        true_cfg_scale=1.0 if of.guidance == "true_cfg_scale" else None,
+        seed=7,
+        output_format="png",
+        output_compression=100,
+        fps=16,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("casting", [{}, {"layerwise_casting": True}], ids=["plain", "fp8"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_draws_the_same_under_a_limit(family: str, casting: dict[str, Any]) -> None:
+    request = build_request(family)
+    tokens = 64 if FAMILIES[family].max_sequence_length else None
+    model = ModelConfig(name="tiny", checkpoint=f"tiny://{family}")
+    encoding = load_stage("encode", model, family, EncoderConfig(max_sequence_length=tokens))
+    embeds = encoding.encode(request.prompt)
+
+    def draw(stage: Any) -> torch.Tensor:
+        latents: torch.Tensor = stage.denoise(stage.join(), embeds, request, on_step=lambda *_: None)
+        stage.close()
+        return latents
+
+    whole = build_stage(family, **casting)
+    expected = draw(whole)
+    total = sum(whole.loaded.keeper.stats().weights_bytes.values())
+    for limit in (0, total // 2):
+        stage = build_stage(family, vram_limit_gib=limit / 2**30, **casting)
+        assert torch.equal(draw(stage), expected)
+        [stats] = stage.loaded.keeper.stats().vram_limits
+        assert stats.num_streamed > 0
+        assert limit == 0 or stats.peak_bytes <= limit
+
+
+@pytest.mark.parametrize("family", ["flux", "qwen-image"])
+def test_text_encoders_under_a_limit(family: str) -> None:
+    model, tokens = ModelConfig(name="tiny", checkpoint=f"tiny://{family}"), 64
+    prompt = Prompt("a red cat", None, is_guided=False)
+    config = EncoderConfig(max_sequence_length=tokens)
+    expected = load_stage("encode", model, family, config).encode(prompt)
+    limited = load_stage("encode", model, family, EncoderConfig(max_sequence_length=tokens, vram_limit_gib=1e-4))
+    for _ in range(2):
+        got = limited.encode(prompt)
+        for name, value in expected.items():
+            assert value is None or torch.equal(got[name], value)
+
+
+@pytest.mark.parametrize("family", ["flux", "wan"])
+def test_a_vae_under_a_limit(family: str) -> None:
+    model, request = ModelConfig(name="tiny", checkpoint=f"tiny://{family}"), build_request(family)
+    shape = (1, 16, 64) if family == "flux" else (1, 16, 2, 8, 8)
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    expected = load_stage("decode", model, family, VaeConfig()).decode(latents, request)
+    frames = load_stage("decode", model, family, VaeConfig(vram_limit_gib=1e-4)).decode(latents, request)
+    assert (frames == expected).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("share", [0, 0.3, 0.8, 2])
+def test_on_a_gpu_the_limit_holds_and_the_prediction_is_the_same(share: float) -> None:
+    folder = fetch_checkpoint("tiny://flux", ())
+    device = torch.device("cuda")
+    transformer: Any = diffusers.FluxTransformer2DModel.from_pretrained(folder, subfolder="transformer")
+    transformer.requires_grad_(False)
+    config = DiffusionPipeline.load_config(folder)
+    assert config["transformer"][1] == "FluxTransformer2DModel"
+    inputs = {
+        "hidden_states": torch.randn(1, 16, 64),
+        "encoder_hidden_states": torch.randn(1, 16, 64),
+        "pooled_projections": torch.randn(1, 64),
+        "timestep": torch.ones(1),
+        "guidance": torch.ones(1),
+        "img_ids": torch.zeros(16, 3),
+        "txt_ids": torch.zeros(16, 3),
+        "return_dict": False,
+    }
+    on_device = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    expected = transformer.to(device)(**on_device)[0].cpu()
+    transformer.to("cpu")
+    total = sum(tensor.nbytes for tensor in transformer.state_dict().values())
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    budget = VramLimit(transformer, limit_bytes=int(share * total), device=device)
+    for _ in range(3):
+        assert torch.equal(transformer(**inputs)[0].cpu(), expected)
+    assert torch.cuda.memory_allocated() - before <= budget.stats().kept_bytes + 2**21
