@@ -41,6 +41,7 @@ class Engine:
             max_batch_size=config.max_batch_size,
             batch_wait_s=config.batch_wait_ms / 1e3,
             max_batch_tokens=config.max_batch_tokens,
+            tells_idle=config.offload is not None and config.offload.kind == "model",
         )
         self._ring = Ring(
             leader.run,
@@ -91,4 +92,4 @@ class Engine:
         if message.error is not None:
             self.queue.fail(message.batch_id, message.error)
         else:
-            self.queue.finish(message.batch_id, message.body.split(sizes))
+            self.queue.finish(message.batch_id, message.body.split(sizes) if sizes else ())

@@ -70,7 +70,10 @@ class Forward:
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """Payloads of one signature that run as one; their results are due in the same order."""
+    """Payloads of one signature that run as one; their results are due in the same order.
+
+    One without payloads tells that the last seat has left.
+    """
 
     id: int
     payloads: tuple[Any, ...]
@@ -111,13 +114,19 @@ class StepQueue:
         max_batch_size: int,
         batch_wait_s: float,
         max_batch_tokens: int | None,
+        tells_idle: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """max_batch_tokens: where larger batches stop paying. A forward with more than that flies alone."""
+        """
+        Args:
+            max_batch_tokens: where larger batches stop paying. A forward with more than that flies alone.
+            tells_idle: whether an empty micro-batch follows the last of those that are there.
+        """
         self.depth = 1 if num_shards == 1 else num_shards + 1
         self._max_batch_size = max_batch_size
         self._max_batch_tokens = max_batch_tokens
         self._batch_wait_s = batch_wait_s
+        self._tells_idle = tells_idle
         self._clock = clock
 
         self._changed = threading.Condition()  # guards all that follows; only `take` waits on it
@@ -125,6 +134,7 @@ class StepQueue:
         self._open: dict[Seat, Forward] = {}  # WAITING or FLYING, the oldest first
         self._flights: dict[int, list[Forward]] = {}
         self._closing_error: BaseException | None = None
+        self._has_idle_to_tell = False
         self._batch_ids = count()
         self._batch_sizes: Counter[int] = Counter()
         self._queue_wait_s = 0.0
@@ -167,7 +177,7 @@ class StepQueue:
         with self._changed:
             while self._closing_error is None:
                 batch, wait_s = self._choose()
-                if batch:
+                if batch or (self._has_idle_to_tell and not self._seats):
                     return self._take_off(batch)
                 self._changed.wait(wait_s)
             raise self._closing_error
@@ -260,7 +270,8 @@ class StepQueue:
         for forward in batch:
             forward.seat.state = SeatState.FLYING
             self._queue_wait_s += now - forward.seat.since
-        self._batch_sizes[len(batch)] += 1
+        self._batch_sizes.update([len(batch)] if batch else [])
+        self._has_idle_to_tell = self._tells_idle and bool(batch)
         self._flights[batch_id] = batch
         return MicroBatch(batch_id, tuple(forward.payload for forward in batch))
 

@@ -1,6 +1,6 @@
 """A micro-batch on its way along the ranks, and what every rank does with it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,13 +10,20 @@ from deployments.engine.merge import Inputs, Merger
 from deployments.engine.outline import Holder, Outliner
 from deployments.engine.shard import Shard
 
+OnIdle = Callable[[], None]
+
+
+def do_nothing() -> None:
+    """Where weights stay."""
+
 
 @dataclass(frozen=True, eq=False)
 class Work:
     """From one rank to the next. The last rank sends the bare prediction [B, ...] back to rank 0."""
 
     inputs: tuple[Inputs, ...]
-    """One per forward, outlined; every rank merges them itself, so that embeddings need not cross again."""
+    """One per forward, outlined; every rank merges them itself, so that embeddings need not cross again.
+    None where no request is left: then each rank may make room."""
     released: tuple[int, ...]
     """Keys of tensors that no later micro-batch will name."""
     boundary: Boundary
@@ -26,11 +33,14 @@ class Work:
 class Leader:
     """Rank 0's part of a micro-batch."""
 
-    def __init__(self, shard: Shard, merger: Merger, outliner: Outliner) -> None:
-        self._shard, self._merger, self._outliner = shard, merger, outliner
+    def __init__(self, shard: Shard, merger: Merger, outliner: Outliner, on_idle: OnIdle = do_nothing) -> None:
+        self._shard, self._merger, self._outliner, self._on_idle = shard, merger, outliner, on_idle
 
     def run(self, group: Sequence[Inputs]) -> "Work | torch.Tensor":
-        """The first blocks of a group of forwards of one signature."""
+        """The first blocks of a group of forwards of one signature; without any, on_idle."""
+        if not group:
+            self._on_idle()
+            return Work((), self._outliner.take_released(), {})
         output = self._shard.run(self._merger.merge(group))
         if isinstance(output, torch.Tensor):
             return output
@@ -41,12 +51,15 @@ class Leader:
 class Follower:
     """Any other rank's part."""
 
-    def __init__(self, shard: Shard, merger: Merger, holder: Holder) -> None:
-        self._shard, self._merger, self._holder = shard, merger, holder
+    def __init__(self, shard: Shard, merger: Merger, holder: Holder, on_idle: OnIdle = do_nothing) -> None:
+        self._shard, self._merger, self._holder, self._on_idle = shard, merger, holder, on_idle
 
     def run(self, work: Work) -> "Work | torch.Tensor":
         """These blocks, from where the rank before left off."""
         self._holder.release(work.released)
+        if not work.inputs:
+            self._on_idle()
+            return work
         inputs = self._merger.merge([self._holder.fill(outlined) for outlined in work.inputs])
         output = self._shard.run(inputs, work.boundary)
         return output if isinstance(output, torch.Tensor) else replace(work, boundary=output)

@@ -66,7 +66,7 @@ class Denoising:
         merger = Merger(self._denoiser.model_class.__name__)
         outliner = Outliner(shape_only_inputs(self._denoiser.skeleton))
         self.engine = Engine(
-            Leader(self.loaded.shard, merger, outliner),
+            Leader(self.loaded.shard, merger, outliner, self.loaded.keeper.release),
             merger,
             self._config,
             device=device,

@@ -30,7 +30,8 @@ class Following:
         """Meet the other ranks and begin to work. on_lost: the group is no more."""
         device, num_ranks = self._denoiser.device, rendezvous.num_ranks
         store = join_store(rendezvous.host, rendezvous.port, num_ranks)
-        follower = Follower(self._loaded.shard, Merger(self._denoiser.model_class.__name__), Holder(device))
+        merger = Merger(self._denoiser.model_class.__name__)
+        follower = Follower(self._loaded.shard, merger, Holder(device), self._loaded.keeper.release)
         self._ring = Ring(
             follower.run,
             rank=self._rank,

@@ -678,3 +678,38 @@ def test_forty_requests_with_errors_and_cancellations_neither_hang_nor_mix(build
     assert not wait(requests, timeout=2).not_done
     assert {"finished", "Cancelled", "MemoryError"} == {request.result() for request in requests}
     assert rig.queue.stats().num_seats == 0
+
+
+def test_an_empty_micro_batch_follows_the_last_seat_once(build_rig: Callable[..., Rig]) -> None:
+    rig = build_rig(tells_idle=True)
+    one, other = rig.seats(2)
+    rig.fly((one, "x"), (other, "x"))
+    taking = rig.taking()
+    rig.queue.leave(one)
+    assert not taking.done()
+    rig.queue.leave(other)
+    idle = taking.result(timeout=1)
+    assert idle.payloads == ()
+    rig.land(idle)
+    [third] = rig.seats(1)
+    taking = rig.taking()
+    sent = rig.send(third, "p")
+    batch = taking.result(timeout=1)
+    assert batch.payloads == ("p",), "idle is told once"
+    rig.land(batch)
+    assert sent.result(timeout=1) == "p done"
+    assert 0 not in rig.queue.stats().batch_sizes
+
+
+@pytest.mark.parametrize("tells_idle", [True, False])
+def test_nothing_is_told_where_nothing_flew_or_nobody_asked(
+    build_rig: Callable[..., Rig], tells_idle: bool
+) -> None:
+    rig = build_rig(tells_idle=tells_idle)
+    [seat] = rig.seats(1)
+    if not tells_idle:
+        rig.fly((seat, "x"))
+    taking = rig.taking()
+    rig.queue.leave(seat)
+    time.sleep(A_MOMENT_S)
+    assert not taking.done()
