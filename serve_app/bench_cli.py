@@ -76,5 +76,26 @@ def streaming(
     _run("streaming", config, port=port, num_steps=steps, num_requests=num_requests, json_file=json_file)
 
 
+@bench.command()
+def memory(
+    model: Annotated[str, typer.Option(help="tiny, 100M, or a checkpoint")] = "100M",
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="also write the rows to this file")] = None,
+    svg_file: Annotated[Path | None, typer.Option("--svg", help="draw time over memory into this file")] = None,
+    json_file: JsonFile = None,
+    quick: Quick = False,
+) -> None:
+    """Time to load, time per picture and peak memory of every technique, against the plain pipeline."""
+    module = importlib.import_module("serve_app.bench.memory")
+    module.run(
+        model="tiny" if quick else model,
+        ways=module.QUICK if quick else tuple(module.WAYS),
+        num_pictures=2 if quick else 3,
+        num_steps=4,
+        json_file=json_file,
+        csv_file=csv_file,
+        svg_file=svg_file,
+    )
+
+
 def _run(name: str, *args: Any, **kwargs: Any) -> None:
     importlib.import_module(f"serve_app.bench.{name}").run(*args, **kwargs)

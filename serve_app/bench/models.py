@@ -9,9 +9,11 @@ from deployments.config import ModelConfig
 
 
 def bench_model(name: str, folder: Path) -> ModelConfig:
-    """name: "tiny", the tiny FLUX at 64 x 64, or "100M", one of 100 million parameters at 256 x 256."""
-    checkpoint, size = "tiny://flux", 64
-    if name == "100M":
+    """name: "tiny", the tiny FLUX at 64 x 64; "100M", one of so many parameters at 256 x 256; or a checkpoint."""
+    checkpoint, size = name, None
+    if name == "tiny":
+        checkpoint, size = "tiny://flux", 64
+    elif name == "100M":
         checkpoint, size = str(_write_medium_flux(folder / name)), 256
     return ModelConfig.model_validate(
         {"name": name, "checkpoint": checkpoint, "defaults": {"width": size, "height": size}}

@@ -1,0 +1,58 @@
+"""A picture of points of which less is better on both axes, and the frontier of those that nothing beats."""
+
+from collections.abc import Iterable, Mapping
+from html import escape
+
+WIDTH, HEIGHT, MARGIN = 720, 440, 60
+Point = tuple[float, float]
+
+
+def draw_frontier(points: Mapping[str, Point], *, x_label: str, y_label: str) -> str:
+    """SVG, readable on white and on black; points by name, each (x, y)."""
+    x_max, y_max = (1.1 * max(point[axis] for point in points.values()) for axis in (0, 1))
+
+    def place(point: Point) -> Point:
+        return (
+            MARGIN + point[0] / x_max * (WIDTH - 2 * MARGIN),
+            HEIGHT - MARGIN - point[1] / y_max * (HEIGHT - 2 * MARGIN),
+        )
+
+    best = find_frontier(points.values())
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(place, best))
+    marks = [
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{5 if point in best else 3.5}"/>'
+        f'<text x="{x + 8:.1f}" y="{y + 4:.1f}">{escape(name)}</text>'
+        for name, point in points.items()
+        for x, y in [place(point)]
+    ]
+    ticks = [
+        f'<text class="tick" x="{x:.1f}" y="{HEIGHT - MARGIN + 18}">{x_max * share:.3g}</text>'
+        f'<text class="tick" x="{MARGIN - 26}" y="{y + 4:.1f}">{y_max * share:.3g}</text>'
+        for share in (0, 0.25, 0.5, 0.75, 1)
+        for x, y in [place((x_max * share, y_max * share))]
+    ]
+    right, bottom = WIDTH - MARGIN, HEIGHT - MARGIN
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif">',
+            "<style>text{font-size:12px;fill:#888}circle{fill:#3a7bd5}.tick{text-anchor:middle}"
+            "polyline,line{fill:none;stroke:#888}polyline{stroke:#3a7bd5;stroke-width:2}</style>",
+            f'<line x1="{MARGIN}" y1="{bottom}" x2="{right}" y2="{bottom}"/>',
+            f'<line x1="{MARGIN}" y1="{MARGIN}" x2="{MARGIN}" y2="{bottom}"/>',
+            f'<text class="tick" x="{WIDTH / 2}" y="{HEIGHT - 14}">{escape(x_label)}</text>',
+            f'<text x="{MARGIN - 40}" y="{MARGIN - 20}">{escape(y_label)}</text>',
+            *ticks,
+            f'<polyline points="{path}"/>',
+            *marks,
+            "</svg>\n",
+        ]
+    )
+
+
+def find_frontier(points: Iterable[Point]) -> list[Point]:
+    """Those that no other beats on both axes, from the least x to the least y."""
+    frontier: list[Point] = []
+    for point in sorted(points):
+        if not frontier or point[1] < frontier[-1][1]:
+            frontier.append(point)
+    return frontier

@@ -1,0 +1,113 @@
+"""What every memory technique saves and costs: one model, one way at a time, each in a process of its own.
+
+load_s    until all three stages are loaded
+p50_s     one picture, from prompt to pixels, compiling and first touch not counted
+peak_mib  CUDA: the most that was allocated; CPU: the largest resident set, less that of the bare imports
+"""
+
+import csv
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.progress import track
+
+from serve_app.bench.frontier import draw_frontier
+from serve_app.bench.models import bench_model
+from serve_app.bench.report import Row, report
+
+PLAIN = "plain pipeline"
+Stages = Mapping[str, Mapping[str, Any]]
+
+
+def _everywhere(**settings: Any) -> dict[str, dict[str, Any]]:
+    return dict.fromkeys(("encoder", "transformer", "vae"), settings)
+
+
+def _transformer(**settings: Any) -> dict[str, dict[str, Any]]:
+    return {"transformer": settings}
+
+
+WAYS: dict[str, Stages | None] = {
+    PLAIN: None,
+    "relay": {},
+    "bfloat16": _everywhere(dtype="bfloat16"),
+    "fp8 storage": _transformer(layerwise_casting=True),
+    "int8": _transformer(quantization="int8"),
+    "nf4": _transformer(quantization="nf4"),
+    "nf4, compile": _transformer(quantization="nf4", compile=True),
+    "nf4, model offload": _everywhere(offload="model") | _transformer(quantization="nf4", offload="model"),
+    "compile": _transformer(compile=True),
+    "model offload": _everywhere(offload="model"),
+    "group offload": _transformer(offload="group"),
+    "disk offload": _transformer(offload="disk"),
+    "vram limit, half": _transformer(vram_limit_gib=0.5),  # of the transformer's weights
+    "vram limit, none": _transformer(vram_limit_gib=0.0),
+    "vram limit, half, fp8": _transformer(vram_limit_gib=0.5, layerwise_casting=True),
+}
+"""By name, what differs from the defaults, per stage; None: diffusers' own pipeline."""
+QUICK = (PLAIN, "relay", "bfloat16", "group offload", "vram limit, half")
+
+
+def run(
+    *,
+    model: str,
+    ways: Sequence[str],
+    num_pictures: int,
+    num_steps: int,
+    json_file: Path | None,
+    csv_file: Path | None,
+    svg_file: Path | None,
+) -> None:
+    """model: "tiny", "100M", or any checkpoint. Rows of `way`, `load_s`, `p50_s`, `peak_mib`, and both ratios.
+
+    A way that cannot run here has an `error` instead.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        config = bench_model(model, Path(folder))
+        measured = {}
+        for way in track(ways, description="memory"):
+            case = {
+                "model": config.model_dump(),
+                "stages": WAYS[way],
+                "pictures": num_pictures,
+                "steps": num_steps,
+            }
+            measured[way] = _measure(case)
+    plain = measured[PLAIN]
+    rows: list[Row] = [
+        {
+            "way": way,
+            "load_s": of.get("load_s", "-"),
+            "p50_s": of.get("p50_s", "-"),
+            "peak_mib": of.get("peak_mib", "-"),
+            "time_ratio": of["p50_s"] / plain["p50_s"] if "p50_s" in of else "-",
+            "memory_ratio": of["peak_mib"] / plain["peak_mib"] if "p50_s" in of else "-",
+            "error": of.get("error", ""),
+        }
+        for way, of in measured.items()
+    ]
+    report(f"memory techniques, {model}", rows, json_file)
+    if csv_file is not None:
+        with csv_file.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    if svg_file is not None:
+        points = {way: (of["peak_mib"], of["p50_s"]) for way, of in measured.items() if "p50_s" in of}
+        svg_file.write_text(draw_frontier(points, x_label="peak memory, MiB", y_label="seconds per picture"))
+
+
+def _measure(case: Mapping[str, Any]) -> dict[str, Any]:
+    """In a process that ends with it, so that no way inherits another's memory."""
+    command = [sys.executable, "-m", "serve_app.bench.memory_case"]
+    done = subprocess.run(command, input=json.dumps(case), capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        return {"error": lines[-1][:200]}
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
