@@ -1,5 +1,6 @@
 """Trains the autoencoder: true scenes and crowded crops, in and out, until colours and edges are right."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from deployments.checkpoints.shapes.scene import (
     random_scene,
     render_scene,
 )
+from deployments.checkpoints.shapes.sheet import write_comparison
 
 State = dict[str, Any]
 """What a phase needs to go on: plain values and tensors."""
@@ -68,12 +70,12 @@ class AutoencoderTraining:
         return error.item()
 
     @torch.no_grad()
-    def sheet(self) -> list[list[Pixels]]:
-        """Unseen scenes, and below them what comes back."""
+    def report(self, file: Path) -> str:
+        """Draws unseen scenes into `file`, and below them what comes back."""
         rng = np.random.default_rng([self._plan.seed, _STREAM, 2**31])
         pictures = [render_scene(random_scene(rng, is_held_out=True), *BASE_SIZE, rng) for _ in range(8)]
         latents = self.vae.encode(to_tensor(pictures)).latent_dist.mode()
-        return [pictures, to_pixels(self.vae.decode(latents).sample)]
+        return write_comparison(pictures, to_pixels(self.vae.decode(latents).sample), file)
 
     def state_dict(self) -> State:
         return {"vae": self.vae.state_dict(), "optimizer": self._optimizer.state_dict()}

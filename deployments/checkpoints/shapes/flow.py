@@ -1,4 +1,4 @@
-"""Trains the transformer and both text encoders together, by rectified flow over latents made once."""
+"""Trains the transformer by rectified flow, over latents made once and text encoders that can read."""
 
 import copy
 from pathlib import Path
@@ -14,14 +14,10 @@ from torch.nn import functional
 from deployments.checkpoints.shapes.autoencoder import State, learning_rate_factor, to_tensor
 from deployments.checkpoints.shapes.models import VAE_FACTOR, build_transformer
 from deployments.checkpoints.shapes.plan import BASE_SIZE, Plan, Size
-from deployments.checkpoints.shapes.scene import Pixels, Scene, random_scene, render_scene
-from deployments.checkpoints.shapes.text import (
-    MAX_SEQUENCE_LENGTH,
-    build_clip_encoder,
-    build_clip_tokenizer,
-    build_t5_encoder,
-    build_t5_tokenizer,
-)
+from deployments.checkpoints.shapes.reading import ReadingTraining
+from deployments.checkpoints.shapes.scene import Scene, random_scene, render_scene
+from deployments.checkpoints.shapes.sheet import write_comparison
+from deployments.checkpoints.shapes.text import MAX_SEQUENCE_LENGTH
 from deployments.checkpoints.shapes.wording import describe, describe_unseen
 
 _STREAM, _POOL_STREAM, _SHEET_STREAM = 2, 3, 4
@@ -30,7 +26,7 @@ _OTHER_SHARE = 0.2
 _TEXT_LENGTHS = (MAX_SEQUENCE_LENGTH, MAX_SEQUENCE_LENGTH, 64, 128, 512)
 _EMPTY_SHARE = 0.03
 """Of the prompts that say nothing, so that guidance over an empty negative prompt works."""
-_TIME_MEAN, _TIME_STD = 0.8, 1.2
+_TIME_MEAN, _TIME_STD = 1.2, 1.2
 """Of the logit-normal timesteps (arXiv 2403.03206), a little towards noise, where the layout is decided."""
 _WARMUP = 150
 _EMA_DECAY = 0.999
@@ -40,21 +36,17 @@ _SHIFT = 1.5
 class FlowTraining:
     """One phase of the training; what is saved and sampled is the moving average of the weights."""
 
-    def __init__(self, plan: Plan, vae: AutoencoderKL, pool_file: Path) -> None:
+    def __init__(self, plan: Plan, vae: AutoencoderKL, reading: ReadingTraining, pool_file: Path) -> None:
         self._plan = plan
         self.num_steps = plan.num_flow_steps
         self.vae = vae.eval().requires_grad_(False)
         self._pool = _make_pool(plan, vae, pool_file)
         base = self._pool[BASE_SIZE]
         vae.register_to_config(shift_factor=base.mean().item(), scaling_factor=1 / base.std().item())
-        self._clip_tokenizer, self._t5_tokenizer = build_clip_tokenizer(), build_t5_tokenizer()
-        self._live = nn.ModuleDict(
-            {
-                "text_encoder": build_clip_encoder(self._clip_tokenizer),
-                "text_encoder_2": build_t5_encoder(self._t5_tokenizer),
-                "transformer": build_transformer(),
-            }
-        ).train()
+        self._clip_tokenizer, self._t5_tokenizer = reading.clip_tokenizer, reading.t5_tokenizer
+        self._clip = reading.clip.eval().requires_grad_(False)
+        self._t5 = reading.t5.eval().requires_grad_(False)
+        self._live = build_transformer().train()
         self._average = copy.deepcopy(self._live).eval().requires_grad_(False)
         self._optimizer = torch.optim.AdamW(
             self._live.parameters(), plan.flow_lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True
@@ -86,13 +78,15 @@ class FlowTraining:
             vae=self.vae,
             tokenizer=self._clip_tokenizer,
             tokenizer_2=self._t5_tokenizer,
-            **self._average,
+            text_encoder=self._clip,
+            text_encoder_2=self._t5,
+            transformer=self._average,
         )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
-    def sheet(self) -> list[list[Pixels]]:
-        """Unseen scenes in unseen words: pairs of rows, the true picture above the drawn one."""
+    def report(self, file: Path) -> str:
+        """Draws unseen scenes in unseen words into `file`, below the true pictures."""
         rng = np.random.default_rng([self._plan.seed, _SHEET_STREAM])
         scenes = [random_scene(rng, is_held_out=True) for _ in range(self._plan.num_sheet_prompts)]
         drawn = self.pipeline()(
@@ -104,11 +98,8 @@ class FlowTraining:
             generator=torch.Generator().manual_seed(self._plan.seed),
             output_type="np",
         ).images
-        rows = []
-        for start in range(0, len(scenes), 8):
-            rows.append([render_scene(scene, *BASE_SIZE) for scene in scenes[start : start + 8]])
-            rows.append([np.rint(picture * 255).astype(np.uint8) for picture in drawn[start : start + 8]])
-        return rows
+        true = [render_scene(scene, *BASE_SIZE) for scene in scenes]
+        return write_comparison(true, [np.rint(picture * 255).astype(np.uint8) for picture in drawn], file)
 
     def state_dict(self) -> State:
         return {
@@ -140,11 +131,11 @@ class FlowTraining:
         t5_ids = self._t5_tokenizer(
             prompts, padding="max_length", max_length=text_length, truncation=True, return_tensors="pt"
         ).input_ids
-        velocity = self._live["transformer"](
+        velocity = self._live(
             hidden_states=mixed,
             timestep=sigmas,
-            pooled_projections=self._live["text_encoder"](clip_ids).pooler_output,
-            encoder_hidden_states=self._live["text_encoder_2"](t5_ids).last_hidden_state,
+            pooled_projections=self._clip(clip_ids).pooler_output,
+            encoder_hidden_states=self._t5(t5_ids).last_hidden_state,
             txt_ids=torch.zeros(text_length, 3),
             img_ids=FluxPipeline._prepare_latent_image_ids(
                 batch, height // 2, width // 2, torch.device("cpu"), torch.float32

@@ -24,14 +24,22 @@ CONTACT_PROMPTS = (
     "please paint a big green circle in the middle, the background is gray",
     "top: a little orange square; left: a little blue circle; cyan background",
 )
+_COMPARED = 8
+"""Pictures per row of a comparison."""
 _COLUMNS = 4
 _CAPTION_HEIGHT = 44
 _GAP = 8
 
 
-def write_sheet(rows: list[list[Pixels]], file: Path) -> None:
-    """Pictures of one size, side by side."""
-    Image.fromarray(np.concatenate([np.concatenate(row, axis=1) for row in rows])).save(file)
+def write_comparison(true: list[Pixels], made: list[Pixels], file: Path) -> str:
+    """Rows of true pictures above made ones, all of one size; returns how far they differ."""
+    rows = []
+    for start in range(0, len(true), _COMPARED):
+        part = slice(start, start + _COMPARED)
+        rows += [np.concatenate(true[part], axis=1), np.concatenate(made[part], axis=1)]
+    Image.fromarray(np.concatenate(rows)).save(file)
+    off = np.abs(np.stack(true).astype(float) - np.stack(made)).mean()
+    return f"{off:.2f} of 255 off the truth: {file}"
 
 
 def write_contact_sheet(checkpoint: Path, file: Path) -> None:

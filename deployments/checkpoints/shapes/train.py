@@ -1,4 +1,4 @@
-"""`relay train-shapes`: both phases, resumable, with sample sheets on the way and a checkpoint at the end.
+"""`relay train-shapes`: three phases, resumable, with sample sheets on the way and a checkpoint at the end.
 
 OUT_DIR/training.pt           where it stands: written every minute, by rename
 OUT_DIR/latents.safetensors   the scenes that the transformer learns from
@@ -12,7 +12,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import FluxPipeline
 from rich.console import Console
@@ -21,9 +20,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from deployments.checkpoints.shapes.autoencoder import AutoencoderTraining, State
 from deployments.checkpoints.shapes.flow import FlowTraining
 from deployments.checkpoints.shapes.plan import EMBEDDED_PLAN, Plan
-from deployments.checkpoints.shapes.sheet import write_contact_sheet, write_sheet
+from deployments.checkpoints.shapes.reading import ReadingTraining
+from deployments.checkpoints.shapes.sheet import write_contact_sheet
 
-Phase = AutoencoderTraining | FlowTraining
+Phase = AutoencoderTraining | ReadingTraining | FlowTraining
 _STATE_FILE = "training.pt"
 
 
@@ -47,7 +47,9 @@ def train_shapes(out_dir: Path, plan: Plan = EMBEDDED_PLAN, console: Console | N
         run = _Run(out_dir, plan, console)
         autoencoder = AutoencoderTraining(plan)
         run.train("autoencoder", autoencoder)
-        flow = FlowTraining(plan, autoencoder.vae, out_dir / "latents.safetensors")
+        reading = ReadingTraining(plan)
+        run.train("reading", reading)
+        flow = FlowTraining(plan, autoencoder.vae, reading, out_dir / "latents.safetensors")
         run.train("flow", flow)
     _write_checkpoint(flow.pipeline(), checkpoint)
     write_contact_sheet(checkpoint, out_dir / "shapes.png")
@@ -80,7 +82,7 @@ class _Run:
                 mean = loss if mean != mean else 0.98 * mean + 0.02 * loss
                 progress.update(task, advance=1, loss=mean)
                 if (step + 1) % sheet_every == 0:
-                    self._write_sheet(name, step + 1, phase, mean)
+                    self._report(name, step + 1, phase, mean)
                 if time.monotonic() > saved_at + self._plan.save_every_s:
                     self._save(name, step + 1, phase)
                     saved_at = time.monotonic()
@@ -93,13 +95,9 @@ class _Run:
         torch.save(self._state, partial)
         partial.rename(self._out_dir / _STATE_FILE)
 
-    def _write_sheet(self, name: str, step: int, phase: Phase, loss: float) -> None:
-        rows = phase.sheet()
-        truth, drawn = np.stack(rows[::2]).astype(float), np.stack(rows[1::2]).astype(float)
-        file = self._out_dir / "sheets" / f"{name}-{step:05d}.png"
-        write_sheet(rows, file)
-        off = np.abs(truth - drawn).mean()
-        self._console.print(f"{name} {step}: loss {loss:.4f}, {off:.2f} of 255 off the truth; {file}")
+    def _report(self, name: str, step: int, phase: Phase, loss: float) -> None:
+        report = phase.report(self._out_dir / "sheets" / f"{name}-{step:05d}.png")
+        self._console.print(f"{name} {step}: loss {loss:.4f}, {report}")
 
 
 def _write_checkpoint(pipeline: FluxPipeline, folder: Path) -> None:

@@ -65,7 +65,10 @@ def describe(scene: Scene, rng: np.random.Generator) -> str:
         parts = [f"{_pick(rng, LABELS[t.place])}: {_noun(t, rng)}" for t in things]
         said = _pick(rng, BACKGROUND_WORDS[scene.background])
         sentence = "; ".join([*parts, _pick(rng, ("background: {}", "{} background")).format(said)])
-    elif style < 0.30:  # on the left a red circle and on the right a blue square, on a white background
+    elif style < 0.30:  # small red circle, left; blue square, right; on white
+        parts = [f"{_noun(t, rng)}, {_pick(rng, LABELS[t.place])}" for t in things]
+        sentence = _with_background("; ".join(parts), scene.background, rng)
+    elif style < 0.45:  # on the left a red circle and on the right a blue square, on a white background
         parts = [f"{_pick(rng, PLACE_PHRASES[t.place])} {_noun(t, rng)}" for t in things]
         sentence = _with_background(_pick(rng, (" and ", ", ")).join(parts), scene.background, rng)
     else:
@@ -110,7 +113,7 @@ def vocabulary() -> list[str]:
 
 def _noun(thing: Thing, rng: np.random.Generator) -> str:
     said = " ".join(filter(None, (_pick(rng, SIZE_WORDS[thing.size]), thing.color, thing.shape)))
-    return said if rng.random() < 0.1 else _article(said)
+    return said if rng.random() < 0.2 else _article(said)
 
 
 def _placed(thing: Thing, rng: np.random.Generator, is_alone: bool) -> str:

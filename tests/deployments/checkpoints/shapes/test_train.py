@@ -1,0 +1,104 @@
+"""The training of `shapes`, at a scale of seconds."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+
+from deployments.checkpoints.shapes import train
+from deployments.checkpoints.shapes.plan import Plan
+from deployments.checkpoints.shapes.train import train_shapes
+
+TOY = Plan(
+    num_threads=1,
+    num_autoencoder_steps=3,
+    autoencoder_batch=1,
+    num_reading_steps=3,
+    reading_tokens_per_step=2 * 32,
+    num_scenes=4,
+    num_other_scenes=2,
+    other_sizes=((96, 64),),
+    num_flow_steps=4,
+    tokens_per_step=2 * 96,
+    num_sheets=2,
+    num_sheet_prompts=2,
+    sample_steps=1,
+    save_every_s=0,
+)
+
+
+class Interrupted(Exception):
+    """As by a closed laptop."""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_shapes(tmp_path_factory.mktemp("toy") / "out", TOY)
+
+
+def test_a_trained_checkpoint_is_drawn_from_by_plain_diffusers(trained: Path) -> None:
+    pipeline = FluxPipeline.from_pretrained(trained)
+    pipeline.set_progress_bar_config(disable=True)
+    [picture] = pipeline("a red circle", width=96, height=64, num_inference_steps=1, max_sequence_length=32).images
+    assert picture.size == (96, 64)
+
+
+def test_samples_are_written_on_the_way(trained: Path) -> None:
+    names = sorted(path.name for path in (trained.parent / "sheets").iterdir())
+    assert names == [
+        "autoencoder-00001.png",
+        "autoencoder-00002.png",
+        "autoencoder-00003.png",
+        "flow-00002.png",
+        "flow-00004.png",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("phase", "part", "layer"),
+    [
+        ("AutoencoderTraining", "vae", "decoder.conv_out.weight"),
+        ("ReadingTraining", "all", "clip.weight"),
+        ("FlowTraining", "average", "proj_out.weight"),
+    ],
+)
+def test_an_interrupted_training_goes_on_as_if_it_had_not_been(
+    phase: str, part: str, layer: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to rounding, and in a last layer: Adam makes whole steps of the rounding of gradients near zero."""
+    step = getattr(train, phase).step
+
+    def step_twice(self: object, number: int) -> float:
+        if number == 2:
+            raise Interrupted
+        return float(step(self, number))
+
+    monkeypatch.setattr(getattr(train, phase), "step", step_twice)
+    with pytest.raises(Interrupted):
+        train_shapes(tmp_path, TOY)
+    monkeypatch.undo()
+    assert not (tmp_path / "shapes").exists()
+    interrupted = last_weights(tmp_path, part, layer)
+    train_shapes(tmp_path, TOY)
+    resumed, straight = last_weights(tmp_path, part, layer), last_weights(trained.parent, part, layer)
+    assert (resumed - straight).abs().mean() < 0.2 * (interrupted - straight).abs().mean()
+
+
+def last_weights(out_dir: Path, part: str, layer: str) -> torch.Tensor:
+    """One layer of the phase that has this part, as last saved."""
+    state = torch.load(out_dir / "training.pt", weights_only=True)
+    [weights] = [saved[1][part] for saved in state.values() if isinstance(saved, tuple) and part in saved[1]]
+    return weights[layer]
+
+
+def test_a_complete_checkpoint_is_never_overwritten(trained: Path) -> None:
+    with pytest.raises(FileExistsError, match="is complete"):
+        train_shapes(trained.parent, TOY)
+
+
+def test_a_folder_of_another_plan_is_refused(tmp_path: Path) -> None:
+    torch.save({"plan": repr(replace(TOY, seed=1))}, tmp_path / "training.pt")
+    with pytest.raises(FileExistsError, match="another plan"):
+        train_shapes(tmp_path, TOY)
