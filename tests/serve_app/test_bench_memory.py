@@ -33,7 +33,7 @@ def test_every_way_gets_a_row_and_what_cannot_run_says_why(tmp_path: Path) -> No
         assert "quantization" in rows[2]["error"]
     with (tmp_path / "m.csv").open() as file:
         assert [row["way"] for row in csv.DictReader(file)] == list(ways)
-    texts = [text.text for text in ElementTree.parse(tmp_path / "m.svg").getroot().iter("{*}text")]
+    texts = [text.text for text in ElementTree.parse(tmp_path / "m.svg").findall(".//{*}text")]
     assert "relay" in texts
 
 
