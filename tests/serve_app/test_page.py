@@ -171,6 +171,20 @@ def test_escape_cancels_and_frees_the_seat(page: Page, flux_app: Any) -> None:
     assert page.all("#made img") == []
 
 
+def test_a_video_model_asks_for_frames_and_shows_a_video(page: Page, wan_app: Any) -> None:
+    page.open(f"{wan_app.url}/")
+    assert not page.one("#n").is_displayed()
+    page.draw("waves", num_frames=9, seed=3)
+    page.wait(lambda: page.run("return document.querySelector('#view video').readyState") >= 2)
+    assert page.run("return document.querySelector('#view video').videoWidth") == 64
+    assert "9 frames" in page.one("#facts").text
+    assert "seed 3" in page.one("#facts").text
+    assert "denoise " in page.one("#legend").text
+    url, body = curl_body(page.one("#curl").text)
+    assert url == f"{wan_app.url}/v1/videos/sync"
+    assert body == {"prompt": "waves", "seed": 3, "num_frames": 9}
+
+
 def test_a_phone_never_scrolls_sideways(page: Page, flux_app: Any) -> None:
     page.open(f"{flux_app.url}/", width=360, height=740)
     page.draw("a" * 200)
