@@ -18,7 +18,7 @@ class Plan:
     autoencoder_batch: int = 2
     """Scenes of 128 x 128 per step, or four times as many crops of 64 x 64."""
     autoencoder_lr: float = 1e-3
-    num_reading_steps: int = 1500
+    num_reading_steps: int = 1200
     reading_tokens_per_step: int = 64 * 32
     """64 sentences of 32 tokens."""
     reading_lr: float = 1e-3
@@ -27,7 +27,7 @@ class Plan:
     num_other_scenes: int = 300
     """And at each other size."""
     other_sizes: tuple[Size, ...] = ((160, 96), (96, 160), (96, 96), (192, 192), (256, 256))
-    num_flow_steps: int = 5000
+    num_flow_steps: int = 6000
     tokens_per_step: int = 24 * 96
     """Text and image tokens of one batch, whatever the size: 24 pictures of 128 x 128 with 32 text tokens."""
     flow_lr: float = 1.6e-3

@@ -43,7 +43,7 @@ class ReadingTraining:
         self.clip_tokenizer, self.t5_tokenizer = build_clip_tokenizer(), build_t5_tokenizer()
         self.clip, self.t5 = build_clip_encoder(self.clip_tokenizer), build_t5_encoder(self.t5_tokenizer)
         num_answers = len(PLACES) * sum(_QUESTIONS) + len(BACKGROUNDS)
-        heads = {name: nn.Linear(TEXT_WIDTH, num_answers) for name in ("clip", "t5")}
+        heads = {"clip": nn.Linear(TEXT_WIDTH, num_answers), "t5": _TokenReader()}
         self._all = nn.ModuleDict({"text_encoder": self.clip, "text_encoder_2": self.t5, **heads}).train()
         self._optimizer = torch.optim.AdamW(
             self._all.parameters(), plan.reading_lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True
@@ -97,13 +97,28 @@ class ReadingTraining:
         t5_ids = self.t5_tokenizer(
             prompts, padding="max_length", max_length=text_length, truncation=True, return_tensors="pt"
         ).input_ids
-        ends = (t5_ids == self.t5_tokenizer.eos_token_id).int().argmax(dim=1)
-        states = {
-            "clip": self.clip(clip_ids).pooler_output,
-            "t5": self.t5(t5_ids).last_hidden_state[torch.arange(len(prompts)), ends],
-        }
+        states = {"clip": self.clip(clip_ids).pooler_output, "t5": self.t5(t5_ids).last_hidden_state}
         sizes = [*_QUESTIONS * len(PLACES), len(BACKGROUNDS)]
         return [list(self._all[name](state).split(sizes, dim=-1)) for name, state in states.items()]
+
+
+class _TokenReader(nn.Module):
+    """Every place, and the background, asks one question of all tokens by attention, as image tokens will.
+
+    So what is said of one shape must come together in one token.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(len(PLACES) + 1, TEXT_WIDTH) * TEXT_WIDTH**-0.5)
+        self.thing = nn.Linear(TEXT_WIDTH, sum(_QUESTIONS))
+        self.background = nn.Linear(TEXT_WIDTH, len(BACKGROUNDS))
+
+    def forward(self, states: Tensor) -> Tensor:
+        """[B, S, D] -> [B, answers]."""
+        heard = torch.softmax(states @ self.queries.T, dim=1).transpose(1, 2) @ states
+        things = self.thing(heard[:, :-1]).flatten(1)
+        return torch.cat([things, self.background(heard[:, -1])], dim=-1)
 
 
 def _answers(scene: Scene) -> list[int]:

@@ -2,8 +2,10 @@
 
 import json
 
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tokenizers.pre_tokenizers import ByteLevel
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 from deployments.checkpoints.shapes.wording import vocabulary
@@ -14,6 +16,8 @@ MAX_SEQUENCE_LENGTH = 32
 """T5 tokens that training pads to; the longest sentence of two shapes needs 27."""
 
 _FF_WIDTH = 256
+_SLOPES = (1.0, 1.0, 0.3, 0.3)
+_NEVER = -6.0
 _HEAD_DIM = 32
 _CLIP_MAX_LENGTH = 77
 
@@ -57,7 +61,23 @@ def build_t5_encoder(tokenizer: T5Tokenizer) -> T5EncoderModel:
         dropout_rate=0.0,
         tie_word_embeddings=False,
     )
-    return T5EncoderModel(config)
+    encoder = T5EncoderModel(config)
+    _look_around(encoder.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight)
+    return encoder
+
+
+@torch.no_grad()
+def _look_around(bias: Tensor) -> None:
+    """Two heads begin by looking at near words to the left and two to the right, as in ALiBi (arXiv 2108.12409).
+
+    `bias` is `[buckets, heads]`: one half of the buckets is distances to the left, the other to the right. From
+    T5's own start, with hardly any sense of order, it takes long to learn which word goes with which.
+    """
+    distances = torch.arange(len(bias) // 2, dtype=bias.dtype)
+    far = torch.full_like(distances, _NEVER)
+    for head, slope in enumerate(_SLOPES):
+        sides = (-slope * distances, far) if head % 2 else (far, -slope * distances)
+        bias[:, head] = torch.cat(sides)
 
 
 def build_clip_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
