@@ -61,7 +61,7 @@ def tiny(
 def train_shapes(
     out_dir: Annotated[Path, typer.Argument(help="a new folder, or that of a training to go on with")],
 ) -> None:
-    """Train the `shapes` checkpoint anew: about an hour on 2 cores; run it again if it was interrupted."""
+    """Train the `shapes` checkpoint anew: about an hour on 2 idle cores; run it again if it was interrupted."""
     checkpoint = importlib.import_module(SHAPES).train_shapes(out_dir, console=console)
     console.print(f"wrote {checkpoint}")
 

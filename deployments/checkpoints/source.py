@@ -1,6 +1,6 @@
 """Finds a checkpoint: which family it belongs to, and a local folder that holds the components asked for.
 
-    "embedded://shapes"               trained weights that come with this package
+    "embedded://NAME"                 trained weights that come with this package
     "tiny://flux"                     random weights, written once per machine
     "/models/flux", "./flux", "~/x"   a local folder in diffusers' layout
     "black-forest-labs/FLUX.1-dev"    a Hugging Face hub id
@@ -131,7 +131,7 @@ def _embedded_folder(checkpoint: str) -> Path:
     name = checkpoint.removeprefix(_EMBEDDED_PREFIX)
     names = sorted(index.parent.name for index in _EMBEDDED_FOLDER.glob(f"*/{_MODEL_INDEX}"))
     if name not in names:
-        raise ValueError(f"checkpoint {checkpoint!r} is not embedded; choose one of: {', '.join(names)}")
+        raise ValueError(f"checkpoint {checkpoint!r} is not embedded; choose one of: {', '.join(names) or '(none yet)'}")
     return _EMBEDDED_FOLDER / name
 
 

@@ -1,7 +1,7 @@
-"""`shapes`: a small FLUX that draws coloured shapes on request, trained here in about an hour on two cores.
+"""`shapes`: a small FLUX that is to draw coloured shapes on request, trained on two cores without a download.
 
 In order: `scene` (what can be drawn, and its picture), `wording` (sentences for a scene), `text` (tokenizers and
 text encoders), `models` (autoencoder and transformer), `plan` (how much training), `autoencoder` and `flow`
-(their trainings), `sheet` (pictures to look at), `train` (all of it, resumable, into a checkpoint). The trained
-weights lie in `deployments/checkpoints/embedded/shapes`.
+(their trainings), `sheet` (pictures to look at), `train` (all of it, resumable, into a checkpoint). Trained weights
+belong in `deployments/checkpoints/embedded/shapes`; none have been trained to the end yet.
 """

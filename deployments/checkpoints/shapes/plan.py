@@ -40,4 +40,4 @@ class Plan:
 
 
 EMBEDDED_PLAN = Plan()
-"""What the embedded weights were made with."""
+"""What `relay train-shapes` does unless told otherwise, and what embedded weights are to be made with."""
