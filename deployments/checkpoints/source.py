@@ -131,7 +131,9 @@ def _embedded_folder(checkpoint: str) -> Path:
     name = checkpoint.removeprefix(_EMBEDDED_PREFIX)
     names = sorted(index.parent.name for index in _EMBEDDED_FOLDER.glob(f"*/{_MODEL_INDEX}"))
     if name not in names:
-        raise ValueError(f"checkpoint {checkpoint!r} is not embedded; choose one of: {', '.join(names) or '(none yet)'}")
+        raise ValueError(
+            f"checkpoint {checkpoint!r} is not embedded; choose one of: {', '.join(names) or '(none yet)'}"
+        )
     return _EMBEDDED_FOLDER / name
 
 
