@@ -52,7 +52,7 @@ class Keeper:
         self._budgets: list[VramLimit] = []
         self._applied: list[str] = []
         for model in models.values():
-            model.eval().requires_grad_(False)
+            model.eval()
         if config.quantization is not None:
             self._applied.append(f"quantization: {config.quantization.kind}")
         self._set_kernels()
@@ -180,6 +180,7 @@ class Keeper:
                 raise ValueError(
                     f"trace is for UNets, and {name} is a {type(model).__name__}: use compile: blocks"
                 )
+            model.requires_grad_(False)  # only here: torch then chooses other kernels for some convolutions
             model.forward = TracedForward(model)
         self._applied.append("trace")
 

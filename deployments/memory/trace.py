@@ -1,10 +1,12 @@
 """torch.jit.trace for UNets: a graph per shape of the call's arguments, recorded when first seen."""
 
+import warnings
 from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.jit._trace import TracerWarning
 
 
 class TracedForward:
@@ -31,7 +33,9 @@ class TracedForward:
             output: torch.Tensor = self._forward(**_rebuild(outline, values), return_dict=False)[0]
             return output
 
-        return torch.jit.trace(run, tuple(tensors), check_trace=False)  # type: ignore[no-untyped-call]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", TracerWarning)  # of sizes, which are part of the key
+            return torch.jit.trace(run, tuple(tensors), check_trace=False)  # type: ignore[no-untyped-call]
 
 
 def _flatten(value: Any, tensors: list[torch.Tensor]) -> Any:
