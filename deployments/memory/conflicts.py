@@ -1,4 +1,4 @@
-"""Which techniques do not combine, why, and what to use instead. Found by trying every pair on the CPU.
+"""Which techniques do not combine, why, and what to use instead. Found by trying the pairs on tiny models.
 
 Some pairs run there and are refused all the same: where all devices are one, what a hook moves stays where it was.
 """
