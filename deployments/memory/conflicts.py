@@ -1,4 +1,5 @@
-"""Which techniques do not combine, why, and what to use instead. Found by trying the pairs on tiny models.
+"""Which techniques do not combine, why, and what to use instead. Found by trying the pairs
+on tiny models on the CPU.
 
 Some pairs run there and are refused all the same: where all devices are one, what a hook moves stays where it was.
 """
@@ -45,11 +46,15 @@ ASKED: dict[str, Callable[[Any], bool]] = {
     ),
 }
 
+_NO_HOOKS = "a traced graph calls no hooks: use compile: blocks"
+_FIXED = "a CUDA graph holds its weights' addresses: use mode default or max-autotune-no-cudagraphs"
+_COME_AND_GO = "weights come and go between graphs: leave out fullgraph"
+
 CONFLICTS: tuple[Conflict, ...] = (
     Conflict(
         "quantization",
         "layerwise_casting",
-        "quantised weights are smaller than 8 bits already and must not be cast: leave out layerwise_casting",
+        "quantised weights have 8 bits or fewer already and must not be cast: leave out layerwise_casting",
     ),
     Conflict(
         "quantization: nf4 or fp4",
@@ -72,9 +77,9 @@ CONFLICTS: tuple[Conflict, ...] = (
     Conflict(
         "compile.fullgraph",
         "offload: sequential, group or disk",
-        "weights come and go between graphs: leave out fullgraph",
+        _COME_AND_GO,
     ),
-    Conflict("compile.fullgraph", "vram_limit_gib", "weights come and go between graphs: leave out fullgraph"),
+    Conflict("compile.fullgraph", "vram_limit_gib", _COME_AND_GO),
     Conflict("compile.fullgraph", "layerwise_casting", "weights are cast between graphs: leave out fullgraph"),
     Conflict(
         "compile.fullgraph",
@@ -84,19 +89,19 @@ CONFLICTS: tuple[Conflict, ...] = (
     Conflict(
         "compile.mode with CUDA graphs",
         "offload",
-        "a CUDA graph holds its weights' addresses: use mode default or max-autotune-no-cudagraphs",
+        _FIXED,
     ),
     Conflict(
         "compile.mode with CUDA graphs",
         "vram_limit_gib",
-        "a CUDA graph holds its weights' addresses: use mode default or max-autotune-no-cudagraphs",
+        _FIXED,
     ),
     Conflict("trace", "compile", "one compiler is enough: leave out trace"),
-    Conflict("trace", "offload: sequential, group or disk", "a traced graph calls no hooks: use compile: blocks"),
-    Conflict("trace", "vram_limit_gib", "a traced graph calls no hooks: use compile: blocks"),
-    Conflict("trace", "layerwise_casting", "a traced graph calls no hooks: use compile: blocks"),
+    Conflict("trace", "offload: sequential, group or disk", _NO_HOOKS),
+    Conflict("trace", "vram_limit_gib", _NO_HOOKS),
+    Conflict("trace", "layerwise_casting", _NO_HOOKS),
     Conflict("trace", "quantization", "bitsandbytes' layers cannot be traced: use compile: blocks"),
-    Conflict("trace", "device_map", "a traced graph calls no hooks: use compile: blocks"),
+    Conflict("trace", "device_map", _NO_HOOKS),
     Conflict("trace", "shards", "a traced graph has no cut: leave out trace, or shards"),
 )
 

@@ -18,8 +18,8 @@ from deployments.checkpoints.source import detect_family, fetch_checkpoint
 from deployments.config import EncoderConfig, ModelConfig, TransformerConfig, VaeConfig
 from deployments.engine.load import open_denoiser
 from deployments.families import FAMILIES
-from deployments.request import GenerationRequest, Prompt
 from deployments.stages import load_stage
+from serve_app.bench.models import bench_request, fail
 
 MIB = 2**20
 NUM_TEXT_TOKENS = 64
@@ -53,8 +53,8 @@ def _relay(model: ModelConfig, stages: dict[str, Any], num_steps: int) -> Callab
     encoding = load_stage("encode", model, family, encoder)
     denoising = load_stage("denoise", model, family, transformer)
     decoding = load_stage("decode", model, family, vae)
-    denoising.connect(None, _raise)
-    request = _request(model, family, num_steps)
+    denoising.connect(None, fail)
+    request = bench_request(model, family, num_steps)
 
     def draw() -> None:
         seat = denoising.join()
@@ -83,7 +83,7 @@ def _plain(model: ModelConfig, num_steps: int) -> Callable[[], None]:
     pipe: Any = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, variant=model.variant)
     pipe.to("cuda" if HAS_GPU else "cpu")
     pipe.set_progress_bar_config(disable=True)
-    request = _request(model, family, num_steps)
+    request = bench_request(model, family, num_steps)
     tokens = {} if FAMILIES[family].max_sequence_length is None else {"max_sequence_length": NUM_TEXT_TOKENS}
 
     def draw() -> None:
@@ -100,23 +100,6 @@ def _plain(model: ModelConfig, num_steps: int) -> Callable[[], None]:
     return draw
 
 
-def _request(model: ModelConfig, family: str, num_steps: int) -> GenerationRequest:
-    defaults = FAMILIES[family].defaults
-    return GenerationRequest(
-        Prompt("a red circle", None, is_guided=False),
-        width=model.defaults.width or defaults.width,
-        height=model.defaults.height or defaults.height,
-        num_frames=defaults.num_frames,
-        num_inference_steps=num_steps,
-        guidance_scale=defaults.guidance_scale,
-        true_cfg_scale=defaults.true_cfg_scale,
-        seed=0,
-        output_format="png",
-        output_compression=100,
-        fps=defaults.fps,
-    )
-
-
 def _resident_bytes() -> int:
     gc.collect()
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
@@ -126,10 +109,6 @@ def _peak(bare: int) -> int:
     if HAS_GPU:
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - bare
-
-
-def _raise(error: BaseException) -> None:
-    raise error
 
 
 if __name__ == "__main__":

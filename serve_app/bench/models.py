@@ -6,6 +6,8 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 
 from deployments.checkpoints.source import fetch_checkpoint
 from deployments.config import ModelConfig
+from deployments.families import FAMILIES
+from deployments.request import GenerationRequest, Prompt
 
 
 def bench_model(name: str, folder: Path) -> ModelConfig:
@@ -18,6 +20,29 @@ def bench_model(name: str, folder: Path) -> ModelConfig:
     return ModelConfig.model_validate(
         {"name": name, "checkpoint": checkpoint, "defaults": {"width": size, "height": size}}
     )
+
+
+def bench_request(model: ModelConfig, family: str, num_steps: int) -> GenerationRequest:
+    """One unguided picture or video by the model's and the family's defaults."""
+    defaults = FAMILIES[family].defaults
+    return GenerationRequest(
+        Prompt("a red circle", None, is_guided=False),
+        width=model.defaults.width or defaults.width,
+        height=model.defaults.height or defaults.height,
+        num_frames=defaults.num_frames,
+        num_inference_steps=num_steps,
+        guidance_scale=defaults.guidance_scale,
+        true_cfg_scale=defaults.true_cfg_scale,
+        seed=0,
+        output_format="png",
+        output_compression=100,
+        fps=defaults.fps,
+    )
+
+
+def fail(error: BaseException) -> None:
+    """What a benchmark does when its engine is lost."""
+    raise error
 
 
 def _write_medium_flux(folder: Path) -> Path:

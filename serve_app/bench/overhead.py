@@ -18,9 +18,8 @@ from rich.progress import Progress
 from deployments.checkpoints.source import fetch_checkpoint
 from deployments.config import EncoderConfig, ModelConfig, TransformerConfig
 from deployments.families import FAMILIES
-from deployments.request import GenerationRequest, Prompt
 from deployments.stages import load_stage
-from serve_app.bench.models import bench_model
+from serve_app.bench.models import bench_model, bench_request, fail
 from serve_app.bench.report import Row, report
 
 FAMILY = "flux"
@@ -57,23 +56,11 @@ def run(*, loads: Mapping[str, tuple[int, int]], json_file: Path | None) -> None
 
 def _ways(model: ModelConfig, num_steps: int) -> dict[str, Callable[[], torch.Tensor]]:
     """By design, one denoise, to latents."""
-    request = GenerationRequest(
-        Prompt("a red circle", None, is_guided=False),
-        width=model.defaults.width or 0,
-        height=model.defaults.height or 0,
-        num_frames=1,
-        num_inference_steps=num_steps,
-        guidance_scale=FAMILIES[FAMILY].defaults.guidance_scale,
-        true_cfg_scale=FAMILIES[FAMILY].defaults.true_cfg_scale,
-        seed=0,
-        output_format="png",
-        output_compression=100,
-        fps=1,
-    )
+    request = bench_request(model, FAMILY, num_steps)
     encoding = load_stage("encode", model, FAMILY, EncoderConfig(max_sequence_length=NUM_TEXT_TOKENS))
     embeds = encoding.encode(request.prompt)
     stage = load_stage("denoise", model, FAMILY, TransformerConfig())
-    stage.connect(None, _raise)
+    stage.connect(None, fail)
     absent: dict[str, Any] = dict.fromkeys(("text_encoder", "text_encoder_2", "vae"))
     pipe: Any = DiffusionPipeline.from_pretrained(fetch_checkpoint(model.checkpoint, ()), **absent)
     pipe.set_progress_bar_config(disable=True)
@@ -100,7 +87,3 @@ def _ways(model: ModelConfig, num_steps: int) -> dict[str, Callable[[], torch.Te
         return latents
 
     return {"plain": plain, "engine": through_the_engine}
-
-
-def _raise(error: BaseException) -> None:
-    raise error
