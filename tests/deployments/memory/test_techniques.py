@@ -18,8 +18,9 @@ from deployments.checkpoints.source import fetch_checkpoint
 from deployments.config import EncoderConfig, ModelConfig, TransformerConfig, VaeConfig
 from deployments.families import FAMILIES
 from deployments.memory.conflicts import find_conflict
-from deployments.request import GenerationRequest, Prompt
+from deployments.request import GenerationRequest
 from deployments.stages import load_stage
+from tests.deployments.memory.tiny_request import NUM_STEPS, PROMPT, build_request
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quantize_on_cpu", "fresh_torch")]
 
@@ -54,8 +55,6 @@ EXACT = {
 }
 TOLERANCE = 5e-5
 """Where another kernel adds up in another order: attention backends, channels_last. Latents reach 3."""
-PROMPT = "a red cat"
-NUM_STEPS = 2
 
 
 @pytest.fixture
@@ -88,23 +87,6 @@ def embeds(family: str) -> Any:
 def build_encoder_config(family: str, **settings: Any) -> EncoderConfig:
     tokens = 64 if FAMILIES[family].max_sequence_length else None
     return EncoderConfig(max_sequence_length=tokens, **settings)
-
-
-def build_request(family: str) -> GenerationRequest:
-    of = FAMILIES[family]
-    return GenerationRequest(
-        Prompt(PROMPT, None, is_guided=False),
-        width=64,
-        height=64,
-        num_frames=5 if of.media == "video" else 1,
-        num_inference_steps=NUM_STEPS,
-        guidance_scale=3.5 if of.guidance == "true_cfg_scale" else 1.0,
-        true_cfg_scale=1.0 if of.guidance == "true_cfg_scale" else None,
-        seed=7,
-        output_format="png",
-        output_compression=100,
-        fps=16,
-    )
 
 
 @cache

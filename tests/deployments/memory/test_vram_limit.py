@@ -13,8 +13,9 @@ from deployments.checkpoints.source import fetch_checkpoint
 from deployments.config import EncoderConfig, ModelConfig, TransformerConfig, VaeConfig
 from deployments.families import FAMILIES
 from deployments.memory.vram_limit import VramLimit
-from deployments.request import GenerationRequest, Prompt
+from deployments.request import Prompt
 from deployments.stages import load_stage
+from tests.deployments.memory.tiny_request import build_request
 
 CPU = torch.device("cpu")
 KIB = 1024
@@ -122,23 +123,6 @@ def build_stage(family: str, **settings: Any) -> Any:
     stage = load_stage("denoise", model, family, TransformerConfig(**settings))
     stage.connect(None, pytest.fail)
     return stage
-
-
-def build_request(family: str) -> GenerationRequest:
-    of = FAMILIES[family]
-    return GenerationRequest(
-        Prompt("a red cat", None, is_guided=False),
-        width=64,
-        height=64,
-        num_frames=5 if of.media == "video" else 1,
-        num_inference_steps=2,
-        guidance_scale=3.5 if of.guidance == "true_cfg_scale" else 1.0,
-        true_cfg_scale=1.0 if of.guidance == "true_cfg_scale" else None,
-        seed=7,
-        output_format="png",
-        output_compression=100,
-        fps=16,
-    )
 
 
 @pytest.mark.slow
