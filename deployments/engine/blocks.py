@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import init_empty_weights
 from diffusers import ModelMixin
 from torch import nn
+
+from deployments.memory.stored import stored_bytes
 
 TAIL = (
     "norm_out",
@@ -72,14 +73,11 @@ def block_names(model: nn.Module) -> tuple[str, ...]:
     return tuple(name for part in lists for name in _members(part, children[part]))
 
 
-def block_bytes(model: nn.Module, dtype: torch.dtype) -> BlockBytes:
-    """What each block weighs once loaded as `dtype`; a skeleton will do. Quantisation is left out of account.
-
-    Modules that diffusers keeps in float32 count four bytes a weight.
-    """
-    blocks = tuple(_num_bytes(model, name, dtype) for name in block_names(model))
-    tail = sum(_num_bytes(model, name, dtype) for name in tail_names(model))
-    return BlockBytes(_num_bytes(model, "", dtype) - sum(blocks) - tail, blocks, tail)
+def block_bytes(model: nn.Module) -> BlockBytes:
+    """What each block of a model, or of a skeleton from `as_stored`, weighs."""
+    blocks = tuple(stored_bytes(model.get_submodule(name)) for name in block_names(model))
+    tail = sum(stored_bytes(model.get_submodule(name)) for name in tail_names(model))
+    return BlockBytes(stored_bytes(model) - sum(blocks) - tail, blocks, tail)
 
 
 def tail_names(model: nn.Module) -> tuple[str, ...]:
@@ -121,13 +119,3 @@ def _declared_lists(model: Any) -> Sequence[str]:
 
 def _members(name: str, module: nn.Module) -> Sequence[str]:
     return [f"{name}.{i}" for i in range(len(module))] if isinstance(module, nn.ModuleList) else [name]
-
-
-def _num_bytes(model: nn.Module, name: str, dtype: torch.dtype) -> int:
-    """Of the submodule `name` (the whole for ""), as diffusers' loader would cast it."""
-    in_fp32 = set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    total = 0
-    for key, value in model.get_submodule(name).state_dict().items():
-        kept = torch.float32 if in_fp32.intersection(key.split(".")) else dtype
-        total += value.numel() * (kept if value.is_floating_point() else value.dtype).itemsize
-    return total

@@ -20,6 +20,7 @@ from deployments.engine.shard import Shard, load_shard
 from deployments.families import Family
 from deployments.memory.prepare import Keeper
 from deployments.memory.quantize import plan_quantization
+from deployments.memory.stored import as_stored
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +103,7 @@ def plan_ranks(denoiser: Denoiser, config: TransformerConfig) -> list[tuple[int,
         if config.cuts[-1] >= num_blocks:
             raise ValueError(f"cuts must be below {num_blocks}, the number of blocks, got {config.cuts[-1]}")
         return list(pairwise((0, *config.cuts, num_blocks)))
-    weights = block_bytes(denoiser.skeleton, denoiser.dtype)
+    weights = block_bytes(as_stored(denoiser.skeleton, config))
     return list(pairwise(plan_cuts(weights.blocks, config.shards, tail_cost=weights.tail)))
 
 

@@ -16,12 +16,12 @@ from typing import Any
 import accelerate
 import torch
 from diffusers import ModelMixin
-from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
-from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN
+from diffusers.hooks import apply_group_offloading
 from torch import nn
 
 from deployments.config import StageConfig
 from deployments.device import resolve_dtype
+from deployments.memory.casting import cast_layers
 from deployments.memory.config import CompileConfig, LayerwiseCastingConfig, OffloadConfig
 from deployments.memory.trace import TracedForward
 from deployments.memory.vram_limit import VramLimit
@@ -29,8 +29,6 @@ from deployments.stats import MemoryStats
 
 RECOMPILE_LIMIT = 1000
 """Of graphs per function: every hook, block kind and size may need one."""
-T5_OUTPUT = r"\.wo$"
-"""transformers' T5 casts activations to this layer's dtype as stored, before a hook could cast its weight."""
 
 
 class Keeper:
@@ -100,18 +98,8 @@ class Keeper:
             self._applied.append("channels_last")
 
     def _cast(self, config: LayerwiseCastingConfig) -> None:
-        dtypes = {
-            "storage_dtype": getattr(torch, config.storage_dtype),
-            "compute_dtype": resolve_dtype(self._config.dtype),
-        }
         for model in self._models.values():
-            if config.skip_patterns is not None:
-                apply_layerwise_casting(model, skip_modules_pattern=config.skip_patterns, **dtypes)
-            elif isinstance(model, ModelMixin):
-                model.enable_layerwise_casting(**dtypes)
-            else:
-                patterns = (*DEFAULT_SKIP_MODULES_PATTERN, T5_OUTPUT)
-                apply_layerwise_casting(model, skip_modules_pattern=patterns, **dtypes)
+            cast_layers(model, config, resolve_dtype(self._config.dtype))
         self._applied.append(f"layerwise_casting: {config.storage_dtype}")
 
     def _place(self) -> None:

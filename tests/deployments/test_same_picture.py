@@ -249,7 +249,7 @@ def test_the_ranks_together_hold_the_model_and_the_embedders_once_more_each(
     processes: Processes, family: str
 ) -> None:
     model = ModelConfig(name="tiny", checkpoint=f"tiny://{family}")
-    weights = block_bytes(open_denoiser(model, FAMILIES[family], processes.config(3)).skeleton, torch.float32)
+    weights = block_bytes(open_denoiser(model, FAMILIES[family], processes.config(3)).skeleton)
     processes.connect(family, 3)
     held = [sum(rank.memory.weights_bytes.values()) for rank in processes.stats(family, 3)]
     assert sum(held) == 3 * weights.head + sum(weights.blocks) + weights.tail

@@ -1,7 +1,6 @@
 """Names and weights of a denoiser's blocks."""
 
 import pytest
-import torch
 from accelerate import init_empty_weights
 from diffusers import (
     Flux2Transformer2DModel,
@@ -15,8 +14,11 @@ from diffusers import (
 from torch import nn
 
 from deployments.engine.blocks import block_bytes, block_names, shape_only_inputs
+from deployments.memory.config import MemoryConfig
+from deployments.memory.stored import as_stored
 
 GIB = 2**30
+BF16 = MemoryConfig(dtype="bfloat16")
 
 
 def on_meta(model_class: type[nn.Module], **config: object) -> nn.Module:
@@ -52,13 +54,13 @@ def test_lists_of_blocks_side_by_side_are_refused() -> None:
 
 
 def test_flux_dev_weighs_what_is_published() -> None:
-    weight = block_bytes(on_meta(FluxTransformer2DModel, guidance_embeds=True), torch.bfloat16)
+    weight = block_bytes(as_stored(on_meta(FluxTransformer2DModel, guidance_embeds=True), BF16))
     assert weight.of_shard(0, 57) / GIB == pytest.approx(22.17, abs=0.01)
     assert weight.blocks[0] / weight.blocks[-1] == pytest.approx(2.4, abs=0.1)
 
 
 def test_the_head_is_in_every_shard_and_the_tail_in_the_last() -> None:
-    weight = block_bytes(on_meta(SD3Transformer2DModel, num_layers=3), torch.float32)
+    weight = block_bytes(on_meta(SD3Transformer2DModel, num_layers=3))
     parts = weight.of_shard(0, 1) + weight.of_shard(1, 3)
     assert parts == weight.of_shard(0, 3) + weight.head
     assert weight.of_shard(0, 1) == weight.head + weight.blocks[0]
@@ -67,8 +69,8 @@ def test_the_head_is_in_every_shard_and_the_tail_in_the_last() -> None:
 
 def test_modules_kept_in_float32_count_four_bytes() -> None:
     model = on_meta(WanTransformer3DModel, num_layers=1)
-    num_bytes = {dtype: block_bytes(model, dtype).blocks[0] for dtype in (torch.bfloat16, torch.float32)}
-    assert num_bytes[torch.float32] / 2 < num_bytes[torch.bfloat16] < num_bytes[torch.float32]
+    in_fp32, in_bf16 = block_bytes(model).blocks[0], block_bytes(as_stored(model, BF16)).blocks[0]
+    assert in_fp32 / 2 < in_bf16 < in_fp32
 
 
 @pytest.mark.parametrize(

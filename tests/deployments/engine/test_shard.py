@@ -19,6 +19,8 @@ from deployments.checkpoints.tiny import TINY_FAMILIES, write_tiny_checkpoint
 from deployments.engine.blocks import block_bytes, block_names, build_skeleton, shape_only_inputs
 from deployments.engine.cut import Boundary, Recorder, Stub
 from deployments.engine.shard import Shard, load_shard
+from deployments.memory.config import MemoryConfig
+from deployments.memory.stored import as_stored
 
 MODELS = {
     "flux": (diffusers.FluxTransformer2DModel, "transformer", 8),
@@ -197,7 +199,7 @@ def test_a_shard_holds_its_own_blocks_and_the_last_one_the_tail(
 def test_shards_weigh_what_block_bytes_says(checkpoints: Path, family: str, cuts: tuple[int, ...]) -> None:
     """So together they weigh the whole model and, for each cut, one head more."""
     skeleton = build_skeleton(MODELS[family][0], checkpoints / family, MODELS[family][1])
-    weight = block_bytes(skeleton, torch.bfloat16)
+    weight = block_bytes(as_stored(skeleton, MemoryConfig(dtype="bfloat16")))
     for blocks, shard in zip(
         pairwise(cuts), load_chain(checkpoints, family, cuts, dtype=torch.bfloat16), strict=True
     ):

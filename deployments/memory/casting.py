@@ -1,0 +1,23 @@
+"""Layerwise casting of one model: weights stored in 8 bits, arithmetic in the stage's dtype."""
+
+import torch
+from diffusers import ModelMixin
+from diffusers.hooks import apply_layerwise_casting
+from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN
+from torch import nn
+
+from deployments.memory.config import LayerwiseCastingConfig
+
+T5_OUTPUT = r"\.wo$"
+"""transformers' T5 casts activations to this layer's dtype as stored, before a hook could cast its weight."""
+
+
+def cast_layers(model: nn.Module, config: LayerwiseCastingConfig, compute_dtype: torch.dtype) -> None:
+    """In place; the planner casts models on the meta device by it too."""
+    dtypes = {"storage_dtype": getattr(torch, config.storage_dtype), "compute_dtype": compute_dtype}
+    if config.skip_patterns is not None:
+        apply_layerwise_casting(model, skip_modules_pattern=config.skip_patterns, **dtypes)
+    elif isinstance(model, ModelMixin):
+        model.enable_layerwise_casting(**dtypes)
+    else:
+        apply_layerwise_casting(model, skip_modules_pattern=(*DEFAULT_SKIP_MODULES_PATTERN, T5_OUTPUT), **dtypes)

@@ -1,0 +1,114 @@
+"""What a model weighs as a stage's config keeps it, told from its skeleton: no weights are read.
+
+The libraries' own code changes the skeleton on the meta device, as it would change the model; only what
+bitsandbytes makes of a weight when it arrives is a formula here.
+"""
+
+import copy
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from diffusers import ModelMixin
+from diffusers.quantizers import DiffusersAutoQuantizer
+from torch import nn
+from transformers.quantizers import AutoHfQuantizer
+
+from deployments.device import resolve_dtype
+from deployments.memory.casting import cast_layers
+from deployments.memory.config import MemoryConfig
+from deployments.memory.quantize import plan_quantization
+
+_BLOCK = 64
+"""Weights that share a scale in nf4 and fp4 (bitsandbytes' default on CUDA)."""
+_NESTED_BLOCK = 256
+"""Scales that share a scale with `double_quant`."""
+
+
+def as_stored(skeleton: nn.Module, config: MemoryConfig, *, is_quantized: bool = True) -> nn.Module:
+    """A copy of a model on the meta device with the dtypes and layers it will have once loaded.
+
+    Args:
+        is_quantized: False where `quantization` does not name this component.
+    """
+    stored = copy.deepcopy(skeleton)
+    model: Any = stored
+    dtype = resolve_dtype(config.dtype)
+    kept = _kept_in_fp32(model, dtype)
+    for prefix, module in model.named_modules():
+        for name, tensor in _own_weights(module):
+            if tensor.is_floating_point():
+                is_kept = kept.intersection(f"{prefix}.{name}".split("."))
+                tensor.data = tensor.data.to(torch.float32 if is_kept else dtype)
+    quantization = getattr(model.config, "quantization_config", None)  # of weights that are stored so
+    if quantization is None and config.quantization is not None and is_quantized:
+        library = "diffusers" if isinstance(model, ModelMixin) else "transformers"
+        quantization = plan_quantization(config.quantization, config.dtype, library)
+    if quantization is not None:
+        _quantize(model, quantization, sorted(kept), dtype)
+    if config.layerwise_casting is not None:
+        cast_layers(model, config.layerwise_casting, dtype)
+    return stored
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Of all parameters and persistent buffers of a model from `as_stored`; tied ones count once."""
+    seen: set[int] = set()
+    total = 0
+    for module in model.modules():
+        if isinstance(module, Linear4bit | Linear8bitLt):
+            total += _quantized_bytes(module)
+            continue
+        for _, tensor in _own_weights(module):
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                total += tensor.nbytes
+    return total
+
+
+def _own_weights(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """What a checkpoint has for this module itself."""
+    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        if tensor is not None and name not in module._non_persistent_buffers_set:
+            yield name, tensor
+
+
+def _kept_in_fp32(model: Any, dtype: torch.dtype) -> set[str]:
+    """Parts of names. diffusers keeps them always, transformers those that overflow in float16."""
+    names = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    if isinstance(model, ModelMixin) or dtype == torch.float16:
+        return names
+    strict = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    return strict if dtype == torch.bfloat16 else set()
+
+
+def _quantize(model: Any, config: Any, kept: list[str], dtype: torch.dtype) -> None:
+    """As both libraries do before they read weights: each decides itself which layers it replaces."""
+    if isinstance(model, ModelMixin):
+        quantizer: Any = DiffusersAutoQuantizer.from_config(config, pre_quantized=False)
+        quantizer.preprocess_model(model=model, device_map=None, keep_in_fp32_modules=kept)
+    else:
+        quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
+        quantizer.preprocess_model(model=model, dtype=dtype, device_map=None)
+    for module in model.modules():
+        if isinstance(module, Linear4bit | Linear8bitLt) and module.bias is not None:
+            module.bias.data = module.bias.data.to(dtype)
+
+
+def _quantized_bytes(module: Linear4bit | Linear8bitLt) -> int:
+    """LLM.int8: a byte a weight and a float32 scale a row (https://arxiv.org/abs/2208.07339). QLoRA: half a byte a
+    weight, a float32 scale per 64, which `double_quant` makes a byte (https://arxiv.org/abs/2305.14314)."""
+    num_weights: int = module.in_features * module.out_features
+    bias: int = 0 if module.bias is None else module.bias.nbytes
+    if isinstance(module, Linear8bitLt):
+        num_rows: int = module.out_features
+        return num_weights + 4 * num_rows + bias
+    num_scales = math.ceil(num_weights / _BLOCK)
+    table = 16 * 4
+    if module.weight.compress_statistics:
+        scales = num_scales + 4 * math.ceil(num_scales / _NESTED_BLOCK) + 256 * 4
+    else:
+        scales = 4 * num_scales
+    return math.ceil(num_weights / 2) + scales + table + bias
