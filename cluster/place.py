@@ -27,6 +27,11 @@ class Rendezvous:
     backend: Backend
 
 
+def num_nodes(places: Sequence[Place]) -> int:
+    """On how many nodes they lie."""
+    return len({place.node_id for place in places})
+
+
 def plan_backend(places: Sequence[Place]) -> Backend:
     """NCCL if every rank has a GPU of its own, for it refuses two ranks on one; else gloo, by way of the CPU."""
     own_gpus = {place for place in places if place.gpu is not None}

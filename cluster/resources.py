@@ -6,6 +6,8 @@ from pydantic import Field, model_validator
 
 from cluster.config import Config
 
+ACCELERATOR_LABEL = "ray.io/accelerator-type"
+
 
 class ResourceConfig(Config):
     """Resources and replica bounds of one stage."""
@@ -16,12 +18,24 @@ class ResourceConfig(Config):
     )
     min_replicas: int = Field(1, ge=0, description="fewest replicas; 0 lets the stage sleep")
     max_replicas: int = Field(1, ge=1, description="most replicas; above min_replicas the stage autoscales")
-    target_ongoing_requests: float = Field(2.0, gt=0, description="requests per replica that autoscaling aims at")
+    target_load: float = Field(
+        2.0, gt=0, description="what autoscaling aims at per replica: 1 is busy, 2 has as much again waiting"
+    )
     max_ongoing_requests: int = Field(
         32, ge=2, description="requests a replica holds at once; 1 would leave a pipeline of shards empty"
     )
     upscale_delay_s: float = Field(5.0, ge=0, description="seconds of high load before a replica is added")
     downscale_delay_s: float = Field(120.0, ge=0, description="seconds of low load before one is removed")
+    accelerator_type: str | None = Field(None, description="only nodes with this one, by Ray's name, such as H100")
+    labels: dict[str, str] = Field(
+        {}, description='only nodes with these Ray labels, such as {"zone": "a"} or {"zone": "!b"}'
+    )
+
+    @property
+    def label_selector(self) -> dict[str, str]:
+        """Labels of a node that may hold a replica, as Ray wants them. Ray labels nodes by accelerator itself."""
+        accelerator = {} if self.accelerator_type is None else {ACCELERATOR_LABEL: self.accelerator_type}
+        return accelerator | self.labels
 
     @model_validator(mode="after")
     def _check(self) -> Self:

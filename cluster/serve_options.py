@@ -13,14 +13,29 @@ STAGE_ENV = {
 """Set per stage, never job-wide: the first makes a process import torch, which the ingress must not
 (measured: a 100 MB hand-off 350 -> 32 ms; ingress 316 -> 138 MB without it)."""
 
+HEAD_NODE = {"node:__internal_head__": 0.001}
+"""A resource that Ray gives to the head node alone."""
+
+METRICS_INTERVAL_S = 1.0
+LOOK_BACK_S = 5.0
+"""Serve's own 10 and 30 s would see a burst of short requests when it is over."""
+
 
 def plan_serve_options(
-    resources: ResourceConfig, *, graceful_shutdown_timeout_s: float, num_shards: int = 1
+    resources: ResourceConfig,
+    *,
+    graceful_shutdown_timeout_s: float,
+    num_shards: int = 1,
+    reports_load: bool = False,
 ) -> dict[str, Any]:
     """Keyword arguments of `Deployment.options` for one stage.
 
     With several shards the replica itself is rank 0 and lies in bundle 0 of its placement group; ranks 1 to
-    num_shards - 1 are child actors in the bundles after it, each of the same size.
+    num_shards - 1 are child actors in the bundles after it, each of the same size, on one node if they fit.
+
+    Args:
+        graceful_shutdown_timeout_s: how long a replica that is no longer wanted may work on its last requests.
+        reports_load: whether the replicas say how busy they are (autoscaling.py), or Serve counts requests.
     """
     options: dict[str, Any] = {
         "max_ongoing_requests": resources.max_ongoing_requests,
@@ -32,28 +47,34 @@ def plan_serve_options(
             "num_gpus": resources.num_gpus,
             "runtime_env": {"env_vars": dict(STAGE_ENV)},
         },
-        **_plan_replicas(resources),
+        **_plan_replicas(resources, reports_load),
     }
+    if num_shards == 1 and resources.label_selector:
+        options["ray_actor_options"]["label_selector"] = resources.label_selector
     if num_shards > 1:
         bundle = {"CPU": resources.num_cpus, "GPU": resources.num_gpus}
         options["placement_group_bundles"] = [
             {name: amount for name, amount in bundle.items() if amount} for _ in range(num_shards)
         ]
         options["placement_group_strategy"] = "PACK"
+        if resources.label_selector:
+            options["placement_group_bundle_label_selector"] = [resources.label_selector] * num_shards
     return options
 
 
-def _plan_replicas(resources: ResourceConfig) -> dict[str, Any]:
+def _plan_replicas(resources: ResourceConfig, reports_load: bool) -> dict[str, Any]:
     if resources.min_replicas == resources.max_replicas:
         return {"num_replicas": resources.min_replicas}
-    return {
-        "num_replicas": "auto",
-        "autoscaling_config": {
-            "min_replicas": resources.min_replicas,
-            "initial_replicas": max(1, resources.min_replicas),
-            "max_replicas": resources.max_replicas,
-            "target_ongoing_requests": resources.target_ongoing_requests,
-            "upscale_delay_s": resources.upscale_delay_s,
-            "downscale_delay_s": resources.downscale_delay_s,
-        },
+    autoscaling: dict[str, Any] = {
+        "min_replicas": resources.min_replicas,
+        "initial_replicas": max(1, resources.min_replicas),
+        "max_replicas": resources.max_replicas,
+        "target_ongoing_requests": resources.target_load,
+        "upscale_delay_s": resources.upscale_delay_s,
+        "downscale_delay_s": resources.downscale_delay_s,
+        "metrics_interval_s": METRICS_INTERVAL_S,
+        "look_back_period_s": LOOK_BACK_S,
     }
+    if reports_load:
+        autoscaling["policy"] = {"policy_function": "cluster.autoscaling:load_policy"}
+    return {"num_replicas": "auto", "autoscaling_config": autoscaling}

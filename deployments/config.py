@@ -59,6 +59,11 @@ class StageConfig(MemoryConfig, ResourceConfig):
         return 1
 
     @property
+    def reports_load(self) -> bool:
+        """Whether replicas tell how busy they are; if not, as busy as they have requests."""
+        return False
+
+    @property
     def num_threads(self) -> int:
         """CPU threads of one torch operation. What Ray reserves is what is used, so stages do not fight."""
         return self.torch_threads or max(1, int(self.num_cpus))
@@ -82,6 +87,11 @@ class EncoderConfig(StageConfig):
 class TransformerConfig(StageConfig):
     """The denoiser: a transformer, or a UNet."""
 
+    target_load: float = Field(
+        1.0,
+        gt=0,
+        description="what autoscaling aims at per replica: 1 fills all that its shards have in flight at once",
+    )
     shards: int = Field(
         1, ge=1, le=64, description="consecutive block ranges, each on resources of its own (per num_gpus)"
     )
@@ -110,6 +120,10 @@ class TransformerConfig(StageConfig):
     def num_ranks(self) -> int:
         """Ranks of a shard group: explicit cuts count, or `shards`."""
         return len(self.cuts) + 1 if self.cuts else self.shards
+
+    @property
+    def reports_load(self) -> bool:
+        return True
 
     @model_validator(mode="after")
     def _check_shards(self) -> Self:

@@ -1,13 +1,16 @@
 """The denoise stage's deployment: embeddings in, latents out, progress on the way."""
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from cluster.autoscaling import LOAD
 from cluster.metrics import StageMetrics, export_regularly
+from cluster.place import num_nodes
 from cluster.shard_group import ShardGroup, this_address
 from deployments.config import ModelConfig, TransformerConfig
 from deployments.rank import Rank, exit_replica
@@ -25,6 +28,8 @@ from deployments.stats import TransformerStats
 
 if TYPE_CHECKING:
     import torch
+
+log = logging.getLogger("ray.serve")
 
 PROGRESS_PERIOD_S = 0.2
 """Least time between two progress items: each costs 2-5 ms of the process that computes (measured)."""
@@ -54,7 +59,14 @@ class Transformer:
         if self._group is None:
             self._stage.connect(None, exit_replica)
             return
-        rendezvous = self._stage.open_rendezvous(this_address(), self._group.places())
+        places = self._group.places()
+        if num_nodes(places) > 1:
+            log.warning(
+                "no node had room for %d shards: they lie on %d, and every step crosses the network between them",
+                len(places),
+                num_nodes(places),
+            )
+        rendezvous = self._stage.open_rendezvous(this_address(), places)
         wait = self._group.connect(rendezvous)
         self._stage.connect(rendezvous, exit_replica)
         wait()
@@ -117,6 +129,10 @@ class Transformer:
             denoise_ms=(time.perf_counter() - times["started"]) * 1e3,
         )
         yield latents
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve asks, and gives it to the autoscaling policy."""
+        return {LOAD: self._stage.load}
 
     async def stats(self) -> TransformerStats:
         """Of this replica and all of its ranks."""

@@ -4,7 +4,7 @@ the class itself in the annotation, and would silently pass a raw dict."""
 from ray import serve
 from ray.serve import Application
 
-from cluster.serve_options import plan_serve_options
+from cluster.serve_options import HEAD_NODE, plan_serve_options
 from deployments.checkpoints.source import detect_family
 from deployments.config import ModelConfig, StageConfig
 from deployments.encoder import Encoder
@@ -26,7 +26,10 @@ def build_app(config: AppConfig) -> Application:
 
     def stage(deployment: type, stage_config: StageConfig) -> Application:
         options = plan_serve_options(
-            stage_config, graceful_shutdown_timeout_s=timeout_s, num_shards=stage_config.num_ranks
+            stage_config,
+            graceful_shutdown_timeout_s=timeout_s,
+            num_shards=stage_config.num_ranks,
+            reports_load=stage_config.reports_load,
         )
         return serve.deployment(deployment).options(**options).bind(model, family, stage_config)
 
@@ -36,7 +39,10 @@ def build_app(config: AppConfig) -> Application:
             num_replicas=config.ingress.num_replicas,
             max_ongoing_requests=2 * config.limits.max_concurrent_requests,
             graceful_shutdown_timeout_s=timeout_s,
-            ray_actor_options={"num_cpus": config.ingress.num_cpus},
+            ray_actor_options={
+                "num_cpus": config.ingress.num_cpus,
+                "resources": HEAD_NODE if config.ingress.on_head else {},
+            },
         )
         .bind(
             model,

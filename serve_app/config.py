@@ -31,6 +31,9 @@ class IngressConfig(Config):
 
     num_replicas: int = Field(1, ge=1)
     num_cpus: float = Field(0.0, ge=0, description="logical CPUs Ray reserves for each replica")
+    on_head: bool = Field(
+        True, description="on the head node: no other node's death takes an accepted request; false: anywhere"
+    )
 
 
 class AppConfig(Config):

@@ -48,6 +48,8 @@ class Seat:
     """When it began to wait, or landed, on the queue's clock."""
     signature: Hashable = None
     """Of its latest forward."""
+    tokens: int = 0
+    """Of its latest forward; 0 before the first."""
     successors: dict[Hashable, Hashable] = field(default_factory=dict)
     """Which signature came after which: the two passes of true CFG may alternate between two text lengths."""
 
@@ -86,6 +88,8 @@ class StepQueueStats:
     num_seats: int
     num_waiting: int
     num_flying: int
+    load: float
+    """The full micro-batches that all seats come to, over how many can fly: above 1, forwards wait their turn."""
     batch_sizes: Mapping[int, int]
     """How many micro-batches took off with so many forwards."""
     queue_wait_s: float
@@ -213,6 +217,7 @@ class StepQueue:
                 num_seats=len(self._seats),
                 num_waiting=states[SeatState.WAITING],
                 num_flying=states[SeatState.FLYING],
+                load=sum(1 / self._size_limit(seat.tokens) for seat in self._seats) / self.depth,
                 batch_sizes=dict(self._batch_sizes),
                 queue_wait_s=self._queue_wait_s,
             )
@@ -230,7 +235,8 @@ class StepQueue:
                 raise RuntimeError("a seat has one open forward at a time: wait for it, or join() once more")
             if seat.state is SeatState.BETWEEN:
                 seat.successors[seat.signature] = forward.signature
-            seat.state, seat.since, seat.signature = SeatState.WAITING, self._clock(), forward.signature
+            seat.state, seat.since = SeatState.WAITING, self._clock()
+            seat.signature, seat.tokens = forward.signature, forward.tokens
             self._open[seat] = forward
             self._changed.notify_all()
         return forward.result
@@ -255,10 +261,14 @@ class StepQueue:
 
     def _batch_size(self, group: Sequence[Forward]) -> int:
         num_live = sum(seat.state not in (SeatState.NEW, SeatState.ENDED) for seat in self._seats)
-        size = min(math.ceil(num_live / self.depth), self._max_batch_size)
-        if self._max_batch_tokens is not None:
-            size = min(size, self._max_batch_tokens // max(forward.tokens for forward in group))
-        return max(size, 1)
+        size_limit = self._size_limit(max(forward.tokens for forward in group))
+        return max(min(math.ceil(num_live / self.depth), size_limit), 1)
+
+    def _size_limit(self, tokens: int) -> int:
+        """How many forwards of so many tokens may fly as one."""
+        if self._max_batch_tokens is None or not tokens:
+            return self._max_batch_size
+        return max(min(self._max_batch_size, self._max_batch_tokens // tokens), 1)
 
     def _deadline(self, signature: Hashable) -> float:
         """Until when to wait for the seats that are coming to this signature; long ago if none is."""

@@ -83,6 +83,11 @@ class Denoising:
         """Ends the request: if it still runs, its thread gets Cancelled at the next step."""
         self.engine.queue.leave(seat)
 
+    @property
+    def load(self) -> float:
+        """Of the step queue: 1 fills all that may fly at once."""
+        return self.engine.queue.stats().load
+
     def stats(self) -> TransformerStats:
         """With rank 0 alone; the other ranks tell of themselves."""
         ring = self.engine.stats()

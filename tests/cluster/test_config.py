@@ -77,7 +77,7 @@ def test_more_than_one_gpu_must_be_a_whole_number(num_gpus: float) -> None:
         ("min_replicas", -1),
         ("max_replicas", 0),
         ("max_ongoing_requests", 1),
-        ("target_ongoing_requests", 0),
+        ("target_load", 0),
         ("upscale_delay_s", -1),
         ("downscale_delay_s", "soon"),
     ],

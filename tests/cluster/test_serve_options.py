@@ -4,13 +4,20 @@ from typing import Any
 
 import pytest
 from ray import serve
+from ray.serve.config import AutoscalingConfig
 
+from cluster.autoscaling import load_policy
 from cluster.resources import ResourceConfig
 from cluster.serve_options import STAGE_ENV, plan_serve_options
 
 
-def plan(num_shards: int = 1, **resources: Any) -> dict[str, Any]:
-    return plan_serve_options(ResourceConfig(**resources), graceful_shutdown_timeout_s=90.0, num_shards=num_shards)
+def plan(num_shards: int = 1, *, reports_load: bool = False, **resources: Any) -> dict[str, Any]:
+    return plan_serve_options(
+        ResourceConfig(**resources),
+        graceful_shutdown_timeout_s=90.0,
+        num_shards=num_shards,
+        reports_load=reports_load,
+    )
 
 
 def test_a_replica_reserves_what_the_config_says() -> None:
@@ -31,18 +38,24 @@ def test_a_fixed_number_of_replicas_does_not_autoscale() -> None:
 
 
 def test_a_range_of_replicas_autoscales_by_the_configured_targets() -> None:
-    options = plan(
-        min_replicas=1, max_replicas=4, target_ongoing_requests=1.5, upscale_delay_s=2, downscale_delay_s=60
-    )
+    options = plan(min_replicas=1, max_replicas=4, target_load=1.5, upscale_delay_s=2, downscale_delay_s=60)
     assert options["num_replicas"] == "auto"
-    assert options["autoscaling_config"] == {
-        "min_replicas": 1,
-        "initial_replicas": 1,
-        "max_replicas": 4,
-        "target_ongoing_requests": 1.5,
-        "upscale_delay_s": 2,
-        "downscale_delay_s": 60,
-    }
+    config = AutoscalingConfig(**options["autoscaling_config"])
+    assert (config.min_replicas, config.initial_replicas, config.max_replicas) == (1, 1, 4)
+    assert config.target_ongoing_requests == 1.5
+    assert (config.upscale_delay_s, config.downscale_delay_s) == (2, 60)
+
+
+def test_requests_are_counted_unless_the_replicas_report_their_load() -> None:
+    counted = AutoscalingConfig(**plan(max_replicas=2)["autoscaling_config"])
+    reported = AutoscalingConfig(**plan(max_replicas=2, reports_load=True)["autoscaling_config"])
+    assert counted.policy.is_default_policy_function()
+    assert reported.policy.get_policy().__qualname__ == load_policy.__qualname__
+
+
+def test_a_burst_is_noticed_within_seconds() -> None:
+    config = AutoscalingConfig(**plan(max_replicas=2)["autoscaling_config"])
+    assert config.metrics_interval_s + config.look_back_period_s + config.upscale_delay_s < 15
 
 
 def test_a_stage_that_may_sleep_is_awake_at_first() -> None:
@@ -65,6 +78,13 @@ def test_a_bundle_names_only_what_it_holds() -> None:
     assert plan(num_shards=2, num_cpus=1, num_gpus=0)["placement_group_bundles"] == [{"CPU": 1}] * 2
 
 
+def test_a_stage_may_be_bound_to_an_accelerator_and_to_labels() -> None:
+    where = {"ray.io/accelerator-type": "H100", "zone": "a"}
+    resources: dict[str, Any] = {"accelerator_type": "H100", "labels": {"zone": "a"}, "num_gpus": 1}
+    assert plan(**resources)["ray_actor_options"]["label_selector"] == where
+    assert plan(num_shards=3, **resources)["placement_group_bundle_label_selector"] == [where] * 3
+
+
 def test_tensors_travel_without_a_copy_in_an_environment_that_no_two_stages_share() -> None:
     one, other = (plan()["ray_actor_options"]["runtime_env"]["env_vars"] for _ in range(2))
     assert one["RAY_ENABLE_ZERO_COPY_TORCH_TENSORS"] == "1"
@@ -78,7 +98,9 @@ def test_tensors_travel_without_a_copy_in_an_environment_that_no_two_stages_shar
         plan(),
         plan(min_replicas=0, max_replicas=2),
         plan(num_shards=2, num_gpus=0.5),
-        plan(num_shards=2, num_gpus=1, max_replicas=3),
+        plan(num_shards=2, num_gpus=1, max_replicas=3, reports_load=True),
+        plan(num_gpus=1, accelerator_type="H100"),
+        plan(num_shards=2, num_gpus=1, labels={"zone": "!b"}),
     ],
 )
 def test_serve_takes_the_options(options: dict[str, Any]) -> None:

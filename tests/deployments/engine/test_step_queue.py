@@ -713,3 +713,34 @@ def test_nothing_is_told_where_nothing_flew_or_nobody_asked(
     rig.queue.leave(seat)
     time.sleep(A_MOMENT_S)
     assert not taking.done()
+
+
+# Load
+
+
+@pytest.mark.parametrize(
+    ("num_shards", "tokens", "num_seats", "load"),
+    [
+        (1, 1024, 4, 1.0),  # 4 x 1024 tokens fly together
+        (1, 1024, 6, 1.5),
+        (1, 4096, 2, 2.0),  # one at a time
+        (1, 100_000, 1, 1.0),  # alone, however large
+        (1, 1, 16, 1.0),  # max_batch_size
+        (3, 4096, 4, 1.0),  # 4 micro-batches over 3 shards
+    ],
+)
+def test_load_is_what_the_seats_come_to_over_what_flies_at_once(
+    build_rig: Callable[..., Rig], num_shards: int, tokens: int, num_seats: int, load: float
+) -> None:
+    rig = build_rig(num_shards=num_shards, max_batch_tokens=4096)
+    for seat in rig.seats(num_seats):
+        rig.send(seat, "payload", tokens=tokens)
+    assert rig.queue.stats().load == pytest.approx(load)
+
+
+def test_load_falls_when_a_seat_is_left(build_rig: Callable[..., Rig]) -> None:
+    rig = build_rig(max_batch_size=2)
+    one, _ = rig.seats(2)
+    assert rig.queue.stats().load == 1.0
+    rig.queue.leave(one)
+    assert rig.queue.stats().load == 0.5
