@@ -10,6 +10,8 @@ from deployments.families import FAMILIES
 from deployments.memory.config import OFF, MemoryConfig, TilingConfig
 
 
+WARM_UP_SIZE = re.compile(r"(\d{1,5}x\d{1,5})(?:x(\d{1,5}))?")
+
 class DefaultsConfig(Config):
     """What a request that leaves a field out gets; None means the family's own default."""
 
@@ -35,6 +37,11 @@ class ModelConfig(Config):
     variant: str | None = Field(None, description="weight files' variant, such as fp16")
     defaults: DefaultsConfig = DefaultsConfig()
 
+    warm_up: tuple[str, ...] = Field(
+        (),
+        description="sizes that every stage runs through before it is ready, so that no user waits for compiling: "
+        "1024x1024, or with the frames of a video 832x480x81",
+    )
     @field_validator("family")
     @classmethod
     def _check_family(cls, family: str | None) -> str | None:
@@ -42,6 +49,14 @@ class ModelConfig(Config):
             raise ValueError(f"unknown family {family!r}; allowed: {', '.join(FAMILIES)}")
         return family
 
+
+    @field_validator("warm_up")
+    @classmethod
+    def _check_warm_up(cls, sizes: tuple[str, ...]) -> tuple[str, ...]:
+        for size in sizes:
+            if not WARM_UP_SIZE.fullmatch(size):
+                raise ValueError(f"a size is WIDTHxHEIGHT or WIDTHxHEIGHTxFRAMES, got {size!r}")
+        return sizes
 
 class StageConfig(MemoryConfig, ResourceConfig):
     """What every stage may be told."""

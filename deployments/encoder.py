@@ -12,6 +12,7 @@ from deployments.embedding_cache import EmbeddingCache
 from deployments.request import Conditioning, Prompt
 from deployments.stages import load_stage
 from deployments.stats import EncoderStats
+from deployments.warm_up import NO_WARM_UP, WarmUp
 
 if TYPE_CHECKING:
     from deployments.families.family import Embeds
@@ -20,9 +21,12 @@ if TYPE_CHECKING:
 class Encoder:
     """Serves `encode`. One thread encodes: tokenizers are not thread-safe."""
 
-    def __init__(self, model: ModelConfig, family: str, config: EncoderConfig) -> None:
+    def __init__(
+        self, model: ModelConfig, family: str, config: EncoderConfig, warm_up: WarmUp = NO_WARM_UP
+    ) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="encode")
         self._stage = load_stage("encode", model, family, config)
+        self._thread.submit(self._stage.warm_up, warm_up).result()
         self._cache = EmbeddingCache(int(config.cache_mib * 2**20))
         self._running: dict[Prompt, asyncio.Future[Embeds]] = {}
         self._num_requests = self._num_forwards = self._num_cache_hits = 0

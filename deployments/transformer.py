@@ -25,6 +25,7 @@ from deployments.request import (
 )
 from deployments.stages import load_stage
 from deployments.stats import TransformerStats
+from deployments.warm_up import NO_WARM_UP, WarmUp
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +42,9 @@ class Transformer:
     With several shards this process is rank 0, and its children, in its placement group, are the others.
     """
 
-    def __init__(self, model: ModelConfig, family: str, config: TransformerConfig) -> None:
+    def __init__(
+        self, model: ModelConfig, family: str, config: TransformerConfig, warm_up: WarmUp = NO_WARM_UP
+    ) -> None:
         self._threads = ThreadPoolExecutor(config.max_ongoing_requests, thread_name_prefix="denoise")
         self._group: ShardGroup | None = None
         self._stage: Any = None
@@ -49,6 +52,7 @@ class Transformer:
             self._group = ShardGroup(Rank, config.num_ranks, config, model, family, config)
         self._stage = load_stage("denoise", model, family, config)
         self._connect()
+        self._stage.warm_up(warm_up)
         self._num_requests = 0
         self._metrics = [
             StageMetrics(stage="denoise", rank=rank, model=model.name) for rank in range(config.num_ranks)

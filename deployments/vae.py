@@ -11,6 +11,7 @@ from deployments.config import ModelConfig, VaeConfig
 from deployments.request import GenerationRequest, Media
 from deployments.stages import load_stage
 from deployments.stats import VaeStats
+from deployments.warm_up import NO_WARM_UP, WarmUp
 
 if TYPE_CHECKING:
     import torch
@@ -22,13 +23,14 @@ class Vae:
     A picture waits for at most one partial picture, the one that is being decoded.
     """
 
-    def __init__(self, model: ModelConfig, family: str, config: VaeConfig) -> None:
+    def __init__(self, model: ModelConfig, family: str, config: VaeConfig, warm_up: WarmUp = NO_WARM_UP) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="decode")
         self._num_pictures = self._num_partial = 0
         self._max_partial = config.max_ongoing_requests // 2
         self._no_picture_waits, self._partial_turn = asyncio.Event(), asyncio.Lock()
         self._no_picture_waits.set()
         self._stage = load_stage("decode", model, family, config)
+        self._thread.submit(self._stage.warm_up, warm_up).result()
         self._num_decoded = 0
         metrics = StageMetrics(stage="decode", rank=0, model=model.name)
         export_regularly(lambda: metrics.export({"relay_requests_total": self._num_decoded}))

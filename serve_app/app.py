@@ -10,9 +10,10 @@ from deployments.config import ModelConfig, StageConfig
 from deployments.encoder import Encoder
 from deployments.transformer import Transformer
 from deployments.vae import Vae
+from deployments.warm_up import WarmUp
 from serve_app.config import AppConfig
 from serve_app.ingress import Ingress
-from serve_app.validation import Validator, check_defaults
+from serve_app.validation import Validator, check_defaults, plan_warm_up
 
 
 def build_app(config: AppConfig) -> Application:
@@ -23,6 +24,7 @@ def build_app(config: AppConfig) -> Application:
     model, timeout_s = config.model, config.limits.request_timeout_s
     family = find_family(model)
     check_defaults(model, family, config.limits)
+    warm_up = WarmUp(plan_warm_up(model, family, config.limits), config.encoder.max_sequence_length)
 
     def stage(deployment: type, stage_config: StageConfig) -> Application:
         options = plan_serve_options(
@@ -31,7 +33,7 @@ def build_app(config: AppConfig) -> Application:
             num_shards=stage_config.num_ranks,
             reports_load=stage_config.reports_load,
         )
-        return serve.deployment(deployment).options(**options).bind(model, family, stage_config)
+        return serve.deployment(deployment).options(**options).bind(model, family, stage_config, warm_up)
 
     return (
         serve.deployment(serve.ingress()(Ingress))

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from deployments.config import DefaultsConfig, ModelConfig
+from deployments.config import WARM_UP_SIZE, DefaultsConfig, ModelConfig
 from deployments.families import FAMILIES, Family
 from deployments.families.family import Defaults
 from deployments.request import GenerationRequest, Prompt, StreamOptions
@@ -170,6 +170,23 @@ def check_defaults(model: ModelConfig, family: str, limits: LimitsConfig) -> Non
         judge.requests({"prompt": "-"} | fields | given)
     except BadRequest as error:
         raise ConfigError(f"model.defaults, or the family's where it says nothing: {error}") from error
+
+
+def plan_warm_up(model: ModelConfig, family: str, limits: LimitsConfig) -> tuple[GenerationRequest, ...]:
+    """A guided request of two steps for each size in `model.warm_up`. Raises ConfigError."""
+    judge = Validator(model, family, limits)
+    steps = min(2, limits.max_num_inference_steps)  # a second, for what is recorded or fetched ahead by then
+    blank = {"prompt": "-", "negative_prompt": "", "num_inference_steps": steps}
+    requests: list[GenerationRequest] = []
+    for asked in model.warm_up:
+        match = WARM_UP_SIZE.fullmatch(asked)
+        assert match is not None
+        fields = {"size": match[1]} | ({} if match[2] is None else {"num_frames": int(match[2])})
+        try:
+            requests += judge.requests(blank | fields)
+        except BadRequest as error:
+            raise ConfigError(f"model.warm_up, {asked}: {error}") from error
+    return tuple(requests)
 
 
 def parse_body(kind: type[Body], fields: Mapping[str, Any]) -> Body:

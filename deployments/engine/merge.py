@@ -42,6 +42,11 @@ RULES: Mapping[str, MergeRule] = {
 }
 
 
+def takes_any_length(class_name: str) -> bool:
+    """Whether texts come to a model of this class as long as they are; to the others they come padded."""
+    return class_name in RULES and RULES[class_name].ragged is not None
+
+
 def num_samples(inputs: Inputs) -> int:
     """Samples in one forward: 2 where a pipeline puts both guidance passes into one batch."""
     return int(_latents(inputs).shape[0])

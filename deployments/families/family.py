@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     import torch
 
 Embeds = Mapping[str, "torch.Tensor | None"]
+Shape = tuple[int, ...]
 Pipeline = Any
 """A `diffusers.DiffusionPipeline`, some of whose components are None."""
 
@@ -49,15 +50,25 @@ class Family:
     """Text tokens per prompt, as in the pipeline's `__call__`; None where the tokenizer alone decides."""
     encode: Callable[[Pipeline, Prompt, int | None], Embeds]
     """(pipeline with only text encoders, prompt, max_sequence_length) -> keyword arguments of the call."""
+    embed_shapes: Callable[[Mapping[str, Any], int], Mapping[str, tuple[int, ...]]]
+    """(denoiser's config, text tokens) -> shapes of what `encode` returns for a prompt without a negative one."""
     call: Callable[[GenerationRequest], Mapping[str, Any]]
     """Keyword arguments of the pipeline's call that only this family has."""
     unscale: "Callable[[Pipeline, torch.Tensor, int, int], torch.Tensor]"
     """(pipeline with only a VAE, latents, height, width) -> what `vae.decode` takes."""
+    latents_shape: Callable[[Pipeline, GenerationRequest], Shape]
+    """(pipeline with only a VAE, request) -> shape of the latents that the denoiser's pipeline returns."""
 
     def is_guided(self, guidance_scale: float | None, true_cfg_scale: float | None, negative: bool) -> bool:
         """Whether the pipeline will run a second, unconditional pass."""
         scale = guidance_scale if self.guidance == "guidance_scale" else true_cfg_scale
         return scale is not None and scale > 1 and (negative or not self.needs_negative_prompt)
+
+
+def packed_shape(pipe: Pipeline, num_channels: int, request: GenerationRequest) -> Shape:
+    """Of latents in patches of 2 x 2, [B, H / 2 * W / 2, 4 * C]. Source: `_pack_latents` of the pipelines."""
+    patch = 2 * pipe.vae_scale_factor
+    return 1, request.height // patch * (request.width // patch), 4 * num_channels
 
 
 def unscale_kl(pipe: Pipeline, latents: "torch.Tensor") -> "torch.Tensor":

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from deployments.families.family import Defaults, Embeds, Family, Pipeline, unscale_kl
+from deployments.families.family import Defaults, Embeds, Family, Pipeline, packed_shape, unscale_kl
 from deployments.request import Prompt
 
 if TYPE_CHECKING:
@@ -40,9 +40,14 @@ FLUX = Family(
     needs_negative_prompt=True,
     max_sequence_length=512,
     encode=_encode,
+    embed_shapes=lambda config, tokens: {
+        "prompt_embeds": (1, tokens, config["joint_attention_dim"]),
+        "pooled_prompt_embeds": (1, config["pooled_projection_dim"]),
+    },
     call=lambda request: {
         "guidance_scale": request.guidance_scale,
         "true_cfg_scale": request.true_cfg_scale,
     },
     unscale=_unscale,
+    latents_shape=lambda pipe, request: packed_shape(pipe, pipe.vae.config.latent_channels, request),
 )

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from deployments.families.family import Defaults, Embeds, Family, Pipeline, unscale_normalized
+from deployments.families.family import Defaults, Embeds, Family, Pipeline, packed_shape, unscale_normalized
 from deployments.request import Prompt
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ QWEN_IMAGE = Family(
     needs_negative_prompt=True,
     max_sequence_length=512,
     encode=_encode,
+    embed_shapes=lambda config, tokens: {"prompt_embeds": (1, tokens, config["joint_attention_dim"])},
     call=lambda request: {"true_cfg_scale": request.true_cfg_scale, "guidance_scale": request.guidance_scale},
     unscale=_unscale,
+    latents_shape=lambda pipe, request: packed_shape(pipe, pipe.vae.config.z_dim, request),
 )

@@ -1,14 +1,19 @@
 """Stable Diffusion 1.5, XL and 3: classifier-free guidance by one forward over both prompts."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from deployments.families.family import Defaults, Embeds, Family, Pipeline, unscale_kl
+from deployments.families.family import Defaults, Embeds, Family, Pipeline, Shape, unscale_kl
 from deployments.request import GenerationRequest, Prompt
 
 if TYPE_CHECKING:
     import torch
 
 PAIR = ("prompt_embeds", "negative_prompt_embeds")
+CLIP_TOKENS = 77
+"""Of every prompt: CLIP pads to this length."""
+_NUM_TIME_IDS = 6
+"""SDXL's original size, crop and target size, which its UNet embeds beside the pooled text."""
 POOLED_PAIR = ("pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
 
@@ -40,6 +45,14 @@ def _encode_sd3(pipe: Pipeline, prompt: Prompt, max_sequence_length: int | None)
     return dict(zip(PAIR + POOLED_PAIR, embeds, strict=True))
 
 
+def _embed_shapes_sdxl(config: Mapping[str, Any], _tokens: int) -> dict[str, tuple[int, ...]]:
+    times = _NUM_TIME_IDS * config["addition_time_embed_dim"]
+    return {
+        "prompt_embeds": (1, CLIP_TOKENS, config["cross_attention_dim"]),
+        "pooled_prompt_embeds": (1, config["projection_class_embeddings_input_dim"] - times),
+    }
+
+
 def _call(request: GenerationRequest) -> dict[str, Any]:
     return {"guidance_scale": request.guidance_scale}
 
@@ -58,6 +71,11 @@ def _unscale_sdxl(pipe: Pipeline, latents: "torch.Tensor", _height: int, _width:
     return unscaled + latents.new_tensor(mean).view(1, -1, 1, 1)
 
 
+def _latents_shape(pipe: Pipeline, request: GenerationRequest) -> Shape:
+    factor = pipe.vae_scale_factor
+    return 1, pipe.vae.config.latent_channels, request.height // factor, request.width // factor
+
+
 def _family(name: str, pipeline_class: str, defaults: Defaults, **own: Any) -> Family:
     return Family(
         name=name,
@@ -68,6 +86,7 @@ def _family(name: str, pipeline_class: str, defaults: Defaults, **own: Any) -> F
         guidance="guidance_scale",
         needs_negative_prompt=False,
         call=_call,
+        latents_shape=_latents_shape,
         **own,
     )
 
@@ -80,6 +99,7 @@ SD15 = _family(
     size_multiple=8,
     max_sequence_length=None,
     encode=_encode_sd15,
+    embed_shapes=lambda config, _tokens: {"prompt_embeds": (1, CLIP_TOKENS, config["cross_attention_dim"])},
     unscale=_unscale,
 )
 
@@ -91,6 +111,7 @@ SDXL = _family(
     size_multiple=8,
     max_sequence_length=None,
     encode=_encode_sdxl,
+    embed_shapes=_embed_shapes_sdxl,
     unscale=_unscale_sdxl,
 )
 
@@ -102,5 +123,9 @@ SD3 = _family(
     size_multiple=16,
     max_sequence_length=256,
     encode=_encode_sd3,
+    embed_shapes=lambda config, tokens: {
+        "prompt_embeds": (1, CLIP_TOKENS + tokens, config["joint_attention_dim"]),
+        "pooled_prompt_embeds": (1, config["pooled_projection_dim"]),
+    },
     unscale=_unscale,
 )

@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from deployments.families.family import Defaults, Embeds, Family, Pipeline, unscale_normalized
-from deployments.request import Prompt
+from deployments.families.family import Defaults, Embeds, Family, Pipeline, Shape, unscale_normalized
+from deployments.request import GenerationRequest, Prompt
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +23,12 @@ def _unscale(pipe: Pipeline, latents: "torch.Tensor", _height: int, _width: int)
     return unscale_normalized(pipe, latents)
 
 
+def _latents_shape(pipe: Pipeline, request: GenerationRequest) -> Shape:
+    num_frames = (request.num_frames - 1) // pipe.vae_scale_factor_temporal + 1
+    factor = pipe.vae_scale_factor_spatial
+    return 1, pipe.vae.config.z_dim, num_frames, request.height // factor, request.width // factor
+
+
 WAN = Family(
     name="wan",
     pipeline_class="WanPipeline",
@@ -37,6 +43,8 @@ WAN = Family(
     needs_negative_prompt=False,
     max_sequence_length=512,
     encode=_encode,
+    embed_shapes=lambda config, tokens: {"prompt_embeds": (1, tokens, config["text_dim"])},
     call=lambda request: {"guidance_scale": request.guidance_scale, "num_frames": request.num_frames},
     unscale=_unscale,
+    latents_shape=_latents_shape,
 )

@@ -12,6 +12,7 @@ from deployments.memory.tiling import set_tiles
 from deployments.request import GenerationRequest
 from deployments.stages.media import MEDIA_TYPES, Frames, encode_media
 from deployments.stages.pipeline import load_pipeline, loaded_models
+from deployments.warm_up import WarmUp
 
 
 class Decoding:
@@ -33,6 +34,11 @@ class Decoding:
         if config.tiling is not None:
             set_tiles(vae, config.tiling)
         self.keeper = Keeper(loaded_models(self._pipe), config, self._device)
+
+    def warm_up(self, warm_up: WarmUp) -> None:
+        """Blank latents of every size, to files."""
+        for request in warm_up.requests:
+            self.decode_media(torch.zeros(self._family.latents_shape(self._pipe, request)), request)
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, request: GenerationRequest) -> Frames:

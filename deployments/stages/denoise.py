@@ -18,7 +18,7 @@ from deployments.config import ModelConfig, TransformerConfig
 from deployments.engine.blocks import shape_only_inputs
 from deployments.engine.engine import Engine
 from deployments.engine.load import load_rank, open_denoiser
-from deployments.engine.merge import Merger
+from deployments.engine.merge import Merger, takes_any_length
 from deployments.engine.outline import Outliner
 from deployments.engine.stand_in import StandIn
 from deployments.engine.step_queue import Seat
@@ -30,6 +30,7 @@ from deployments.stages.follow import rank_stats
 from deployments.stages.partial import OnPartial, PartialLatents
 from deployments.stages.pipeline import load_pipeline
 from deployments.stats import TransformerStats
+from deployments.warm_up import WarmUp
 
 OnStep = Callable[[int, torch.Tensor], None]
 """(steps done, latents after them), after every timestep: some schedulers have several to a step."""
@@ -74,6 +75,25 @@ class Denoising:
             patch_size=self._denoiser.config.get("patch_size", 1),
             on_lost=on_lost,
         )
+
+    def warm_up(self, warm_up: WarmUp) -> None:
+        """Blank embeddings through all ranks, for every size. Once connected."""
+        length = warm_up.max_sequence_length or self._family.max_sequence_length or 0
+        for request in warm_up.requests:
+            embeds = self._blank_embeds(length)
+            if request.prompt.is_guided:
+                # Of another length where lengths differ: then torch compiles for any.
+                other = max(2, length // 2) if takes_any_length(self._denoiser.model_class.__name__) else length
+                embeds |= {f"negative_{name}": value for name, value in self._blank_embeds(other).items()}
+            seat = self.join()
+            try:
+                self.denoise(seat, embeds, request, on_step=lambda _step, _latents: None)
+            finally:
+                self.leave(seat)
+
+    def _blank_embeds(self, num_tokens: int) -> dict[str, torch.Tensor]:
+        shapes = self._family.embed_shapes(self._denoiser.config, num_tokens)
+        return {name: torch.zeros(shape) for name, shape in shapes.items()}
 
     def join(self) -> Seat:
         """A seat for one request; `leave` frees it."""

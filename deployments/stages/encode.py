@@ -10,6 +10,7 @@ from deployments.families.family import Embeds
 from deployments.memory.prepare import Keeper
 from deployments.request import Prompt
 from deployments.stages.pipeline import load_pipeline, loaded_models
+from deployments.warm_up import WarmUp
 
 
 class TextEncoding:
@@ -23,6 +24,11 @@ class TextEncoding:
         keep = stage_components(index, self._family, "encode")
         self._pipe = load_pipeline(folder, index, keep, config, variant=model.variant)
         self.keeper = Keeper(loaded_models(self._pipe), config, resolve_device(config))
+
+    def warm_up(self, warm_up: WarmUp) -> None:
+        """Texts of one length, or of any: sizes of pictures do not matter here."""
+        for prompt in dict.fromkeys(request.prompt for request in warm_up.requests):
+            self.encode(prompt)
 
     @torch.no_grad()
     def encode(self, prompt: Prompt) -> Embeds:

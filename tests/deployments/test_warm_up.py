@@ -1,0 +1,144 @@
+"""What a replica has run through before it is ready, no user's first request has to compile."""
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from deployments.config import EncoderConfig, ModelConfig, TransformerConfig, VaeConfig
+from deployments.families import FAMILIES
+from deployments.request import Conditioning, GenerationRequest
+from deployments.stages import load_stage
+from deployments.transformer import Transformer
+from deployments.warm_up import WarmUp
+from serve_app.config import ConfigError, LimitsConfig
+from serve_app.validation import Validator, plan_warm_up
+
+COMPILE = {"compile": {"backend": "eager"}}
+TOKENS = 32
+
+
+def build_model(family: str, size: str | None = None) -> ModelConfig:
+    if size is None:
+        size = "64x48x5" if FAMILIES[family].media == "video" else "64x48"
+    return ModelConfig(name="tiny", checkpoint=f"tiny://{family}", warm_up=(size,))
+
+
+def build_warm_up(family: str) -> WarmUp:
+    return WarmUp(plan_warm_up(build_model(family), family, LimitsConfig()), TOKENS)
+
+
+def build_request(family: str) -> GenerationRequest:
+    """A user's, of the size that is warm."""
+    frames = {"num_frames": 5} if FAMILIES[family].media == "video" else {}
+    fields = {"prompt": "a red fox in the snow", "size": "64x48", "num_inference_steps": 3, "seed": 5} | frames
+    [request] = Validator(build_model(family), family, LimitsConfig()).requests(fields)
+    return request
+
+
+def build_stage(stage: str, family: str, config: Any) -> Any:
+    return load_stage(stage, build_model(family), family, config)
+
+
+def encoder_config(family: str, **settings: Any) -> EncoderConfig:
+    tokens = None if FAMILIES[family].max_sequence_length is None else TOKENS
+    return EncoderConfig(max_sequence_length=tokens, **settings)
+
+
+@pytest.fixture
+def graphs() -> Iterator[Any]:
+    """How many graphs were compiled so far."""
+    torch._dynamo.reset()
+    counters.clear()
+    yield lambda: counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_first_picture_of_a_listed_size_compiles_nothing(family: str, graphs: Any) -> None:
+    """And is the picture that a replica draws which was neither warm nor compiled."""
+    request = build_request(family)
+    embeds = build_stage("encode", family, encoder_config(family)).encode(request.prompt)
+
+    def draw(warm_up: WarmUp, **settings: Any) -> torch.Tensor:
+        stage = build_stage("denoise", family, TransformerConfig(**settings))
+        stage.connect(None, pytest.fail)
+        stage.warm_up(warm_up)
+        before.append(graphs())
+        latents: torch.Tensor = stage.denoise(stage.join(), embeds, request, on_step=lambda *_: None)
+        stage.close()
+        return latents
+
+    before: list[int] = []
+    latents = draw(build_warm_up(family), **COMPILE)
+    assert graphs() == before[0] > 0
+    assert torch.equal(latents, draw(WarmUp()))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blank_latents_are_shaped_as_real_ones(family: str) -> None:
+    request = build_request(family)
+    embeds = build_stage("encode", family, encoder_config(family)).encode(request.prompt)
+    stage = build_stage("denoise", family, TransformerConfig())
+    stage.connect(None, pytest.fail)
+    latents = stage.denoise(stage.join(), embeds, request, on_step=lambda *_: None)
+    stage.close()
+    of = FAMILIES[family]
+    decoding = build_stage("decode", family, VaeConfig())
+    assert of.latents_shape(decoding._pipe, request) == latents.shape
+
+
+@pytest.mark.parametrize("stage", ["encode", "decode"])
+def test_encoder_and_vae_compile_nothing_afterwards(stage: str, graphs: Any) -> None:
+    request = replace(build_request("sd15"), num_inference_steps=1)
+    settings = {"compile": {"backend": "eager", "scope": "model"}}
+    config = encoder_config("sd15", **settings) if stage == "encode" else VaeConfig(**settings)
+    warm = build_stage(stage, "sd15", config)
+    warm.warm_up(build_warm_up("sd15"))
+    before = graphs()
+    if stage == "encode":
+        warm.encode(request.prompt)
+    else:
+        frames = warm.decode(torch.zeros(1, 4, 48 // 8, 64 // 8), request)
+        assert isinstance(frames, np.ndarray)
+    assert graphs() == before > 0
+
+
+def test_a_replica_is_warm_once_it_is_built(graphs: Any) -> None:
+    family = "flux"
+    request = build_request(family)
+    embeds = build_stage("encode", family, encoder_config(family)).encode(request.prompt)
+    transformer = Transformer(build_model(family), family, TransformerConfig(**COMPILE), build_warm_up(family))
+    before = graphs()
+
+    async def draw() -> list[Any]:
+        return [item async for item in transformer.denoise(Conditioning(embeds, 1.0, False), request)]
+
+    assert len(asyncio.run(draw())) == 2
+    assert graphs() == before > 0
+    assert asyncio.run(transformer.stats()).queue.num_seats == 0
+
+
+@pytest.mark.parametrize(
+    ("family", "size", "message"),
+    [
+        ("flux", "65x64", "multiples of 16"),
+        ("flux", "64x64x5", "num_frames"),
+        ("flux", "4096x4096", "the limit is"),
+        ("wan", "64x64x6", "1 more than a multiple of 4"),
+    ],
+)
+def test_a_size_that_nobody_may_ask_for_is_refused(family: str, size: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"model.warm_up, {size}: .*{message}"):
+        plan_warm_up(build_model(family, size), family, LimitsConfig())
+
+
+def test_what_is_no_size_is_refused() -> None:
+    with pytest.raises(ValueError, match="WIDTHxHEIGHT or WIDTHxHEIGHTxFRAMES, got '64'"):
+        build_model("flux", "64")
