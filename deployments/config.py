@@ -1,5 +1,6 @@
 """What may be said of the model and of each stage."""
 
+import re
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -9,8 +10,8 @@ from cluster.resources import ResourceConfig
 from deployments.families import FAMILIES
 from deployments.memory.config import OFF, MemoryConfig, TilingConfig
 
-
 WARM_UP_SIZE = re.compile(r"(\d{1,5}x\d{1,5})(?:x(\d{1,5}))?")
+
 
 class DefaultsConfig(Config):
     """What a request that leaves a field out gets; None means the family's own default."""
@@ -36,19 +37,18 @@ class ModelConfig(Config):
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
     variant: str | None = Field(None, description="weight files' variant, such as fp16")
     defaults: DefaultsConfig = DefaultsConfig()
-
     warm_up: tuple[str, ...] = Field(
         (),
         description="sizes that every stage runs through before it is ready, so that no user waits for compiling: "
         "1024x1024, or with the frames of a video 832x480x81",
     )
+
     @field_validator("family")
     @classmethod
     def _check_family(cls, family: str | None) -> str | None:
         if family is not None and family not in FAMILIES:
             raise ValueError(f"unknown family {family!r}; allowed: {', '.join(FAMILIES)}")
         return family
-
 
     @field_validator("warm_up")
     @classmethod
@@ -57,6 +57,7 @@ class ModelConfig(Config):
             if not WARM_UP_SIZE.fullmatch(size):
                 raise ValueError(f"a size is WIDTHxHEIGHT or WIDTHxHEIGHTxFRAMES, got {size!r}")
         return sizes
+
 
 class StageConfig(MemoryConfig, ResourceConfig):
     """What every stage may be told."""
