@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline
+import diffusers
 from diffusers.utils import logging as diffusers_logging
 from torch import nn
 from transformers.utils import logging as transformers_logging
@@ -33,7 +33,9 @@ def load_pipeline(
         options["quantization_config"] = plan_pipeline_quantization(
             config.quantization, config.dtype, index, models
         )
-    pipe = DiffusionPipeline.from_pretrained(folder, **absent, **options, local_files_only=True)
+    # DiffusionPipeline's own takes Wan's optional transformer for a setting, and would load it in every stage.
+    pipeline_class = getattr(diffusers, index["_class_name"], diffusers.DiffusionPipeline)
+    pipe = pipeline_class.from_pretrained(folder, **absent, **options, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
