@@ -86,6 +86,21 @@ def fetch_checkpoint(
     return folder
 
 
+def fetch_configs(checkpoint: str, *, revision: str | None = None) -> Path:
+    """A local folder with model_index.json and every component's config; of the hub's files, no others.
+
+    Raises as `detect_family`.
+    """
+    if checkpoint.startswith(_TINY_PREFIX):
+        return _fetch_tiny(_tiny_family(checkpoint))
+    folder = _local_folder(checkpoint)
+    if folder is None:
+        patterns = [_MODEL_INDEX, "*/config.json", "scheduler/*.json"]
+        folder = Path(snapshot_download(checkpoint, revision=revision, allow_patterns=patterns))
+    _check_complete(folder, ())
+    return folder
+
+
 def plan_hub_patterns(components: Collection[str], variant: str | None) -> tuple[list[str], list[str]]:
     """Returns a download's (allow, ignore) patterns: configs, tokenizer files, one variant's safetensors.
 

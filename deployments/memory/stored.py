@@ -31,7 +31,7 @@ def as_stored(skeleton: nn.Module, config: MemoryConfig, *, is_quantized: bool =
     """A copy of a model on the meta device with the dtypes and layers it will have once loaded.
 
     Args:
-        is_quantized: False where `quantization` does not name this component.
+        is_quantized: False leaves quantisation away, the config's and the checkpoint's own.
     """
     stored = copy.deepcopy(skeleton)
     model: Any = stored
@@ -42,7 +42,7 @@ def as_stored(skeleton: nn.Module, config: MemoryConfig, *, is_quantized: bool =
             if tensor.is_floating_point():
                 is_kept = kept.intersection(f"{prefix}.{name}".split("."))
                 tensor.data = tensor.data.to(torch.float32 if is_kept else dtype)
-    quantization = getattr(model.config, "quantization_config", None)  # of weights that are stored so
+    quantization = getattr(model.config, "quantization_config", None) if is_quantized else None
     if quantization is None and config.quantization is not None and is_quantized:
         library = "diffusers" if isinstance(model, ModelMixin) else "transformers"
         quantization = plan_quantization(config.quantization, config.dtype, library)

@@ -54,6 +54,13 @@ class _Leaf:
         self.num_bytes = sum(weight.host.nbytes for weight in self.weights)
 
 
+def least_bytes(model: nn.Module) -> int:
+    """What is on the device at once under any limit, however small: what must stay, and the largest leaf."""
+    leaves = list(_find_leaves(model))
+    streamed = max((leaf.num_bytes for leaf in leaves if not leaf.must_stay), default=0)
+    return sum(leaf.num_bytes for leaf in leaves if leaf.must_stay) + streamed
+
+
 class VramLimit:
     """Holds one model to `limit_bytes` of weights on `device`. One thread runs the model.
 
@@ -90,7 +97,13 @@ class VramLimit:
             streamed_bytes=self._streamed_bytes,
         )
 
-    def release(self) -> None:
+    def arrive(self) -> None:
+        """What is kept comes to the device now, not at its first call."""
+        for leaf in self._leaves:
+            if leaf in self._kept:
+                self._bring(leaf)
+
+    def leave(self) -> None:
         """Everything leaves the device, for another stage needs the room; the next forward brings it again."""
         for leaf in self._leaves:
             leaf.ahead = None

@@ -1,0 +1,50 @@
+"""The GPUs that a plan may use: how many, how large, on which nodes.
+
+"2x16GiB"                  two GPUs of 16 GiB on one node
+"2x(4x24GiB)"              two nodes of four GPUs of 24 GiB
+"1x(8x80GiB)+2x(4x24GiB)"  one node of eight large ones, two of four small ones
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+_GPUS = r"(\d+)x(\d+(?:\.\d+)?)GiB"
+_NODES = rf"(?:(\d+)x\({_GPUS}\)|{_GPUS})"
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU."""
+
+    node: int
+    index: int
+    """On its node, from 0."""
+    memory_bytes: int
+
+    def __str__(self) -> str:
+        return f"node {self.node} GPU {self.index}"
+
+
+def parse_gpus(text: str) -> tuple[Gpu, ...]:
+    """The GPUs in node order. Give the memory that `nvidia-smi` shows, which is a little less than what is sold.
+
+    Raises ValueError if text is not of the form above.
+    """
+    gpus: list[Gpu] = []
+    node = 0
+    for part in text.replace(" ", "").split("+"):
+        for num_gpus, gib in _nodes(part):
+            gpus += [Gpu(node, index, int(gib * 2**30)) for index in range(num_gpus)]
+            node += 1
+    return tuple(gpus)
+
+
+def _nodes(part: str) -> Iterator[tuple[int, float]]:
+    """(GPUs, GiB of each) per node."""
+    match = re.fullmatch(_NODES, part)
+    if match is None:
+        raise ValueError(f"{part!r} are no GPUs: write 2x16GiB, or 2x(4x24GiB) for two nodes of four")
+    nodes, num_gpus, gib, plain_num_gpus, plain_gib = match.groups()
+    for _ in range(int(nodes or 1)):
+        yield int(num_gpus or plain_num_gpus), float(gib or plain_gib)

@@ -1,0 +1,207 @@
+"""A checkpoint's configs and the stages' settings to bytes. Builds every model on the meta device, once."""
+
+import copy
+import importlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import ModelMixin
+from torch import nn
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, PreTrainedModel
+
+from deployments.checkpoints.components import Stage, stage_components
+from deployments.checkpoints.source import fetch_configs
+from deployments.config import EncoderConfig, ModelConfig, StageConfig, TransformerConfig, VaeConfig
+from deployments.device import resolve_dtype
+from deployments.engine.blocks import BlockBytes, block_bytes, build_skeleton
+from deployments.engine.cut import Cut, CutReached
+from deployments.engine.load import Denoiser, open_denoiser, plan_ranks
+from deployments.families import Family
+from deployments.memory.config import MemoryConfig
+from deployments.memory.resident import device_bytes
+from deployments.memory.stored import as_stored, stored_bytes
+from deployments.memory.tiling import set_tiles
+from deployments.plan.inputs import META, denoiser_inputs, latents, merged_inputs, to_meta
+from deployments.plan.sizes import BlockSizes, ComponentSizes, MediaSize, ModelSizes, RankSizes, StageSizes
+from deployments.plan.working import working_bytes
+
+BUFFERED_BOUNDARIES = 2
+"""A rank of a ring holds what crosses the cut three times: one comes, one is worked on, one goes."""
+
+
+_WEIGHTS = {"dtype", "quantization", "layerwise_casting", "tiling", "max_batch_size", "max_batch_tokens"}
+
+
+@dataclass(frozen=True)
+class Working:
+    """Of one forward of the whole denoiser; no shard takes more."""
+
+    peak_bytes: int
+    boundary_bytes: int
+    """What crosses a cut."""
+    batch_size: int
+    """Forwards merged into this one."""
+
+
+class Description:
+    """One checkpoint; tells what its stages need under any settings. Needs its configs and no weights."""
+
+    def __init__(self, model: ModelConfig, family: Family, configs_dir: Path | None = None) -> None:
+        """configs_dir: a folder in diffusers' layout to read instead of the checkpoint; weights may be missing."""
+        folder = configs_dir or fetch_configs(model.checkpoint, revision=model.revision)
+        self._model = model.model_copy(update={"checkpoint": str(folder), "variant": None})
+        self._family = family
+        self._folder = folder
+        self._index = json.loads((folder / "model_index.json").read_text())
+        self._encoder = cache(self._describe_encoder)
+        self._denoiser = cache(self._describe_denoiser)
+        self._vae = cache(self._describe_vae)
+        self._skeletons = cache(self._build_skeletons)
+
+    def sizes(
+        self,
+        encoder: EncoderConfig,
+        transformer: TransformerConfig,
+        vae: VaeConfig,
+        sizes: tuple[MediaSize, ...],
+    ) -> ModelSizes:
+        """Raises ValueError if a model cannot be cut or placed so."""
+        num_text_tokens = encoder.max_sequence_length or self._family.max_sequence_length or 0
+        denoiser, stored, blocks, working = self._denoiser(_key(transformer), sizes, num_text_tokens)
+        return ModelSizes(
+            encode=_stage(encoder, *self._encoder(_key(encoder), num_text_tokens)),
+            denoise=StageSizes(
+                (_component(denoiser.name, stored),), _ranks(denoiser, transformer, stored, blocks, working)
+            ),
+            decode=_stage(vae, *self._vae(_key(vae), sizes)),
+            blocks=tuple(map(BlockSizes, denoiser.block_names, blocks.blocks)),
+            head_bytes=blocks.head,
+            tail_bytes=blocks.tail,
+            is_unet=denoiser.name == "unet",
+            batch_size=working.batch_size,
+            sizes=sizes,
+        )
+
+    def _describe_encoder(self, key: str, num_text_tokens: int) -> tuple[dict[str, nn.Module], int]:
+        """The encoders as stored; they run one after another, each on one prompt."""
+        config = EncoderConfig.model_validate_json(key)
+        stored, peaks = {}, []
+        for name, skeleton in self._skeletons("encode").items():
+            components = None if config.quantization is None else config.quantization.components
+            stored[name] = as_stored(skeleton, config, is_quantized=components is None or name in components)
+            model = as_stored(skeleton, config, is_quantized=False).to(META)
+            longest = getattr(skeleton.config, "max_position_embeddings", None) or num_text_tokens
+            tokens = torch.empty(1, min(num_text_tokens or longest, longest), dtype=torch.long, device=META)
+            peak = working_bytes(model, partial(model, tokens, output_hidden_states=True))
+            peaks.append(peak + _dequantized_bytes(model, config))
+        return stored, max(peaks)
+
+    def _describe_denoiser(
+        self, key: str, sizes: tuple[MediaSize, ...], num_text_tokens: int
+    ) -> tuple[Denoiser, nn.Module, BlockBytes, Working]:
+        config = TransformerConfig.model_validate_json(key)
+        denoiser = open_denoiser(self._model, self._family, config)
+        stored = as_stored(denoiser.skeleton, config)
+        blocks = block_bytes(stored) if denoiser.block_names else BlockBytes(stored_bytes(stored), (), 0)
+        model = as_stored(denoiser.skeleton, config, is_quantized=False).to(META)
+        found = []
+        for size in sizes:
+            inputs = denoiser_inputs(
+                denoiser, self._model, self._family, config, size, num_text_tokens=num_text_tokens
+            )
+            merged, batch_size = merged_inputs(denoiser, config, inputs)
+            run = partial(model, **to_meta(merged), return_dict=False)
+            peak = working_bytes(model, run) + _dequantized_bytes(model, config)
+            found.append(Working(peak, _boundary_bytes(denoiser.block_names, model, run), batch_size))
+        return denoiser, stored, blocks, max(found, key=lambda working: working.peak_bytes)
+
+    def _describe_vae(self, key: str, sizes: tuple[MediaSize, ...]) -> tuple[dict[str, nn.Module], int]:
+        config = VaeConfig.model_validate_json(key)
+        skeleton: Any = self._skeletons("decode")["vae"]
+        if config.dtype == "float16" and skeleton.config.get("force_upcast"):
+            config = config.model_copy(update={"dtype": "float32"})  # as the stage does
+        model: Any = as_stored(skeleton, config, is_quantized=False).to(META)
+        if config.tiling is not None:
+            set_tiles(model, config.tiling)
+        dtype = resolve_dtype(config.dtype)
+        peak = max(
+            working_bytes(model, partial(model.decode, latents(skeleton.config, size, dtype))) for size in sizes
+        )
+        return {"vae": as_stored(skeleton, config)}, peak
+
+    def _build_skeletons(self, stage: Stage) -> dict[str, nn.Module]:
+        """The stage's models on the meta device, by component."""
+        skeletons: dict[str, nn.Module] = {}
+        for name in sorted(stage_components(self._index, self._family, stage)):
+            library, class_name = self._index[name]
+            model_class = getattr(importlib.import_module(library), class_name)
+            if issubclass(model_class, ModelMixin):
+                skeletons[name] = build_skeleton(model_class, self._folder, name)
+            elif issubclass(model_class, PreTrainedModel):
+                config = AutoConfig.from_pretrained(self._folder / name)
+                with init_empty_weights(include_buffers=True):
+                    model: Any = model_class(config)
+                model.tie_weights()
+                skeletons[name] = model
+        return skeletons
+
+
+def _ranks(
+    denoiser: Denoiser, config: TransformerConfig, stored: nn.Module, blocks: BlockBytes, working: Working
+) -> tuple[RankSizes, ...]:
+    if config.num_ranks == 1:
+        whole = 0, len(blocks.blocks)
+        return (RankSizes(stored_bytes(stored), device_bytes({"": stored}, config), working.peak_bytes, whole),)
+    peak = working.peak_bytes + BUFFERED_BOUNDARIES * working.boundary_bytes
+    ranks = []
+    for start, end in plan_ranks(denoiser, config):
+        on_device = weights = blocks.of_shard(start, end)
+        if config.offload is not None or config.vram_limit_gib is not None:
+            shard = copy.deepcopy(stored)
+            Cut(denoiser.block_names, start, end).stub_foreign(shard)
+            on_device = device_bytes({"": shard}, config)
+        ranks.append(RankSizes(weights, on_device, peak, (start, end)))
+    return tuple(ranks)
+
+
+def _stage(config: StageConfig, stored: Mapping[str, nn.Module], peak_bytes: int) -> StageSizes:
+    components = tuple(_component(name, model) for name, model in stored.items())
+    held = sum(component.weights_bytes for component in components)
+    return StageSizes(components, (RankSizes(held, device_bytes(stored, config), peak_bytes),))
+
+
+def _component(name: str, stored: nn.Module) -> ComponentSizes:
+    num_parameters = sum(parameter.numel() for parameter in stored.parameters())
+    return ComponentSizes(name, type(stored).__name__, num_parameters, stored_bytes(stored))
+
+
+def _key(config: StageConfig) -> str:
+    """What of a config weights and working memory hang on: the rest says where they go."""
+    return config.model_dump_json(include=_WEIGHTS)
+
+
+def _dequantized_bytes(model: nn.Module, config: MemoryConfig) -> int:
+    """bitsandbytes makes one layer's weights whole for its call."""
+    if config.quantization is None:
+        return 0
+    return max((layer.weight.nbytes for layer in model.modules() if isinstance(layer, nn.Linear)), default=0)
+
+
+def _boundary_bytes(names: tuple[str, ...], model: nn.Module, run: Callable[[], Any]) -> int:
+    """What a cut in the middle lets through."""
+    if len(names) < 2:
+        return 0
+    cut = Cut(names, 0, len(names) // 2)
+    try:
+        with torch.no_grad(), cut.open(model, None):
+            run()
+    except CutReached as reached:
+        return sum(tensor.nbytes for tensor in tree_leaves(reached.boundary))
+    raise AssertionError("the forward ended before its cut")

@@ -1,0 +1,113 @@
+"""What the models of a checkpoint are called with for a picture of some size: tensors on the meta device."""
+
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import torch
+
+from deployments.config import ModelConfig, TransformerConfig
+from deployments.engine.load import Denoiser
+from deployments.engine.merge import RULES, Inputs, Merger, num_tokens
+from deployments.engine.stand_in import StandIn
+from deployments.families import Family
+from deployments.plan.sizes import MediaSize
+from deployments.request import GenerationRequest, Prompt
+from deployments.stages.pipeline import load_pipeline
+
+META = torch.device("meta")
+
+
+class _Called(Exception):
+    """The pipeline has called its denoiser."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        super().__init__(inputs)
+        self.inputs = inputs
+
+
+def denoiser_inputs(
+    denoiser: Denoiser,
+    model: ModelConfig,
+    family: Family,
+    config: TransformerConfig,
+    size: MediaSize,
+    *,
+    num_text_tokens: int,
+) -> Inputs:
+    """Of the first forward of a request by the defaults: diffusers' own pipeline is run until it asks for it."""
+
+    def submit(inputs: Inputs) -> NoReturn:
+        raise _Called(inputs)
+
+    pipe = load_pipeline(denoiser.folder, denoiser.index, frozenset({"scheduler"}), config, variant=None)
+    device = torch.device("cpu")
+    stand_in = StandIn(denoiser.skeleton, dtype=denoiser.dtype, device=device, submit=submit)
+    setattr(pipe, denoiser.name, stand_in)
+    request = _request(model, family, size)
+    shapes = family.embed_shapes(denoiser.config, num_text_tokens)
+    if request.prompt.is_guided:
+        shapes = {**shapes, **{f"negative_{name}": shape for name, shape in shapes.items()}}
+    try:
+        pipe(
+            **{name: torch.zeros(shape, dtype=denoiser.dtype) for name, shape in shapes.items()},
+            **family.call(request),
+            height=size.height,
+            width=size.width,
+            num_inference_steps=request.num_inference_steps,
+            output_type="latent",
+        )
+    except _Called as called:
+        return called.inputs
+    raise AssertionError(f"{type(pipe).__name__} never called its denoiser")
+
+
+def merged_inputs(denoiser: Denoiser, config: TransformerConfig, inputs: Inputs) -> tuple[Inputs, int]:
+    """As many forwards of these inputs as the step queue would merge into one, and how many those are."""
+    class_name = denoiser.model_class.__name__
+    batch_size = config.max_batch_size if class_name in RULES else 1
+    if config.max_batch_tokens is not None:
+        tokens = num_tokens(inputs, denoiser.config.get("patch_size", 1))
+        batch_size = min(batch_size, config.max_batch_tokens // tokens)
+    batch_size = max(1, batch_size)
+    return Merger(class_name).merge([inputs] * batch_size), batch_size
+
+
+def to_meta(value: Any) -> Any:
+    """The same nest of shapes, on the meta device."""
+    if isinstance(value, torch.Tensor):
+        return value.to(META)
+    if isinstance(value, Mapping):
+        return {name: to_meta(entry) for name, entry in value.items()}
+    return value
+
+
+def latents(vae_config: Mapping[str, Any], size: MediaSize, dtype: torch.dtype) -> torch.Tensor:
+    """What `vae.decode` takes: [1, C, H, W], or [1, C, F, H, W] of the VAEs that know time."""
+    if "z_dim" in vae_config:
+        space = 2 ** len(vae_config["temperal_downsample"])
+        time = 2 ** sum(vae_config["temperal_downsample"])
+        frames = (size.num_frames - 1) // time + 1
+        shape = (1, vae_config["z_dim"], frames, size.height // space, size.width // space)
+        return torch.empty(shape, dtype=dtype, device=META)
+    space = 2 ** (len(vae_config["block_out_channels"]) - 1)
+    shape_2d = (1, vae_config["latent_channels"], size.height // space, size.width // space)
+    return torch.empty(shape_2d, dtype=dtype, device=META)
+
+
+def _request(model: ModelConfig, family: Family, size: MediaSize) -> GenerationRequest:
+    defaults, own = family.defaults, model.defaults
+    guidance_scale = defaults.guidance_scale if own.guidance_scale is None else own.guidance_scale
+    true_cfg_scale = defaults.true_cfg_scale if own.true_cfg_scale is None else own.true_cfg_scale
+    return GenerationRequest(
+        Prompt("", None, family.is_guided(guidance_scale, true_cfg_scale, negative=False)),
+        width=size.width,
+        height=size.height,
+        num_frames=size.num_frames,
+        num_inference_steps=own.num_inference_steps or defaults.num_inference_steps,
+        guidance_scale=guidance_scale,
+        true_cfg_scale=true_cfg_scale,
+        seed=0,
+        output_format="png",
+        output_compression=100,
+        fps=defaults.fps,
+    )

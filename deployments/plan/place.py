@@ -1,0 +1,171 @@
+"""Processes to GPUs, by the shares that config gives them, as Ray will: pure arithmetic.
+
+Ray keeps to shares, not to bytes. A share that covers its process's bytes makes the two the same, whichever GPU
+Ray chooses; `shortfalls` tells where one does not.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from cluster.inventory import Gpu
+from deployments.checkpoints.components import Stage
+from deployments.plan.sizes import RankSizes
+
+GIB = 2**30
+_EPSILON = 1e-6
+"""Ray counts shares in ten thousandths."""
+
+STAGES: tuple[Stage, ...] = ("encode", "denoise", "decode")
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What one stage asks for."""
+
+    ranks: tuple[RankSizes, ...]
+    num_gpus: float
+    """Of each rank: a share of one GPU, or several whole ones."""
+    min_replicas: int = 1
+    max_replicas: int = 1
+
+
+@dataclass(frozen=True)
+class Process:
+    """One rank of one replica, and where it goes."""
+
+    stage: Stage
+    replica: int
+    rank: int
+    sizes: RankSizes
+    num_gpus: float
+    gpus: tuple[Gpu, ...]
+    """None where there is no room, or no GPU is asked for."""
+
+    def __str__(self) -> str:
+        return f"{self.stage} {self.replica}" + (f" rank {self.rank}" if self.stage == "denoise" else "")
+
+    def bytes_on(self, gpu: Gpu) -> int:
+        """What it needs there; weights are spread evenly over several GPUs."""
+        if gpu not in self.gpus:
+            return 0
+        return self.sizes.need_bytes - self.sizes.device_bytes * (len(self.gpus) - 1) // len(self.gpus)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Of all replicas."""
+
+    gpus: tuple[Gpu, ...]
+    processes: tuple[Process, ...]
+
+    def on(self, gpu: Gpu) -> list[Process]:
+        return [process for process in self.processes if gpu in process.gpus]
+
+    def used_bytes(self, gpu: Gpu) -> int:
+        return sum(process.bytes_on(gpu) for process in self.on(gpu))
+
+    def num_replicas(self, stage: Stage) -> int:
+        return len({process.replica for process in self.processes if process.stage == stage})
+
+    def split_groups(self) -> list[int]:
+        """Replicas of the denoiser whose shards lie on several nodes."""
+        nodes: dict[int, set[int]] = {}
+        for process in self.processes:
+            if process.stage == "denoise":
+                nodes.setdefault(process.replica, set()).update(gpu.node for gpu in process.gpus)
+        return [replica for replica, found in nodes.items() if len(found) > 1]
+
+    def shortfalls(self) -> list[str]:
+        """One sentence per process that does not fit, and by how much; none if the plan holds."""
+        found = []
+        for process in self.processes:
+            if process.num_gpus and not process.gpus:
+                found.append(
+                    f"{process} has no place: no GPU has {_share(process.num_gpus)} left "
+                    f"(it needs {_gib(process.sizes.need_bytes)})"
+                )
+            for gpu in process.gpus:
+                granted, needed = int(min(1.0, process.num_gpus) * gpu.memory_bytes), process.bytes_on(gpu)
+                if needed > granted:
+                    found.append(
+                        f"{process} needs {_gib(needed)} on {gpu}, and its share, {_share(process.num_gpus)} of "
+                        f"{_gib(gpu.memory_bytes)}, is {_gib(granted)}: {_gib(needed - granted)} too little"
+                    )
+        for gpu in self.gpus:
+            missing = self.used_bytes(gpu) - gpu.memory_bytes
+            if missing > 0:
+                found.append(
+                    f"{gpu} has {_gib(gpu.memory_bytes)}: {_gib(missing)} too little for all that lies there"
+                )
+        return found
+
+
+def place(demands: Mapping[Stage, Demand], gpus: Sequence[Gpu]) -> Placement:
+    """Every stage's fewest replicas, then as many more as there is room for, up to its most, round by round."""
+    free = dict.fromkeys(gpus, 1.0)
+    processes: list[Process] = []
+    order = sorted(demands, key=lambda stage: -demands[stage].num_gpus)  # what needs most room chooses first
+    counts = dict.fromkeys(order, 0)
+    for stage in order:
+        for _ in range(max(1, demands[stage].min_replicas)):
+            processes += _place_replica(stage, counts[stage], demands[stage], free) or _unplaced(
+                stage, counts[stage], demands[stage]
+            )
+            counts[stage] += 1
+    grown = True
+    while grown:
+        grown = False
+        for stage in order:
+            if counts[stage] < demands[stage].max_replicas:
+                more = _place_replica(stage, counts[stage], demands[stage], free)
+                if more and all(process.gpus for process in more):
+                    processes += more
+                    counts[stage] += 1
+                    grown = True
+    ordered = sorted(processes, key=lambda process: (STAGES.index(process.stage), process.replica, process.rank))
+    return Placement(tuple(gpus), tuple(ordered))
+
+
+def _place_replica(stage: Stage, replica: int, demand: Demand, free: dict[Gpu, float]) -> list[Process]:
+    """On one node if one has room for all ranks, else wherever there is any; empty if there is none."""
+    if not demand.num_gpus:
+        return _unplaced(stage, replica, demand)
+    nodes = sorted({gpu.node for gpu in free})
+    for candidates in [*([gpu for gpu in free if gpu.node == node] for node in nodes), list(free)]:
+        left = {gpu: free[gpu] for gpu in candidates}
+        chosen = [_choose(demand.num_gpus, left) for _ in demand.ranks]
+        if all(chosen):
+            free |= left
+            return [
+                Process(stage, replica, rank, sizes, demand.num_gpus, found)
+                for rank, (sizes, found) in enumerate(zip(demand.ranks, chosen, strict=True))
+            ]
+    return []
+
+
+def _unplaced(stage: Stage, replica: int, demand: Demand) -> list[Process]:
+    return [Process(stage, replica, rank, sizes, demand.num_gpus, ()) for rank, sizes in enumerate(demand.ranks)]
+
+
+def _choose(num_gpus: float, left: dict[Gpu, float]) -> tuple[Gpu, ...]:
+    """The fullest GPU that has room, as Ray does; or so many empty ones. Takes them from `left`."""
+    if num_gpus > 1:
+        empty = [gpu for gpu, share in left.items() if share > 1 - _EPSILON][: int(num_gpus)]
+        if len(empty) < num_gpus:
+            return ()
+        left.update(dict.fromkeys(empty, 0.0))
+        return tuple(empty)
+    fitting = [gpu for gpu, share in left.items() if share >= num_gpus - _EPSILON]
+    if not fitting:
+        return ()
+    gpu = min(fitting, key=lambda one: (left[one], one.node, one.index))
+    left[gpu] -= num_gpus
+    return (gpu,)
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / GIB:.1f} GiB"
+
+
+def _share(num_gpus: float) -> str:
+    return f"{num_gpus:g} GPU" + ("s" if num_gpus > 1 else "")

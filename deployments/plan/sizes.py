@@ -1,0 +1,96 @@
+"""What a model needs, in bytes. Pure data: `describe` fills it in, everything else plans with it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from deployments.checkpoints.components import Stage
+
+OVERHEAD_BYTES = 3 * 2**28
+"""Of each process on its GPU, besides weights and tensors: CUDA's context, workspaces of cuBLAS, cuDNN and NCCL,
+what the allocator cannot use again. An assumption (0.75 GiB) until a GPU has been measured."""
+
+
+@dataclass(frozen=True, order=True)
+class MediaSize:
+    """Of a picture or video that is asked for."""
+
+    width: int
+    height: int
+    num_frames: int = 1
+
+    def __str__(self) -> str:
+        frames = f"x{self.num_frames}" if self.num_frames > 1 else ""
+        return f"{self.width}x{self.height}{frames}"
+
+
+@dataclass(frozen=True)
+class ComponentSizes:
+    """One model of a checkpoint, as its stage's config stores it."""
+
+    name: str
+    class_name: str
+    num_parameters: int
+    weights_bytes: int
+
+
+@dataclass(frozen=True)
+class RankSizes:
+    """One process of one replica of a stage."""
+
+    weights_bytes: int
+    """What it holds, wherever."""
+    device_bytes: int
+    """How much of that is on its device at once, at most."""
+    working_bytes: int
+    """The most that one call of the asked sizes has in tensors besides weights."""
+    blocks: tuple[int, int] | None = None
+    """The denoiser's: its range of blocks."""
+
+    @property
+    def need_bytes(self) -> int:
+        """Of its GPU."""
+        return self.device_bytes + self.working_bytes + OVERHEAD_BYTES
+
+
+@dataclass(frozen=True)
+class StageSizes:
+    """One replica of a stage."""
+
+    components: tuple[ComponentSizes, ...]
+    ranks: tuple[RankSizes, ...]
+
+
+@dataclass(frozen=True)
+class BlockSizes:
+    """One block of the denoiser, or what is outside of all blocks."""
+
+    name: str
+    weights_bytes: int
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """All three stages."""
+
+    encode: StageSizes
+    denoise: StageSizes
+    decode: StageSizes
+    blocks: tuple[BlockSizes, ...]
+    """In forward order; none where the model cannot be cut."""
+    head_bytes: int
+    """Of the denoiser, on every rank."""
+    tail_bytes: int
+    """Of the denoiser, on the last rank."""
+    is_unet: bool
+    batch_size: int
+    """Forwards merged into one in `working_bytes`."""
+    sizes: tuple[MediaSize, ...]
+    """What was asked for."""
+
+    def stage(self, stage: Stage) -> StageSizes:
+        return {"encode": self.encode, "denoise": self.denoise, "decode": self.decode}[stage]
+
+
+def largest(sizes: Sequence[MediaSize]) -> MediaSize:
+    """By pixels."""
+    return max(sizes, key=lambda size: size.width * size.height * size.num_frames)

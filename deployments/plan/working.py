@@ -1,0 +1,65 @@
+"""Working memory: the most that one call has in tensors besides weights, told by a call on the meta device.
+
+Source: the model's own forward. Every tensor that an operation makes counts from then until nobody holds it, as on
+a GPU; only attention is taken to be fused, which keeps no [heads, S, S] scores. What kernels need for themselves
+and what the allocator rounds up is not counted.
+"""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+def working_bytes(model: nn.Module, call: Callable[[], Any]) -> int:
+    """Of `call()`, which runs `model` on the meta device."""
+    with torch.no_grad(), _FusedAttention(), _LiveTensors() as live:
+        for tensor in (*model.parameters(), *model.buffers()):
+            live.hold(tensor)
+        before: int = live.peak_bytes
+        call()
+        most: int = live.peak_bytes
+    return most - before
+
+
+class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of all storages from their first sight to their end."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak_bytes = self._live_bytes = 0
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for value in tree_leaves(output):
+            if isinstance(value, torch.Tensor):
+                self.hold(value)
+        return output
+
+    def hold(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._sizes:
+            self._sizes[key] = storage.nbytes()
+            self._live_bytes += storage.nbytes()
+            self.peak_bytes = max(self.peak_bytes, self._live_bytes)
+            weakref.finalize(storage, self._free, key)
+
+    def _free(self, key: int) -> None:
+        self._live_bytes -= self._sizes.pop(key)
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention as a GPU does it, one kernel; on the meta device torch would compute the scores."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            named = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
+            return named["query"].new_empty((*named["query"].shape[:-1], named["value"].shape[-1]))
+        return func(*args, **(kwargs or {}))
