@@ -122,7 +122,10 @@ class TransformerConfig(StageConfig):
         None, description='of device_map: memory per device, such as {"0": "14GiB", "cpu": "30GiB"}'
     )
     stuck_after_s: float = Field(
-        120.0, gt=0, description="a micro-batch that is under way for longer means that a shard is stuck"
+        120.0,
+        gt=0,
+        description="a micro-batch that is under way for longer means that a shard is stuck; compiling must fit, "
+        "and waiting for a turn",
     )
     max_batch_size: int = Field(8, ge=1, description="forwards of different requests merged into one")
     batch_wait_ms: float = Field(

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from cluster.turn import TurnStats
 from deployments.engine.step_queue import StepQueueStats
 
 
@@ -25,7 +26,7 @@ class MemoryStats:
     """What one process holds of a model, and how."""
 
     weights_bytes: Mapping[str, int]
-    """Parameters and buffers by "device dtype"; "offloaded dtype" for what accelerate keeps elsewhere."""
+    """Parameters and buffers by "device dtype"; "offloaded dtype" for what is elsewhere until it is needed."""
     applied: tuple[str, ...]
     """Memory techniques, in the order they were applied."""
     peak_allocated_bytes: int
@@ -34,6 +35,8 @@ class MemoryStats:
     """On the GPU by torch's allocator; on the CPU as above."""
     vram_limits: tuple[VramLimitStats, ...]
     """One per model of the stage, where it has a limit."""
+    turns: TurnStats | None
+    """Where the stage is `on_demand`."""
 
 
 @dataclass(frozen=True)

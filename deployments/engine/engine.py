@@ -41,7 +41,7 @@ class Engine:
             max_batch_size=config.max_batch_size,
             batch_wait_s=config.batch_wait_ms / 1e3,
             max_batch_tokens=config.max_batch_tokens,
-            tells_idle=config.offload is not None and config.offload.kind == "model",
+            tells_idle=config.leaves_when_idle,
         )
         self._ring = Ring(
             leader.run,

@@ -16,8 +16,11 @@ from deployments.checkpoints.components import ModelIndex, fetch_stage
 from deployments.config import ModelConfig, TransformerConfig
 from deployments.device import resolve_device, resolve_dtype
 from deployments.engine.blocks import block_bytes, block_names, build_skeleton
+from deployments.engine.cut import Boundary
+from deployments.engine.merge import Inputs
 from deployments.engine.shard import Shard, load_shard
 from deployments.families import Family
+from deployments.memory.on_demand import turn_to_load
 from deployments.memory.prepare import Keeper
 from deployments.memory.quantize import plan_quantization
 from deployments.memory.stored import as_stored
@@ -53,10 +56,15 @@ class Denoiser:
 
 @dataclass(frozen=True, eq=False)
 class LoadedRank:
-    """One rank's weights."""
+    """One rank's weights, and what keeps them."""
 
     shard: Shard
     keeper: Keeper
+
+    def run(self, inputs: Inputs, boundary: Boundary | None = None) -> Boundary | torch.Tensor:
+        """`Shard.run`, once the weights are there."""
+        with self.keeper.at_work():
+            return self.shard.run(inputs, boundary)
 
 
 def open_denoiser(model: ModelConfig, family: Family, config: TransformerConfig) -> Denoiser:
@@ -82,18 +90,19 @@ def load_rank(denoiser: Denoiser, model: ModelConfig, config: TransformerConfig,
             "max_memory": _max_memory(config),
             "offload_folder": disk.name,
         }
-    shard = load_shard(
-        denoiser.model_class,
-        denoiser.folder,
-        denoiser.name,
-        blocks=plan_ranks(denoiser, config)[rank] if config.num_ranks > 1 else None,
-        dtype=denoiser.dtype,
-        variant=model.variant,
-        **options,
-    )
-    if config.device_map is not None:
-        weakref.finalize(shard.model, disk.cleanup)
-    return LoadedRank(shard, Keeper({denoiser.name: shard.model}, config, denoiser.device, config.device_map))
+    with turn_to_load(config, denoiser.device):
+        shard = load_shard(
+            denoiser.model_class,
+            denoiser.folder,
+            denoiser.name,
+            blocks=plan_ranks(denoiser, config)[rank] if config.num_ranks > 1 else None,
+            dtype=denoiser.dtype,
+            variant=model.variant,
+            **options,
+        )
+        if config.device_map is not None:
+            weakref.finalize(shard.model, disk.cleanup)
+        return LoadedRank(shard, Keeper({denoiser.name: shard.model}, config, denoiser.device, config.device_map))
 
 
 def plan_ranks(denoiser: Denoiser, config: TransformerConfig) -> list[tuple[int, int]]:

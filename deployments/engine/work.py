@@ -2,13 +2,20 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 
 from deployments.engine.cut import Boundary
 from deployments.engine.merge import Inputs, Merger
 from deployments.engine.outline import Holder, Outliner
-from deployments.engine.shard import Shard
+
+
+class Blocks(Protocol):
+    """This rank's blocks, as `Shard` runs them."""
+
+    def run(self, inputs: Inputs, boundary: Boundary | None = None) -> Boundary | torch.Tensor: ...
+
 
 OnIdle = Callable[[], None]
 
@@ -33,15 +40,15 @@ class Work:
 class Leader:
     """Rank 0's part of a micro-batch."""
 
-    def __init__(self, shard: Shard, merger: Merger, outliner: Outliner, on_idle: OnIdle = do_nothing) -> None:
-        self._shard, self._merger, self._outliner, self._on_idle = shard, merger, outliner, on_idle
+    def __init__(self, blocks: Blocks, merger: Merger, outliner: Outliner, on_idle: OnIdle = do_nothing) -> None:
+        self._blocks, self._merger, self._outliner, self._on_idle = blocks, merger, outliner, on_idle
 
     def run(self, group: Sequence[Inputs]) -> "Work | torch.Tensor":
         """The first blocks of a group of forwards of one signature; without any, on_idle."""
         if not group:
             self._on_idle()
             return Work((), self._outliner.take_released(), {})
-        output = self._shard.run(self._merger.merge(group))
+        output = self._blocks.run(self._merger.merge(group))
         if isinstance(output, torch.Tensor):
             return output
         outlined = tuple(self._outliner.outline(inputs) for inputs in group)
@@ -51,8 +58,8 @@ class Leader:
 class Follower:
     """Any other rank's part."""
 
-    def __init__(self, shard: Shard, merger: Merger, holder: Holder, on_idle: OnIdle = do_nothing) -> None:
-        self._shard, self._merger, self._holder, self._on_idle = shard, merger, holder, on_idle
+    def __init__(self, blocks: Blocks, merger: Merger, holder: Holder, on_idle: OnIdle = do_nothing) -> None:
+        self._blocks, self._merger, self._holder, self._on_idle = blocks, merger, holder, on_idle
 
     def run(self, work: Work) -> "Work | torch.Tensor":
         """These blocks, from where the rank before left off."""
@@ -61,5 +68,5 @@ class Follower:
             self._on_idle()
             return work
         inputs = self._merger.merge([self._holder.fill(outlined) for outlined in work.inputs])
-        output = self._shard.run(inputs, work.boundary)
+        output = self._blocks.run(inputs, work.boundary)
         return output if isinstance(output, torch.Tensor) else replace(work, boundary=output)

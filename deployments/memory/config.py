@@ -96,6 +96,16 @@ class OffloadConfig(Technique):
         return self
 
 
+class OnDemandConfig(Technique):
+    """Turns at a device that several stages share: only the weights of whose turn it is are there."""
+
+    main_key = "turn_s"
+
+    turn_s: float = Field(
+        10.0, ge=0, description="who has work without end gives way after so many seconds, if another stage waits"
+    )
+
+
 class TilingConfig(Technique):
     """Tiles of a VAE, in pixels."""
 
@@ -125,12 +135,20 @@ class MemoryConfig(Config):
     vram_limit_gib: float | None = Field(
         None, ge=0, description="weights on the GPU, in GiB; what exceeds them is copied in for its call"
     )
+    on_demand: Annotated[OnDemandConfig | None, OFF] = Field(
+        None, description="true, or seconds: weights are on the device by turns with other stages that say so"
+    )
     compile: Annotated[CompileConfig | None, OFF] = Field(None, description="blocks or model")
     trace: bool = Field(False, description="torch.jit.trace; UNets only")
     channels_last: bool = Field(False, description="memory format of convolutions: UNets and VAEs")
     attention_backend: str | None = Field(
         None, description="diffusers' name, such as native, flash, sage, xformers; None: native"
     )
+
+    @property
+    def leaves_when_idle(self) -> bool:
+        """Whether weights leave the device, or may, when there is no more work."""
+        return self.on_demand is not None or (self.offload is not None and self.offload.kind == "model")
 
     @model_validator(mode="after")
     def _check_combination(self) -> Self:

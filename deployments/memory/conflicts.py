@@ -26,6 +26,7 @@ ASKED: dict[str, Callable[[Any], bool]] = {
     "quantization: nf4 or fp4": lambda c: c.quantization is not None and c.quantization.kind != "int8",
     "layerwise_casting": lambda c: c.layerwise_casting is not None,
     "offload": lambda c: c.offload is not None,
+    "on_demand": lambda c: c.on_demand is not None,
     "offload: sequential or disk": lambda c: c.offload is not None and c.offload.kind in {"sequential", "disk"},
     "offload: sequential, group or disk": lambda c: c.offload is not None and c.offload.kind != "model",
     "offload: group with folder": lambda c: (
@@ -72,6 +73,8 @@ CONFLICTS: tuple[Conflict, ...] = (
         "files keep rows in their plain order: leave out channels_last, or the folder",
     ),
     Conflict("offload", "vram_limit_gib", "each moves the same weights: leave out one of them"),
+    Conflict("on_demand", "offload", "on_demand brings and takes away all weights itself: leave out offload"),
+    Conflict("on_demand", "device_map", "what accelerate has placed stays where it is: leave out on_demand"),
     Conflict("offload", "device_map", "device_map offloads by max_memory: leave out offload"),
     Conflict("vram_limit_gib", "device_map", "device_map offloads by max_memory: leave out vram_limit_gib"),
     Conflict(
@@ -96,6 +99,7 @@ CONFLICTS: tuple[Conflict, ...] = (
         "vram_limit_gib",
         _FIXED,
     ),
+    Conflict("compile.mode with CUDA graphs", "on_demand", _FIXED),
     Conflict("trace", "compile", "one compiler is enough: leave out trace"),
     Conflict("trace", "offload: sequential, group or disk", _NO_HOOKS),
     Conflict("trace", "vram_limit_gib", _NO_HOOKS),

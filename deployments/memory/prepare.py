@@ -11,6 +11,7 @@ import tempfile
 import weakref
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import accelerate
@@ -19,10 +20,12 @@ from diffusers import ModelMixin
 from diffusers.hooks import apply_group_offloading
 from torch import nn
 
+from cluster.turn import Turn
 from deployments.config import StageConfig
 from deployments.device import resolve_dtype
 from deployments.memory.casting import cast_layers
 from deployments.memory.config import CompileConfig, LayerwiseCastingConfig, OffloadConfig
+from deployments.memory.on_demand import Guest, open_guest, open_turn
 from deployments.memory.trace import TracedForward
 from deployments.memory.vram_limit import VramLimit
 from deployments.stats import MemoryStats
@@ -48,6 +51,7 @@ class Keeper:
         self._models, self._config, self._device = models, config, device
         self._leaving: list[Any] = []
         self._budgets: list[VramLimit] = []
+        self._turn: Turn | None = None
         self._applied: list[str] = []
         for model in models.values():
             model.eval()
@@ -70,20 +74,30 @@ class Keeper:
         """The techniques, in the order they were applied."""
         return tuple(self._applied)
 
+    def at_work(self) -> AbstractContextManager[None]:
+        """Around every use of the models: with `on_demand` it waits for the turn, and the weights are there."""
+        return nullcontext() if self._turn is None else self._turn.work()
+
     def release(self) -> None:
-        """The stage is idle: what `offload: model` brought to the device leaves it."""
+        """The stage is idle: what came to the device for its work leaves it; with `on_demand`, if anyone asks."""
+        if self._turn is not None:
+            self._turn.rest()
         for hook in self._leaving:
             hook.offload()
+        if self._leaving and self._device.type == "cuda":
+            torch.cuda.empty_cache()  # what torch keeps for later, no other process can use
 
     def stats(self) -> MemoryStats:
         """Of this process, which holds nothing but these models."""
+        turns = None if self._turn is None else self._turn.stats()
+        is_away = turns is not None and not turns.is_here
         weights: Counter[str] = Counter()
         for model in self._models.values():
             for tensor in model.state_dict(keep_vars=True).values():
-                place = "offloaded" if tensor.is_meta else tensor.device
+                place = "offloaded" if tensor.is_meta or is_away else tensor.device
                 weights[f"{place} {str(tensor.dtype).removeprefix('torch.')}"] += tensor.nbytes
         limits = tuple(budget.stats() for budget in self._budgets)
-        return MemoryStats(dict(weights), self.applied, *_peaks(self._device), limits)
+        return MemoryStats(dict(weights), self.applied, *_peaks(self._device), limits, turns)
 
     def _set_kernels(self) -> None:
         backend, is_channels_last = self._config.attention_backend, self._config.channels_last
@@ -107,11 +121,16 @@ class Keeper:
             self._limit(self._config.vram_limit_gib * 2**30)
         elif self._config.offload is not None:
             self._offload(self._config.offload)
-        else:
+        elif self._config.on_demand is None:
             for model in self._models.values():
                 if not getattr(model, "is_loaded_in_8bit", False):  # those are where they belong
                     model.to(self._device)
             self._applied.append(f"device: {self._device.type}")
+        if self._config.on_demand is not None:
+            guests: list[Guest] = [*self._budgets]
+            guests = guests or [open_guest(model, self._device) for model in self._models.values()]
+            self._turn = open_turn(self._config, self._device, guests)
+            self._applied.append("on_demand")
 
     def _limit(self, limit_bytes: float) -> None:
         """One budget for the stage, shared out by size."""

@@ -1,5 +1,7 @@
 """Latents to pixels."""
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -7,6 +9,7 @@ from deployments.checkpoints.components import fetch_stage, stage_components
 from deployments.config import ModelConfig, VaeConfig
 from deployments.device import resolve_device, resolve_dtype
 from deployments.families import FAMILIES
+from deployments.memory.on_demand import turn_to_load
 from deployments.memory.prepare import Keeper
 from deployments.memory.tiling import set_tiles
 from deployments.request import GenerationRequest
@@ -23,17 +26,18 @@ class Decoding:
         self._family = FAMILIES[family]
         folder, index = fetch_stage(model, self._family, "decode")
         keep = stage_components(index, self._family, "decode")
-        self._pipe = load_pipeline(folder, index, keep, config, variant=model.variant)
-        vae = self._pipe.vae
         self._device, self._dtype = resolve_device(config), resolve_dtype(config.dtype)
-        if self._dtype == torch.float16 and vae.config.get("force_upcast"):
-            self._dtype = torch.float32  # as the SDXL pipeline does: this VAE overflows in float16
-            vae.to(torch.float32)
-        if config.slicing:
-            vae.enable_slicing()
-        if config.tiling is not None:
-            set_tiles(vae, config.tiling)
-        self.keeper = Keeper(loaded_models(self._pipe), config, self._device)
+        with turn_to_load(config, self._device):
+            self._pipe = load_pipeline(folder, index, keep, config, variant=model.variant)
+            vae = self._pipe.vae
+            if self._dtype == torch.float16 and vae.config.get("force_upcast"):
+                self._dtype = torch.float32  # as the SDXL pipeline does: this VAE overflows in float16
+                vae.to(torch.float32)
+            if config.slicing:
+                vae.enable_slicing()
+            if config.tiling is not None:
+                set_tiles(vae, config.tiling)
+            self.keeper = Keeper(loaded_models(self._pipe), config, self._device)
 
     def warm_up(self, warm_up: WarmUp) -> None:
         """Blank latents of every size, to files."""
@@ -43,18 +47,21 @@ class Decoding:
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, request: GenerationRequest) -> Frames:
         """Latents as the pipeline returns them -> uint8 [F, H, W, 3], F = 1 for a picture."""
-        vae = self._pipe.vae
-        latents = latents.to(self._device, self._dtype)
-        latents = self._family.unscale(self._pipe, latents, request.height, request.width)
-        pixels = vae.decode(latents, return_dict=False)[0]
+        with self.keeper.at_work():
+            frames = self._decode(latents, request)
         self.keeper.release()
-        if self._family.media == "video":
-            frames = self._pipe.video_processor.postprocess_video(pixels, output_type="np")[0]
-        else:
-            pixels = pixels[:, :, 0] if pixels.ndim == 5 else pixels
-            frames = self._pipe.image_processor.postprocess(pixels, output_type="np")
         rounded: Frames = (frames * 255).round().astype(np.uint8)
         return rounded
+
+    def _decode(self, latents: torch.Tensor, request: GenerationRequest) -> Any:
+        """Values from 0 to 1; what lay on the device for them is free again."""
+        latents = latents.to(self._device, self._dtype)
+        latents = self._family.unscale(self._pipe, latents, request.height, request.width)
+        pixels = self._pipe.vae.decode(latents, return_dict=False)[0]
+        if self._family.media == "video":
+            return self._pipe.video_processor.postprocess_video(pixels, output_type="np")[0]
+        pixels = pixels[:, :, 0] if pixels.ndim == 5 else pixels
+        return self._pipe.image_processor.postprocess(pixels, output_type="np")
 
     def decode_media(self, latents: torch.Tensor, request: GenerationRequest) -> tuple[bytes, str]:
         """The request's file and its media type: encoded where it is decoded."""

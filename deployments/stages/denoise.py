@@ -55,7 +55,8 @@ class Denoising:
     def open_rendezvous(self, host: str, places: Sequence[Place]) -> Rendezvous:
         """Where the other ranks are to meet this one, at an address of its node that they can reach."""
         self._store = open_store(host, len(places))
-        return Rendezvous(host, self._store.port, len(places), plan_backend(places))
+        backend = plan_backend(places) if self._denoiser.device.type == "cuda" else "gloo"
+        return Rendezvous(host, self._store.port, len(places), backend)
 
     def connect(self, rendezvous: Rendezvous | None, on_lost: Callable[[BaseException], None]) -> None:
         """Meet the other ranks, if there are any, and begin to work. on_lost: the group is no more."""
@@ -67,7 +68,7 @@ class Denoising:
         merger = Merger(self._denoiser.model_class.__name__)
         outliner = Outliner(shape_only_inputs(self._denoiser.skeleton))
         self.engine = Engine(
-            Leader(self.loaded.shard, merger, outliner, self.loaded.keeper.release),
+            Leader(self.loaded, merger, outliner, self.loaded.keeper.release),
             merger,
             self._config,
             device=device,

@@ -7,6 +7,7 @@ from deployments.config import EncoderConfig, ModelConfig
 from deployments.device import resolve_device
 from deployments.families import FAMILIES
 from deployments.families.family import Embeds
+from deployments.memory.on_demand import turn_to_load
 from deployments.memory.prepare import Keeper
 from deployments.request import Prompt
 from deployments.stages.pipeline import load_pipeline, loaded_models
@@ -22,8 +23,10 @@ class TextEncoding:
         self._max_sequence_length = config.max_sequence_length or self._family.max_sequence_length
         folder, index = fetch_stage(model, self._family, "encode")
         keep = stage_components(index, self._family, "encode")
-        self._pipe = load_pipeline(folder, index, keep, config, variant=model.variant)
-        self.keeper = Keeper(loaded_models(self._pipe), config, resolve_device(config))
+        device = resolve_device(config)
+        with turn_to_load(config, device):
+            self._pipe = load_pipeline(folder, index, keep, config, variant=model.variant)
+            self.keeper = Keeper(loaded_models(self._pipe), config, device)
 
     def warm_up(self, warm_up: WarmUp) -> None:
         """Texts of one length, or of any: sizes of pictures do not matter here."""
@@ -33,6 +36,8 @@ class TextEncoding:
     @torch.no_grad()
     def encode(self, prompt: Prompt) -> Embeds:
         """CPU tensors, named as the pipeline's call spells them."""
-        embeds = self._family.encode(self._pipe, prompt, self._max_sequence_length)
+        with self.keeper.at_work():
+            embeds = self._family.encode(self._pipe, prompt, self._max_sequence_length)
+            embeds = {name: None if value is None else value.cpu().contiguous() for name, value in embeds.items()}
         self.keeper.release()
-        return {name: None if value is None else value.cpu().contiguous() for name, value in embeds.items()}
+        return embeds

@@ -31,7 +31,7 @@ class Following:
         device, num_ranks = self._denoiser.device, rendezvous.num_ranks
         store = join_store(rendezvous.host, rendezvous.port, num_ranks)
         merger = Merger(self._denoiser.model_class.__name__)
-        follower = Follower(self._loaded.shard, merger, Holder(device), self._loaded.keeper.release)
+        follower = Follower(self._loaded, merger, Holder(device), self._loaded.keeper.release)
         self._ring = Ring(
             follower.run,
             rank=self._rank,

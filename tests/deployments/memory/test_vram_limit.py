@@ -107,12 +107,12 @@ def test_an_exception_on_the_way_leaves_nothing_behind(model: Model) -> None:
     assert budget.stats().peak_bytes <= MUST_STAY + LARGEST
 
 
-def test_release_empties_the_device_and_the_next_forward_fills_it(model: Model) -> None:
+def test_leaving_empties_the_device_and_the_next_forward_fills_it(model: Model) -> None:
     expected, addresses = model(IDS), {tensor.data_ptr() for tensor in model.state_dict().values()}
     budget = VramLimit(model, limit_bytes=TOTAL, device=CPU)
     model(IDS)
     assert not addresses & {tensor.data_ptr() for tensor in model.state_dict().values()}
-    budget.release()
+    budget.leave()
     assert addresses == {tensor.data_ptr() for tensor in model.state_dict().values()}
     assert torch.equal(model(IDS), expected)
     assert budget.stats().peak_bytes == TOTAL

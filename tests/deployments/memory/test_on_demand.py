@@ -1,0 +1,112 @@
+"""Stages that share a device by turns: the weights of one at most are there, and pictures are the same."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+from deployments.config import EncoderConfig, ModelConfig, TransformerConfig, VaeConfig
+from deployments.memory.on_demand import HostCopies
+from deployments.stages import load_stage
+from tests.deployments.memory.tiny_request import build_request
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "limit, fp8": {"vram_limit_gib": 1e-4, "layerwise_casting": True},
+    "nf4": {"quantization": "nf4"},
+    "compile": {"compile": {"backend": "eager"}},
+}
+
+
+@pytest.fixture(autouse=True)
+def _own_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No other run on this machine waits for this one's turns."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+
+class Pipeline:
+    """The three stages of a tiny checkpoint in this process, with settings for all of them."""
+
+    def __init__(self, family: str, **settings: Any) -> None:
+        self.family, model = family, ModelConfig(name="tiny", checkpoint=f"tiny://{family}")
+        self.encoding = load_stage("encode", model, family, EncoderConfig(**settings))
+        self.denoising = load_stage("denoise", model, family, TransformerConfig(**settings))
+        self.denoising.connect(None, pytest.fail)
+        self.decoding = load_stage("decode", model, family, VaeConfig(**settings))
+
+    def draw(self) -> Any:
+        request = build_request(self.family)
+        embeds = self.encoding.encode(request.prompt)
+        self.check_places("encode")
+        seat = self.denoising.join()
+        latents = self.denoising.denoise(seat, embeds, request, on_step=lambda *_: None)
+        self.denoising.leave(seat)
+        self.check_places("denoise")
+        frames = self.decoding.decode(latents, request)
+        self.check_places("decode")
+        return frames
+
+    def keepers(self) -> dict[str, Any]:
+        loaded = self.denoising.loaded
+        return {"encode": self.encoding.keeper, "denoise": loaded.keeper, "decode": self.decoding.keeper}
+
+    def check_places(self, there: str) -> None:
+        """Of stages that take turns, the weights of this one are on the device, and those of no other."""
+        for name, keeper in self.keepers().items():
+            stats = keeper.stats()
+            if stats.turns is not None:
+                devices = {place.partition(" ")[0] for place in stats.weights_bytes}
+                assert devices == {"cpu" if name == there else "offloaded"}
+
+
+class Model(nn.Module):
+    """Two layers that share their weight, and a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.two.weight = self.one.weight
+        self.register_buffer("shift", torch.ones(8), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.as_tensor(self.two(self.one(x)) + self.shift)
+
+
+def test_weights_come_as_copies_and_leave_to_what_they_were() -> None:
+    model, x = Model(), torch.ones(1, 8)
+    expected, home = model(x), places(model)
+    guest = HostCopies(model, torch.device("cpu"))
+    for _ in range(2):
+        guest.arrive()
+        assert not home & places(model)
+        assert model.one.weight is model.two.weight
+        assert torch.equal(model(x), expected)
+        guest.leave()
+        assert places(model) == home
+
+
+def places(model: nn.Module) -> set[int]:
+    return {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quantize_on_cpu")
+@pytest.mark.parametrize("name", SETTINGS)
+def test_stages_that_take_turns_draw_the_same_picture(name: str) -> None:
+    """Again and again, and without compiling again."""
+    expected = Pipeline("sd15", **SETTINGS[name]).draw()
+    taking_turns = Pipeline("sd15", **SETTINGS[name], on_demand=True)
+    assert (taking_turns.draw() == expected).all()
+    num_graphs = counters["stats"]["unique_graphs"]
+    assert (taking_turns.draw() == expected).all()
+    assert counters["stats"]["unique_graphs"] == num_graphs
+    for keeper in taking_turns.keepers().values():
+        turns = keeper.stats().turns
+        assert turns.num_turns == 2
+        assert turns.arriving_s > 0
+        assert "on_demand" in keeper.applied
+    taking_turns.denoising.close()
