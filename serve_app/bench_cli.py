@@ -64,6 +64,12 @@ def recovery(json_file: JsonFile = None, quick: Quick = False) -> None:
 
 
 @bench.command()
+def nodes(json_file: JsonFile = None) -> None:
+    """A cluster of nodes on this machine: load comes and goes, a node joins, a node dies."""
+    _run("nodes", json_file=json_file)
+
+
+@bench.command()
 def streaming(
     config: Annotated[Path, typer.Option(help="Serve YAML to measure")] = Path("configs/quickstart.yaml"),
     port: Annotated[int, typer.Option(help="free port to serve on")] = 8765,

@@ -5,9 +5,6 @@ it over HTTP, on one served tiny FLUX of two shards; the plain pipeline in this 
 """
 
 import asyncio
-import base64
-import io
-import logging
 import os
 import signal
 import socket
@@ -18,10 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
-import numpy as np
 import ray
-from PIL import Image
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
@@ -29,20 +23,16 @@ from rich.progress import track
 
 from deployments.stats import EncoderStats, TransformerStats, VaeStats
 from serve_app.app import build_app
+from serve_app.bench.answers import TIMEOUT_S, Body, Judge, open_client, post
 from serve_app.bench.report import Row, report
 from serve_app.bench.whole import PlainPipeline
 from serve_app.config import APP_NAME, AppConfig, parse_app_config
-
-log = logging.getLogger(__name__)
-
-Body = dict[str, Any]
 
 WHENS = ("busy", "idle")
 NUM_REQUESTS = 6
 NUM_PROBE_STEPS = 4
 MANY_STEPS = 5000
 """So many that a request which is not cancelled outlasts all others."""
-SETTLE_TIMEOUT_S = 120.0
 
 
 def run(*, victims: Sequence[str], json_file: Path | None) -> None:
@@ -59,7 +49,7 @@ def run(*, victims: Sequence[str], json_file: Path | None) -> None:
     cases = [(victim, when) for victim in victims for when in WHENS]
     rows: list[Row] = []
     with _serving(config) as url:
-        bench = Recovery(url, plain)
+        bench = Recovery(url, Judge(plain))
         for victim, when in track(cases, description="kills"):
             rows.append(asyncio.run(bench.kill(victim, when)))
         rows.append(asyncio.run(bench.leave()))
@@ -93,9 +83,8 @@ class Census:
 class Recovery:
     """The scenarios, one after another on one app."""
 
-    def __init__(self, url: str, plain: PlainPipeline) -> None:
-        self._url, self._plain = url, plain
-        self._pictures: dict[str, bytes] = {}
+    def __init__(self, url: str, judge: Judge) -> None:
+        self._url, self._judge = url, judge
         self._num_probes = 0
 
     async def kill(self, victim: str, when: str) -> Row:
@@ -104,21 +93,18 @@ class Recovery:
         probe = _body(NUM_REQUESTS + self._num_probes) | {"num_inference_steps": NUM_PROBE_STEPS}
         self._num_probes += 1
         before = await _census()
-        async with self._client() as client:
-            posts = [asyncio.create_task(_post(client, body)) for body in running]
+        async with open_client(self._url) as client:
+            posts = [asyncio.create_task(post(client, body)) for body in running]
             await _until_seated(len(running))
             os.kill(before.pids[victim], signal.SIGKILL)
             killed_at = time.perf_counter()
-            probed = asyncio.create_task(_timed(_post(client, probe)))
+            probed = asyncio.create_task(_timed(post(client, probe)))
             answers = await asyncio.gather(*posts, return_exceptions=True)
             answered_at, picture = await probed
-        for answer in answers:
-            if isinstance(answer, BaseException):
-                log.error("%s killed, %s: %r", victim, when, answer)
         return {
             "killed": victim,
             "when": when,
-            **self._compare([*running, probe], [*answers, picture]),
+            **self._judge.judge([*running, probe], [*answers, picture]),
             **_repeated(before, await _census(), running),
             "recovery_s": answered_at - killed_at,
         }
@@ -127,9 +113,9 @@ class Recovery:
         """Half of the clients close their connections; the others' pictures come all the same."""
         bodies = [_body(i) for i in range(NUM_REQUESTS)]
         staying, leaving = bodies[::2], [body | {"num_inference_steps": MANY_STEPS} for body in bodies[1::2]]
-        async with self._client() as client:
-            leavers = [asyncio.create_task(_post(client, body)) for body in leaving]
-            posts = [asyncio.create_task(_post(client, body)) for body in staying]
+        async with open_client(self._url) as client:
+            leavers = [asyncio.create_task(post(client, body)) for body in leaving]
+            posts = [asyncio.create_task(post(client, body)) for body in staying]
             await _until_seated(NUM_REQUESTS)
             for leaver in leavers:
                 leaver.cancel()  # closes its connection
@@ -141,32 +127,12 @@ class Recovery:
         return {
             "killed": "client",
             "when": "busy",
-            **self._compare(staying, answers),
+            **self._judge.judge(staying, answers),
             "encoded_again": 0,
             "steps_again": 0,
             "left_over": (await _ask("Transformer")).queue.num_seats,
             "recovery_s": free_at - left_at,
         }
-
-    def _client(self) -> httpx.AsyncClient:
-        return httpx.AsyncClient(base_url=self._url, timeout=SETTLE_TIMEOUT_S)
-
-    def _compare(self, bodies: Sequence[Body], answers: Sequence[bytes | BaseException]) -> Row:
-        answered = [pair for pair in zip(bodies, answers, strict=True) if isinstance(pair[1], bytes)]
-        return {
-            "requests": len(bodies),
-            "answered": len(answered),
-            "grey_levels": max(self._grey_levels(body, answer) for body, answer in answered),
-        }
-
-    def _grey_levels(self, body: Body, picture: Any) -> int:
-        key = body["prompt"]
-        if key not in self._pictures:
-            self._pictures[key] = self._plain.draw(**body)
-        one, other = (
-            np.asarray(Image.open(io.BytesIO(data))).astype(int) for data in (picture, self._pictures[key])
-        )
-        return int(np.abs(one - other).max())
 
 
 def _repeated(before: Census, after: Census, running: Sequence[Body]) -> Row:
@@ -192,7 +158,7 @@ async def _census() -> Census:
 
 async def _ask(deployment: str) -> Any:
     """A deployment's stats; asked again while it has no replica."""
-    async with asyncio.timeout(SETTLE_TIMEOUT_S):
+    async with asyncio.timeout(TIMEOUT_S):
         while True:
             try:
                 return await serve.get_deployment_handle(deployment, APP_NAME).stats.remote()
@@ -201,15 +167,9 @@ async def _ask(deployment: str) -> Any:
 
 
 async def _until_seated(num_requests: int) -> None:
-    async with asyncio.timeout(SETTLE_TIMEOUT_S):
+    async with asyncio.timeout(TIMEOUT_S):
         while (await _ask("Transformer")).queue.num_seats < num_requests:
             await asyncio.sleep(0.01)
-
-
-async def _post(client: httpx.AsyncClient, body: Body) -> bytes:
-    answer = await client.post("/v1/images/generations", json=body)
-    answer.raise_for_status()
-    return base64.b64decode(answer.json()["data"][0]["b64_json"])
 
 
 async def _timed(posting: Awaitable[bytes]) -> tuple[float, bytes]:

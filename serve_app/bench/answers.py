@@ -1,0 +1,60 @@
+"""What clients were answered, against what the plain pipeline draws."""
+
+import base64
+import io
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import httpx
+import numpy as np
+from PIL import Image
+
+from serve_app.bench.report import Row
+from serve_app.bench.whole import PlainPipeline
+
+log = logging.getLogger(__name__)
+
+Body = dict[str, Any]
+TIMEOUT_S = 120.0
+
+
+def open_client(url: str) -> httpx.AsyncClient:
+    """As patient as a client should be whose request is repeated behind the scenes."""
+    return httpx.AsyncClient(base_url=url, timeout=TIMEOUT_S)
+
+
+async def post(client: httpx.AsyncClient, body: Body) -> bytes:
+    """One picture. Raises httpx.HTTPStatusError."""
+    answer = await client.post("/v1/images/generations", json=body)
+    answer.raise_for_status()
+    return base64.b64decode(answer.json()["data"][0]["b64_json"])
+
+
+class Judge:
+    """Compares pictures with those of the plain pipeline, each of which it draws once."""
+
+    def __init__(self, plain: PlainPipeline) -> None:
+        self._plain = plain
+        self._pictures: dict[str, bytes] = {}
+
+    def judge(self, bodies: Sequence[Body], answers: Sequence[bytes | BaseException]) -> Row:
+        """`requests`, `answered`, and `grey_levels`: the largest difference of a pixel. Logs what went wrong."""
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                log.error("not answered: %r", answer)
+        answered = [pair for pair in zip(bodies, answers, strict=True) if isinstance(pair[1], bytes)]
+        return {
+            "requests": len(bodies),
+            "answered": len(answered),
+            "grey_levels": max((self._grey_levels(body, answer) for body, answer in answered), default=0),
+        }
+
+    def _grey_levels(self, body: Body, picture: Any) -> int:
+        key = str(sorted(body.items()))
+        if key not in self._pictures:
+            self._pictures[key] = self._plain.draw(**body)
+        one, other = (
+            np.asarray(Image.open(io.BytesIO(data))).astype(int) for data in (picture, self._pictures[key])
+        )
+        return int(np.abs(one - other).max())

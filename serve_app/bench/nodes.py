@@ -1,0 +1,209 @@
+"""A Ray cluster of three nodes on this machine, with GPUs by name only: load comes and goes, nodes too.
+
+The head holds the ingress, workers hold the stages, each worker with room for one shard group of two. The plain
+pipeline in this process knows the right pictures.
+"""
+
+import asyncio
+import socket
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+from ray.cluster_utils import Cluster
+from ray.serve.context import _get_global_client
+
+from deployments.request import GenerationRequest
+from serve_app.app import build_app, build_validator
+from serve_app.bench.answers import TIMEOUT_S, Body, Judge, open_client, post
+from serve_app.bench.report import Row, report
+from serve_app.bench.whole import PlainPipeline
+from serve_app.config import APP_NAME, AppConfig, parse_app_config
+
+WORKER = {"num_cpus": 2, "num_gpus": 2, "labels": {"has": "gpus"}, "object_store_memory": 2**27}
+NUM_CLIENTS = 16
+NUM_REQUESTS = 12
+"""That are under way when their node dies."""
+DRAIN_STEPS = 500
+"""So many that a replica is no longer wanted long before it is done."""
+
+
+def run(*, json_file: Path | None) -> None:
+    """Rows of `event`, `requests`, `answered`, `grey_levels`, `transformers` (running at last), `encoders` (most
+    there were) and `seconds`.
+
+    seconds: from the event until the cluster had the shape it should have, or until all were answered.
+    """
+    config = _config()
+    judge = Judge(PlainPipeline(config))
+    with _cluster() as cluster, _serving(config) as url:
+        bench = Nodes(cluster, url, config, judge)
+        rows = asyncio.run(bench.run())
+    report("nodes and load that come and go", rows, json_file)
+
+
+class Nodes:
+    """The events, one after another on one app."""
+
+    def __init__(self, cluster: Cluster, url: str, config: AppConfig, judge: Judge) -> None:
+        self._cluster, self._url, self._judge = cluster, url, judge
+        self._validator = build_validator(config)
+        self._most_encoders = 0
+
+    async def run(self) -> list[Row]:
+        return [await self._rise_and_join(), await self._fall(), await self._die()]
+
+    async def _rise_and_join(self) -> Row:
+        """16 clients instead of 1: a second shard group is wanted, but finds room only on a node that joins."""
+        async with self._load(1) as (bodies, answers):
+            await self._until(lambda: len(answers) == 3)
+            assert len(_replicas("Transformer", "RUNNING", "STARTING")) == 1, "one client needs one shard group"
+        async with self._load(NUM_CLIENTS) as (more_bodies, more_answers):
+            await self._until(lambda: bool(_replicas("Transformer", "STARTING")))
+            node, joined = self._cluster.add_node(**WORKER), time.perf_counter()
+            await self._until(lambda: len(_replicas("Transformer", "RUNNING")) == 2)
+            seconds = time.perf_counter() - joined
+            assert node.node_id in {replica["node_id"] for replica in _replicas("Transformer", "RUNNING")}
+        return self._row("node joins under load", bodies + more_bodies, answers + more_answers, seconds)
+
+    async def _fall(self) -> Row:
+        """Two requests, one on each shard group; one group is no longer wanted, but works on until it is done.
+
+        Without the ingress, and so without its repeats: a request that is cut here is lost.
+        """
+        fields = {"prompt": "the last one out", "seed": 0, "num_inference_steps": DRAIN_STEPS}
+        [request] = self._validator.requests(fields)
+        start = time.perf_counter()
+        latents = [asyncio.create_task(_denoise(request)) for _ in range(2)]
+        await self._until(lambda: len(_replicas("Transformer", "RUNNING")) == 1)
+        assert _replicas("Transformer", "STOPPING"), "it was to be draining"
+        draining = not any(task.done() for task in latents)
+        answers = await asyncio.gather(*latents, return_exceptions=True)
+        await self._until(lambda: not _replicas("Transformer", "STOPPING"))
+        assert draining, "both requests were done before a shard group was let go"
+        return {
+            "event": "load falls",
+            "requests": len(answers),
+            "answered": sum(not isinstance(answer, BaseException) for answer in answers),
+            "grey_levels": 0,
+            "transformers": len(_replicas("Transformer", "RUNNING")),
+            "encoders": self._most_encoders,
+            "seconds": time.perf_counter() - start,
+        }
+
+    async def _die(self) -> Row:
+        """The node of the only shard group dies when the shortest of 12 requests has been answered."""
+        bodies = [_body(i) for i in range(NUM_REQUESTS)]
+        async with open_client(self._url) as client:
+            posts = [asyncio.create_task(post(client, body)) for body in bodies]
+            await asyncio.wait(posts, return_when=asyncio.FIRST_COMPLETED)
+            [replica] = _replicas("Transformer", "RUNNING")
+            [node] = [node for node in self._cluster.worker_nodes if node.node_id == replica["node_id"]]
+            num_answered = sum(task.done() for task in posts)
+            self._cluster.remove_node(node, allow_graceful=False)
+            died = time.perf_counter()
+            answers = await asyncio.gather(*posts, return_exceptions=True)
+        assert num_answered < NUM_REQUESTS / 2, f"{num_answered} requests were answered before the node died"
+        return self._row("node dies", bodies, answers, time.perf_counter() - died)
+
+    @asynccontextmanager
+    async def _load(self, num_clients: int) -> AsyncIterator[tuple[list[Body], list[bytes | BaseException]]]:
+        """So many clients, each with one request after another; the last ones are waited for."""
+        bodies: list[Body] = []
+        answers: list[bytes | BaseException] = []
+        stop = asyncio.Event()
+
+        async def ask_on(client: Any) -> None:
+            while not stop.is_set():
+                body = _body(len(bodies) % 4)
+                [answer] = await asyncio.gather(post(client, body), return_exceptions=True)
+                bodies.append(body)
+                answers.append(answer)
+
+        async with open_client(self._url) as client:
+            clients = [asyncio.create_task(ask_on(client)) for _ in range(num_clients)]
+            yield bodies, answers
+            stop.set()
+            await asyncio.gather(*clients)
+
+    async def _until(self, condition: Any) -> None:
+        async with asyncio.timeout(TIMEOUT_S):
+            while not condition():
+                self._most_encoders = max(self._most_encoders, len(_replicas("Encoder", "RUNNING", "STARTING")))
+                await asyncio.sleep(0.1)
+
+    def _row(self, event: str, bodies: list[Body], answers: list[bytes | BaseException], seconds: float) -> Row:
+        return {
+            "event": event,
+            **self._judge.judge(bodies, answers),
+            "transformers": len(_replicas("Transformer", "RUNNING")),
+            "encoders": self._most_encoders,
+            "seconds": seconds,
+        }
+
+
+async def _denoise(request: GenerationRequest) -> None:
+    encoder, transformer = (serve.get_deployment_handle(name, APP_NAME) for name in ("Encoder", "Transformer"))
+    conditioning = encoder.encode.remote(request.prompt)
+    async for _ in transformer.options(stream=True).denoise.remote(conditioning, request):
+        pass
+
+
+def _replicas(deployment: str, *states: str) -> list[dict[str, Any]]:
+    """What the dashboard shows: `node_id`, `state`, `pid`. Serve's public status does not tell nodes."""
+    details = _get_global_client().get_serve_details()
+    replicas: list[dict[str, Any]] = details["applications"][APP_NAME]["deployments"][deployment]["replicas"]
+    return [replica for replica in replicas if replica["state"] in states]
+
+
+def _body(i: int) -> Body:
+    """Different in all that requests of one size may differ in."""
+    return {
+        "prompt": f"prompt {i}",
+        "seed": i,
+        "num_inference_steps": 20 + 4 * i,
+        "guidance_scale": 2.0 + i % 3,
+    }
+
+
+def _config() -> AppConfig:
+    here: dict[str, Any] = {"num_cpus": 0.1, "torch_threads": 1, "labels": {"has": "gpus"}}
+    elastic = {"upscale_delay_s": 0.5, "downscale_delay_s": 1.0}
+    return parse_app_config(
+        {
+            "model": {"name": "tiny", "checkpoint": "tiny://flux", "defaults": {"width": 64, "height": 64}},
+            "encoder": here | elastic | {"max_sequence_length": 64, "max_replicas": 2},
+            "transformer": here | elastic | {"shards": 2, "num_gpus": 1, "max_replicas": 2, "max_batch_size": 1},
+            "vae": here,
+            "limits": {"max_num_inference_steps": DRAIN_STEPS},
+        }
+    )
+
+
+@contextmanager
+def _cluster() -> Iterator[Cluster]:
+    """A head without GPUs and one worker."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 2**27})
+    try:
+        cluster.add_node(**WORKER)
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+        yield cluster
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+@contextmanager
+def _serving(config: AppConfig) -> Iterator[str]:
+    """The app on a free port of the head."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+    serve.run(build_app(config), name=APP_NAME)
+    yield f"http://127.0.0.1:{port}"
+    serve.shutdown()

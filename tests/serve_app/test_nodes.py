@@ -1,0 +1,57 @@
+"""Load and nodes that come and go, as `relay bench nodes` does it, on a Ray cluster of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+JOINS, FALLS, DIES = "node joins under load", "load falls", "node dies"
+Rows = dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Rows:
+    """By event. In a process of its own: one can be connected to one Ray only."""
+    file = tmp_path_factory.mktemp("nodes") / "rows.json"
+    run = subprocess.run(
+        [str(Path(sys.executable).with_name("relay")), "bench", "nodes", "--json", str(file)],
+        env=os.environ | {"RAY_worker_niceness": "0"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+    )
+    assert run.returncode == 0, run.stdout[-4000:]
+    return {row["event"]: row for row in json.loads(file.read_text())["rows"]}
+
+
+def test_load_adds_a_whole_shard_group_on_a_node_that_joins(rows: Rows) -> None:
+    assert rows[JOINS]["transformers"] == 2
+
+
+def test_a_shard_group_that_is_no_longer_wanted_ends_its_requests_first(rows: Rows) -> None:
+    row = rows[FALLS]
+    assert row["transformers"] == 1
+    assert row["answered"] == row["requests"] == 2
+
+
+def test_only_the_stage_that_is_busy_scales(rows: Rows) -> None:
+    assert [row["encoders"] for row in rows.values()] == [1, 1, 1]
+
+
+def test_a_node_that_dies_takes_no_accepted_request_with_it(rows: Rows) -> None:
+    row = rows[DIES]
+    assert row["answered"] == row["requests"] == 12
+
+
+@pytest.mark.parametrize("event", [JOINS, DIES])
+def test_the_pictures_are_the_plain_pipelines(rows: Rows, event: str) -> None:
+    row = rows[event]
+    assert row["answered"] == row["requests"]
+    assert row["grey_levels"] <= 1
