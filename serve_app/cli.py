@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 from typing import Annotated, Any
 
-import httpx
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -18,6 +17,8 @@ from serve_app.config_docs import render_config_docs
 from serve_app.errors import RelayError
 from serve_app.generation import Picture
 from serve_app.local import app_handle, is_running
+from serve_app.plan_cli import plan_command, profile_command
+from serve_app.status import NoStatus, fetch_status, status_table, watch_status
 
 cli = typer.Typer(
     pretty_exceptions_enable=False,
@@ -26,6 +27,8 @@ cli = typer.Typer(
     add_completion=False,
 )
 cli.add_typer(bench, name="bench")
+cli.command(name="plan")(plan_command)
+cli.command(name="profile")(profile_command)
 console = Console(stderr=True)
 
 TINY = "deployments.checkpoints.tiny"
@@ -38,7 +41,7 @@ def main() -> None:
     os.environ.setdefault("RAY_worker_niceness", "0")
     try:
         cli()
-    except (ConfigError, RelayError, FileExistsError, FileNotFoundError) as error:
+    except (ConfigError, RelayError, NoStatus, FileExistsError, FileNotFoundError) as error:
         message = error.message if isinstance(error, RelayError) else str(error)
         console.print(f"relay: {message}", style="red", highlight=False)
         raise SystemExit(2) from error
@@ -109,11 +112,17 @@ def generate(
 @cli.command()
 def status(
     url: Annotated[str, typer.Option(help="of the running server")] = "http://127.0.0.1:8000",
+    watch: Annotated[bool, typer.Option("--watch", help="go on until interrupted")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="everything, as GET /v1/status tells it")] = False,
 ) -> None:
-    """What every stage holds and does: blocks and bytes per rank, queues, batches, cache."""
-    answer = httpx.get(f"{url}/v1/status", timeout=30)
-    answer.raise_for_status()
-    Console().print_json(data=answer.json())
+    """Replicas, queues, work and memory of every stage, at a glance."""
+    terminal = Console()
+    if watch:
+        watch_status(url, terminal)
+    elif as_json:
+        terminal.print_json(data=fetch_status(url))
+    else:
+        terminal.print(status_table(fetch_status(url)))
 
 
 @cli.command()

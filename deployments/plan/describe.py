@@ -156,9 +156,11 @@ class Description:
 def _ranks(
     denoiser: Denoiser, config: TransformerConfig, stored: nn.Module, blocks: BlockBytes, working: Working
 ) -> tuple[RankSizes, ...]:
+    takes_turns = config.on_demand is not None
     if config.num_ranks == 1:
         whole = 0, len(blocks.blocks)
-        return (RankSizes(stored_bytes(stored), device_bytes({"": stored}, config), working.peak_bytes, whole),)
+        held, on_device = stored_bytes(stored), device_bytes({"": stored}, config)
+        return (RankSizes(held, on_device, working.peak_bytes, whole, takes_turns),)
     peak = working.peak_bytes + BUFFERED_BOUNDARIES * working.boundary_bytes
     ranks = []
     for start, end in plan_ranks(denoiser, config):
@@ -167,14 +169,15 @@ def _ranks(
             shard = copy.deepcopy(stored)
             Cut(denoiser.block_names, start, end).stub_foreign(shard)
             on_device = device_bytes({"": shard}, config)
-        ranks.append(RankSizes(weights, on_device, peak, (start, end)))
+        ranks.append(RankSizes(weights, on_device, peak, (start, end), takes_turns))
     return tuple(ranks)
 
 
 def _stage(config: StageConfig, stored: Mapping[str, nn.Module], peak_bytes: int) -> StageSizes:
     components = tuple(_component(name, model) for name, model in stored.items())
     held = sum(component.weights_bytes for component in components)
-    return StageSizes(components, (RankSizes(held, device_bytes(stored, config), peak_bytes),))
+    rank = RankSizes(held, device_bytes(stored, config), peak_bytes, takes_turns=config.on_demand is not None)
+    return StageSizes(components, (rank,))
 
 
 def _component(name: str, stored: nn.Module) -> ComponentSizes:

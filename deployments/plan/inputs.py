@@ -43,7 +43,7 @@ def denoiser_inputs(
     device = torch.device("cpu")
     stand_in = StandIn(denoiser.skeleton, dtype=denoiser.dtype, device=device, submit=submit)
     setattr(pipe, denoiser.name, stand_in)
-    request = _request(model, family, size)
+    request = default_request(model, family, size)
     shapes = family.embed_shapes(denoiser.config, num_text_tokens)
     if request.prompt.is_guided:
         shapes = {**shapes, **{f"negative_{name}": shape for name, shape in shapes.items()}}
@@ -94,7 +94,10 @@ def latents(vae_config: Mapping[str, Any], size: MediaSize, dtype: torch.dtype) 
     return torch.empty(shape_2d, dtype=dtype, device=META)
 
 
-def _request(model: ModelConfig, family: Family, size: MediaSize) -> GenerationRequest:
+def default_request(
+    model: ModelConfig, family: Family, size: MediaSize, num_inference_steps: int | None = None
+) -> GenerationRequest:
+    """What somebody gets who asks for this size and nothing else."""
     defaults, own = family.defaults, model.defaults
     guidance_scale = defaults.guidance_scale if own.guidance_scale is None else own.guidance_scale
     true_cfg_scale = defaults.true_cfg_scale if own.true_cfg_scale is None else own.true_cfg_scale
@@ -103,7 +106,7 @@ def _request(model: ModelConfig, family: Family, size: MediaSize) -> GenerationR
         width=size.width,
         height=size.height,
         num_frames=size.num_frames,
-        num_inference_steps=own.num_inference_steps or defaults.num_inference_steps,
+        num_inference_steps=num_inference_steps or own.num_inference_steps or defaults.num_inference_steps,
         guidance_scale=guidance_scale,
         true_cfg_scale=true_cfg_scale,
         seed=0,

@@ -9,13 +9,11 @@ from dataclasses import dataclass
 
 from cluster.inventory import Gpu
 from deployments.checkpoints.components import Stage
-from deployments.plan.sizes import RankSizes
+from deployments.plan.sizes import OVERHEAD_BYTES, STAGES, RankSizes
 
 GIB = 2**30
 _EPSILON = 1e-6
 """Ray counts shares in ten thousandths."""
-
-STAGES: tuple[Stage, ...] = ("encode", "denoise", "decode")
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,10 @@ class Placement:
         return [process for process in self.processes if gpu in process.gpus]
 
     def used_bytes(self, gpu: Gpu) -> int:
-        return sum(process.bytes_on(gpu) for process in self.on(gpu))
+        """Of those that take turns the largest counts, and of the others their CUDA contexts."""
+        steady = sum(process.bytes_on(gpu) for process in self.on(gpu) if not process.sizes.takes_turns)
+        turns = [process.bytes_on(gpu) - OVERHEAD_BYTES for process in self.on(gpu) if process.sizes.takes_turns]
+        return steady + max(turns, default=0) + OVERHEAD_BYTES * len(turns)
 
     def num_replicas(self, stage: Stage) -> int:
         return len({process.replica for process in self.processes if process.stage == stage})
@@ -81,21 +82,21 @@ class Placement:
         for process in self.processes:
             if process.num_gpus and not process.gpus:
                 found.append(
-                    f"{process} has no place: no GPU has {_share(process.num_gpus)} left "
-                    f"(it needs {_gib(process.sizes.need_bytes)})"
+                    f"{process} has no place: no GPU has {share(process.num_gpus)} left "
+                    f"(it needs {gib(process.sizes.need_bytes)})"
                 )
             for gpu in process.gpus:
                 granted, needed = int(min(1.0, process.num_gpus) * gpu.memory_bytes), process.bytes_on(gpu)
-                if needed > granted:
+                if needed > granted and not process.sizes.takes_turns:
                     found.append(
-                        f"{process} needs {_gib(needed)} on {gpu}, and its share, {_share(process.num_gpus)} of "
-                        f"{_gib(gpu.memory_bytes)}, is {_gib(granted)}: {_gib(needed - granted)} too little"
+                        f"{process} needs {gib(needed)} on {gpu}, and its share, {share(process.num_gpus)} of "
+                        f"{gib(gpu.memory_bytes)}, is {gib(granted)}: {gib(needed - granted)} too little"
                     )
         for gpu in self.gpus:
             missing = self.used_bytes(gpu) - gpu.memory_bytes
             if missing > 0:
                 found.append(
-                    f"{gpu} has {_gib(gpu.memory_bytes)}: {_gib(missing)} too little for all that lies there"
+                    f"{gpu} has {gib(gpu.memory_bytes)}: {gib(missing)} too little for all that lies there"
                 )
         return found
 
@@ -150,12 +151,12 @@ def _unplaced(stage: Stage, replica: int, demand: Demand) -> list[Process]:
 def _choose(num_gpus: float, left: dict[Gpu, float]) -> tuple[Gpu, ...]:
     """The fullest GPU that has room, as Ray does; or so many empty ones. Takes them from `left`."""
     if num_gpus > 1:
-        empty = [gpu for gpu, share in left.items() if share > 1 - _EPSILON][: int(num_gpus)]
+        empty = [gpu for gpu, rest in left.items() if rest > 1 - _EPSILON][: int(num_gpus)]
         if len(empty) < num_gpus:
             return ()
         left.update(dict.fromkeys(empty, 0.0))
         return tuple(empty)
-    fitting = [gpu for gpu, share in left.items() if share >= num_gpus - _EPSILON]
+    fitting = [gpu for gpu, rest in left.items() if rest >= num_gpus - _EPSILON]
     if not fitting:
         return ()
     gpu = min(fitting, key=lambda one: (left[one], one.node, one.index))
@@ -163,9 +164,11 @@ def _choose(num_gpus: float, left: dict[Gpu, float]) -> tuple[Gpu, ...]:
     return (gpu,)
 
 
-def _gib(num_bytes: float) -> str:
+def gib(num_bytes: float) -> str:
+    """`11.2 GiB`."""
     return f"{num_bytes / GIB:.1f} GiB"
 
 
-def _share(num_gpus: float) -> str:
+def share(num_gpus: float) -> str:
+    """`0.8 GPU`."""
     return f"{num_gpus:g} GPU" + ("s" if num_gpus > 1 else "")

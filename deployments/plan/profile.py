@@ -23,6 +23,8 @@ class Times:
     num_forwards: int
     """Of the denoiser, per picture."""
     decode_s: float
+    working_bytes: Mapping[str, int] | None = None
+    """Measured on CUDA, by stage: the peak of one picture less the weights."""
 
     def rank_s(self, start: int, end: int) -> float:
         """Of one picture on the rank that has blocks `start:end`."""

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from cluster.inventory import Gpu
 from deployments.checkpoints.components import Stage
-from deployments.plan.place import STAGES, Placement, Process
+from deployments.plan.place import Placement, Process
 from deployments.plan.profile import Times
+from deployments.plan.sizes import STAGES
 
 
 @dataclass(frozen=True)

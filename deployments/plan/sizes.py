@@ -1,10 +1,12 @@
 """What a model needs, in bytes. Pure data: `describe` fills it in, everything else plans with it."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from deployments.checkpoints.components import Stage
 
+STAGES: tuple[Stage, ...] = ("encode", "denoise", "decode")
+"""In the order in which a request meets them."""
 OVERHEAD_BYTES = 3 * 2**28
 """Of each process on its GPU, besides weights and tensors: CUDA's context, workspaces of cuBLAS, cuDNN and NCCL,
 what the allocator cannot use again. An assumption (0.75 GiB) until a GPU has been measured."""
@@ -45,6 +47,8 @@ class RankSizes:
     """The most that one call of the asked sizes has in tensors besides weights."""
     blocks: tuple[int, int] | None = None
     """The denoiser's: its range of blocks."""
+    takes_turns: bool = False
+    """`on_demand`: its weights and tensors are on the device only when those of the others that do so are not."""
 
     @property
     def need_bytes(self) -> int:
@@ -58,6 +62,9 @@ class StageSizes:
 
     components: tuple[ComponentSizes, ...]
     ranks: tuple[RankSizes, ...]
+
+    def with_working(self, num_bytes: int) -> "StageSizes":
+        return replace(self, ranks=tuple(replace(rank, working_bytes=num_bytes) for rank in self.ranks))
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,15 @@ class ModelSizes:
     """Forwards merged into one in `working_bytes`."""
     sizes: tuple[MediaSize, ...]
     """What was asked for."""
+
+    def with_working(self, measured: Mapping[str, int]) -> "ModelSizes":
+        """With measured working memory, by stage, instead of what the meta device told."""
+        return replace(
+            self,
+            encode=self.encode.with_working(measured["encode"]),
+            denoise=self.denoise.with_working(measured["denoise"]),
+            decode=self.decode.with_working(measured["decode"]),
+        )
 
     def stage(self, stage: Stage) -> StageSizes:
         return {"encode": self.encode, "denoise": self.denoise, "decode": self.decode}[stage]

@@ -1,0 +1,100 @@
+"""What a plan advises against, a sentence each: splitting what fits, sharding UNets, empty pipelines."""
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+from cluster.inventory import Gpu
+from cluster.partition import plan_cuts
+from deployments.config import StageConfig, TransformerConfig
+from deployments.plan.place import Placement, gib
+from deployments.plan.profile import Times
+from deployments.plan.sizes import OVERHEAD_BYTES, ModelSizes, RankSizes
+
+WORTH_TELLING = 1.03
+"""By how much faster other cuts must be."""
+
+
+def advise(
+    sizes: ModelSizes,
+    transformer: TransformerConfig,
+    stages: Sequence[StageConfig],
+    placement: Placement,
+    times: Times | None,
+    max_concurrent_requests: int,
+) -> tuple[str, ...]:
+    """stages: all three."""
+    found = [
+        *_on_splitting(sizes, transformer, placement),
+        *_on_shards(sizes, transformer, max_concurrent_requests),
+    ]
+    for config in stages:
+        name = type(config).__name__.removesuffix("Config").lower()
+        if config.num_gpus and config.dtype == "float32":
+            found.append(f"{name}.dtype is float32: bfloat16 halves its weights and is faster on GPUs")
+        if config.num_gpus > 1 and getattr(config, "device_map", None) is None:
+            found.append(f"{name}.num_gpus {config.num_gpus:g} without device_map uses one GPU only: use shards")
+    if times is not None and transformer.num_ranks > 1:
+        found += _on_cuts(sizes, times)
+    for replica in placement.split_groups():
+        found.append(f"the shards of denoise {replica} lie on several nodes: every step crosses the network")
+    idle = [str(gpu) for gpu in placement.gpus if not placement.on(gpu)]
+    if idle:
+        found.append(f"nothing lies on {', '.join(idle)}: raise transformer.max_replicas or shards")
+    return tuple(found)
+
+
+def whole_bytes(sizes: ModelSizes) -> int:
+    """What one GPU would need for one replica of all three stages, the denoiser as one shard."""
+    denoiser = sizes.head_bytes + sum(block.weights_bytes for block in sizes.blocks) + sizes.tail_bytes
+    working = max(rank.working_bytes for rank in sizes.denoise.ranks)
+    others = [*sizes.encode.ranks, *sizes.decode.ranks]
+    return sum(rank.weights_bytes + rank.working_bytes + OVERHEAD_BYTES for rank in others) + (
+        RankSizes(denoiser, denoiser, working).need_bytes
+    )
+
+
+def _on_splitting(sizes: ModelSizes, transformer: TransformerConfig, placement: Placement) -> Iterator[str]:
+    largest = max((gpu.memory_bytes for gpu in placement.gpus), default=0)
+    needed = whole_bytes(sizes)
+    if needed > largest:
+        return
+    fits = f"all three stages fit on one GPU ({gib(needed)} of {gib(largest)})"
+    if transformer.num_ranks > 1:
+        yield f"{fits}: shards give one request no speed-up; rather a whole replica on each GPU (shards: 1)"
+    elif placement.num_replicas("denoise") == 1 and len(_used_gpus(placement)) > 1:
+        yield (
+            f"{fits}: a GPU of their own for encoder and VAE changes a request's time by less than 1 % "
+            "(published, vLLM-Omni); rather a second replica of the transformer there"
+        )
+
+
+def _on_shards(sizes: ModelSizes, transformer: TransformerConfig, max_concurrent_requests: int) -> Iterator[str]:
+    num_shards = transformer.num_ranks
+    if num_shards == 1:
+        return
+    if sizes.is_unet:
+        held = [rank.weights_bytes for rank in sizes.denoise.ranks]
+        yield (
+            f"a UNet in {num_shards} shards: its blocks are coarse (the fullest rank has "
+            f"{max(held) / sum(held):.0%}) and its skips cross every cut; keep it whole and add replicas"
+        )
+    at_once = min(transformer.max_ongoing_requests, max_concurrent_requests)
+    if at_once < num_shards:
+        yield f"{num_shards} shards and at most {at_once} requests at once: some shard always waits; fewer shards"
+    elif at_once < 2 * num_shards:
+        yield f"{num_shards} shards are kept full by {2 * num_shards} requests; at most {at_once} are let in"
+
+
+def _on_cuts(sizes: ModelSizes, times: Times) -> Iterator[str]:
+    """The engine balances bytes; where times are known, they balance better."""
+    ranks = sizes.denoise.ranks
+    now_s = max(times.rank_s(*(rank.blocks or (0, 0))) for rank in ranks)
+    cuts = plan_cuts(times.blocks_s, len(ranks), tail_cost=times.tail_s)
+    best_s = max(times.rank_s(start, end) for start, end in pairwise(cuts))
+    if now_s / best_s > WORTH_TELLING:
+        gain = now_s / best_s - 1
+        yield f"by the measured times, cuts: {list(cuts[1:-1])} make the slowest shard {gain:.0%} faster"
+
+
+def _used_gpus(placement: Placement) -> set[Gpu]:
+    return {gpu for process in placement.processes for gpu in process.gpus}

@@ -1,0 +1,135 @@
+"""Times of one checkpoint on this machine: every stage in this process, alone, one picture after another."""
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from deployments.config import ModelConfig
+from deployments.engine.blocks import block_names, tail_names
+from deployments.families import FAMILIES
+from deployments.plan.inputs import default_request
+from deployments.plan.plan import Stages
+from deployments.plan.profile import Times
+from deployments.plan.sizes import MediaSize
+from deployments.stages import load_stage
+
+_FORWARD = "the whole forward"
+
+
+def measure(
+    model: ModelConfig, family: str, stages: Stages, sizes: tuple[MediaSize, ...], *, num_steps: int
+) -> Mapping[str, Times]:
+    """By `str(size)`. Each size is drawn twice in `num_steps` steps, and the second time counts.
+
+    The denoiser is loaded whole, however config cuts it: it must fit here, if need be by `vram_limit_gib`.
+    """
+    loaded = _Loaded(model, family, stages)
+    try:
+        return {str(size): [loaded.draw(size, num_steps) for _ in range(2)][1] for size in sizes}
+    finally:
+        loaded.denoising.close()
+
+
+class _Loaded:
+    """All three stages, in this process."""
+
+    def __init__(self, model: ModelConfig, family: str, stages: Stages) -> None:
+        self._model, self._family = model, FAMILIES[family]
+        whole = stages.transformer.model_copy(update={"shards": 1, "cuts": None, "compile": None})
+        self._encoding = load_stage("encode", model, family, stages.encoder)
+        self.denoising = load_stage("denoise", model, family, whole)
+        self._decoding = load_stage("decode", model, family, stages.vae)
+        self.denoising.connect(None, _raise)
+        self._stopwatch = _Stopwatch(self.denoising.loaded.shard.model)
+
+    def draw(self, size: MediaSize, num_steps: int) -> Times:
+        """One picture, and how long every part of it took."""
+        request = default_request(self._model, self._family, size, num_steps)
+        usual = default_request(self._model, self._family, size).num_inference_steps
+        watch, working = self._stopwatch, dict[str, int]()
+        watch.clear()
+        embeds, encode_s = _timed("encode", working, partial(self._encoding.encode, request.prompt))
+        seat = self.denoising.join()
+        try:
+            denoise = partial(self.denoising.denoise, seat, embeds, request, on_step=lambda *_: None)
+            latents, _ = _timed("denoise", working, denoise)
+        finally:
+            self.denoising.leave(seat)
+        _, decode_s = _timed("decode", working, partial(self._decoding.decode, latents, request))
+        blocks_s = tuple(watch.median_s(name) for name in watch.blocks)
+        tail_s = sum(watch.median_s(name) for name in watch.tail)
+        return Times(
+            encode_s=encode_s,
+            head_s=max(0.0, watch.median_s(_FORWARD) - sum(blocks_s) - tail_s),
+            blocks_s=blocks_s,
+            tail_s=tail_s,
+            num_forwards=round(watch.num_forwards * usual / num_steps),
+            decode_s=decode_s,
+            working_bytes=working or None,
+        )
+
+
+class _Stopwatch:
+    """Times of a denoiser's forwards and of its parts in each."""
+
+    def __init__(self, model: nn.Module) -> None:
+        try:
+            self.blocks = block_names(model)
+        except ValueError:
+            self.blocks = ()
+        self.tail = tail_names(model)
+        self._seconds: dict[str, list[float]] = defaultdict(list)
+        self._started: dict[str, float] = {}
+        for name in (*self.blocks, *self.tail):
+            self._watch(name, model.get_submodule(name))
+        self._watch(_FORWARD, model)
+
+    @property
+    def num_forwards(self) -> int:
+        return len(self._seconds[_FORWARD])
+
+    def median_s(self, name: str) -> float:
+        return statistics.median(self._seconds[name]) if self._seconds[name] else 0.0
+
+    def clear(self) -> None:
+        self._seconds.clear()
+
+    def _watch(self, name: str, module: nn.Module) -> None:
+        module.register_forward_pre_hook(lambda *_: self._start(name))
+        module.register_forward_hook(lambda *_: self._stop(name))
+
+    def _start(self, name: str) -> None:
+        self._started[name] = _now()
+
+    def _stop(self, name: str) -> None:
+        self._seconds[name].append(_now() - self._started[name])
+
+
+def _timed(stage: str, working: dict[str, int], run: Callable[[], Any]) -> tuple[Any, float]:
+    """(result, seconds); on CUDA also notes the peak of memory over what was there before."""
+    before = 0
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    start = _now()
+    result = run()
+    seconds = _now() - start
+    if torch.cuda.is_available():
+        working[stage] = torch.cuda.max_memory_allocated() - before
+    return result, seconds
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _raise(error: BaseException) -> None:
+    raise error

@@ -1,0 +1,78 @@
+"""One plan: what is needed, where it goes, what it can serve, what to change."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from cluster.inventory import Gpu
+from deployments.checkpoints.components import Stage
+from deployments.config import EncoderConfig, StageConfig, TransformerConfig, VaeConfig
+from deployments.plan.advice import advise
+from deployments.plan.place import Demand, Placement, place
+from deployments.plan.profile import Profile
+from deployments.plan.rate import Rate, bound_rate
+from deployments.plan.sizes import ModelSizes, largest
+
+
+@dataclass(frozen=True)
+class Stages:
+    """How the three stages are to run."""
+
+    encoder: EncoderConfig
+    transformer: TransformerConfig
+    vae: VaeConfig
+
+    def by_stage(self) -> Mapping[Stage, StageConfig]:
+        return {"encode": self.encoder, "denoise": self.transformer, "decode": self.vae}
+
+
+SizesOf = Callable[[Stages], ModelSizes]
+"""`Description.sizes`, for some sizes of media."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """For one model on given GPUs."""
+
+    name: str
+    stages: Stages
+    sizes: ModelSizes
+    placement: Placement
+    rate: Rate | None
+    """None without a profile."""
+    shortfalls: tuple[str, ...]
+    """Why it does not fit; empty if it does."""
+    advice: tuple[str, ...]
+
+
+def demands_of(stages: Stages, sizes: ModelSizes) -> dict[Stage, Demand]:
+    """What the three stages ask of the GPUs."""
+    return {
+        stage: Demand(sizes.stage(stage).ranks, config.num_gpus, config.min_replicas, config.max_replicas)
+        for stage, config in stages.by_stage().items()
+    }
+
+
+def plan(
+    name: str,
+    stages: Stages,
+    sizes: ModelSizes,
+    gpus: tuple[Gpu, ...],
+    *,
+    profile: Profile | None = None,
+    max_concurrent_requests: int,
+) -> Plan:
+    """Raises KeyError if the profile lacks the largest of the asked sizes."""
+    times = None if profile is None else profile.at(largest(sizes.sizes))
+    if times is not None and times.working_bytes is not None:
+        sizes = sizes.with_working(times.working_bytes)
+    placement = place(demands_of(stages, sizes), gpus)
+    configs = tuple(stages.by_stage().values())
+    return Plan(
+        name,
+        stages,
+        sizes,
+        placement,
+        None if times is None else bound_rate(placement, times),
+        tuple(placement.shortfalls()) if gpus else (),
+        advise(sizes, stages.transformer, configs, placement, times, max_concurrent_requests),
+    )

@@ -1,0 +1,172 @@
+"""A plan as text and as JSON."""
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from deployments.config import StageConfig
+from deployments.plan.place import GIB, Process, gib
+from deployments.plan.plan import Plan
+from deployments.plan.sizes import OVERHEAD_BYTES, STAGES, largest
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """Components, blocks, processes, GPUs, rate, and what is wrong with it."""
+    asked = ", ".join(map(str, plan.sizes.sizes))
+    console.print(f"[bold]{plan.name}[/bold] at {asked}", highlight=False)
+    console.print(_components(plan))
+    console.print(_blocks(plan), highlight=False)
+    console.print(_processes(plan))
+    if plan.placement.gpus:
+        console.print(_gpus(plan))
+    for line in _rate(plan):
+        console.print(line, highlight=False)
+    if plan.placement.gpus and not plan.shortfalls:
+        console.print("it fits", style="green")
+    for shortfall in plan.shortfalls:
+        console.print(f"does not fit: {shortfall}", style="red", highlight=False)
+    for advice in plan.advice:
+        console.print(f"advice: {advice}", style="yellow", highlight=False)
+
+
+def plan_as_json(plan: Plan) -> dict[str, Any]:
+    """Everything in bytes and seconds."""
+    sizes = plan.sizes
+    return {
+        "model": plan.name,
+        "sizes": [str(size) for size in sizes.sizes],
+        "overhead_bytes": OVERHEAD_BYTES,
+        "batch_size": sizes.batch_size,
+        "components": {
+            part.name: {"class": part.class_name, "parameters": part.num_parameters, "bytes": part.weights_bytes}
+            for stage in STAGES
+            for part in sizes.stage(stage).components
+        },
+        "blocks_bytes": {block.name: block.weights_bytes for block in sizes.blocks},
+        "head_bytes": sizes.head_bytes,
+        "tail_bytes": sizes.tail_bytes,
+        "processes": [_process_as_json(process) for process in plan.placement.processes],
+        "gpus": [
+            {
+                "node": gpu.node,
+                "gpu": gpu.index,
+                "bytes": gpu.memory_bytes,
+                "planned_bytes": plan.placement.used_bytes(gpu),
+                "use": None if plan.rate is None else plan.rate.gpu_use[gpu],
+            }
+            for gpu in plan.placement.gpus
+        ],
+        "bound_per_s": None if plan.rate is None else plan.rate.bound,
+        "stage_s": None if plan.rate is None else dict(plan.rate.stage_s),
+        "fits": not plan.shortfalls,
+        "shortfalls": list(plan.shortfalls),
+        "advice": list(plan.advice),
+    }
+
+
+def _process_as_json(process: Process) -> dict[str, Any]:
+    return {
+        "stage": process.stage,
+        "replica": process.replica,
+        "rank": process.rank,
+        "blocks": process.sizes.blocks,
+        "num_gpus": process.num_gpus,
+        "gpus": [(gpu.node, gpu.index) for gpu in process.gpus],
+        "weights_bytes": process.sizes.weights_bytes,
+        "device_bytes": process.sizes.device_bytes,
+        "working_bytes": process.sizes.working_bytes,
+        "need_bytes": process.sizes.need_bytes,
+    }
+
+
+def _components(plan: Plan) -> Table:
+    table = Table("component", "class", "parameters", "stored", "as")
+    for stage, config in plan.stages.by_stage().items():
+        for part in plan.sizes.stage(stage).components:
+            table.add_row(
+                part.name,
+                part.class_name,
+                f"{part.num_parameters / 1e9:.3f} B",
+                _mib(part.weights_bytes),
+                _settings(config),
+            )
+    return table
+
+
+def _settings(config: StageConfig) -> str:
+    """What decides about bytes."""
+    found: list[str] = [config.dtype]
+    if config.quantization is not None:
+        found.append(config.quantization.kind)
+    if config.layerwise_casting is not None:
+        found.append(config.layerwise_casting.storage_dtype)
+    if config.vram_limit_gib is not None:
+        found.append(f"vram_limit {config.vram_limit_gib:g} GiB")
+    if config.offload is not None:
+        found.append(f"offload {config.offload.kind}")
+    if getattr(config, "tiling", None) is not None:
+        found.append("tiling")
+    return ", ".join(found)
+
+
+def _blocks(plan: Plan) -> str:
+    """`19 x transformer_blocks 0.61 GiB`: runs of equal blocks."""
+    sizes = plan.sizes
+    if not sizes.blocks:
+        return "the denoiser cannot be cut into shards"
+    runs = []
+    for (name, num_bytes), run in groupby(
+        sizes.blocks, key=lambda block: (block.name.rpartition(".")[0] or block.name, block.weights_bytes)
+    ):
+        runs.append(f"{len(list(run))} x {name} {_mib(num_bytes)}")
+    return (
+        f"blocks: {', '.join(runs)}; every rank {_mib(sizes.head_bytes)}, the last {_mib(sizes.tail_bytes)} more"
+    )
+
+
+def _processes(plan: Plan) -> Table:
+    size = largest(plan.sizes.sizes)
+    working = f"working at {size}" + (f", batch {plan.sizes.batch_size}" if plan.sizes.batch_size > 1 else "")
+    table = Table("process", "blocks", "weights", "on device", working, "needs", "share", "where")
+    for process in plan.placement.processes:
+        sizes = process.sizes
+        blocks = "" if sizes.blocks is None or not plan.sizes.blocks else "{}:{}".format(*sizes.blocks)
+        where = ", ".join(map(str, process.gpus)) or ("CPU" if not process.num_gpus else "-")
+        table.add_row(
+            str(process),
+            blocks,
+            _mib(sizes.weights_bytes),
+            _mib(sizes.device_bytes),
+            _mib(sizes.working_bytes),
+            _mib(sizes.need_bytes),
+            f"{process.num_gpus:g}",
+            where,
+        )
+    table.caption = f"needs: on device + working + {gib(OVERHEAD_BYTES)} of CUDA and the allocator, assumed"
+    return table
+
+
+def _gpus(plan: Plan) -> Table:
+    table = Table("GPU", "memory", "planned", "free", *(() if plan.rate is None else ("busy",)))
+    for gpu in plan.placement.gpus:
+        used = plan.placement.used_bytes(gpu)
+        busy = () if plan.rate is None else (f"{plan.rate.gpu_use[gpu]:.0%}",)
+        table.add_row(str(gpu), gib(gpu.memory_bytes), gib(used), gib(gpu.memory_bytes - used), *busy)
+    return table
+
+
+def _rate(plan: Plan) -> Iterator[str]:
+    if plan.rate is None:
+        yield "throughput: unknown without times (relay profile, then --profile)"
+        return
+    stages = ", ".join(
+        f"{stage} {plan.placement.num_replicas(stage)} / {plan.rate.stage_s[stage]:.3g} s" for stage in STAGES
+    )
+    yield f"throughput: at most {plan.rate.bound:.3g} a second, by replicas / time ({stages}), merging aside"
+
+
+def _mib(num_bytes: int) -> str:
+    return gib(num_bytes) if num_bytes >= GIB / 10 else f"{num_bytes / 2**20:.1f} MiB"

@@ -1,0 +1,176 @@
+"""`relay plan` and `relay profile`. What imports torch is looked up when a command needs it."""
+
+import importlib
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+
+from cluster.inventory import parse_gpus
+from deployments.config import ModelConfig
+from deployments.families import FAMILIES, Family
+from deployments.plan.picture import draw_placement
+from deployments.plan.plan import SizesOf, Stages, plan
+from deployments.plan.profile import Profile, read_profile, write_profile
+from deployments.plan.propose import propose
+from deployments.plan.report import plan_as_json, print_plan
+from deployments.plan.sizes import MediaSize, largest
+from serve_app.app import find_family
+from serve_app.config import APP_NAME, AppConfig, ConfigError, load_app_config
+
+ConfigArgument = Annotated[Path | None, typer.Argument(help="Serve YAML")]
+SizeOption = Annotated[
+    list[str] | None,
+    typer.Option("--size", help='"1024x1024", of a video "832x480x81"; several times; the defaults'),
+]
+ModelOption = Annotated[str | None, typer.Option("--model", help="a checkpoint to propose a config for")]
+
+
+def plan_command(
+    config: ConfigArgument = None,
+    gpus: Annotated[
+        str, typer.Option(help='"2x16GiB", "2x(4x24GiB)" (two nodes of four), or a sum: "1x(8x80GiB)+2x(4x24GiB)"')
+    ] = "",
+    model: ModelOption = None,
+    size: SizeOption = None,
+    configs_dir: Annotated[
+        Path | None, typer.Option("--configs", help="folder with the checkpoint's config files, to read instead")
+    ] = None,
+    profile: Annotated[Path | None, typer.Option(help="times from relay profile")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="also write the plan to this file")] = None,
+    svg_file: Annotated[Path | None, typer.Option("--svg", help="also draw the placement into this file")] = None,
+    out: Annotated[Path | None, typer.Option(help="write the proposed config here instead of printing it")] = None,
+) -> None:
+    """What fits where: bytes, working memory, cuts, placement, throughput. Reads configs, no weights."""
+    try:
+        inventory = parse_gpus(gpus) if gpus else ()
+        app = _app_config(config, model, str(configs_dir or ""))
+        family = FAMILIES[find_family(app.model)]
+        sizes = _sizes(size, app.model, family)
+        measured = None if profile is None else read_profile(profile)
+        sizes_of = _sizes_of(app.model, family, configs_dir, sizes)
+        stages = Stages(app.encoder, app.transformer, app.vae)
+        if config is None:
+            if not inventory:
+                raise ConfigError("a config is proposed for GPUs: say which by --gpus, such as 2x16GiB")
+            stages = propose(sizes_of, inventory, None if measured is None else measured.at(largest(sizes)))
+        planned = plan(
+            app.model.name,
+            stages,
+            sizes_of(stages),
+            inventory,
+            profile=measured,
+            max_concurrent_requests=app.limits.max_concurrent_requests,
+        )
+    except (ValueError, KeyError) as error:
+        raise ConfigError(str(error.args[0] if error.args else error)) from error
+    print_plan(planned, Console())
+    if json_file is not None:
+        json_file.write_text(json.dumps(plan_as_json(planned), indent=1) + "\n")
+    if svg_file is not None:
+        if not inventory:
+            raise ConfigError("a picture shows GPUs: say which by --gpus")
+        svg_file.write_text(draw_placement(planned))
+    if config is None:
+        text = _render(app, stages, gpus)
+        if out is None:
+            print(text, end="")
+        else:
+            out.write_text(text)
+    if planned.shortfalls:
+        raise typer.Exit(1)
+
+
+def profile_command(
+    config: Annotated[Path, typer.Argument(help="Serve YAML")],
+    out: Annotated[Path, typer.Option(help="file to write")] = Path("profile.json"),
+    size: SizeOption = None,
+    steps: Annotated[int, typer.Option(min=2, help="denoising steps to measure")] = 4,
+) -> None:
+    """Measure encode, every block and decode on this machine, for `relay plan --profile`. Loads the weights."""
+    app = load_app_config(config)
+    family = find_family(app.model)
+    sizes = _sizes(size, app.model, FAMILIES[family])
+    stages = Stages(app.encoder, app.transformer, app.vae)
+    measure = importlib.import_module("deployments.plan.measure").measure
+    machine = importlib.import_module("cluster.machine").describe_machine()
+    times = measure(app.model, family, stages, sizes, num_steps=steps)
+    write_profile(Profile(machine, app.model.checkpoint, times), out)
+    for name, found in times.items():
+        seconds = found.rank_s(0, len(found.blocks_s))
+        Console().print(
+            f"{name}: encode {found.encode_s:.3g} s, denoise {seconds:.3g} s in {found.num_forwards} forwards of "
+            f"{len(found.blocks_s)} blocks, decode {found.decode_s:.3g} s; wrote {out}",
+            highlight=False,
+        )
+
+
+def _app_config(path: Path | None, model: str | None, configs_dir: str) -> AppConfig:
+    if path is not None and model is not None:
+        raise ConfigError("a config names its model: leave out --model, or the config")
+    if path is not None:
+        return load_app_config(path)
+    if model is None:
+        raise ConfigError("nothing to plan: name a config, or a checkpoint by --model")
+    name = re.sub(r"[^a-z0-9]+", "-", model.rpartition("/")[2].lower()).strip("-")
+    found = ModelConfig(name=name, checkpoint=model)
+    if configs_dir:
+        found = found.model_copy(update={"family": find_family(ModelConfig(name=name, checkpoint=configs_dir))})
+    return AppConfig(model=found)
+
+
+def _sizes(asked: list[str] | None, model: ModelConfig, family: Family) -> tuple[MediaSize, ...]:
+    """As asked, or the one a request gets by default."""
+    defaults = family.defaults
+    frames = model.defaults.num_frames or defaults.num_frames
+    if not asked:
+        return (
+            MediaSize(model.defaults.width or defaults.width, model.defaults.height or defaults.height, frames),
+        )
+    found = []
+    for text in asked:
+        match = re.fullmatch(r"(\d+)x(\d+)(?:x(\d+))?", text)
+        if match is None:
+            raise ConfigError(f"--size {text!r} is no size: write 1024x1024, or 832x480x81 for a video")
+        width, height = int(match[1]), int(match[2])
+        if width % family.size_multiple or height % family.size_multiple:
+            raise ConfigError(f"--size {text}: width and height must be multiples of {family.size_multiple}")
+        found.append(MediaSize(width, height, int(match[3] or frames)))
+    return tuple(found)
+
+
+def _sizes_of(
+    model: ModelConfig, family: Family, configs_dir: Path | None, sizes: tuple[MediaSize, ...]
+) -> SizesOf:
+    description = importlib.import_module("deployments.plan.describe").Description(model, family, configs_dir)
+
+    def sizes_of(stages: Stages) -> Any:
+        return description.sizes(stages.encoder, stages.transformer, stages.vae, sizes)
+
+    return sizes_of
+
+
+def _render(app: AppConfig, stages: Stages, gpus: str) -> str:
+    """A Serve YAML file."""
+    args = {
+        "model": app.model.model_dump(exclude_defaults=True, mode="json"),
+        "encoder": stages.encoder.model_dump(exclude_defaults=True, mode="json"),
+        "transformer": stages.transformer.model_dump(exclude_defaults=True, mode="json"),
+        "vae": stages.vae.model_dump(exclude_defaults=True, mode="json"),
+    }
+    application = {
+        "name": APP_NAME,
+        "route_prefix": "/",
+        "import_path": "serve_app.app:build_app",
+        "args": args,
+    }
+    served = {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": "0.0.0.0", "port": 8000},
+        "applications": [application],
+    }
+    return f"# Planned for {gpus} by `relay plan`.\n" + yaml.safe_dump(served, sort_keys=False)

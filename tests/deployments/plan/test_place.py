@@ -1,0 +1,85 @@
+"""Processes to GPUs."""
+
+from cluster.inventory import parse_gpus
+from deployments.plan.place import Demand, Placement, place
+from deployments.plan.sizes import OVERHEAD_BYTES, RankSizes
+
+GIB = 2**30
+
+
+def rank(need_gib: float, *, takes_turns: bool = False) -> RankSizes:
+    """A process that needs so much of its GPU in all."""
+    return RankSizes(0, int(need_gib * GIB) - OVERHEAD_BYTES, 0, takes_turns=takes_turns)
+
+
+def where(placement: Placement, stage: str) -> list[tuple[int, int]]:
+    return [
+        (gpu.node, gpu.index) for process in placement.processes if process.stage == stage for gpu in process.gpus
+    ]
+
+
+def test_small_stages_fill_the_gaps_beside_shards() -> None:
+    demands = {
+        "encode": Demand((rank(3),), 0.2),
+        "denoise": Demand((rank(12), rank(12)), 0.8),
+        "decode": Demand((rank(3),), 0.2),
+    }
+    placement = place(demands, parse_gpus("2x16GiB"))
+    assert where(placement, "denoise") == [(0, 0), (0, 1)]
+    assert where(placement, "encode") != where(placement, "decode")
+    assert not placement.shortfalls()
+
+
+def test_a_group_goes_to_one_node_if_one_has_room() -> None:
+    demands = {"encode": Demand((rank(20),), 1.0), "denoise": Demand((rank(20),) * 2, 0.9)}
+    placement = place(demands, parse_gpus("2x(2x24GiB)"))
+    assert where(placement, "encode") == [(0, 0)]
+    assert where(placement, "denoise") == [(1, 0), (1, 1)]
+    assert not placement.split_groups()
+
+
+def test_a_group_that_no_node_holds_is_spread_and_told() -> None:
+    placement = place({"denoise": Demand((rank(20),) * 4, 0.9)}, parse_gpus("2x(2x24GiB)"))
+    assert where(placement, "denoise") == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert placement.split_groups() == [0]
+
+
+def test_a_share_that_is_too_small_says_by_how_much() -> None:
+    [shortfall] = place({"denoise": Demand((rank(12),), 0.5)}, parse_gpus("1x16GiB")).shortfalls()
+    assert shortfall == (
+        "denoise 0 rank 0 needs 12.0 GiB on node 0 GPU 0, and its share, 0.5 GPU of 16.0 GiB, is 8.0 GiB: "
+        "4.0 GiB too little"
+    )
+
+
+def test_what_finds_no_gpu_is_told() -> None:
+    demands = {"denoise": Demand((rank(12),) * 2, 0.8), "encode": Demand((rank(6),), 0.4)}
+    [shortfall] = place(demands, parse_gpus("2x16GiB")).shortfalls()
+    assert shortfall == "encode 0 has no place: no GPU has 0.4 GPU left (it needs 6.0 GiB)"
+
+
+def test_replicas_grow_to_their_most_while_there_is_room() -> None:
+    demands = {"denoise": Demand((rank(12),), 0.8, 1, 9), "encode": Demand((rank(2),), 0.2, 2, 2)}
+    placement = place(demands, parse_gpus("3x16GiB"))
+    assert (placement.num_replicas("denoise"), placement.num_replicas("encode")) == (3, 2)
+
+
+def test_several_whole_gpus_share_the_weights() -> None:
+    placement = place({"denoise": Demand((RankSizes(0, 20 * GIB, GIB),), 2)}, parse_gpus("2x16GiB"))
+    assert [placement.used_bytes(gpu) for gpu in placement.gpus] == [11 * GIB + OVERHEAD_BYTES] * 2
+
+
+def test_of_those_that_take_turns_only_the_largest_counts() -> None:
+    demands = {
+        "denoise": Demand((rank(12, takes_turns=True),), 0.5),
+        "encode": Demand((rank(10, takes_turns=True),), 0.5),
+    }
+    placement = place(demands, parse_gpus("1x16GiB"))
+    assert placement.used_bytes(placement.gpus[0]) == 12 * GIB + OVERHEAD_BYTES
+    assert not placement.shortfalls()
+
+
+def test_a_stage_without_gpus_stays_on_the_cpu() -> None:
+    placement = place({"encode": Demand((rank(12),), 0)}, parse_gpus("1x16GiB"))
+    assert where(placement, "encode") == []
+    assert not placement.shortfalls()

@@ -1,0 +1,65 @@
+"""The bound on throughput."""
+
+import pytest
+
+from cluster.inventory import parse_gpus
+from deployments.plan.place import Demand, place
+from deployments.plan.profile import Profile, Times, read_profile, write_profile
+from deployments.plan.rate import bound_rate
+from deployments.plan.sizes import MediaSize, RankSizes
+
+TIMES = Times(encode_s=0.1, head_s=0.01, blocks_s=(0.1, 0.1, 0.1, 0.2), tail_s=0.04, num_forwards=10, decode_s=0.2)
+
+
+def rank(*blocks: int) -> RankSizes:
+    return RankSizes(0, 0, 0, blocks or None)
+
+
+def test_the_slowest_shard_bounds_a_pipeline_and_every_rank_computes_the_head() -> None:
+    demands = {
+        "encode": Demand((rank(),), 0.1),
+        "denoise": Demand((rank(0, 2), rank(2, 4)), 0.8),
+        "decode": Demand((rank(),), 0.1),
+    }
+    placement = place(demands, parse_gpus("2x16GiB"))
+    rate = bound_rate(placement, TIMES)
+    assert rate.stage_s["denoise"] == pytest.approx(10 * (0.01 + 0.3 + 0.04))
+    assert rate.stage_bounds["encode"] == pytest.approx(10)
+    # both small stages lie on one GPU with the first rank, which computes 2.1 s besides, less than the last
+    assert rate.bound == pytest.approx(1 / 3.5)
+    assert sorted(rate.gpu_use.values()) == pytest.approx([(2.1 + 0.3) / 3.5, 1])
+
+
+def test_a_gpu_that_all_share_bounds_them_together() -> None:
+    demands = {
+        "encode": Demand((rank(),), 0.1),
+        "denoise": Demand((rank(0, 4),), 0.8),
+        "decode": Demand((rank(),), 0.1),
+    }
+    rate = bound_rate(place(demands, parse_gpus("1x16GiB")), TIMES)
+    assert rate.bound == pytest.approx(1 / (0.1 + 10 * 0.55 + 0.2))
+    assert min(rate.stage_bounds.values()) > rate.bound
+
+
+def test_replicas_add_up() -> None:
+    demands = {
+        "encode": Demand((rank(),), 0.0),
+        "denoise": Demand((rank(0, 4),), 1.0, 3, 3),
+        "decode": Demand((rank(),), 0.0),
+    }
+    rate = bound_rate(place(demands, parse_gpus("3x16GiB")), TIMES)
+    assert rate.bound == pytest.approx(3 / 5.5)
+
+
+def test_a_profile_comes_back_as_it_was_written(tmp_path) -> None:
+    profile = Profile({"processor": "x"}, "tiny://flux", {"64x64": TIMES})
+    write_profile(profile, tmp_path / "profile.json")
+    assert read_profile(tmp_path / "profile.json") == profile
+    with pytest.raises(KeyError, match="no times for 128x128 in the profile; it has 64x64"):
+        profile.at(MediaSize(128, 128))
+
+
+def test_another_file_is_no_profile(tmp_path) -> None:
+    (tmp_path / "x.json").write_text('{"machine": {}}')
+    with pytest.raises(ValueError, match=r"x\.json is no profile.*relay profile"):
+        read_profile(tmp_path / "x.json")
