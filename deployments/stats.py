@@ -29,6 +29,8 @@ class MemoryStats:
     """Parameters and buffers by "device dtype"; "offloaded dtype" for what is elsewhere until it is needed."""
     applied: tuple[str, ...]
     """Memory techniques, in the order they were applied."""
+    mapped_bytes: int
+    """Of the parameters, what lies in mapped files of the checkpoint: memory that the kernel can have back."""
     peak_allocated_bytes: int
     """On the GPU since the start, weights and activations; on the CPU the largest resident set of the process."""
     peak_reserved_bytes: int

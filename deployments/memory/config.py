@@ -135,6 +135,10 @@ class MemoryConfig(Config):
     vram_limit_gib: float | None = Field(
         None, ge=0, description="weights on the GPU, in GiB; what exceeds them is copied in for its call"
     )
+    host_copy: Literal["memory", "files"] = Field(
+        "memory",
+        description="vram_limit_gib, on_demand: weights wait in pinned host memory, or in the checkpoint's files",
+    )
     on_demand: Annotated[OnDemandConfig | None, OFF] = Field(
         None, description="true, or seconds: weights are on the device by turns with other stages that say so"
     )
@@ -152,6 +156,8 @@ class MemoryConfig(Config):
 
     @model_validator(mode="after")
     def _check_combination(self) -> Self:
+        if self.host_copy == "files" and self.vram_limit_gib is None and self.on_demand is None:
+            raise ValueError("host_copy is of vram_limit_gib and on_demand: set one of them")
         conflict = find_conflict(self)
         if conflict is not None:
             raise ValueError(conflict)

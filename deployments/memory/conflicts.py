@@ -26,6 +26,7 @@ ASKED: dict[str, Callable[[Any], bool]] = {
     "quantization: nf4 or fp4": lambda c: c.quantization is not None and c.quantization.kind != "int8",
     "layerwise_casting": lambda c: c.layerwise_casting is not None,
     "offload": lambda c: c.offload is not None,
+    "host_copy: files": lambda c: c.host_copy == "files",
     "on_demand": lambda c: c.on_demand is not None,
     "offload: sequential or disk": lambda c: c.offload is not None and c.offload.kind in {"sequential", "disk"},
     "offload: sequential, group or disk": lambda c: c.offload is not None and c.offload.kind != "model",
@@ -51,6 +52,8 @@ _NO_HOOKS = "a traced graph calls no hooks: use compile: blocks"
 _FIXED = "a CUDA graph holds its weights' addresses: use mode default or max-autotune-no-cudagraphs"
 _COME_AND_GO = "weights come and go between graphs: leave out fullgraph"
 
+_UNLIKE_FILES = "weights are other than those in the files: leave out host_copy"
+
 CONFLICTS: tuple[Conflict, ...] = (
     Conflict(
         "quantization",
@@ -73,6 +76,8 @@ CONFLICTS: tuple[Conflict, ...] = (
         "files keep rows in their plain order: leave out channels_last, or the folder",
     ),
     Conflict("offload", "vram_limit_gib", "each moves the same weights: leave out one of them"),
+    Conflict("host_copy: files", "layerwise_casting", f"cast {_UNLIKE_FILES}"),
+    Conflict("host_copy: files", "quantization", f"quantised {_UNLIKE_FILES}"),
     Conflict("on_demand", "offload", "on_demand brings and takes away all weights itself: leave out offload"),
     Conflict("on_demand", "device_map", "what accelerate has placed stays where it is: leave out on_demand"),
     Conflict("offload", "device_map", "device_map offloads by max_memory: leave out offload"),

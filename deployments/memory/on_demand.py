@@ -25,9 +25,9 @@ class Guest(Protocol):
 class HostCopies:
     """The weights of a model, which never change: leaving costs nothing, for host memory has them still."""
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        """The model's weights are in host memory. For CUDA they are pinned there, for fast copies."""
-        self._device = device
+    def __init__(self, model: nn.Module, device: torch.device, *, is_pinned: bool = True) -> None:
+        """The model's weights are in host memory. is_pinned: they are pinned there, for fast copies to CUDA."""
+        self._device, self._is_pinned = device, is_pinned and device.type == "cuda"
         self._parameters = [(parameter, self._keep(parameter.data)) for parameter in model.parameters()]
         self._buffers = [
             (module, name, self._keep(buffer))
@@ -51,7 +51,7 @@ class HostCopies:
             module._buffers[name] = host
 
     def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.pin_memory() if self._device.type == "cuda" else tensor
+        return tensor.pin_memory() if self._is_pinned else tensor
 
 
 class Moved:
@@ -68,10 +68,10 @@ class Moved:
         self._model.to("cpu")
 
 
-def open_guest(model: nn.Module, device: torch.device) -> Guest:
+def open_guest(model: nn.Module, device: torch.device, *, is_pinned: bool) -> Guest:
     """As suits the model, which is in host memory afterwards."""
     is_quantized = getattr(model, "hf_quantizer", None) is not None
-    return Moved(model, device) if is_quantized else HostCopies(model, device)
+    return Moved(model, device) if is_quantized else HostCopies(model, device, is_pinned=is_pinned)
 
 
 def open_turn(config: StageConfig, device: torch.device, guests: Sequence[Guest]) -> Turn:

@@ -25,6 +25,7 @@ from deployments.config import StageConfig
 from deployments.device import resolve_dtype
 from deployments.memory.casting import cast_layers
 from deployments.memory.config import CompileConfig, LayerwiseCastingConfig, OffloadConfig
+from deployments.memory.mapped import check_mapped, mapped_bytes
 from deployments.memory.on_demand import Guest, open_guest, open_turn
 from deployments.memory.trace import TracedForward
 from deployments.memory.vram_limit import VramLimit
@@ -52,6 +53,7 @@ class Keeper:
         self._leaving: list[Any] = []
         self._budgets: list[VramLimit] = []
         self._turn: Turn | None = None
+        self._is_pinned = config.host_copy == "memory"
         self._applied: list[str] = []
         for model in models.values():
             model.eval()
@@ -60,6 +62,8 @@ class Keeper:
         self._set_kernels()
         if config.layerwise_casting is not None:
             self._cast(config.layerwise_casting)
+        if config.host_copy == "files":
+            self._check_mapped()
         if device_map is None:
             self._place()
         else:
@@ -91,13 +95,14 @@ class Keeper:
         """Of this process, which holds nothing but these models."""
         turns = None if self._turn is None else self._turn.stats()
         is_away = turns is not None and not turns.is_here
+        mapped = sum(mapped_bytes(model.parameters()) for model in self._models.values())
         weights: Counter[str] = Counter()
         for model in self._models.values():
             for tensor in model.state_dict(keep_vars=True).values():
                 place = "offloaded" if tensor.is_meta or is_away else tensor.device
                 weights[f"{place} {str(tensor.dtype).removeprefix('torch.')}"] += tensor.nbytes
         limits = tuple(budget.stats() for budget in self._budgets)
-        return MemoryStats(dict(weights), self.applied, *_peaks(self._device), limits, turns)
+        return MemoryStats(dict(weights), self.applied, mapped, *_peaks(self._device), limits, turns)
 
     def _set_kernels(self) -> None:
         backend, is_channels_last = self._config.attention_backend, self._config.channels_last
@@ -116,6 +121,11 @@ class Keeper:
             cast_layers(model, config, resolve_dtype(self._config.dtype))
         self._applied.append(f"layerwise_casting: {config.storage_dtype}")
 
+    def _check_mapped(self) -> None:
+        for name, model in self._models.items():
+            check_mapped(name, model, self._config.dtype)
+        self._applied.append("host_copy: files")
+
     def _place(self) -> None:
         if self._config.vram_limit_gib is not None:
             self._limit(self._config.vram_limit_gib * 2**30)
@@ -128,7 +138,9 @@ class Keeper:
             self._applied.append(f"device: {self._device.type}")
         if self._config.on_demand is not None:
             guests: list[Guest] = [*self._budgets]
-            guests = guests or [open_guest(model, self._device) for model in self._models.values()]
+            guests = guests or [
+                open_guest(model, self._device, is_pinned=self._is_pinned) for model in self._models.values()
+            ]
             self._turn = open_turn(self._config, self._device, guests)
             self._applied.append("on_demand")
 
@@ -137,7 +149,9 @@ class Keeper:
         sizes = {name: sum(p.nbytes for p in model.parameters()) for name, model in self._models.items()}
         for name, model in self._models.items():
             share = int(limit_bytes * sizes[name] / sum(sizes.values()))
-            self._budgets.append(VramLimit(model, limit_bytes=share, device=self._device))
+            self._budgets.append(
+                VramLimit(model, limit_bytes=share, device=self._device, is_pinned=self._is_pinned)
+            )
         self._applied.append(f"vram_limit_gib: {self._config.vram_limit_gib:g}")
 
     def _offload(self, config: OffloadConfig) -> None:

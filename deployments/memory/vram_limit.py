@@ -68,9 +68,11 @@ class VramLimit:
     where the limit has room for two of the largest leaf, the next is fetched while one computes.
     """
 
-    def __init__(self, model: nn.Module, *, limit_bytes: int, device: torch.device) -> None:
-        """The model's weights are in host memory; those that stream are pinned there for CUDA."""
-        self._device = device
+    def __init__(
+        self, model: nn.Module, *, limit_bytes: int, device: torch.device, is_pinned: bool = True
+    ) -> None:
+        """The model's weights are in host memory. is_pinned: those that stream are pinned there, for CUDA."""
+        self._device, self._is_pinned = device, is_pinned and device.type == "cuda"
         self._present_bytes = self._peak_bytes = self._streamed_bytes = 0
         self._leaves = list(_find_leaves(model))
         largest = max((leaf.num_bytes for leaf in self._leaves if not leaf.must_stay), default=0)
@@ -111,7 +113,7 @@ class VramLimit:
         self._present_bytes, self._latest = 0, None
 
     def _watch(self, leaf: _Leaf) -> None:
-        if leaf not in self._kept and self._device.type == "cuda":
+        if leaf not in self._kept and self._is_pinned:
             for weight in leaf.weights:
                 weight.host = weight.host.pin_memory()
                 weight.put(weight.host)
