@@ -19,7 +19,10 @@ class ResourceConfig(Config):
     min_replicas: int = Field(1, ge=0, description="fewest replicas; 0 lets the stage sleep")
     max_replicas: int = Field(1, ge=1, description="most replicas; above min_replicas the stage autoscales")
     target_load: float = Field(
-        2.0, gt=0, description="what autoscaling aims at per replica: 1 is busy, 2 has as much again waiting"
+        0.8,
+        gt=0,
+        description="what autoscaling aims at per replica, over what it can do at once; the rest is reserve for "
+        "requests that come while a new one loads",
     )
     max_ongoing_requests: int = Field(
         32, ge=2, description="requests a replica holds at once; 1 would leave a pipeline of shards empty"

@@ -103,11 +103,6 @@ class EncoderConfig(StageConfig):
 class TransformerConfig(StageConfig):
     """The denoiser: a transformer, or a UNet."""
 
-    target_load: float = Field(
-        1.0,
-        gt=0,
-        description="what autoscaling aims at per replica: 1 fills all that its shards have in flight at once",
-    )
     shards: int = Field(
         1, ge=1, le=64, description="consecutive block ranges, each on resources of its own (per num_gpus)"
     )

@@ -70,6 +70,26 @@ def nodes(json_file: JsonFile = None) -> None:
 
 
 @bench.command()
+def simulate(
+    target_load: Annotated[float | None, typer.Option(help="of every stage; the config's default")] = None,
+    seed: Annotated[int, typer.Option(help="of the requests' times")] = 0,
+    svg_file: Annotated[Path | None, typer.Option("--svg", help="draw the days into this file")] = None,
+    json_file: JsonFile = None,
+    quick: Quick = False,
+) -> None:
+    """A day of 64 to 512 GPUs, simulated from published stage times: fixed replicas against autoscaling."""
+    num_gpus = (64,) if quick else (64, 128, 256, 512)
+    _run(
+        "simulate",
+        num_gpus=num_gpus,
+        seed=seed,
+        target_load=target_load,
+        json_file=json_file,
+        svg_file=svg_file,
+    )
+
+
+@bench.command()
 def streaming(
     config: Annotated[Path, typer.Option(help="Serve YAML to measure")] = Path("configs/quickstart.yaml"),
     port: Annotated[int, typer.Option(help="free port to serve on")] = 8765,

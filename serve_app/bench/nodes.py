@@ -176,7 +176,7 @@ def _config() -> AppConfig:
     return parse_app_config(
         {
             "model": {"name": "tiny", "checkpoint": "tiny://flux", "defaults": {"width": 64, "height": 64}},
-            "encoder": here | elastic | {"max_sequence_length": 64, "max_replicas": 2},
+            "encoder": here | elastic | {"max_sequence_length": 64, "max_replicas": 2, "target_load": 2},
             "transformer": here | elastic | {"shards": 2, "num_gpus": 1, "max_replicas": 2, "max_batch_size": 1},
             "vae": here,
             "limits": {"max_num_inference_steps": DRAIN_STEPS},
