@@ -28,14 +28,15 @@ class EmbeddingCache:
 
     def put(self, prompt: Prompt, embeds: "Embeds") -> None:
         """Keep embeds, at the expense of the oldest. What is larger than the whole cache is not kept."""
-        if prompt in self._entries or _num_bytes(embeds) > self._max_bytes:
+        if prompt in self._entries or num_bytes(embeds) > self._max_bytes:
             return
         self._entries[prompt] = embeds
-        self.num_bytes += _num_bytes(embeds)
+        self.num_bytes += num_bytes(embeds)
         while self.num_bytes > self._max_bytes:
             _, oldest = self._entries.popitem(last=False)
-            self.num_bytes -= _num_bytes(oldest)
+            self.num_bytes -= num_bytes(oldest)
 
 
-def _num_bytes(embeds: "Embeds") -> int:
+def num_bytes(embeds: "Embeds") -> int:
+    """Of all its tensors."""
     return sum(value.nbytes for value in embeds.values() if value is not None)

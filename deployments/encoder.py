@@ -3,12 +3,12 @@
 import asyncio
 import os
 import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from cluster.metrics import StageMetrics, export_regularly
 from deployments.config import EncoderConfig, ModelConfig
-from deployments.embedding_cache import EmbeddingCache
+from deployments.embedding_cache import EmbeddingCache, num_bytes
+from deployments.lane import Lane
 from deployments.request import Conditioning, Prompt
 from deployments.stages import load_stage
 from deployments.stats import EncoderStats
@@ -24,31 +24,34 @@ class Encoder:
     def __init__(
         self, model: ModelConfig, family: str, config: EncoderConfig, warm_up: WarmUp = NO_WARM_UP
     ) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="encode")
+        began = time.perf_counter()
+        self._lane = Lane("encode")
         self._stage = load_stage("encode", model, family, config)
-        self._thread.submit(self._stage.warm_up, warm_up).result()
+        self._lane.run_first(self._stage.warm_up, warm_up)
         self._cache = EmbeddingCache(int(config.cache_mib * 2**20))
         self._running: dict[Prompt, asyncio.Future[Embeds]] = {}
-        self._num_requests = self._num_forwards = self._num_cache_hits = 0
+        self._num_forwards = self._num_cache_hits = self._answered_bytes = 0
         self._metrics = StageMetrics(stage="encode", rank=0, model=model.name)
+        self._cold_start_s = time.perf_counter() - began
         export_regularly(self._export)
 
     async def encode(self, prompt: Prompt) -> Conditioning:
         """The prompt's embeddings. Equal prompts at the same time share one forward."""
         start = time.perf_counter()
-        self._num_requests += 1
-        embeds = self._cache.get(prompt)
-        is_cached = embeds is not None
-        if embeds is None:
-            embeds = await self._encode_once(prompt)
+        with self._metrics.request():
+            embeds = self._cache.get(prompt)
+            is_cached = embeds is not None
+            if embeds is None:
+                embeds = await self._encode_once(prompt)
         self._num_cache_hits += is_cached
+        self._answered_bytes += num_bytes(embeds)
         return Conditioning(embeds, (time.perf_counter() - start) * 1e3, is_cached)
 
     async def _encode_once(self, prompt: Prompt) -> "Embeds":
         future = self._running.get(prompt)
         if future is None:
             self._num_forwards += 1
-            future = asyncio.get_running_loop().run_in_executor(self._thread, self._stage.encode, prompt)
+            future = self._lane.run(self._stage.encode, prompt)
             self._running[prompt] = future
             future.add_done_callback(lambda _: self._running.pop(prompt))
         embeds = await asyncio.shield(future)  # a client that leaves must not cancel it for the others
@@ -56,11 +59,16 @@ class Encoder:
         return embeds
 
     def _export(self) -> None:
+        self._metrics.export_requests()
         self._metrics.export(
             {
-                "relay_requests_total": self._num_requests,
                 "relay_forwards_total": self._num_forwards,
                 "relay_cache_hits_total": self._num_cache_hits,
+                "relay_queue_wait_seconds_total": self._lane.queue_wait_s,
+                "relay_answered_bytes_total": self._answered_bytes,
+                "relay_cached_bytes": self._cache.num_bytes,
+                "relay_cold_start_seconds": self._cold_start_s,
+                **self._stage.keeper.stats().metrics(),
             }
         )
 
@@ -71,6 +79,7 @@ class Encoder:
         return EncoderStats(
             os.getpid(),
             self._stage.keeper.stats(),
+            self._metrics.num_in_flight,
             self._num_forwards,
             self._num_cache_hits,
             num_cached=len(self._cache),

@@ -40,6 +40,14 @@ class MemoryStats:
     turns: TurnStats | None
     """Where the stage is `on_demand`."""
 
+    def metrics(self) -> dict[str, float]:
+        """By the names in cluster/metrics.py."""
+        return {
+            "relay_weights_bytes": sum(self.weights_bytes.values()),
+            "relay_peak_memory_bytes": self.peak_reserved_bytes,
+            "relay_streamed_bytes_total": sum(limit.streamed_bytes for limit in self.vram_limits),
+        }
+
 
 @dataclass(frozen=True)
 class EncoderStats:
@@ -47,6 +55,8 @@ class EncoderStats:
 
     pid: int
     memory: MemoryStats
+    num_in_flight: int
+    """Requests that it is at, now."""
     num_forwards: int
     num_cache_hits: int
     num_cached: int
@@ -75,6 +85,8 @@ class VaeStats:
 
     pid: int
     memory: MemoryStats
+    num_in_flight: int
+    """Pictures and videos that it is at, now."""
     num_decoded: int
 
 

@@ -45,6 +45,7 @@ class Transformer:
     def __init__(
         self, model: ModelConfig, family: str, config: TransformerConfig, warm_up: WarmUp = NO_WARM_UP
     ) -> None:
+        began = time.perf_counter()
         self._threads = ThreadPoolExecutor(config.max_ongoing_requests, thread_name_prefix="denoise")
         self._group: ShardGroup | None = None
         self._stage: Any = None
@@ -53,10 +54,11 @@ class Transformer:
         self._stage = load_stage("denoise", model, family, config)
         self._connect()
         self._stage.warm_up(warm_up)
-        self._num_requests = 0
+        self._answered_bytes = 0
         self._metrics = [
             StageMetrics(stage="denoise", rank=rank, model=model.name) for rank in range(config.num_ranks)
         ]
+        self._cold_start_s = time.perf_counter() - began
         export_regularly(self._export)
 
     def _connect(self) -> None:
@@ -88,13 +90,16 @@ class Transformer:
         loop = asyncio.get_running_loop()
         news: asyncio.Queue[tuple[Any, ...] | None] = asyncio.Queue()
         arrived = time.perf_counter()
-        times = {"started": arrived, "reported": 0.0}
+        times = {"started": arrived, "reported": 0.0, "stepped": arrived}
 
         def tell(*items: Any) -> None:
             loop.call_soon_threadsafe(news.put_nowait, items)
 
         def on_step(step: int, _latents: Any = None) -> None:
             now = time.perf_counter()
+            if step:
+                self._metrics[0].observe("relay_step_seconds", now - times["stepped"])
+            times["stepped"] = now
             if options.wants_progress and now - times["reported"] >= PROGRESS_PERIOD_S:
                 times["reported"] = now
                 num_steps = request.num_inference_steps
@@ -116,16 +121,17 @@ class Transformer:
             news.put_nowait(None)
 
         seat = self._stage.join()
-        self._num_requests += 1
         try:
-            running = loop.run_in_executor(self._threads, run)
-            running.add_done_callback(on_end)
-            while (items := await news.get()) is not None:
-                for item in items:
-                    yield item
-            latents = await running
+            with self._metrics[0].request():
+                running = loop.run_in_executor(self._threads, run)
+                running.add_done_callback(on_end)
+                while (items := await news.get()) is not None:
+                    for item in items:
+                        yield item
+                latents = await running
         finally:
             self._stage.leave(seat)
+        self._answered_bytes += latents.nbytes
         yield Denoised(
             encode_ms=conditioning.encode_ms,
             is_cached=conditioning.is_cached,
@@ -158,14 +164,18 @@ class Transformer:
                     "relay_compute_seconds_total": rank.compute_s,
                     "relay_bubble_seconds_total": stats.occupied_s - rank.compute_s,
                     "relay_sent_bytes_total": rank.bytes_sent,
+                    **rank.memory.metrics(),
                 }
             )
         forwards = sum(size * number for size, number in queue.batch_sizes.items())
+        self._metrics[0].export_requests()
         self._metrics[0].export(
             {
-                "relay_requests_total": self._num_requests,
                 "relay_forwards_total": forwards,
+                "relay_waiting_forwards": queue.num_waiting,
                 "relay_queue_wait_seconds_total": queue.queue_wait_s,
+                "relay_answered_bytes_total": self._answered_bytes,
+                "relay_cold_start_seconds": self._cold_start_s,
             }
         )
         self._metrics[0].export_batch_sizes(queue.batch_sizes)

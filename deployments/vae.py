@@ -3,11 +3,11 @@
 import asyncio
 import os
 import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from cluster.metrics import StageMetrics, export_regularly
 from deployments.config import ModelConfig, VaeConfig
+from deployments.lane import Lane
 from deployments.request import GenerationRequest, Media
 from deployments.stages import load_stage
 from deployments.stats import VaeStats
@@ -24,28 +24,32 @@ class Vae:
     """
 
     def __init__(self, model: ModelConfig, family: str, config: VaeConfig, warm_up: WarmUp = NO_WARM_UP) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="decode")
+        began = time.perf_counter()
+        self._lane = Lane("decode")
         self._num_pictures = self._num_partial = 0
         self._max_partial = config.max_ongoing_requests // 2
         self._no_picture_waits, self._partial_turn = asyncio.Event(), asyncio.Lock()
         self._no_picture_waits.set()
         self._stage = load_stage("decode", model, family, config)
-        self._thread.submit(self._stage.warm_up, warm_up).result()
-        self._num_decoded = 0
-        metrics = StageMetrics(stage="decode", rank=0, model=model.name)
-        export_regularly(lambda: metrics.export({"relay_requests_total": self._num_decoded}))
+        self._lane.run_first(self._stage.warm_up, warm_up)
+        self._num_decoded = self._answered_bytes = 0
+        self._metrics = StageMetrics(stage="decode", rank=0, model=model.name)
+        self._cold_start_s = time.perf_counter() - began
+        export_regularly(self._export)
 
     async def decode(self, latents: "torch.Tensor", request: GenerationRequest) -> Media:
         """The picture or video that the latents stand for, in the request's format."""
         self._num_pictures += 1
         self._no_picture_waits.clear()
         try:
-            media = await self._decode(latents, request)
+            with self._metrics.request():
+                media = await self._decode(latents, request)
         finally:
             self._num_pictures -= 1
             if not self._num_pictures:
                 self._no_picture_waits.set()
         self._num_decoded += 1
+        self._answered_bytes += len(media.data)
         return media
 
     async def decode_partial(self, latents: "torch.Tensor", request: GenerationRequest) -> Media | None:
@@ -62,12 +66,22 @@ class Vae:
 
     async def _decode(self, latents: "torch.Tensor", request: GenerationRequest) -> Media:
         start = time.perf_counter()
-        loop = asyncio.get_running_loop()
-        data, media_type = await loop.run_in_executor(self._thread, self._stage.decode_media, latents, request)
+        data, media_type = await self._lane.run(self._stage.decode_media, latents, request)
         return Media(data, media_type, (time.perf_counter() - start) * 1e3)
+
+    def _export(self) -> None:
+        self._metrics.export_requests()
+        self._metrics.export(
+            {
+                "relay_queue_wait_seconds_total": self._lane.queue_wait_s,
+                "relay_answered_bytes_total": self._answered_bytes,
+                "relay_cold_start_seconds": self._cold_start_s,
+                **self._stage.keeper.stats().metrics(),
+            }
+        )
 
     async def ping(self) -> None:
         """Answers when this replica can serve."""
 
     async def stats(self) -> VaeStats:
-        return VaeStats(os.getpid(), self._stage.keeper.stats(), self._num_decoded)
+        return VaeStats(os.getpid(), self._stage.keeper.stats(), self._num_pictures, self._num_decoded)

@@ -13,6 +13,7 @@ from serve_app.config import LimitsConfig
 from serve_app.errors import Overloaded, Unavailable
 from serve_app.generation import Event, Picture, Stages, generate
 from serve_app.openai_api import ModelCard, ModelDefaults, ModelLimits
+from serve_app.replicas import stage_statuses
 from serve_app.validation import Validator
 
 PING_TIMEOUT_S = 2.0
@@ -101,14 +102,14 @@ class Relay:
         return dict(zip(stages, await asyncio.gather(*map(_ping, stages.values())), strict=True))
 
     async def status(self) -> dict[str, Any]:
-        """What one replica of every stage tells of itself. Raises Unavailable."""
-        stages = vars(self._stages)
+        """What every replica of every stage tells of itself, and Serve of them. Raises Unavailable."""
         try:
             async with asyncio.timeout(STATUS_TIMEOUT_S):
-                stats = await asyncio.gather(*(stage.stats.remote() for stage in stages.values()))
+                statuses = await stage_statuses(vars(self._stages))
         except TimeoutError as error:
             raise Unavailable(f"a stage did not answer within {STATUS_TIMEOUT_S:g} s; see /health") from error
-        return {name: asdict(of) for name, of in zip(stages, stats, strict=True)}
+        stages = {name: asdict(of) for name, of in statuses.items()}
+        return {"model": self._model.name, "num_in_progress": self._num_requests, **stages}
 
 
 async def _ping(stage: Any) -> str:

@@ -30,6 +30,7 @@ from serve_app.openai_api import (
 from serve_app.page import add_page
 from serve_app.relay import Relay
 from serve_app.sse import HEARTBEAT_S, answer_with_events
+from serve_app.trace_ids import TraceIds
 from serve_app.validation import bad_request, parse_body
 
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -66,6 +67,7 @@ def build_api(relay: Relay) -> FastAPI:
     """The HTTP application of one ingress replica."""
     api = FastAPI(title="Latent Relay", description="Diffusion models over several GPUs, in OpenAI's shapes.")
     api.add_exception_handler(Exception, _answer_error)
+    api.add_middleware(TraceIds)
     for kind in (RelayError, RequestValidationError, HTTPException):
         api.add_exception_handler(kind, _answer_error)
 
@@ -123,7 +125,7 @@ def build_api(relay: Relay) -> FastAPI:
         body = StageHealth(ok=is_ok, stages=stages).model_dump()
         return JSONResponse(body, 200 if is_ok else 503, headers={} if is_ok else {"Retry-After": "5"})
 
-    @api.get("/v1/status", responses={503: ERRORS[503]}, summary="Queues, ranks, weights and work of every stage")
+    @api.get("/v1/status", responses={503: ERRORS[503]}, summary="Replicas, queues, memory and work per stage")
     async def status() -> dict[str, Any]:
         return await relay.status()
 

@@ -1,14 +1,22 @@
 """What the stages count reaches Ray's Prometheus endpoint, and `/v1/status`."""
 
+import io
 import re
 import time
+import uuid
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import ray
+from rich.console import Console
+
+from cluster.metrics import COUNTERS, GAUGES, HISTOGRAMS
+from serve_app.status import fetch_status, status_table
 
 pytestmark = pytest.mark.slow
+STAGES = ("encode", "denoise", "decode")
 LINE = re.compile(r"^ray_(relay_\w+)\{(.*)\} ([0-9.e+-]+)$")
 
 
@@ -26,35 +34,106 @@ def scrape() -> dict[tuple[str, str], float]:
     return sums
 
 
-def test_prometheus_sees_every_request_of_every_stage(flux_app: Any) -> None:
-    steps = 5
-    for seed in range(3):
-        flux_app.handle.generate.remote(prompt="counted", seed=seed, num_inference_steps=steps).result()
-    status = flux_app.client.get("/v1/status").json()
-    forwards = sum(int(size) * n for size, n in status["transformer"]["queue"]["batch_sizes"].items())
-    least = {
-        ("relay_forwards_total", "denoise"): forwards,
-        ("relay_requests_total", "encode"): 3,
-        ("relay_requests_total", "denoise"): 3,
-        ("relay_requests_total", "decode"): 3,
-        ("relay_cache_hits_total", "encode"): 2,
-    }
+def wait_for(least: dict[tuple[str, str], float]) -> dict[tuple[str, str], float]:
+    """Every stage exports by its own clock."""
     deadline = time.monotonic() + 60
-    sums = scrape()
-    while time.monotonic() < deadline and any(sums.get(key, 0) < value for key, value in least.items()):
-        time.sleep(1)  # every stage exports by its own clock
+    while True:
         sums = scrape()
-    assert {key: sums.get(key, 0) for key in least if sums.get(key, 0) < least[key]} == {}
-    assert forwards >= 3 * steps
-    assert sums["relay_compute_seconds_total", "denoise"] > 0
+        missing = {key: sums.get(key, 0) for key, value in least.items() if sums.get(key, 0) < value}
+        if not missing:
+            return sums
+        assert time.monotonic() < deadline, missing
+        time.sleep(1)
+
+
+def test_prometheus_sees_every_request_of_every_stage(flux_app: Any) -> None:
+    """Sums of the whole session's requests: other tests have drawn pictures on this app."""
+    num_requests, num_steps = 3, 5
+    for seed in range(num_requests):
+        flux_app.handle.generate.remote(prompt="counted", seed=seed, num_inference_steps=num_steps).result()
+    [transformer] = flux_app.client.get("/v1/status").json()["transformer"]["replicas"]
+    forwards = sum(int(size) * n for size, n in transformer["queue"]["batch_sizes"].items())
+    assert forwards >= num_requests * num_steps
+    sums = wait_for(
+        {
+            ("relay_forwards_total", "denoise"): forwards,
+            ("relay_step_seconds_count", "denoise"): num_requests * num_steps,
+            ("relay_cache_hits_total", "encode"): num_requests - 1,
+            **{("relay_requests_total", stage): num_requests for stage in STAGES},
+            **{("relay_stage_seconds_count", stage): num_requests for stage in STAGES},
+        }
+    )
     assert sums["relay_batch_size_count", "denoise"] == sums["relay_micro_batches_total", "denoise"]
+    assert sums["relay_forwards_total", "encode"] <= (
+        sums["relay_requests_total", "encode"] - sums["relay_cache_hits_total", "encode"]
+    )
+    for stage in STAGES:
+        assert sums["relay_stage_seconds_count", stage] == sums["relay_requests_total", stage]
+        assert sums["relay_in_flight_requests", stage] == 0
+        assert sums["relay_answered_bytes_total", stage] > 0
+        assert sums["relay_weights_bytes", stage] > 100_000
+        assert sums["relay_peak_memory_bytes", stage] > sums["relay_weights_bytes", stage]
+        assert 0 < sums["relay_cold_start_seconds", stage] < 300
+    assert sums["relay_compute_seconds_total", "denoise"] > 0
+    # One stage, one rank and no budget for weights: nothing is ever sent or streamed.
+    never = {"relay_sent_bytes_total", "relay_streamed_bytes_total"}
+    seen = {name.removesuffix("_count") for name, _ in sums}
+    assert (set(COUNTERS) | set(GAUGES) | set(HISTOGRAMS)) - seen <= never
 
 
-def test_status_tells_blocks_bytes_and_cache(flux_app: Any) -> None:
+def test_status_tells_replicas_queues_blocks_and_bytes(flux_app: Any) -> None:
     status = flux_app.client.get("/v1/status").json()
-    [rank] = status["transformer"]["ranks"]
+    assert (status["model"], status["num_in_progress"]) == ("tiny-flux", 0)
+    for stage in ("encoder", "transformer", "vae"):
+        assert (status[stage]["state"], status[stage]["num_replicas"]) == ("HEALTHY", {"RUNNING": 1})
+    [transformer] = status["transformer"]["replicas"]
+    assert transformer["queue"]["num_waiting"] == 0
+    [rank] = transformer["ranks"]
     assert rank["blocks"] == [0, 8]
     assert rank["memory"]["weights_bytes"]["cpu float32"] > 1_000_000
     assert rank["device_map"] is None
-    assert status["encoder"]["num_forwards"] >= 0
-    assert status["vae"]["pid"] > 0
+    [encoder], [vae] = status["encoder"]["replicas"], status["vae"]["replicas"]
+    assert (encoder["num_in_flight"], vae["num_in_flight"]) == (0, 0)
+    assert encoder["pid"] != vae["pid"]
+
+
+def test_the_status_at_a_glance_has_a_row_per_process(flux_app: Any) -> None:
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(status_table(fetch_status(flux_app.url)))
+    text = console.export_text()
+    for stage in ("encoder", "transformer", "vae"):
+        assert re.search(rf"│ {stage} +│ HEALTHY +│ 1 ", text), text
+    assert "by blocks 0-7" in text
+
+
+def test_a_request_id_and_a_trace_are_answered_and_in_every_stages_log(flux_app: Any) -> None:
+    request_id, trace_id = f"test-{uuid.uuid4()}", uuid.uuid4().hex
+    headers = {"x-request-id": request_id, "traceparent": f"00-{trace_id}-{trace_id[:16]}-00"}
+    answer = flux_app.client.post("/v1/images/generations", json={"prompt": "traced"}, headers=headers)
+    assert {name: answer.headers[name] for name in headers} == headers
+    logs = Path(ray.nodes()[0]["ObjectStoreSocketName"]).parent.parent / "logs" / "serve"
+    for stage, line in STAGE_LINES.items():
+        wait_for_line(logs, f"replica_{flux_app.name}_{stage}_*.log", rf"{request_id} -- {line}")
+    wait_for_line(logs, f"replica_{flux_app.name}_Ingress_*.log", rf"{request_id} -- trace {trace_id}")
+
+
+STAGE_LINES = {
+    "Ingress": "POST .*/v1/images/generations 200",
+    "Encoder": "CALL encode OK",
+    "Transformer": "CALL denoise OK",
+    "Vae": "CALL decode OK",
+}
+
+
+def wait_for_line(logs: Path, files: str, pattern: str) -> None:
+    """Serve buffers what it logs."""
+    deadline = time.monotonic() + 20
+    while not any(re.search(pattern, path.read_text()) for path in logs.glob(files)):
+        assert time.monotonic() < deadline, f"{pattern!r} is in none of {list(logs.glob(files))}"
+        time.sleep(0.3)
+
+
+def test_a_malformed_traceparent_is_not_answered(flux_app: Any) -> None:
+    answer = flux_app.client.get("/v1/models", headers={"traceparent": "00-xyz"})
+    assert answer.status_code == 200
+    assert "traceparent" not in answer.headers

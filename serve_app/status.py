@@ -1,0 +1,103 @@
+"""`relay status`: `GET /v1/status` at a glance, once or live."""
+
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import httpx
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+Json = Mapping[str, Any]
+
+COLUMNS = ("stage", "state", "replicas", "in flight", "waiting", "work since the start", "weights", "peak memory")
+RUNNING = "RUNNING"
+
+
+class NoStatus(ConnectionError):
+    """The server cannot be asked, or refuses to tell."""
+
+
+def fetch_status(url: str) -> Json:
+    """Raises NoStatus."""
+    try:
+        answer = httpx.get(f"{url}/v1/status", timeout=30)
+    except httpx.TransportError as error:
+        raise NoStatus(f"{url} does not answer: {error}") from error
+    if answer.status_code != httpx.codes.OK:
+        raise NoStatus(f"{url}/v1/status answers {answer.status_code}: {answer.text[:300]}")
+    status: Json = answer.json()
+    return status
+
+
+def watch_status(url: str, console: Console, *, every_s: float = 1.0) -> None:
+    """Until interrupted. A server that is away for a while is waited for."""
+    with Live(console=console, auto_refresh=False) as live:
+        try:
+            while True:
+                live.update(_now(url), refresh=True)
+                time.sleep(every_s)
+        except KeyboardInterrupt:
+            pass
+
+
+def _now(url: str) -> RenderableType:
+    try:
+        return status_table(fetch_status(url))
+    except NoStatus as error:
+        return Text(str(error), style="red")
+
+
+def status_table(status: Json) -> Table:
+    """One row per process of every stage."""
+    table = Table(
+        *COLUMNS,
+        title=f"{status['model']}: {status['num_in_progress']} requests in progress",
+        title_justify="left",
+    )
+    for name, rows_of in (("encoder", _encoder), ("transformer", _transformer), ("vae", _vae)):
+        stage = status[name]
+        head = (name, stage["state"], _count(stage["num_replicas"]))
+        rows = [row for replica in stage["replicas"] for row in rows_of(replica)] or [("",) * 5]
+        for i, row in enumerate(rows):
+            table.add_row(*(head if i == 0 else ("", "", "")), *row, end_section=i == len(rows) - 1)
+        if stage["message"]:
+            table.add_row("", Text(stage["message"], style="yellow"))
+    return table
+
+
+def _count(num_replicas: Mapping[str, int]) -> str:
+    """`1`, or `1, 1 starting`; `asleep` if there are none."""
+    others = [f"{number} {state.lower()}" for state, number in num_replicas.items() if state != RUNNING]
+    running = num_replicas.get(RUNNING, 0)
+    return ", ".join([str(running), *others]) if running or others else "asleep"
+
+
+def _encoder(stats: Json) -> Iterator[tuple[str, ...]]:
+    work = f"{stats['num_forwards']} prompts, {stats['num_cache_hits']} remembered"
+    yield str(stats["num_in_flight"]), "", work, *_memory(stats["memory"])
+
+
+def _transformer(stats: Json) -> Iterator[tuple[str, ...]]:
+    queue = stats["queue"]
+    for rank in stats["ranks"]:
+        first, end = rank["blocks"]
+        work = f"{rank['num_micro_batches']} micro-batches by blocks {first}-{end - 1}"
+        if stats["occupied_s"]:
+            work += f", bubble {max(0.0, 1 - rank['compute_s'] / stats['occupied_s']):.0%}"
+        queued = (str(queue["num_seats"]), str(queue["num_waiting"])) if rank["rank"] == 0 else ("", "")
+        yield *queued, work, *_memory(rank["memory"])
+
+
+def _vae(stats: Json) -> Iterator[tuple[str, ...]]:
+    yield str(stats["num_in_flight"]), "", f"{stats['num_decoded']} decoded", *_memory(stats["memory"])
+
+
+def _memory(memory: Json) -> tuple[str, str]:
+    return _gib(sum(memory["weights_bytes"].values())), _gib(memory["peak_reserved_bytes"])
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"

@@ -1,0 +1,15 @@
+"""OpenTelemetry spans of every stage, over OTLP. Serve makes them; this only says where they go.
+
+In a config, beside `applications:`:
+
+    tracing_config: {enabled: true, exporter_import_path: "serve_app.tracing:otlp", sampling_ratio: 0.01}
+"""
+
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.trace import SpanProcessor
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+
+def otlp() -> list[SpanProcessor]:
+    """To OTEL_EXPORTER_OTLP_ENDPOINT (http://localhost:4318), and as OpenTelemetry's other variables say."""
+    return [BatchSpanProcessor(OTLPSpanExporter())]
