@@ -55,7 +55,7 @@ class Nodes:
         self._most_encoders = 0
 
     async def run(self) -> list[Row]:
-        return [await self._rise_and_join(), await self._fall(), await self._die()]
+        return [await self._rise_and_join(), await self._fall(), await self._wake(), await self._die()]
 
     async def _rise_and_join(self) -> Row:
         """16 clients instead of 1: a second shard group is wanted, but finds room only on a node that joins."""
@@ -94,6 +94,14 @@ class Nodes:
             "encoders": self._most_encoders,
             "seconds": time.perf_counter() - start,
         }
+
+    async def _wake(self) -> Row:
+        """The VAE had nothing to do meanwhile and went to sleep; a request wakes it."""
+        await self._until(lambda: not _replicas("Vae", "STARTING", "RUNNING", "STOPPING"))
+        start = time.perf_counter()
+        async with open_client(self._url) as client:
+            answer = await post(client, _body(0))
+        return self._row("sleeping stage wakes", [_body(0)], [answer], time.perf_counter() - start)
 
     async def _die(self) -> Row:
         """The node of the only shard group dies when the shortest of 12 requests has been answered."""
@@ -165,7 +173,7 @@ def _body(i: int) -> Body:
     return {
         "prompt": f"prompt {i}",
         "seed": i,
-        "num_inference_steps": 20 + 4 * i,
+        "num_inference_steps": 20 + 2 * i,
         "guidance_scale": 2.0 + i % 3,
     }
 
@@ -173,12 +181,13 @@ def _body(i: int) -> Body:
 def _config() -> AppConfig:
     here: dict[str, Any] = {"num_cpus": 0.1, "torch_threads": 1, "labels": {"has": "gpus"}}
     elastic = {"upscale_delay_s": 0.5, "downscale_delay_s": 1.0}
+    sleepy = {"min_replicas": 0, "downscale_delay_s": 5.0}
     return parse_app_config(
         {
             "model": {"name": "tiny", "checkpoint": "tiny://flux", "defaults": {"width": 64, "height": 64}},
             "encoder": here | elastic | {"max_sequence_length": 64, "max_replicas": 2, "target_load": 2},
             "transformer": here | elastic | {"shards": 2, "num_gpus": 1, "max_replicas": 2, "max_batch_size": 1},
-            "vae": here,
+            "vae": here | sleepy,
             "limits": {"max_num_inference_steps": DRAIN_STEPS},
         }
     )

@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 from ray import serve
+from ray._raylet import RAY_NODE_ACCELERATOR_TYPE_KEY
 from ray.serve.config import AutoscalingConfig
 
 from cluster.autoscaling import load_policy
-from cluster.resources import ResourceConfig
+from cluster.resources import ACCELERATOR_LABEL, ResourceConfig
 from cluster.serve_options import STAGE_ENV, plan_serve_options
 
 
@@ -76,6 +77,10 @@ def test_every_shard_gets_a_bundle_of_its_own() -> None:
 def test_a_bundle_names_only_what_it_holds() -> None:
     """Ray refuses a bundle with a zero in it."""
     assert plan(num_shards=2, num_cpus=1, num_gpus=0)["placement_group_bundles"] == [{"CPU": 1}] * 2
+
+
+def test_ray_labels_nodes_by_their_accelerator() -> None:
+    assert ACCELERATOR_LABEL == RAY_NODE_ACCELERATOR_TYPE_KEY
 
 
 def test_a_stage_may_be_bound_to_an_accelerator_and_to_labels() -> None:
