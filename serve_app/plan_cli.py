@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +22,9 @@ from deployments.plan.report import plan_as_json, print_plan
 from deployments.plan.sizes import MediaSize, largest
 from serve_app.app import find_family
 from serve_app.config import APP_NAME, AppConfig, ConfigError, load_app_config
+
+WIDTH = 110
+"""Columns of a plan that goes into a file or a pipe."""
 
 ConfigArgument = Annotated[Path | None, typer.Argument(help="Serve YAML")]
 SizeOption = Annotated[
@@ -68,7 +72,7 @@ def plan_command(
         )
     except (ValueError, KeyError) as error:
         raise ConfigError(str(error.args[0] if error.args else error)) from error
-    print_plan(planned, Console())
+    print_plan(planned, Console(width=None if sys.stdout.isatty() else WIDTH))
     if json_file is not None:
         json_file.write_text(json.dumps(plan_as_json(planned), indent=1) + "\n")
     if svg_file is not None:

@@ -4,11 +4,12 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from deployments.config import StageConfig
-from deployments.plan.place import GIB, Process, gib
+from deployments.plan.place import GIB, Process
 from deployments.plan.plan import Plan
 from deployments.plan.sizes import OVERHEAD_BYTES, STAGES, largest
 
@@ -83,16 +84,11 @@ def _process_as_json(process: Process) -> dict[str, Any]:
 
 
 def _components(plan: Plan) -> Table:
-    table = Table("component", "class", "parameters", "stored", "as")
+    table = _table("component", "class", "billions", "GiB", "as")
     for stage, config in plan.stages.by_stage().items():
         for part in plan.sizes.stage(stage).components:
-            table.add_row(
-                part.name,
-                part.class_name,
-                f"{part.num_parameters / 1e9:.3f} B",
-                _mib(part.weights_bytes),
-                _settings(config),
-            )
+            billions = f"{part.num_parameters / 1e9:.3f}"
+            table.add_row(part.name, part.class_name, billions, _in_gib(part.weights_bytes), _settings(config))
     return table
 
 
@@ -113,7 +109,7 @@ def _settings(config: StageConfig) -> str:
 
 
 def _blocks(plan: Plan) -> str:
-    """`19 x transformer_blocks 0.61 GiB`: runs of equal blocks."""
+    """`19 x transformer_blocks 0.61`: runs of equal blocks."""
     sizes = plan.sizes
     if not sizes.blocks:
         return "the denoiser cannot be cut into shards"
@@ -121,40 +117,39 @@ def _blocks(plan: Plan) -> str:
     for (name, num_bytes), run in groupby(
         sizes.blocks, key=lambda block: (block.name.rpartition(".")[0] or block.name, block.weights_bytes)
     ):
-        runs.append(f"{len(list(run))} x {name} {_mib(num_bytes)}")
-    return (
-        f"blocks: {', '.join(runs)}; every rank {_mib(sizes.head_bytes)}, the last {_mib(sizes.tail_bytes)} more"
-    )
+        runs.append(f"{len(list(run))} x {name} {_in_gib(num_bytes)}")
+    head, tail = _in_gib(sizes.head_bytes), _in_gib(sizes.tail_bytes)
+    return f"blocks: {', '.join(runs)} GiB; {head} more on every rank, {tail} on the last"
 
 
 def _processes(plan: Plan) -> Table:
-    size = largest(plan.sizes.sizes)
-    working = f"working at {size}" + (f", batch {plan.sizes.batch_size}" if plan.sizes.batch_size > 1 else "")
-    table = Table("process", "blocks", "weights", "on device", working, "needs", "share", "where")
+    table = _table("process", "blocks", "weights", "on device", "working", "needs", "num_gpus", "where")
     for process in plan.placement.processes:
         sizes = process.sizes
-        blocks = "" if sizes.blocks is None or not plan.sizes.blocks else "{}:{}".format(*sizes.blocks)
-        where = ", ".join(map(str, process.gpus)) or ("CPU" if not process.num_gpus else "-")
         table.add_row(
             str(process),
-            blocks,
-            _mib(sizes.weights_bytes),
-            _mib(sizes.device_bytes),
-            _mib(sizes.working_bytes),
-            _mib(sizes.need_bytes),
+            "" if sizes.blocks is None or not plan.sizes.blocks else "{}:{}".format(*sizes.blocks),
+            _in_gib(sizes.weights_bytes),
+            _in_gib(sizes.device_bytes),
+            _in_gib(sizes.working_bytes),
+            _in_gib(sizes.need_bytes),
             f"{process.num_gpus:g}",
-            where,
+            ", ".join(map(str, process.gpus)) or ("-" if process.num_gpus else "CPU"),
         )
-    table.caption = f"needs: on device + working + {gib(OVERHEAD_BYTES)} of CUDA and the allocator, assumed"
+    batch = f", {plan.sizes.batch_size} merged" if plan.sizes.batch_size > 1 else ""
+    table.caption = (
+        f"GiB; working: at {largest(plan.sizes.sizes)}{batch}; "
+        f"needs: on device + working + {_in_gib(OVERHEAD_BYTES)} of CUDA and allocator, assumed"
+    )
     return table
 
 
 def _gpus(plan: Plan) -> Table:
-    table = Table("GPU", "memory", "planned", "free", *(() if plan.rate is None else ("busy",)))
+    table = _table("GPU", "GiB", "planned", "free", *(() if plan.rate is None else ("busy",)))
     for gpu in plan.placement.gpus:
         used = plan.placement.used_bytes(gpu)
         busy = () if plan.rate is None else (f"{plan.rate.gpu_use[gpu]:.0%}",)
-        table.add_row(str(gpu), gib(gpu.memory_bytes), gib(used), gib(gpu.memory_bytes - used), *busy)
+        table.add_row(str(gpu), *map(_in_gib, (gpu.memory_bytes, used, gpu.memory_bytes - used)), *busy)
     return table
 
 
@@ -168,5 +163,13 @@ def _rate(plan: Plan) -> Iterator[str]:
     yield f"throughput: at most {plan.rate.bound:.3g} a second, by replicas / time ({stages}), merging aside"
 
 
-def _mib(num_bytes: int) -> str:
-    return gib(num_bytes) if num_bytes >= GIB / 10 else f"{num_bytes / 2**20:.1f} MiB"
+def _table(*columns: str) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, caption_justify="left")
+    for column in columns:
+        is_text = column in {"component", "class", "as", "process", "blocks", "where", "GPU"}
+        table.add_column(column, justify="left" if is_text else "right")
+    return table
+
+
+def _in_gib(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.2f}"

@@ -1,0 +1,102 @@
+"""What is planned, against what processes really hold."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from deployments.checkpoints.components import Stage, fetch_stage, stage_components
+from deployments.config import EncoderConfig, ModelConfig, StageConfig, TransformerConfig, VaeConfig
+from deployments.engine.load import load_rank, open_denoiser
+from deployments.families import FAMILIES
+from deployments.plan.describe import Description
+from deployments.plan.sizes import MediaSize, ModelSizes
+from deployments.plan.working import working_bytes
+from deployments.stages.pipeline import load_pipeline, loaded_models
+from serve_app.bench.models import bench_model
+
+
+def described(model: ModelConfig, family: str, size: int = 64, **transformer: Any) -> ModelSizes:
+    media = MediaSize(size, size, 5 if FAMILIES[family].media == "video" else 1)
+    return Description(model, FAMILIES[family]).sizes(
+        EncoderConfig(max_sequence_length=64), TransformerConfig(**transformer), VaeConfig(), (media,)
+    )
+
+
+def held_by_ranks(model: ModelConfig, family: str, config: TransformerConfig) -> list[int]:
+    """As every rank's process tells of itself."""
+    denoiser = open_denoiser(model, FAMILIES[family], config)
+    ranks = [load_rank(denoiser, model, config, rank) for rank in range(config.num_ranks)]
+    return [sum(rank.keeper.stats().weights_bytes.values()) for rank in ranks]
+
+
+def held_by_stage(model: ModelConfig, family: str, stage: Stage) -> int:
+    folder, index = fetch_stage(model, FAMILIES[family], stage)
+    parts = stage_components(index, FAMILIES[family], stage)
+    models = loaded_models(load_pipeline(folder, index, parts, StageConfig(), variant=None)).values()
+    tensors = {value.data_ptr(): value.nbytes for model in models for value in model.state_dict().values()}
+    return sum(tensors.values())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_process_holds_what_was_planned(family: str) -> None:
+    model = ModelConfig(name="tiny", checkpoint=f"tiny://{family}")
+    planned = described(model, family, shards=2)
+    held = held_by_ranks(model, family, TransformerConfig(shards=2))
+    assert [rank.weights_bytes for rank in planned.denoise.ranks] == held
+    assert planned.encode.ranks[0].weights_bytes == held_by_stage(model, family, "encode")
+    assert planned.decode.ranks[0].weights_bytes == held_by_stage(model, family, "decode")
+
+
+def test_a_larger_model_holds_what_was_planned(tmp_path: Path) -> None:
+    model = bench_model("100M", tmp_path)
+    planned = described(model, "flux", shards=3, dtype="bfloat16")
+    held = held_by_ranks(model, "flux", TransformerConfig(shards=3, dtype="bfloat16"))
+    assert [rank.weights_bytes for rank in planned.denoise.ranks] == pytest.approx(held, rel=0.03)
+    assert max(held) < 1.2 * min(held)
+
+
+def test_larger_pictures_and_merged_forwards_need_more_working_memory() -> None:
+    model = ModelConfig(name="tiny", checkpoint="tiny://flux")
+    description = Description(model, FAMILIES["flux"])
+
+    def working(size: int, max_batch_size: int) -> int:
+        transformer = TransformerConfig(max_batch_size=max_batch_size)
+        sizes = description.sizes(EncoderConfig(), transformer, VaeConfig(), (MediaSize(size, size),))
+        assert sizes.batch_size == max_batch_size
+        return sizes.denoise.ranks[0].working_bytes
+
+    small, large, merged = working(64, 1), working(512, 1), working(64, 4)
+    assert large > 2 * small
+    assert merged == pytest.approx(4 * small, rel=0.1)
+
+
+def test_a_budget_or_offloading_leaves_less_on_the_device() -> None:
+    model = ModelConfig(name="tiny", checkpoint="tiny://flux")
+    description = Description(model, FAMILIES["flux"])
+
+    def on_device(**transformer: Any) -> list[int]:
+        sizes = description.sizes(
+            EncoderConfig(), TransformerConfig(shards=2, **transformer), VaeConfig(), (MediaSize(64, 64),)
+        )
+        return [rank.device_bytes for rank in sizes.denoise.ranks]
+
+    whole, limited = on_device(), on_device(vram_limit_gib=2**-9)
+    layers, blocks = on_device(offload="group"), on_device(offload={"kind": "group", "level": "block"})
+    assert limited == [2**21, 2**21]
+    for rank in range(2):
+        assert layers[rank] < blocks[rank] < whole[rank]
+
+
+def test_working_memory_is_what_lives_at_once() -> None:
+    model = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(5))).to("meta")
+    tokens = torch.empty(10, 256, device="meta")
+    assert working_bytes(model, lambda: model(tokens)) == 2 * tokens.nbytes
+
+
+def test_attention_keeps_no_scores() -> None:
+    query = torch.empty(1, 2, 512, 16, device="meta")
+    attend = torch.nn.functional.scaled_dot_product_attention
+    assert working_bytes(nn.Identity(), lambda: attend(query, query, value=query)) == query.nbytes

@@ -1,0 +1,123 @@
+"""A plan as text, JSON and picture."""
+
+import io
+import json
+from dataclasses import replace
+from xml.etree import ElementTree
+
+import pytest
+from rich.console import Console
+
+from cluster.inventory import parse_gpus
+from deployments.config import EncoderConfig, TransformerConfig, VaeConfig
+from deployments.plan.picture import draw_placement
+from deployments.plan.plan import Plan, Stages, plan
+from deployments.plan.profile import Profile, Times
+from deployments.plan.report import plan_as_json, print_plan
+from deployments.plan.sizes import BlockSizes, ComponentSizes, MediaSize, ModelSizes, RankSizes, StageSizes
+
+GIB = 2**30
+SIZES = ModelSizes(
+    encode=StageSizes((ComponentSizes("text_encoder", "T5", 10**9, 2 * GIB),), (RankSizes(2 * GIB, 2 * GIB, 0),)),
+    denoise=StageSizes(
+        (ComponentSizes("transformer", "Flux", 9 * 10**9, 20 * GIB),),
+        (RankSizes(10 * GIB, 10 * GIB, GIB, (0, 2)), RankSizes(10 * GIB, 10 * GIB, GIB, (2, 4))),
+    ),
+    decode=StageSizes((ComponentSizes("vae", "KL", 10**8, GIB // 8),), (RankSizes(GIB // 8, GIB // 8, GIB),)),
+    blocks=tuple(BlockSizes(f"transformer_blocks.{i}", 5 * GIB) for i in range(4)),
+    head_bytes=0,
+    tail_bytes=0,
+    is_unet=False,
+    batch_size=1,
+    sizes=(MediaSize(1024, 1024),),
+)
+TWO_SHARDS = Stages(
+    EncoderConfig(num_gpus=0.2, dtype="bfloat16"),
+    TransformerConfig(num_gpus=0.8, dtype="bfloat16", shards=2),
+    VaeConfig(num_gpus=0.2, dtype="bfloat16"),
+)
+
+
+def planned(gpus: str, stages: Stages = TWO_SHARDS, sizes: ModelSizes = SIZES, **options: object) -> Plan:
+    return plan("a model", stages, sizes, parse_gpus(gpus), **{"max_concurrent_requests": 256} | options)
+
+
+def text_of(plan: Plan) -> str:
+    out = io.StringIO()
+    print_plan(plan, Console(file=out, width=130))
+    return out.getvalue()
+
+
+def test_the_text_tells_bytes_cut_place_and_that_it_fits() -> None:
+    text = text_of(planned("2x16GiB"))
+    assert "4 x transformer_blocks 5.00 GiB" in text
+    assert [line for line in text.splitlines() if "denoise 0 rank 1" in line and "2:4" in line and "GPU 1" in line]
+    assert "it fits" in text
+    assert "throughput: unknown without times" in text
+
+
+def test_what_does_not_fit_is_told_in_text_json_and_picture() -> None:
+    plan = planned("2x12GiB")
+    assert "does not fit: denoise 0 rank 0 needs 11.8 GiB on node 0 GPU 0" in text_of(plan)
+    assert plan_as_json(plan)["fits"] is False
+    assert "does not fit" in draw_placement(plan)
+
+
+def test_with_times_it_tells_throughput_and_use() -> None:
+    times = Times(0.1, 0, (0.1, 0.1, 0.1, 0.1), 0, num_forwards=10, decode_s=0.1)
+    plan = planned("2x16GiB", profile=Profile({}, "x", {"1024x1024": times}))
+    assert "throughput: at most 0.476 a second" in text_of(plan)  # a rank and a small stage share each GPU
+    assert plan_as_json(plan)["gpus"][0]["use"] == pytest.approx(1)
+
+
+def test_measured_working_memory_replaces_what_was_told() -> None:
+    times = Times(0.1, 0, (0.1,) * 4, 0, 10, 0.1, {"encode": 1, "denoise": 2, "decode": 3})
+    plan = planned("2x16GiB", profile=Profile({}, "x", {"1024x1024": times}))
+    assert [process.sizes.working_bytes for process in plan.placement.processes] == [1, 2, 2, 3]
+
+
+def test_the_json_holds_every_block_and_process() -> None:
+    found = json.loads(json.dumps(plan_as_json(planned("2x16GiB"))))
+    assert found["blocks_bytes"] == {f"transformer_blocks.{i}": 5 * GIB for i in range(4)}
+    assert [process["gpus"] for process in found["processes"]] == [[[0, 0]], [[0, 0]], [[0, 1]], [[0, 1]]]
+
+
+def test_the_picture_is_the_same_each_time_and_has_every_process() -> None:
+    picture = draw_placement(planned("2x16GiB"))
+    assert picture == draw_placement(planned("2x16GiB"))
+    texts = [text.text or "" for text in ElementTree.fromstring(picture).iter("{http://www.w3.org/2000/svg}text")]
+    for process in ("encode 0", "denoise 0 rank 0: 0-1", "denoise 0 rank 1: 2-3", "decode 0"):
+        assert any(text.startswith(process) for text in texts), process
+
+
+@pytest.mark.parametrize(
+    ("gpus", "stages", "sizes", "advice"),
+    [
+        ("2x80GiB", {}, {}, "shards give one request no speed-up"),
+        ("2x16GiB", {}, {"is_unet": True}, "a UNet in 2 shards"),
+        ("3x16GiB", {}, {}, "nothing lies on node 0 GPU 2"),
+        ("2x(1x16GiB)", {}, {}, "lie on several nodes"),
+        ("2x16GiB", {"max_ongoing_requests": 3}, {}, "2 shards are kept full by 4 requests; at most 3"),
+        ("2x16GiB", {"dtype": "float32"}, {}, "transformer.dtype is float32"),
+        ("4x16GiB", {"num_gpus": 2}, {}, "transformer.num_gpus 2 without device_map uses one GPU only"),
+    ],
+)
+def test_it_advises_against(gpus: str, stages: dict[str, object], sizes: dict[str, object], advice: str) -> None:
+    transformer = TransformerConfig.model_validate(TWO_SHARDS.transformer.model_dump() | stages)
+    plan = planned(gpus, replace(TWO_SHARDS, transformer=transformer), replace(SIZES, **sizes))
+    assert any(advice in line for line in plan.advice), plan.advice
+
+
+def test_a_plan_without_fault_is_advised_nothing() -> None:
+    assert planned("2x16GiB").advice == ()
+
+
+def test_more_shards_than_requests_are_advised_against() -> None:
+    advice = planned("2x16GiB", max_concurrent_requests=1).advice
+    assert any("2 shards and at most 1 requests" in line for line in advice)
+
+
+def test_uneven_times_are_worth_other_cuts() -> None:
+    times = Times(0.1, 0, (0.4, 0.1, 0.1, 0.1), 0, num_forwards=10, decode_s=0.1)
+    plan = planned("2x16GiB", profile=Profile({}, "x", {"1024x1024": times}))
+    assert "cuts: [1] make the slowest shard 25% faster" in " ".join(plan.advice)
