@@ -14,6 +14,7 @@ from rich.console import Console
 from cluster.inventory import parse_gpus
 from deployments.config import ModelConfig
 from deployments.families import FAMILIES, Family
+from deployments.plan.advice import Admitted
 from deployments.plan.picture import draw_placement
 from deployments.plan.plan import SizesOf, Stages, plan
 from deployments.plan.profile import Profile, read_profile, write_profile
@@ -21,7 +22,7 @@ from deployments.plan.propose import propose
 from deployments.plan.report import plan_as_json, print_plan
 from deployments.plan.sizes import MediaSize, largest
 from serve_app.app import find_family
-from serve_app.config import APP_NAME, AppConfig, ConfigError, load_app_config
+from serve_app.config import APP_NAME, AppConfig, ConfigError, LimitsConfig, load_app_config
 
 WIDTH = 110
 """Columns of a plan that goes into a file or a pipe."""
@@ -61,6 +62,7 @@ def plan_command(
         if config is None:
             if not inventory:
                 raise ConfigError("a config is proposed for GPUs: say which by --gpus, such as 2x16GiB")
+            app = app.model_copy(update={"limits": _limits(sizes)})
             stages = propose(sizes_of, inventory, None if measured is None else measured.at(largest(sizes)))
         planned = plan(
             app.model.name,
@@ -68,7 +70,7 @@ def plan_command(
             sizes_of(stages),
             inventory,
             profile=measured,
-            max_concurrent_requests=app.limits.max_concurrent_requests,
+            admitted=_admitted(app.limits),
         )
     except (ValueError, KeyError) as error:
         raise ConfigError(str(error.args[0] if error.args else error)) from error
@@ -147,6 +149,16 @@ def _sizes(asked: list[str] | None, model: ModelConfig, family: Family) -> tuple
     return tuple(found)
 
 
+def _limits(sizes: tuple[MediaSize, ...]) -> LimitsConfig:
+    """No request that is larger than what is planned for."""
+    most = largest(sizes)
+    return LimitsConfig(max_pixels=most.width * most.height, max_num_frames=most.num_frames)
+
+
+def _admitted(limits: LimitsConfig) -> Admitted:
+    return Admitted(limits.max_concurrent_requests, limits.max_pixels, limits.max_num_frames)
+
+
 def _sizes_of(
     model: ModelConfig, family: Family, configs_dir: Path | None, sizes: tuple[MediaSize, ...]
 ) -> SizesOf:
@@ -165,6 +177,7 @@ def _render(app: AppConfig, stages: Stages, gpus: str) -> str:
         "encoder": stages.encoder.model_dump(exclude_defaults=True, mode="json"),
         "transformer": stages.transformer.model_dump(exclude_defaults=True, mode="json"),
         "vae": stages.vae.model_dump(exclude_defaults=True, mode="json"),
+        "limits": app.limits.model_dump(exclude_defaults=True, mode="json"),
     }
     application = {
         "name": APP_NAME,

@@ -1,6 +1,7 @@
 """What a plan advises against, a sentence each: splitting what fits, sharding UNets, empty pipelines."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 from cluster.inventory import Gpu
@@ -8,10 +9,20 @@ from cluster.partition import plan_cuts
 from deployments.config import StageConfig, TransformerConfig
 from deployments.plan.place import Placement, gib
 from deployments.plan.profile import Times
-from deployments.plan.sizes import OVERHEAD_BYTES, ModelSizes, RankSizes
+from deployments.plan.sizes import OVERHEAD_BYTES, ModelSizes, RankSizes, largest
 
 WORTH_TELLING = 1.03
 """By how much faster other cuts must be."""
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """What the app lets in."""
+
+    max_concurrent_requests: int
+    max_pixels: int
+    """Width times height."""
+    max_num_frames: int
 
 
 def advise(
@@ -20,12 +31,13 @@ def advise(
     stages: Sequence[StageConfig],
     placement: Placement,
     times: Times | None,
-    max_concurrent_requests: int,
+    admitted: Admitted,
 ) -> tuple[str, ...]:
     """stages: all three."""
     found = [
         *_on_splitting(sizes, transformer, placement),
-        *_on_shards(sizes, transformer, max_concurrent_requests),
+        *_on_shards(sizes, transformer, admitted.max_concurrent_requests),
+        *_on_limits(sizes, admitted),
     ]
     for config in stages:
         name = type(config).__name__.removesuffix("Config").lower()
@@ -83,6 +95,20 @@ def _on_shards(sizes: ModelSizes, transformer: TransformerConfig, max_concurrent
         yield f"{num_shards} shards and at most {at_once} requests at once: some shard always waits; fewer shards"
     elif at_once < 2 * num_shards:
         yield f"{num_shards} shards are kept full by {2 * num_shards} requests; at most {at_once} are let in"
+
+
+def _on_limits(sizes: ModelSizes, admitted: Admitted) -> Iterator[str]:
+    most = largest(sizes.sizes)
+    if admitted.max_pixels > most.width * most.height:
+        yield (
+            f"requests of up to {admitted.max_pixels} pixels are let in, and this is planned for {most}: "
+            "plan for more (--size), or lower limits.max_pixels"
+        )
+    if most.num_frames > 1 and admitted.max_num_frames > most.num_frames:
+        yield (
+            f"videos of up to {admitted.max_num_frames} frames are let in, and this is planned for "
+            f"{most.num_frames}: plan for more (--size), or lower limits.max_num_frames"
+        )
 
 
 def _on_cuts(sizes: ModelSizes, times: Times) -> Iterator[str]:

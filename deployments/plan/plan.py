@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from cluster.inventory import Gpu
 from deployments.checkpoints.components import Stage
 from deployments.config import EncoderConfig, StageConfig, TransformerConfig, VaeConfig
-from deployments.plan.advice import advise
+from deployments.plan.advice import Admitted, advise
 from deployments.plan.place import Demand, Placement, place
 from deployments.plan.profile import Profile
 from deployments.plan.rate import Rate, bound_rate
@@ -59,7 +59,7 @@ def plan(
     gpus: tuple[Gpu, ...],
     *,
     profile: Profile | None = None,
-    max_concurrent_requests: int,
+    admitted: Admitted,
 ) -> Plan:
     """Raises KeyError if the profile lacks the largest of the asked sizes."""
     times = None if profile is None else profile.at(largest(sizes.sizes))
@@ -74,5 +74,5 @@ def plan(
         placement,
         None if times is None else bound_rate(placement, times),
         tuple(placement.shortfalls()) if gpus else (),
-        advise(sizes, stages.transformer, configs, placement, times, max_concurrent_requests),
+        advise(sizes, stages.transformer, configs, placement, times, admitted),
     )

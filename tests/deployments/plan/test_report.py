@@ -10,6 +10,7 @@ from rich.console import Console
 
 from cluster.inventory import parse_gpus
 from deployments.config import EncoderConfig, TransformerConfig, VaeConfig
+from deployments.plan.advice import Admitted
 from deployments.plan.picture import draw_placement
 from deployments.plan.plan import Plan, Stages, plan
 from deployments.plan.profile import Profile, Times
@@ -39,7 +40,9 @@ TWO_SHARDS = Stages(
 
 
 def planned(gpus: str, stages: Stages = TWO_SHARDS, sizes: ModelSizes = SIZES, **options: object) -> Plan:
-    return plan("a model", stages, sizes, parse_gpus(gpus), **{"max_concurrent_requests": 256} | options)
+    return plan(
+        "a model", stages, sizes, parse_gpus(gpus), **{"admitted": Admitted(256, 1024 * 1024, 1)} | options
+    )
 
 
 def text_of(plan: Plan) -> str:
@@ -113,8 +116,13 @@ def test_a_plan_without_fault_is_advised_nothing() -> None:
 
 
 def test_more_shards_than_requests_are_advised_against() -> None:
-    advice = planned("2x16GiB", max_concurrent_requests=1).advice
+    advice = planned("2x16GiB", admitted=Admitted(1, 1024 * 1024, 1)).advice
     assert any("2 shards and at most 1 requests" in line for line in advice)
+
+
+def test_requests_beyond_the_plan_are_told() -> None:
+    [advice] = planned("2x16GiB", admitted=Admitted(256, 2048 * 2048, 1)).advice
+    assert advice.startswith("requests of up to 4194304 pixels are let in, and this is planned for 1024x1024")
 
 
 def test_uneven_times_are_worth_other_cuts() -> None:
