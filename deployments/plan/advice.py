@@ -1,13 +1,14 @@
 """What a plan advises against, a sentence each: splitting what fits, sharding UNets, empty pipelines."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from cluster.inventory import Gpu
 from cluster.partition import plan_cuts
+from deployments.checkpoints.components import Stage
 from deployments.config import StageConfig, TransformerConfig
-from deployments.plan.place import Placement, gib
+from deployments.plan.place import Demand, Placement, blocked_by_order, gib
 from deployments.plan.profile import Times
 from deployments.plan.sizes import OVERHEAD_BYTES, ModelSizes, RankSizes, largest
 
@@ -29,6 +30,7 @@ def advise(
     sizes: ModelSizes,
     transformer: TransformerConfig,
     stages: Sequence[StageConfig],
+    demands: Mapping[Stage, Demand],
     placement: Placement,
     times: Times | None,
     admitted: Admitted,
@@ -47,6 +49,15 @@ def advise(
             found.append(f"{name}.num_gpus {config.num_gpus:g} without device_map uses one GPU only: use shards")
     if times is not None and transformer.num_ranks > 1:
         found += _on_cuts(sizes, times)
+    for replica in placement.crowded_groups():
+        found.append(
+            f"two shards of denoise {replica} lie on one GPU, which NCCL refuses: transformer.num_gpus above 0.5"
+        )
+    if placement.has_room() and (order := blocked_by_order(demands, placement.gpus)) is not None:
+        found.append(
+            f"if Ray happens to start {', then '.join(order)}, some process finds no GPU, and waits for good: "
+            "choose num_gpus so that all three stages' sum to 1 at most, or give one a GPU of its own"
+        )
     for replica in placement.split_groups():
         found.append(f"the shards of denoise {replica} lie on several nodes: every step crosses the network")
     idle = [str(gpu) for gpu in placement.gpus if not placement.on(gpu)]

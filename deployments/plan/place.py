@@ -6,6 +6,7 @@ Ray chooses; `shortfalls` tells where one does not.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 
 from cluster.inventory import Gpu
 from deployments.checkpoints.components import Stage
@@ -68,6 +69,18 @@ class Placement:
     def num_replicas(self, stage: Stage) -> int:
         return len({process.replica for process in self.processes if process.stage == stage})
 
+    def has_room(self) -> bool:
+        """Whether every process that asks for a GPU has found one."""
+        return all(process.gpus or not process.num_gpus for process in self.processes)
+
+    def crowded_groups(self) -> list[int]:
+        """Replicas of the denoiser two of whose shards lie on one GPU."""
+        found: dict[int, list[Gpu]] = {}
+        for process in self.processes:
+            if process.stage == "denoise":
+                found.setdefault(process.replica, []).extend(process.gpus)
+        return [replica for replica, gpus in found.items() if len(set(gpus)) < len(gpus)]
+
     def split_groups(self) -> list[int]:
         """Replicas of the denoiser whose shards lie on several nodes."""
         nodes: dict[int, set[int]] = {}
@@ -101,11 +114,15 @@ class Placement:
         return found
 
 
-def place(demands: Mapping[Stage, Demand], gpus: Sequence[Gpu]) -> Placement:
-    """Every stage's fewest replicas, then as many more as there is room for, up to its most, round by round."""
+def place(demands: Mapping[Stage, Demand], gpus: Sequence[Gpu], order: Sequence[Stage] | None = None) -> Placement:
+    """Every stage's fewest replicas, then as many more as there is room for, up to its most, round by round.
+
+    Args:
+        order: in which the stages come; None: what asks for most comes first.
+    """
     free = dict.fromkeys(gpus, 1.0)
     processes: list[Process] = []
-    order = sorted(demands, key=lambda stage: -demands[stage].num_gpus)  # what needs most room chooses first
+    order = order or sorted(demands, key=lambda stage: -demands[stage].num_gpus)
     counts = dict.fromkeys(order, 0)
     for stage in order:
         for _ in range(max(1, demands[stage].min_replicas)):
@@ -125,6 +142,18 @@ def place(demands: Mapping[Stage, Demand], gpus: Sequence[Gpu]) -> Placement:
                     grown = True
     ordered = sorted(processes, key=lambda process: (STAGES.index(process.stage), process.replica, process.rank))
     return Placement(tuple(gpus), tuple(ordered))
+
+
+def blocked_by_order(demands: Mapping[Stage, Demand], gpus: Sequence[Gpu]) -> tuple[Stage, ...] | None:
+    """An order of start in which some process finds no place, though in another all do; None if there is none.
+
+    Ray starts the stages of an app at once, and packs shares of a GPU: two small stages that are meant to lie on
+    two GPUs may come first, fill up one, and leave a shard group no room, for good.
+    """
+    return next(
+        (order for order in permutations(demands) if not place(demands, gpus, order).has_room()),
+        None,
+    )
 
 
 def _place_replica(stage: Stage, replica: int, demand: Demand, free: dict[Gpu, float]) -> list[Process]:

@@ -65,7 +65,8 @@ def plan(
     times = None if profile is None else profile.at(largest(sizes.sizes))
     if times is not None and times.working_bytes is not None:
         sizes = sizes.with_working(times.working_bytes)
-    placement = place(demands_of(stages, sizes), gpus)
+    demands = demands_of(stages, sizes)
+    placement = place(demands, gpus)
     configs = tuple(stages.by_stage().values())
     return Plan(
         name,
@@ -74,5 +75,5 @@ def plan(
         placement,
         None if times is None else bound_rate(placement, times),
         tuple(placement.shortfalls()) if gpus else (),
-        advise(sizes, stages.transformer, configs, placement, times, admitted),
+        advise(sizes, stages.transformer, configs, demands, placement, times, admitted),
     )

@@ -12,7 +12,7 @@ from cluster.inventory import Gpu
 from cluster.partition import plan_cuts
 from deployments.config import EncoderConfig, TransformerConfig, VaeConfig
 from deployments.memory.config import QuantizationConfig, TilingConfig
-from deployments.plan.place import GIB, Placement, place
+from deployments.plan.place import GIB, blocked_by_order, place
 from deployments.plan.plan import SizesOf, Stages, demands_of
 from deployments.plan.profile import Times
 from deployments.plan.sizes import OVERHEAD_BYTES, RankSizes
@@ -20,7 +20,7 @@ from deployments.plan.sizes import OVERHEAD_BYTES, RankSizes
 QUANTIZATIONS = (None, QuantizationConfig(kind="int8"), QuantizationConfig(kind="nf4"))
 TILINGS = (None, TilingConfig(tile_size=512))
 MORE_THAN_HALF = 0.51
-"""The share of a transformer with replicas: two of them on one GPU would halve each other's speed."""
+"""The least share of a shard or replica: two on one GPU would halve each other's speed, and NCCL refuses it."""
 _STEP_GIB = 0.5
 """Of budgets for streamed weights."""
 
@@ -32,20 +32,20 @@ class DoesNotFit(ValueError):
 def propose(sizes_of: SizesOf, gpus: tuple[Gpu, ...], times: Times | None = None) -> Stages:
     """Raises DoesNotFit."""
     memory = min(gpu.memory_bytes for gpu in gpus)
-    plain = _stages()
-    sizes = sizes_of(plain)
+    sizes = sizes_of(_stages())
     most = 1 if sizes.is_unet or not sizes.blocks else min(len(gpus), len(sizes.blocks))
-    choices = product(QUANTIZATIONS, (False, True), range(1, most + 1), TILINGS)
-    stages = plain
-    for quantization, is_streamed, shards, tiling in choices:
-        stages = _shared(_stages(quantization, shards, tiling), sizes_of, memory)
-        if is_streamed:
-            stages = _streamed(stages, sizes_of, gpus, memory)
-        if _fits(stages, sizes_of, gpus):
-            return _balanced(_filled(stages, sizes_of, gpus, memory), sizes_of, times)
-    lacking = _placed(stages, sizes_of, gpus).shortfalls()
+    stages = _stages()
+    for quantization, is_streamed, shards in product(QUANTIZATIONS, (False, True), range(1, most + 1)):
+        for tiling in TILINGS:
+            stages = _shared(_stages(quantization, shards, tiling), sizes_of, memory)
+            for budget in _budgets(stages, sizes_of, gpus, memory) if is_streamed else (None,):
+                encoder = stages.encoder.model_copy(update={"vram_limit_gib": budget})
+                stages = _shared(replace(stages, encoder=encoder), sizes_of, memory)
+                if _fits(stages, sizes_of, gpus):
+                    return _balanced(_filled(stages, sizes_of, gpus, memory), sizes_of, times)
+    lacking = place(demands_of(stages, sizes_of(stages)), gpus).shortfalls()
     raise DoesNotFit(
-        "does not fit, not even in 4 bits, with streamed text encoders and a shard on each GPU: "
+        "it does not fit, not even in 4 bits, with streamed text encoders and a shard on each GPU: "
         + "; ".join(lacking)
     )
 
@@ -63,26 +63,29 @@ def _stages(
 def _shared(stages: Stages, sizes_of: SizesOf, memory: int) -> Stages:
     """With shares that cover what each process needs; at most a whole GPU, which may be too little."""
     sizes = sizes_of(stages)
-
-    def share(ranks: tuple[RankSizes, ...]) -> dict[str, float]:
-        return {"num_gpus": min(1.0, math.ceil(100 * max(rank.need_bytes for rank in ranks) / memory) / 100)}
-
+    transformer = _share(sizes.denoise.ranks, memory)
+    if stages.transformer.shards * stages.transformer.max_replicas > 1:
+        transformer = max(transformer, MORE_THAN_HALF)
     return Stages(
-        stages.encoder.model_copy(update=share(sizes.encode.ranks)),
-        stages.transformer.model_copy(update=share(sizes.denoise.ranks)),
-        stages.vae.model_copy(update=share(sizes.decode.ranks)),
+        stages.encoder.model_copy(update={"num_gpus": _share(sizes.encode.ranks, memory)}),
+        stages.transformer.model_copy(update={"num_gpus": transformer}),
+        stages.vae.model_copy(update={"num_gpus": _share(sizes.decode.ranks, memory)}),
     )
 
 
-def _streamed(stages: Stages, sizes_of: SizesOf, gpus: tuple[Gpu, ...], memory: int) -> Stages:
-    """With a budget for the text encoders' weights: what transformer and VAE leave of some GPU."""
-    others = _placed(stages, sizes_of, gpus, without_encoder=True)
-    room = max(1 - sum(process.num_gpus for process in others.on(gpu)) for gpu in gpus)
-    [rank] = sizes_of(stages).encode.ranks
-    left_gib = (room * memory - rank.working_bytes - OVERHEAD_BYTES) / GIB
-    limit_gib = max(_STEP_GIB, math.floor(left_gib / _STEP_GIB) * _STEP_GIB)
-    encoder = stages.encoder.model_copy(update={"vram_limit_gib": limit_gib})
-    return _shared(replace(stages, encoder=encoder), sizes_of, memory)
+def _share(ranks: tuple[RankSizes, ...], memory: int) -> float:
+    return min(1.0, math.ceil(1000 * max(rank.need_bytes for rank in ranks) / memory) / 1000)
+
+
+def _budgets(stages: Stages, sizes_of: SizesOf, gpus: tuple[Gpu, ...], memory: int) -> list[float]:
+    """GiB of the text encoders' weights on a GPU: what transformer and VAE leave of some GPU, or both of one."""
+    demands = demands_of(stages, sizes_of(stages))
+    [rank] = demands.pop("encode").ranks
+    others = place(demands, gpus)
+    rooms = [1 - sum(process.num_gpus for process in others.on(gpu)) for gpu in gpus]
+    rooms = [max(rooms), 1 - stages.transformer.num_gpus - stages.vae.num_gpus]
+    budgets = [(room * memory - rank.working_bytes - OVERHEAD_BYTES) / GIB for room in rooms]
+    return [max(_STEP_GIB, math.floor(budget / _STEP_GIB) * _STEP_GIB) for budget in budgets]
 
 
 def _filled(stages: Stages, sizes_of: SizesOf, gpus: tuple[Gpu, ...], memory: int) -> Stages:
@@ -90,11 +93,9 @@ def _filled(stages: Stages, sizes_of: SizesOf, gpus: tuple[Gpu, ...], memory: in
     shards = stages.transformer.shards
     for num_replicas in range(len(gpus) // shards, 0, -1):
         for more_shards in range(_most_shards(stages, sizes_of, len(gpus) // num_replicas), shards - 1, -1):
-            transformer = stages.transformer.model_copy(update={"shards": more_shards})
+            counts = {"shards": more_shards, "min_replicas": num_replicas, "max_replicas": num_replicas}
+            transformer = stages.transformer.model_copy(update=counts)
             filled = _shared(replace(stages, transformer=transformer), sizes_of, memory)
-            share = max(filled.transformer.num_gpus, MORE_THAN_HALF if num_replicas > 1 else 0.0)
-            counts = {"min_replicas": num_replicas, "max_replicas": num_replicas, "num_gpus": share}
-            filled = replace(filled, transformer=filled.transformer.model_copy(update=counts))
             if _fits(filled, sizes_of, gpus):
                 return filled
     return stages
@@ -117,13 +118,6 @@ def _balanced(stages: Stages, sizes_of: SizesOf, times: Times | None) -> Stages:
 
 
 def _fits(stages: Stages, sizes_of: SizesOf, gpus: tuple[Gpu, ...]) -> bool:
-    return not _placed(stages, sizes_of, gpus).shortfalls()
-
-
-def _placed(
-    stages: Stages, sizes_of: SizesOf, gpus: tuple[Gpu, ...], *, without_encoder: bool = False
-) -> Placement:
+    """In whatever order Ray starts the stages."""
     demands = demands_of(stages, sizes_of(stages))
-    if without_encoder:
-        del demands["encode"]
-    return place(demands, gpus)
+    return not place(demands, gpus).shortfalls() and blocked_by_order(demands, gpus) is None

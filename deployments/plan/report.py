@@ -132,7 +132,7 @@ def _processes(plan: Plan) -> Table:
             _in_gib(sizes.weights_bytes),
             _in_gib(sizes.device_bytes),
             _in_gib(sizes.working_bytes),
-            _in_gib(sizes.need_bytes),
+            _in_gib(sizes.need_bytes if process.num_gpus else sizes.device_bytes + sizes.working_bytes),
             f"{process.num_gpus:g}",
             ", ".join(map(str, process.gpus)) or ("-" if process.num_gpus else "CPU"),
         )

@@ -37,7 +37,7 @@ class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        for value in tree_leaves(output):
+        for value in (output,) if isinstance(output, torch.Tensor) else tree_leaves(output):
             if isinstance(value, torch.Tensor):
                 self.hold(value)
         return output

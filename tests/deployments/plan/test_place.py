@@ -1,7 +1,7 @@
 """Processes to GPUs."""
 
 from cluster.inventory import parse_gpus
-from deployments.plan.place import Demand, Placement, place
+from deployments.plan.place import Demand, Placement, blocked_by_order, place
 from deployments.plan.sizes import OVERHEAD_BYTES, RankSizes
 
 GIB = 2**30
@@ -83,3 +83,17 @@ def test_a_stage_without_gpus_stays_on_the_cpu() -> None:
     placement = place({"encode": Demand((rank(12),), 0)}, parse_gpus("1x16GiB"))
     assert where(placement, "encode") == []
     assert not placement.shortfalls()
+
+
+def test_small_stages_that_come_first_can_block_a_group() -> None:
+    group = Demand((rank(12), rank(12)), 0.8)
+    gpus = parse_gpus("2x16GiB")
+    small = {"encode": Demand((rank(3),), 0.2), "denoise": group, "decode": Demand((rank(3),), 0.2)}
+    assert blocked_by_order(small, gpus) == ("encode", "decode", "denoise")
+    smaller = {"encode": Demand((rank(1),), 0.1), "denoise": group, "decode": Demand((rank(1),), 0.1)}
+    assert blocked_by_order(smaller, gpus) is None
+
+
+def test_shards_of_half_a_gpu_may_meet_on_one() -> None:
+    demands = {"denoise": Demand((rank(6), rank(6)), 0.5)}
+    assert place(demands, parse_gpus("2x16GiB")).crowded_groups() == [0]

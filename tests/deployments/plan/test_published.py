@@ -11,7 +11,7 @@ from deployments.engine.load import open_denoiser
 from deployments.families import FAMILIES
 from deployments.memory.config import MemoryConfig
 from deployments.memory.stored import as_stored, stored_bytes
-from deployments.plan.place import place
+from deployments.plan.place import blocked_by_order, place
 from deployments.plan.plan import Stages, demands_of
 from deployments.plan.propose import DoesNotFit, propose
 from tests.deployments.plan.published import FOLDER, MODELS, model_config, sizes_of
@@ -61,7 +61,7 @@ PROPOSED = {
     ("qwen-image", "4x24GiB"): (None, 3, 1),
     ("qwen-image", "8x80GiB"): (None, 1, 8),
     ("wan", "2x16GiB"): ("int8", 2, 1),
-    ("wan", "4x24GiB"): (None, 4, 1),
+    ("wan", "4x24GiB"): (None, 3, 1),
     ("wan", "8x80GiB"): (None, 1, 8),
 }
 """Format, shards and replicas of the transformer."""
@@ -73,8 +73,11 @@ def test_a_config_is_proposed_that_fits(name: str, gpus: str) -> None:
     transformer = stages.transformer
     kind = None if transformer.quantization is None else transformer.quantization.kind
     assert (kind, transformer.shards, transformer.max_replicas) == PROPOSED[name, gpus]
-    placement = place(demands_of(stages, sizes_of(name)(stages)), parse_gpus(gpus))
+    demands = demands_of(stages, sizes_of(name)(stages))
+    placement = place(demands, parse_gpus(gpus))
     assert not placement.shortfalls()
+    assert not placement.crowded_groups()
+    assert blocked_by_order(demands, parse_gpus(gpus)) is None
     assert all(placement.used_bytes(gpu) <= gpu.memory_bytes for gpu in placement.gpus)
 
 
