@@ -12,8 +12,23 @@ from serve_app.app import build_app
 from serve_app.cli import cli
 from serve_app.config import ConfigError, load_app_config
 
-ROOT = Path(__file__).parents[2]
-QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
+CONFIG = """
+applications:
+  - name: relay
+    import_path: serve_app.app:build_app
+    args:
+      model: {name: tiny, checkpoint: tiny://flux, defaults: {width: 128, height: 128, num_inference_steps: 8}}
+      encoder: {max_sequence_length: 128}
+      transformer: {num_gpus: %s}
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """On the CPU."""
+    path = tmp_path / "config.yaml"
+    path.write_text(CONFIG % 0)
+    return path
 
 
 def relay(*args: object) -> str:
@@ -22,8 +37,8 @@ def relay(*args: object) -> str:
     return result.output
 
 
-def test_a_config_is_planned_without_gpus() -> None:
-    output = relay("plan", QUICKSTART)
+def test_a_config_is_planned_without_gpus(config: Path) -> None:
+    output = relay("plan", config)
     assert [line for line in output.splitlines() if "denoise 0 rank 0" in line and "CPU" in line]
     assert "128x128" in output
 
@@ -49,24 +64,23 @@ def test_a_proposed_config_is_served_as_it_was_planned(tmp_path: Path) -> None:
 
 
 def test_a_plan_that_does_not_fit_says_by_how_much_and_fails(tmp_path: Path) -> None:
-    text = (ROOT / "configs" / "quickstart.yaml").read_text()
     config = tmp_path / "config.yaml"
-    config.write_text(text.replace("transformer: {num_cpus: 1}", "transformer: {num_gpus: 0.5}"))
+    config.write_text(CONFIG % 0.5)
     result = CliRunner().invoke(cli, ["plan", str(config), "--gpus", "1x1GiB"])
     assert result.exit_code == 1
     assert "does not fit: denoise 0 rank 0 needs 0.9 GiB" in " ".join(result.output.split())
 
 
-def test_a_profile_is_measured_and_planned_with(tmp_path: Path) -> None:
+def test_a_profile_is_measured_and_planned_with(config: Path, tmp_path: Path) -> None:
     out = tmp_path / "profile.json"
-    output = relay("profile", QUICKSTART, "--out", out, "--size", "64x64", "--steps", 2)
+    output = relay("profile", config, "--out", out, "--size", "64x64", "--steps", 2)
     assert "64x64: encode" in output
     times = read_profile(out).times["64x64"]
     assert len(times.blocks_s) == 8
     assert times.num_forwards == 8  # the config's steps, not the two that were measured
     assert min(times.encode_s, times.decode_s, *times.blocks_s) > 0
     planned = tmp_path / "plan.json"
-    relay("plan", QUICKSTART, "--size", "64x64", "--profile", out, "--json", planned)
+    relay("plan", config, "--size", "64x64", "--profile", out, "--json", planned)
     found = json.loads(planned.read_text())
     assert found["bound_per_s"] == pytest.approx(1 / max(found["stage_s"].values()))
     assert found["stage_s"]["denoise"] == pytest.approx(times.rank_s(0, 8))
@@ -78,12 +92,13 @@ def test_a_profile_is_measured_and_planned_with(tmp_path: Path) -> None:
         ([], "nothing to plan: name a config, or a checkpoint by --model"),
         (["--model", "tiny://flux"], "say which by --gpus"),
         (["--model", "tiny://flux", "--gpus", "two"], "write 2x16GiB"),
-        ([QUICKSTART, "--model", "tiny://flux"], "leave out --model"),
-        ([QUICKSTART, "--size", "big"], "write 1024x1024"),
-        ([QUICKSTART, "--size", "65x64"], "multiples of 16"),
+        (["CONFIG", "--model", "tiny://flux"], "leave out --model"),
+        (["CONFIG", "--size", "big"], "write 1024x1024"),
+        (["CONFIG", "--size", "65x64"], "multiples of 16"),
         (["--model", "tiny://flux", "--gpus", "1x0.5GiB"], "it does not fit"),
     ],
 )
-def test_mistakes_are_told(args: list[str], message: str) -> None:
+def test_mistakes_are_told(config: Path, args: list[str], message: str) -> None:
+    args = [str(config) if argument == "CONFIG" else argument for argument in args]
     with pytest.raises(ConfigError, match=message):
         CliRunner().invoke(cli, ["plan", *args], catch_exceptions=False)
