@@ -7,6 +7,7 @@ from contextlib import aclosing
 from dataclasses import asdict
 from typing import Any
 
+from cluster.metrics import StageMetrics, export_regularly
 from deployments.config import ModelConfig
 from deployments.request import NO_NEWS, GenerationRequest, StreamOptions
 from serve_app.config import LimitsConfig
@@ -36,7 +37,8 @@ class Relay:
         self._stages = Stages(encoder, transformer, vae)
         self.validator = Validator(model, family, limits)
         self._created = int(time.time())
-        self._num_requests = 0
+        self._metrics = StageMetrics(stage="ingress", rank=0, model=model.name)
+        export_regularly(self._metrics.export_requests)
 
     async def run(self, requests: list[GenerationRequest]) -> list[Picture]:
         """Pictures in the order of their requests, which share one prompt. Raises a RelayError."""
@@ -56,17 +58,14 @@ class Relay:
     ) -> AsyncGenerator[Event | None, None]:
         """What happens until all pictures are there, as `generate` tells it. Raises a RelayError."""
         limit = self._limits.max_concurrent_requests
-        if self._num_requests >= limit:
-            raise Overloaded(f"{self._num_requests} requests are in progress; the limit is {limit}")
-        self._num_requests += 1
-        try:
+        if self._metrics.num_in_flight >= limit:
+            raise Overloaded(f"{self._metrics.num_in_flight} requests are in progress; the limit is {limit}")
+        with self._metrics.request():
             timeout_s = self._limits.request_timeout_s
             news = generate(self._stages, requests, options, timeout_s=timeout_s, heartbeat_s=heartbeat_s)
             async with aclosing(news) as events:
                 async for event in events:
                     yield event
-        finally:
-            self._num_requests -= 1
 
     def model(self) -> ModelCard:
         """What clients may want to know before they ask for a picture."""
@@ -109,7 +108,7 @@ class Relay:
         except TimeoutError as error:
             raise Unavailable(f"a stage did not answer within {STATUS_TIMEOUT_S:g} s; see /health") from error
         stages = {name: asdict(of) for name, of in statuses.items()}
-        return {"model": self._model.name, "num_in_progress": self._num_requests, **stages}
+        return {"model": self._model.name, "num_in_progress": self._metrics.num_in_flight, **stages}
 
 
 async def _ping(stage: Any) -> str:

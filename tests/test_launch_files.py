@@ -1,0 +1,227 @@
+"""The files in cluster/launch: Ray's own readers take them, and their nodes have room for the app they start."""
+
+import copy
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+from ray.autoscaler._private.resource_demand_scheduler import get_bin_pack_residual
+from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.serve.schema import ServeDeploySchema
+
+from cluster.serve_options import plan_serve_options
+from deployments.config import StageConfig
+from serve_app.config import AppConfig, load_app_config, parse_app_config
+
+ROOT = Path(__file__).parent.parent
+LAUNCH = ROOT / "cluster" / "launch"
+[RAY_VERSION] = re.findall(r"^ray==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+
+# https://github.com/ray-project/kuberay/blob/master/docs/reference/api.md; `labels`: KubeRay 1.5
+RAY_SERVICE_SPEC = {
+    "serveConfigV2",
+    "rayClusterConfig",
+    "serveService",
+    "upgradeStrategy",
+    "excludeHeadPodFromServeSvc",
+}
+RAY_CLUSTER_SPEC = {
+    *("suspend", "managedBy", "autoscalerOptions", "headServiceAnnotations", "enableInTreeAutoscaling"),
+    *("gcsFaultToleranceOptions", "headGroupSpec", "rayVersion", "workerGroupSpecs"),
+}
+AUTOSCALER_OPTIONS = {
+    *("resources", "image", "imagePullPolicy", "securityContext", "idleTimeoutSeconds", "upscalingMode"),
+    *("version", "env", "envFrom", "volumeMounts"),
+}
+HEAD_GROUP_SPEC = {
+    "template",
+    "headService",
+    "enableIngress",
+    "rayStartParams",
+    "serviceType",
+    "labels",
+    "resources",
+}
+WORKER_GROUP_SPEC = {
+    *("suspend", "groupName", "replicas", "minReplicas", "maxReplicas", "idleTimeoutSeconds"),
+    *("rayStartParams", "template", "scaleStrategy", "numOfHosts", "labels", "resources"),
+}
+POD_SPEC = {"containers", "tolerations", "volumes"}
+CONTAINER = {"name", "image", "ports", "resources", "volumeMounts"}
+"""Of Kubernetes' PodSpec and Container, what is used here."""
+
+
+@dataclass(frozen=True)
+class NodeType:
+    """Nodes of one kind: how many there are at first and at most, and what each of them offers."""
+
+    min_nodes: int
+    max_nodes: int
+    resources: dict[str, float]
+    labels: dict[str, str]
+
+
+def node_types(autoscaler_config: dict[str, Any]) -> list[NodeType]:
+    """Of the workers: the head offers stages nothing."""
+    types = dict(autoscaler_config["available_node_types"])
+    head = types.pop(autoscaler_config["head_node_type"])
+    assert head["resources"]["CPU"] == 0
+    return [
+        NodeType(kind["min_workers"], kind["max_workers"], kind["resources"], kind.get("labels", {}))
+        for kind in types.values()
+    ]
+
+
+def launcher_config() -> dict[str, Any]:
+    config: dict[str, Any] = prepare_config(yaml.safe_load((LAUNCH / "cluster.yaml").read_text()))
+    return config
+
+
+def ray_service() -> dict[str, Any]:
+    volume, service = yaml.safe_load_all((LAUNCH / "rayservice.yaml").read_text())
+    assert (volume["kind"], service["kind"]) == ("PersistentVolumeClaim", "RayService")
+    found: dict[str, Any] = service
+    return found
+
+
+def kubernetes_config() -> dict[str, Any]:
+    """As Ray's autoscaler reads the cluster of the RayService; it checks fields, quantities and labels."""
+    cluster = {"metadata": {"name": "c", "namespace": "n"}, "spec": ray_service()["spec"]["rayClusterConfig"]}
+    config: dict[str, Any] = _derive_autoscaling_config_from_ray_cr(cluster)
+    return config
+
+
+def kubernetes_app() -> AppConfig:
+    serve_config = yaml.safe_load(ray_service()["spec"]["serveConfigV2"])
+    ServeDeploySchema.model_validate(serve_config)
+    return parse_app_config(serve_config["applications"][0]["args"])
+
+
+def launcher_app() -> AppConfig:
+    """Of the config that the launcher's head of comment tells to deploy."""
+    [path] = re.findall(r"serve deploy latent-relay/(\S+\.yaml)", (LAUNCH / "cluster.yaml").read_text())
+    return load_app_config(ROOT / path)
+
+
+def unplaced(app: AppConfig, types: Sequence[NodeType], *, nodes: str, replicas: str) -> list[dict[str, float]]:
+    """What finds no room, by Ray's own bin packing, on so many nodes of every type.
+
+    Every node has one GPU, so what fits the node fits a GPU.
+    """
+    assert all(kind.resources["GPU"] == 1 for kind in types)
+    offers = [copy.copy(kind.resources) for kind in types for _ in range(getattr(kind, nodes))]
+    labels = [kind.labels for kind in types for _ in range(getattr(kind, nodes))]
+    left_over: list[dict[str, float]] = []
+    for stage in (app.transformer, app.encoder, app.vae):
+        here = [i for i, of in enumerate(labels) if stage.label_selector.items() <= of.items()]
+        left, offered = get_bin_pack_residual([offers[i] for i in here], bundles(stage) * getattr(stage, replicas))
+        left_over += left
+        for i, offer in zip(here, offered, strict=True):
+            offers[i] = offer
+    return left_over
+
+
+def bundles(stage: StageConfig) -> list[dict[str, float]]:
+    """What one replica takes, as the app will ask for it."""
+    options = plan_serve_options(stage, graceful_shutdown_timeout_s=0, num_shards=stage.num_ranks)
+    actor = options["ray_actor_options"]
+    found: list[dict[str, float]] = options.get(
+        "placement_group_bundles", [{"CPU": actor["num_cpus"], "GPU": actor["num_gpus"]}]
+    )
+    return found
+
+
+CLUSTERS = {
+    "cluster.yaml": (launcher_app, launcher_config),
+    "rayservice.yaml": (kubernetes_app, kubernetes_config),
+}
+
+
+@pytest.mark.parametrize("file", CLUSTERS)
+def test_the_app_fits_the_nodes_that_are_there_at_first(file: str) -> None:
+    app, config = CLUSTERS[file]
+    assert unplaced(app(), node_types(config()), nodes="min_nodes", replicas="min_replicas") == []
+
+
+@pytest.mark.parametrize("file", CLUSTERS)
+def test_the_app_fits_the_largest_cluster_when_it_has_scaled_up(file: str) -> None:
+    app, config = CLUSTERS[file]
+    assert unplaced(app(), node_types(config()), nodes="max_nodes", replicas="max_replicas") == []
+
+
+@pytest.mark.parametrize("file", CLUSTERS)
+def test_a_cluster_without_one_of_its_nodes_would_be_too_small(file: str) -> None:
+    app, config = CLUSTERS[file]
+    first, *others = node_types(config())
+    smaller = NodeType(first.min_nodes - 1, first.max_nodes, first.resources, first.labels)
+    assert unplaced(app(), [smaller, *others], nodes="min_nodes", replicas="min_replicas") != []
+
+
+def test_ray_takes_the_launchers_file() -> None:
+    validate_config(launcher_config())
+
+
+def test_the_ray_service_has_documented_fields_only() -> None:
+    service = ray_service()
+    assert service["apiVersion"] == "ray.io/v1"
+    assert service["spec"].keys() <= RAY_SERVICE_SPEC
+    cluster = service["spec"]["rayClusterConfig"]
+    assert cluster.keys() <= RAY_CLUSTER_SPEC
+    assert cluster["autoscalerOptions"].keys() <= AUTOSCALER_OPTIONS
+    assert cluster["headGroupSpec"].keys() <= HEAD_GROUP_SPEC
+    for group in cluster["workerGroupSpecs"]:
+        assert group.keys() <= WORKER_GROUP_SPEC
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        assert pod.keys() <= POD_SPEC
+        assert all(container.keys() <= CONTAINER for container in pod["containers"])
+        mounted = {mount["name"] for mount in pod["containers"][0].get("volumeMounts", [])}
+        assert mounted == {volume["name"] for volume in pod.get("volumes", [])}
+
+
+def test_every_worker_pod_has_a_limit_of_gpus_equal_to_its_request() -> None:
+    for group in ray_service()["spec"]["rayClusterConfig"]["workerGroupSpecs"]:
+        resources = group["template"]["spec"]["containers"][0]["resources"]
+        assert resources["limits"] == resources["requests"]
+        assert resources["limits"]["nvidia.com/gpu"] == "1"
+
+
+def test_every_stage_selects_a_group_and_every_group_is_selected() -> None:
+    app = kubernetes_app()
+    selected = {stage.label_selector["stage"] for stage in (app.encoder, app.transformer, app.vae)}
+    groups = ray_service()["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    assert selected == {group["labels"]["stage"] for group in groups} == {group["groupName"] for group in groups}
+
+
+def test_all_files_name_the_version_of_ray_that_is_tested() -> None:
+    image = f"rayproject/ray:{RAY_VERSION}-py311-gpu"
+    assert launcher_config()["docker"]["image"] == image
+    assert dockerfile("FROM") == [[image]]
+    assert ray_service()["spec"]["rayClusterConfig"]["rayVersion"] == RAY_VERSION
+
+
+def dockerfile(instruction: str) -> list[list[str]]:
+    """Words of every such instruction."""
+    lines = (LAUNCH / "Dockerfile").read_text().splitlines()
+    return [shlex.split(line)[1:] for line in lines if line.startswith(f"{instruction} ")]
+
+
+def test_the_image_holds_all_packages_and_nothing_that_is_not_there() -> None:
+    sources = {word for words in dockerfile("COPY") for word in words[1:-1]}
+    assert all((ROOT / source).exists() for source in sources)
+    assert {"cluster", "deployments", "serve_app", "pyproject.toml", "constraints.txt"} <= sources
+    ignored = (LAUNCH / "Dockerfile.dockerignore").read_text().splitlines()
+    assert {line.removeprefix("!") for line in ignored if line.startswith("!")} == sources
+
+
+def test_the_images_command_serves_a_config_that_it_holds() -> None:
+    [command] = re.findall(r"^CMD (\[.*\])$", (LAUNCH / "Dockerfile").read_text(), re.MULTILINE)
+    *serve, config = yaml.safe_load(command)
+    assert serve == ["serve", "run"]
+    load_app_config(ROOT / config)
