@@ -17,6 +17,7 @@ import torch
 from diffusers import DiffusionPipeline
 from ray import serve
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import TracingConfig
 
 from deployments.checkpoints.source import fetch_checkpoint
 from deployments.config import ModelConfig
@@ -51,7 +52,8 @@ def serve_url(ray_cluster: None) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    tracing = TracingConfig(enabled=True, sampling_ratio=0.0)  # spans of what a client samples, and of nothing else
+    serve.start(http_options={"host": "127.0.0.1", "port": port}, tracing_config=tracing)
     yield f"http://127.0.0.1:{port}"
     serve.shutdown()
 

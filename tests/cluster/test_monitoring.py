@@ -127,6 +127,11 @@ def test_every_alert_is_explained(alert: dict[str, Any]) -> None:
     assert alert["labels"]["severity"] in {"critical", "warning"}
 
 
+def test_every_metric_is_explained() -> None:
+    explained = set(re.findall(r"`(relay_\w+)`", (ROOT / "docs" / "operations.md").read_text()))
+    assert explained == {*COUNTERS, *GAUGES, *HISTOGRAMS}
+
+
 def run_promtool(*args: str) -> None:
     run = subprocess.run(["promtool", *args], cwd=FOLDER, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr

@@ -97,13 +97,12 @@ def test_status_tells_replicas_queues_blocks_and_bytes(flux_app: Any) -> None:
     assert encoder["pid"] != vae["pid"]
 
 
-def test_the_status_at_a_glance_has_a_row_per_process(flux_app: Any) -> None:
+def test_the_status_at_a_glance_can_be_made_of_what_the_app_tells(flux_app: Any) -> None:
     console = Console(width=160, record=True, file=io.StringIO())
     console.print(status_table(fetch_status(flux_app.url)))
     text = console.export_text()
     for stage in ("encoder", "transformer", "vae"):
         assert re.search(rf"│ {stage} +│ HEALTHY +│ 1 ", text), text
-    assert "by blocks 0-7" in text
 
 
 def test_a_request_id_and_a_trace_are_answered_and_in_every_stages_log(flux_app: Any) -> None:
