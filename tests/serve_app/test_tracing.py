@@ -12,10 +12,15 @@ from typing import Any
 
 import pytest
 import ray
+import yaml
 from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from ray.serve._private.tracing_utils import _load_span_processors
+from ray.serve.schema import TracingConfig
 
 from serve_app.tracing import otlp
 
+OPERATIONS = Path(__file__).parent.parent.parent / "docs" / "operations.md"
 CALLS = ("Encoder encode", "Transformer denoise", "Vae decode")
 
 
@@ -50,6 +55,14 @@ def wait_for_spans(trace_id: str, names: set[str]) -> list[dict[str, Any]]:
 def parse(text: str) -> list[dict[str, Any]]:
     """Serve writes one indented JSON object after another; the last may be half written."""
     return [json.loads(part) for part in re.findall(r"^\{$.*?^\}$", text, re.MULTILINE | re.DOTALL)]
+
+
+def test_serve_takes_the_documented_line_of_config() -> None:
+    [line] = re.findall(r"^tracing_config: .*$", OPERATIONS.read_text(), re.MULTILINE)
+    config = TracingConfig(**yaml.safe_load(line)["tracing_config"])
+    [processor] = _load_span_processors(config.exporter_import_path, "unused.json")
+    assert isinstance(processor, BatchSpanProcessor)
+    processor.shutdown()
 
 
 class Collector(BaseHTTPRequestHandler):
