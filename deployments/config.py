@@ -21,6 +21,7 @@ class DefaultsConfig(Config):
     num_inference_steps: int | None = Field(None, ge=1)
     guidance_scale: float | None = Field(None, ge=0)
     true_cfg_scale: float | None = Field(None, ge=0)
+    negative_prompt: str | None = Field(None, description='"" guides away from no prompt, where a scale is above 1')
     num_frames: int | None = Field(None, ge=1)
     fps: int | None = Field(None, ge=1, le=120)
 
@@ -31,7 +32,8 @@ class ModelConfig(Config):
     name: str = Field(min_length=1, description="what clients put into `model`")
     checkpoint: str = Field(
         min_length=1,
-        description="a local folder, a hub id, or tiny://FAMILY (small, random weights)",
+        description="a local folder, a hub id, embedded://shapes (small, draws coloured shapes) or tiny://FAMILY "
+        "(smaller, random weights)",
     )
     family: str | None = Field(None, description="None: read from the checkpoint's model_index.json")
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")

@@ -95,12 +95,13 @@ class Validator:
         """Fields of a GenerationRequest."""
         self.check_model(body.model)
         self._check_prompt(body.prompt)
-        self._check_length("negative_prompt", body.negative_prompt or "")
+        negative = self.defaults.negative_prompt if body.negative_prompt is None else body.negative_prompt
+        self._check_length("negative_prompt", negative or "")
         width, height = self._size(body.size)
         guidance_scale, true_cfg_scale = self._guidance(body)
-        is_guided = self.family.is_guided(guidance_scale, true_cfg_scale, body.negative_prompt is not None)
+        is_guided = self.family.is_guided(guidance_scale, true_cfg_scale, negative is not None)
         return {
-            "prompt": Prompt(body.prompt, body.negative_prompt if is_guided else None, is_guided),
+            "prompt": Prompt(body.prompt, negative if is_guided else None, is_guided),
             "width": width,
             "height": height,
             "num_frames": 1,

@@ -1,6 +1,7 @@
 """Every YAML in configs/ is parsed and planned; the ones that this machine can run are run by `serve run`."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -18,7 +19,7 @@ from serve_app.config_docs import render_config_docs
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-TINY = [path for path in CONFIGS if "tiny://" in path.read_text()]
+LOCAL = [path for path in CONFIGS if re.search("(tiny|embedded)://", path.read_text())]
 MODEL = {"name": "m", "checkpoint": "tiny://flux"}
 
 
@@ -61,8 +62,8 @@ def test_the_two_card_config_holds_two_shards() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", TINY, ids=lambda path: path.stem)
-def test_a_tiny_config_runs_by_serve_run_and_ends_without_a_trace(path: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", LOCAL, ids=lambda path: path.stem)
+def test_a_config_without_downloads_runs_by_serve_run_and_ends_without_a_trace(path: Path, tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -24,6 +24,7 @@ class Defaults:
     num_inference_steps: int
     guidance_scale: float | None
     true_cfg_scale: float | None
+    negative_prompt: str | None = None
     num_frames: int = 1
     fps: int = 16
 

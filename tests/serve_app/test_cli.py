@@ -12,9 +12,12 @@ import numpy as np
 import psutil
 import pytest
 import ray
+import torch
+from diffusers import FluxPipeline
 from PIL import Image
 from ray import serve
 
+from deployments.checkpoints.source import fetch_checkpoint
 from serve_app.config import APP_NAME
 
 pytestmark = pytest.mark.slow
@@ -56,16 +59,25 @@ def test_tiny_names_the_families_when_asked_for_another() -> None:
     assert "allowed: flux, sd15, sdxl, sd3, qwen-image, wan" in done.stderr
 
 
-def test_generate_starts_an_app_of_its_own_and_leaves_no_process(tmp_path: Path, plain: Any) -> None:
-    out = tmp_path / "fox.png"
+def test_train_shapes_refuses_a_folder_whose_checkpoint_is_complete(tmp_path: Path) -> None:
+    (tmp_path / "shapes").mkdir()
+    done = relay("train-shapes", str(tmp_path))
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith("shapes is complete; remove it, or name another folder")
+
+
+def test_generate_starts_an_app_of_its_own_and_leaves_no_process(tmp_path: Path) -> None:
+    out = tmp_path / "circle.png"
+    prompt = "a red circle"
     before = {process.pid for process in psutil.process_iter()}
-    done = relay("generate", "a fox", "--config", QUICKSTART, "--seed", "7", "--steps", "3", "--out", str(out))
+    done = relay("generate", prompt, "--config", QUICKSTART, "--seed", "7", "--steps", "3", "--out", str(out))
     assert done.returncode == 0, done.stderr
     assert "image/png, seed 7" in done.stderr
-    settings = {"width": 128, "height": 128, "num_inference_steps": 3, "max_sequence_length": 128}
-    expected = plain("flux", "a fox", seed=7, **settings)
+    plain = FluxPipeline.from_pretrained(fetch_checkpoint("embedded://shapes", ()))
+    settings = {"width": 128, "height": 128, "num_inference_steps": 3, "max_sequence_length": 32}
+    [expected] = plain(prompt, generator=torch.Generator().manual_seed(7), **settings).images
     assert np.array_equal(np.asarray(Image.open(out)), np.asarray(expected))
-    left = [p for p in psutil.process_iter(["cmdline"]) if p.pid not in before and is_of(p, "tiny://flux")]
+    left = [p for p in psutil.process_iter(["cmdline"]) if p.pid not in before and is_of(p, "embedded://shapes")]
     assert left == []
 
 

@@ -1,18 +1,22 @@
-"""Trains the transformer by rectified flow, over latents made once and text encoders that can read."""
+"""Trains the transformer by rectified flow, over latents made once and text encoders that can read.
+
+First what belongs where, in much noise; then, from the averaged weights of that, outlines, in less.
+"""
 
 import copy
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from rich.progress import track
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from deployments.checkpoints.shapes.autoencoder import State, learning_rate_factor, to_tensor
-from deployments.checkpoints.shapes.models import VAE_FACTOR, build_transformer
+from deployments.checkpoints.shapes.models import VAE_FACTOR
 from deployments.checkpoints.shapes.plan import BASE_SIZE, Plan, Size
 from deployments.checkpoints.shapes.reading import ReadingTraining
 from deployments.checkpoints.shapes.scene import Scene, random_scene, render_scene
@@ -20,25 +24,54 @@ from deployments.checkpoints.shapes.sheet import write_comparison
 from deployments.checkpoints.shapes.text import MAX_SEQUENCE_LENGTH
 from deployments.checkpoints.shapes.wording import describe, describe_unseen
 
-_STREAM, _POOL_STREAM, _SHEET_STREAM = 2, 3, 4
+_POOL_STREAM, _SHEET_STREAM = 3, 4
 _OTHER_SHARE = 0.2
 """Of the steps that see another size or a longer padded text, from a quarter of the training on."""
 _TEXT_LENGTHS = (MAX_SEQUENCE_LENGTH, MAX_SEQUENCE_LENGTH, 64, 128, 512)
 _EMPTY_SHARE = 0.03
 """Of the prompts that say nothing, so that guidance over an empty negative prompt works."""
-_TIME_MEAN, _TIME_STD = 1.2, 1.2
-"""Of the logit-normal timesteps (arXiv 2403.03206), a little towards noise, where the layout is decided."""
+_TIME_STD = 1.2
+"""Of the logit-normal timesteps (arXiv 2403.03206)."""
 _WARMUP = 150
 _EMA_DECAY = 0.999
 _SHIFT = 1.5
 
 
+@dataclass(frozen=True)
+class FlowPhase:
+    """What differs between the two."""
+
+    num_steps: int
+    lr: float
+    time_mean: float
+    """Of the logits of the timesteps; above 0 is towards noise, where the layout is decided."""
+    stream: int
+    """Of random numbers."""
+
+
+def layout_phase(plan: Plan) -> FlowPhase:
+    return FlowPhase(plan.num_flow_steps, plan.flow_lr, time_mean=1.2, stream=2)
+
+
+def outline_phase(plan: Plan) -> FlowPhase:
+    return FlowPhase(plan.num_outline_steps, plan.outline_lr, time_mean=0.0, stream=6)
+
+
 class FlowTraining:
     """One phase of the training; what is saved and sampled is the moving average of the weights."""
 
-    def __init__(self, plan: Plan, vae: AutoencoderKL, reading: ReadingTraining, pool_file: Path) -> None:
-        self._plan = plan
-        self.num_steps = plan.num_flow_steps
+    def __init__(
+        self,
+        plan: Plan,
+        phase: FlowPhase,
+        transformer: FluxTransformer2DModel,
+        vae: AutoencoderKL,
+        reading: ReadingTraining,
+        pool_file: Path,
+    ) -> None:
+        """transformer: where its weights begin; it is not changed itself."""
+        self._plan, self._phase = plan, phase
+        self.num_steps = phase.num_steps
         self.vae = vae.eval().requires_grad_(False)
         self._pool = _make_pool(plan, vae, pool_file)
         base = self._pool[BASE_SIZE]
@@ -46,15 +79,15 @@ class FlowTraining:
         self._clip_tokenizer, self._t5_tokenizer = reading.clip_tokenizer, reading.t5_tokenizer
         self._clip = reading.clip.eval().requires_grad_(False)
         self._t5 = reading.t5.eval().requires_grad_(False)
-        self._live = build_transformer().train()
-        self._average = copy.deepcopy(self._live).eval().requires_grad_(False)
+        self._live = copy.deepcopy(transformer).requires_grad_(True).train()
+        self.average = copy.deepcopy(self._live).eval().requires_grad_(False)
         self._optimizer = torch.optim.AdamW(
-            self._live.parameters(), plan.flow_lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+            self._live.parameters(), phase.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True
         )
 
     def step(self, step: int) -> float:
         """One optimiser step; returns the mean squared error of the velocity."""
-        rng = np.random.default_rng([self._plan.seed, _STREAM, step])
+        rng = np.random.default_rng([self._plan.seed, self._phase.stream, step])
         size, text_length = self._choose_shape(step, rng)
         num_tokens = text_length + size[0] * size[1] // (2 * VAE_FACTOR) ** 2
         chosen = rng.integers(len(self._pool[size]), size=max(1, self._plan.tokens_per_step // num_tokens))
@@ -66,7 +99,7 @@ class FlowTraining:
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(self._live.parameters(), 1.0)
         for group in self._optimizer.param_groups:
-            group["lr"] = self._plan.flow_lr * learning_rate_factor(step, self.num_steps, _WARMUP)
+            group["lr"] = self._phase.lr * learning_rate_factor(step, self.num_steps, _WARMUP)
         self._optimizer.step()
         self._update_average(step)
         return loss.item()
@@ -80,7 +113,7 @@ class FlowTraining:
             tokenizer_2=self._t5_tokenizer,
             text_encoder=self._clip,
             text_encoder_2=self._t5,
-            transformer=self._average,
+            transformer=self.average,
         )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
@@ -104,13 +137,13 @@ class FlowTraining:
     def state_dict(self) -> State:
         return {
             "live": self._live.state_dict(),
-            "average": self._average.state_dict(),
+            "average": self.average.state_dict(),
             "optimizer": self._optimizer.state_dict(),
         }
 
     def load_state_dict(self, state: State) -> None:
         self._live.load_state_dict(state["live"])
-        self._average.load_state_dict(state["average"])
+        self.average.load_state_dict(state["average"])
         self._optimizer.load_state_dict(state["optimizer"])
 
     def _choose_shape(self, step: int, rng: np.random.Generator) -> tuple[Size, int]:
@@ -125,7 +158,7 @@ class FlowTraining:
         generator = torch.Generator().manual_seed(seed)
         clean = FluxPipeline._pack_latents(latents, batch, channels, height, width)
         noise = torch.randn(clean.shape, generator=generator)
-        sigmas = torch.sigmoid(torch.randn(batch, generator=generator) * _TIME_STD + _TIME_MEAN)
+        sigmas = torch.sigmoid(torch.randn(batch, generator=generator) * _TIME_STD + self._phase.time_mean)
         mixed = torch.lerp(clean, noise, sigmas[:, None, None])
         clip_ids = self._clip_tokenizer(prompts, padding=True, truncation=True, return_tensors="pt").input_ids
         t5_ids = self._t5_tokenizer(
@@ -147,7 +180,7 @@ class FlowTraining:
     @torch.no_grad()
     def _update_average(self, step: int) -> None:
         weight = 1 - min(_EMA_DECAY, (1 + step) / (10 + step))
-        averages: list[Tensor] = list(self._average.parameters())
+        averages: list[Tensor] = list(self.average.parameters())
         values: list[Tensor] = list(self._live.parameters())
         torch._foreach_lerp_(averages, values, weight)
 

@@ -31,6 +31,8 @@ class Plan:
     tokens_per_step: int = 24 * 96
     """Text and image tokens of one batch, whatever the size: 24 pictures of 128 x 128 with 32 text tokens."""
     flow_lr: float = 1.6e-3
+    num_outline_steps: int = 2400
+    outline_lr: float = 8e-4
     num_sheets: int = 12
     """Sample sheets per phase."""
     num_sheet_prompts: int = 16

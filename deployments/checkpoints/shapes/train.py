@@ -1,4 +1,4 @@
-"""`relay train-shapes`: three phases, resumable, with sample sheets on the way and a checkpoint at the end.
+"""`relay train-shapes`: four phases, resumable, with sample sheets on the way and a checkpoint at the end.
 
 OUT_DIR/training.pt           where it stands: written every minute, by rename
 OUT_DIR/latents.safetensors   the scenes that the transformer learns from
@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from deployments.checkpoints.shapes.autoencoder import AutoencoderTraining, State
-from deployments.checkpoints.shapes.flow import FlowTraining
+from deployments.checkpoints.shapes.flow import FlowTraining, layout_phase, outline_phase
+from deployments.checkpoints.shapes.models import build_transformer
 from deployments.checkpoints.shapes.plan import EMBEDDED_PLAN, Plan
 from deployments.checkpoints.shapes.reading import ReadingTraining
 from deployments.checkpoints.shapes.sheet import write_contact_sheet
@@ -49,9 +50,12 @@ def train_shapes(out_dir: Path, plan: Plan = EMBEDDED_PLAN, console: Console | N
         run.train("autoencoder", autoencoder)
         reading = ReadingTraining(plan)
         run.train("reading", reading)
-        flow = FlowTraining(plan, autoencoder.vae, reading, out_dir / "latents.safetensors")
-        run.train("flow", flow)
-    _write_checkpoint(flow.pipeline(), checkpoint)
+        read_and_seen = (autoencoder.vae, reading, out_dir / "latents.safetensors")
+        layout = FlowTraining(plan, layout_phase(plan), build_transformer(), *read_and_seen)
+        run.train("flow", layout)
+        outline = FlowTraining(plan, outline_phase(plan), layout.average, *read_and_seen)
+        run.train("outline", outline)
+    _write_checkpoint(outline.pipeline(), checkpoint)
     write_contact_sheet(checkpoint, out_dir / "shapes.png")
     return checkpoint
 
@@ -71,6 +75,8 @@ class _Run:
         done, state = self._state.get(name, (0, None))
         if state is not None:
             phase.load_state_dict(state)
+        if done == phase.num_steps:
+            return
         sheet_every = max(1, phase.num_steps // self._plan.num_sheets)
         saved_at = time.monotonic()
         columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.4f}"))
@@ -86,8 +92,7 @@ class _Run:
                 if time.monotonic() > saved_at + self._plan.save_every_s:
                     self._save(name, step + 1, phase)
                     saved_at = time.monotonic()
-        if done < phase.num_steps:
-            self._save(name, phase.num_steps, phase)
+        self._save(name, phase.num_steps, phase)
 
     def _save(self, name: str, step: int, phase: Phase) -> None:
         self._state[name] = (step, phase.state_dict())

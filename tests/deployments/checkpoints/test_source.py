@@ -96,6 +96,20 @@ def test_an_unknown_tiny_family_is_refused_with_the_choices() -> None:
         fetch_checkpoint("tiny://dalle", [])
 
 
+def test_an_embedded_checkpoint_lies_in_the_package_and_says_its_family_in_its_index() -> None:
+    folder = fetch_checkpoint("embedded://shapes", ["transformer", "vae", "text_encoder", "tokenizer_2"])
+    assert folder == REPO_ROOT / "deployments" / "checkpoints" / "embedded" / "shapes"
+    assert detect_family("embedded://shapes", None) == "flux"
+
+
+@pytest.mark.parametrize("name", ["cats", "", "../shapes", "shapes/vae"])
+def test_an_unknown_embedded_checkpoint_is_refused_with_the_choices(name: str) -> None:
+    with pytest.raises(ValueError, match="is not embedded; choose one of: shapes"):
+        fetch_checkpoint(f"embedded://{name}", [])
+    with pytest.raises(ValueError, match="is not embedded; choose one of: shapes"):
+        detect_family(f"embedded://{name}", None)
+
+
 @pytest.mark.parametrize("path", ["/no/such/model", "./no/such", "../no-such", "~/no-such-model"])
 def test_a_path_that_does_not_exist_is_never_taken_for_a_hub_id(path: str) -> None:
     with pytest.raises(FileNotFoundError, match="looks like a path"):

@@ -1,8 +1,8 @@
 """The training of `shapes`, at a scale of seconds."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +22,7 @@ TOY = Plan(
     num_other_scenes=2,
     other_sizes=((96, 64),),
     num_flow_steps=4,
+    num_outline_steps=3,
     tokens_per_step=2 * 96,
     num_sheets=2,
     num_sheet_prompts=2,
@@ -31,9 +32,10 @@ TOY = Plan(
 
 
 LAST_LAYERS = {
-    "AutoencoderTraining": ("vae", "decoder.conv_out.weight"),
-    "ReadingTraining": ("all", "clip.weight"),
-    "FlowTraining": ("average", "proj_out.weight"),
+    "autoencoder": ("vae", "decoder.conv_out.weight"),
+    "reading": ("all", "clip.weight"),
+    "flow": ("average", "proj_out.weight"),
+    "outline": ("average", "proj_out.weight"),
 }
 """Per phase, what of its state holds which layer."""
 
@@ -62,6 +64,9 @@ def test_samples_are_written_on_the_way(trained: Path) -> None:
         "autoencoder-00003.png",
         "flow-00002.png",
         "flow-00004.png",
+        "outline-00001.png",
+        "outline-00002.png",
+        "outline-00003.png",
     ]
 
 
@@ -70,31 +75,37 @@ def test_a_training_interrupted_in_every_phase_goes_on_as_if_it_had_not_been(
 ) -> None:
     """Up to rounding, in most of a last layer: Adam makes whole steps of the rounding of gradients near zero."""
     interrupted = {}
-    for phase, (part, layer) in LAST_LAYERS.items():
-        step = getattr(train, phase).step
+    step_phase = train._Run.train
 
-        def step_twice(self: object, number: int, step: Callable[[object, int], float] = step) -> float:
-            if number == 2:
+    def interrupt_after_two(self: Any, name: str, phase: Any) -> None:
+        step = phase.step
+
+        def step_twice(number: int) -> float:
+            if number == 2 and name not in interrupted:
                 raise Interrupted
-            return step(self, number)
+            return float(step(number))
 
-        with monkeypatch.context() as patch:
-            patch.setattr(getattr(train, phase), "step", step_twice)
-            with pytest.raises(Interrupted):
-                train_shapes(tmp_path, TOY)
-        interrupted[phase] = last_weights(tmp_path, part, layer)
+        phase.step = step_twice
+        step_phase(self, name, phase)
+
+    monkeypatch.setattr(train._Run, "train", interrupt_after_two)
+    for phase in LAST_LAYERS:
+        with pytest.raises(Interrupted):
+            train_shapes(tmp_path, TOY)
+        interrupted[phase] = last_weights(tmp_path, phase)
     assert not (tmp_path / "shapes").exists()
     train_shapes(tmp_path, TOY)
-    for phase, (part, layer) in LAST_LAYERS.items():
-        resumed, straight = last_weights(tmp_path, part, layer), last_weights(trained.parent, part, layer)
+    for phase in LAST_LAYERS:
+        resumed, straight = last_weights(tmp_path, phase), last_weights(trained.parent, phase)
         assert (resumed - straight).abs().median() < 0.2 * (interrupted[phase] - straight).abs().median(), phase
 
 
-def last_weights(out_dir: Path, part: str, layer: str) -> torch.Tensor:
-    """One layer of the phase that has this part, as last saved."""
-    state = torch.load(out_dir / "training.pt", weights_only=True)
-    [weights] = [saved[1][part] for saved in state.values() if isinstance(saved, tuple) and part in saved[1]]
-    return weights[layer]
+def last_weights(out_dir: Path, phase: str) -> torch.Tensor:
+    """One layer of this phase, as last saved."""
+    _, state = torch.load(out_dir / "training.pt", weights_only=True)[phase]
+    part, layer = LAST_LAYERS[phase]
+    weights: torch.Tensor = state[part][layer]
+    return weights
 
 
 def test_a_complete_checkpoint_is_never_overwritten(trained: Path) -> None:
