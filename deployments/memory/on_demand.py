@@ -12,6 +12,7 @@ from torch import nn
 
 from cluster.turn import Turn
 from deployments.config import StageConfig
+from deployments.memory.pinned import PinnedCopies
 
 
 class Guest(Protocol):
@@ -27,7 +28,8 @@ class HostCopies:
 
     def __init__(self, model: nn.Module, device: torch.device, *, is_pinned: bool = True) -> None:
         """The model's weights are in host memory. is_pinned: they are pinned there, for fast copies to CUDA."""
-        self._device, self._is_pinned = device, is_pinned and device.type == "cuda"
+        self._device = device
+        self._pinned = PinnedCopies() if is_pinned and device.type == "cuda" else None
         self._parameters = [(parameter, self._keep(parameter.data)) for parameter in model.parameters()]
         self._buffers = [
             (module, name, self._keep(buffer))
@@ -51,7 +53,7 @@ class HostCopies:
             module._buffers[name] = host
 
     def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.pin_memory() if self._is_pinned else tensor
+        return tensor if self._pinned is None else self._pinned.copy(tensor)
 
 
 class Moved:

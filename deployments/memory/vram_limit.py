@@ -17,6 +17,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import nn
 
+from deployments.memory.pinned import PinnedCopies
 from deployments.stats import VramLimitStats
 
 
@@ -72,7 +73,8 @@ class VramLimit:
         self, model: nn.Module, *, limit_bytes: int, device: torch.device, is_pinned: bool = True
     ) -> None:
         """The model's weights are in host memory. is_pinned: those that stream are pinned there, for CUDA."""
-        self._device, self._is_pinned = device, is_pinned and device.type == "cuda"
+        self._device = device
+        self._pinned = PinnedCopies() if is_pinned and device.type == "cuda" else None
         self._present_bytes = self._peak_bytes = self._streamed_bytes = 0
         self._leaves = list(_find_leaves(model))
         largest = max((leaf.num_bytes for leaf in self._leaves if not leaf.must_stay), default=0)
@@ -113,9 +115,9 @@ class VramLimit:
         self._present_bytes, self._latest = 0, None
 
     def _watch(self, leaf: _Leaf) -> None:
-        if leaf not in self._kept and self._is_pinned:
+        if leaf not in self._kept and self._pinned is not None:
             for weight in leaf.weights:
-                weight.host = weight.host.pin_memory()
+                weight.host = self._pinned.copy(weight.host)
                 weight.put(weight.host)
         for module in leaf.modules:
             module.register_forward_pre_hook(partial(self._bring, leaf), prepend=True)
