@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("serve_app", "deployments", "cluster")
 MAY_IMPORT = {"serve_app": set(PACKAGES), "deployments": {"deployments", "cluster"}, "cluster": {"cluster"}}
 RAY_FILES = {
+    "cluster/autoscaling.py",
     "cluster/metrics.py",
     "cluster/object_store_transport.py",
     "cluster/shard_group.py",
