@@ -25,8 +25,8 @@ serve: install  ## install, then serve CONFIG on PORT (http://127.0.0.1:8000)
 	sed 's/^\( *port:\).*/\1 $(PORT)/' $(CONFIG) > .venv/serve.yaml
 	$(BIN)/serve run .venv/serve.yaml
 
-test: install  ## install, then run the tests
-	$(BIN)/python -m pytest
+test: install  ## install, then run the tests, those on the Ray cluster beside the others
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --durations 25
 
 check: install  ## what CI runs first: ruff, mypy and the import arrows
 	$(BIN)/ruff check .

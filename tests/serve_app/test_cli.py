@@ -4,6 +4,7 @@ import io
 import os
 import subprocess
 import sys
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,16 @@ from serve_app.config import APP_NAME
 
 pytestmark = pytest.mark.slow
 
+MARK = "LATENT_RELAY_TEST"
 ROOT = Path(__file__).parent.parent.parent
 RELAY = str(Path(sys.executable).with_name("relay"))
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
 
 
-def relay(*args: str, ray_address: str = "local") -> subprocess.CompletedProcess[str]:
-    """In the repository's root; `ray_address` is where it looks for a running app."""
-    env = os.environ | {"RAY_ADDRESS": ray_address, "COLUMNS": "200", "NO_COLOR": "1"}
+def relay(*args: str, ray_address: str = "local", mark: str = "") -> subprocess.CompletedProcess[str]:
+    """In the repository's root; `ray_address` is where it looks for a running app, `mark` is in its environment
+    and in that of every process that comes of it."""
+    env = os.environ | {"RAY_ADDRESS": ray_address, "COLUMNS": "200", "NO_COLOR": "1", MARK: mark}
     return subprocess.run([RELAY, *args], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
 
 
@@ -69,20 +72,17 @@ def test_train_shapes_refuses_a_folder_whose_checkpoint_is_complete(tmp_path: Pa
 def test_generate_starts_an_app_of_its_own_and_leaves_no_process(tmp_path: Path) -> None:
     out = tmp_path / "circle.png"
     prompt = "a red circle"
-    before = {process.pid for process in psutil.process_iter()}
-    done = relay("generate", prompt, "--config", QUICKSTART, "--seed", "7", "--steps", "3", "--out", str(out))
+    mark = uuid.uuid4().hex
+    options = ["--config", QUICKSTART, "--seed", "7", "--steps", "3", "--out", str(out)]
+    done = relay("generate", prompt, *options, mark=mark)
     assert done.returncode == 0, done.stderr
     assert "image/png, seed 7" in done.stderr
     plain = FluxPipeline.from_pretrained(fetch_checkpoint("embedded://shapes", ()))
     settings = {"width": 128, "height": 128, "num_inference_steps": 3, "max_sequence_length": 32}
+    settings |= {"true_cfg_scale": 1.5, "negative_prompt": ""}
     [expected] = plain(prompt, generator=torch.Generator().manual_seed(7), **settings).images
     assert np.array_equal(np.asarray(Image.open(out)), np.asarray(expected))
-    left = [p for p in psutil.process_iter(["cmdline"]) if p.pid not in before and is_of(p, "embedded://shapes")]
-    assert left == []
-
-
-def is_of(process: psutil.Process, text: str) -> bool:
-    return any(text in word for word in process.info["cmdline"] or ())
+    assert [p for p in psutil.process_iter(["environ"]) if (p.info["environ"] or {}).get(MARK) == mark] == []
 
 
 def test_generate_asks_the_running_app(relay_app: Any, address: str, tmp_path: Path) -> None:
