@@ -16,6 +16,7 @@ import ray
 import torch
 from diffusers import DiffusionPipeline
 from ray import serve
+from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import TracingConfig
 
@@ -30,6 +31,13 @@ torch.set_num_threads(1)
 TEXT_TOKENS = 64
 """Of the prompt, here and there: FLUX would pad to 512."""
 PATIENCE_S = 60.0
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run in parallel, all tests of the one Ray cluster go to one process, and those of a file stay together."""
+    for item in items:
+        on_cluster = "ray_cluster" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("ray cluster" if on_cluster else item.path.name))
 
 
 @pytest.fixture(scope="session")
@@ -52,7 +60,9 @@ def serve_url(ray_cluster: None) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    tracing = TracingConfig(enabled=True, sampling_ratio=0.0)  # spans of what a client samples, and of nothing else
+    tracing = TracingConfig(
+        enabled=True, sampling_ratio=0.0
+    )  # of a request whose client samples, spans all the same
     serve.start(http_options={"host": "127.0.0.1", "port": port}, tracing_config=tracing)
     yield f"http://127.0.0.1:{port}"
     serve.shutdown()
@@ -119,7 +129,7 @@ def start_ingress(flux_app: App) -> Iterator[Callable[..., App]]:
     """Starts one more ingress, with limits of its own, over the stages of `flux_app`: seconds, not a minute."""
     apps: list[App] = []
 
-    def start(name: str, *, family: str = "flux", vae: str = "Vae", **limits: Any) -> App:
+    def start(name: str, *, family: str = "flux", vae: str | Application = "Vae", **limits: Any) -> App:
         model = ModelConfig.model_validate(
             {
                 "name": f"tiny-{family}",
@@ -127,7 +137,10 @@ def start_ingress(flux_app: App) -> Iterator[Callable[..., App]]:
                 "defaults": {"width": 64, "height": 64, "num_inference_steps": 4},
             }
         )
-        stages = [flux_app.deployment(stage) for stage in ("Encoder", "Transformer", vae)]
+        stages = [
+            flux_app.deployment(stage) if isinstance(stage, str) else stage
+            for stage in ("Encoder", "Transformer", vae)
+        ]
         ingress = serve.deployment(serve.ingress()(Ingress)).options(ray_actor_options={"num_cpus": 0})
         app = ingress.bind(model, family, LimitsConfig(**limits), *stages)
         handle = serve.run(app, name=name, route_prefix=f"/{name}")
