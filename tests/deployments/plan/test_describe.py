@@ -32,10 +32,10 @@ def held_by_ranks(model: ModelConfig, family: str, config: TransformerConfig) ->
     return [sum(rank.keeper.stats().weights_bytes.values()) for rank in ranks]
 
 
-def held_by_stage(model: ModelConfig, family: str, stage: Stage) -> int:
+def held_by_stage(model: ModelConfig, family: str, stage: Stage, config: StageConfig) -> int:
     folder, index = fetch_stage(model, FAMILIES[family], stage)
     parts = stage_components(index, FAMILIES[family], stage)
-    models = loaded_models(load_pipeline(folder, index, parts, StageConfig(), variant=None)).values()
+    models = loaded_models(load_pipeline(folder, index, parts, config, variant=None)).values()
     tensors = {value.data_ptr(): value.nbytes for model in models for value in model.state_dict().values()}
     return sum(tensors.values())
 
@@ -46,8 +46,8 @@ def test_every_process_holds_what_was_planned(family: str) -> None:
     planned = described(model, family, shards=2)
     held = held_by_ranks(model, family, TransformerConfig(shards=2))
     assert [rank.weights_bytes for rank in planned.denoise.ranks] == held
-    assert planned.encode.ranks[0].weights_bytes == held_by_stage(model, family, "encode")
-    assert planned.decode.ranks[0].weights_bytes == held_by_stage(model, family, "decode")
+    assert planned.encode.ranks[0].weights_bytes == held_by_stage(model, family, "encode", EncoderConfig())
+    assert planned.decode.ranks[0].weights_bytes == held_by_stage(model, family, "decode", VaeConfig())
 
 
 def test_a_larger_model_holds_what_was_planned(tmp_path: Path) -> None:
@@ -55,7 +55,17 @@ def test_a_larger_model_holds_what_was_planned(tmp_path: Path) -> None:
     planned = described(model, "flux", shards=3, dtype="bfloat16")
     held = held_by_ranks(model, "flux", TransformerConfig(shards=3, dtype="bfloat16"))
     assert [rank.weights_bytes for rank in planned.denoise.ranks] == pytest.approx(held, rel=0.03)
-    assert max(held) < 1.2 * min(held)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_quantised_text_encoders_hold_what_was_planned(kind: str) -> None:
+    model = ModelConfig(name="tiny", checkpoint="tiny://flux")
+    encoder = EncoderConfig(dtype="bfloat16", quantization=kind, max_sequence_length=64)
+    sizes = Description(model, FAMILIES["flux"]).sizes(
+        encoder, TransformerConfig(), VaeConfig(), (MediaSize(64, 64),)
+    )
+    held = held_by_stage(model, "flux", "encode", encoder)
+    assert sizes.encode.ranks[0].weights_bytes == pytest.approx(held, rel=0.03)
 
 
 def test_larger_pictures_and_merged_forwards_need_more_working_memory() -> None:

@@ -88,8 +88,8 @@ def test_what_cannot_fit_says_what_is_missing() -> None:
 
 @pytest.mark.parametrize("num_gpus", [2, 4])
 @pytest.mark.parametrize("name", MODELS)
-def test_the_fullest_rank_holds_less_than_with_accelerates_automatic_map(name: str, num_gpus: int) -> None:
-    """accelerate has no head on every rank, and still its fullest GPU holds more, or as much."""
+def test_the_fullest_rank_holds_less_than_by_accelerates_automatic_map(name: str, num_gpus: int) -> None:
+    """Every rank has the embedders, which a device map has once: at 2 GPUs the cut may be the same but for them."""
     sizes = sizes_of(name)(Stages(BF16.encoder, TransformerConfig(dtype="bfloat16", shards=num_gpus), BF16.vae))
     skeleton = open_denoiser(model_config(name), FAMILIES[MODELS[name].family], BF16.transformer).skeleton
     whole = dict.fromkeys(range(num_gpus), 2**40)
@@ -99,7 +99,10 @@ def test_the_fullest_rank_holds_less_than_with_accelerates_automatic_map(name: s
     held = dict.fromkeys(set(device_map.values()), 0)
     for part, device in device_map.items():
         held[device] += part_bytes[part]
-    assert max(rank.weights_bytes for rank in sizes.denoise.ranks) <= 1.001 * max(held.values())
+    fullest = max(rank.weights_bytes for rank in sizes.denoise.ranks)
+    assert fullest <= max(held.values()) + sizes.head_bytes
+    if num_gpus == 4:
+        assert fullest < 0.98 * max(held.values())
 
 
 def test_published_configs_need_no_weights() -> None:
