@@ -7,7 +7,7 @@ from cluster.inventory import Gpu
 from deployments.plan.place import Process, gib
 from deployments.plan.plan import Plan
 
-COLUMN, GAP, HEIGHT, TOP, LEFT = 150, 24, 300, 70, 24
+COLUMN, GAP, HEIGHT, TOP, LEFT = 196, 28, 300, 70, 24
 """Pixels: a GPU's width, between GPUs, of the largest GPU, above and left of them."""
 COLOURS = {"encode": "#2a9d8f", "denoise": "#3a7bd5", "decode": "#e09f3e"}
 LEAST_LABELLED = 14
@@ -25,7 +25,7 @@ def draw_placement(plan: Plan) -> str:
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {max(width, 420)} {height}" '
         'font-family="sans-serif">',
-        "<style>text{font-size:12px;fill:#888}.title{font-size:15px}.on{fill:#fff}"
+        "<style>text{font-size:11px;fill:#888}.title{font-size:15px}.on{fill:#fff}"
         ".gpu{fill:none;stroke:#888}.over{fill:none;stroke:#d62828;stroke-width:2}</style>",
         f'<text class="title" x="{LEFT}" y="24">{escape(title)}</text>',
     ]

@@ -89,7 +89,7 @@ def test_what_cannot_fit_says_what_is_missing() -> None:
 @pytest.mark.parametrize("num_gpus", [2, 4])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_fullest_rank_holds_less_than_by_accelerates_automatic_map(name: str, num_gpus: int) -> None:
-    """Every rank has the embedders, which a device map has once: at 2 GPUs the cut may be the same but for them."""
+    """Every rank has the embedders, a device map has them once: at 2 GPUs that may be the whole difference."""
     sizes = sizes_of(name)(Stages(BF16.encoder, TransformerConfig(dtype="bfloat16", shards=num_gpus), BF16.vae))
     skeleton = open_denoiser(model_config(name), FAMILIES[MODELS[name].family], BF16.transformer).skeleton
     whole = dict.fromkeys(range(num_gpus), 2**40)
