@@ -54,6 +54,8 @@ class StageDay:
 
 def simulate_stage(arrivals: Times, stage: Stage, scaling: Scaling, *, day_s: int) -> StageDay:
     """arrivals: [N], rising. Requests of the last minutes are served after the day's end."""
+    if stage.min_replicas == stage.max_replicas:
+        return _simulate_fixed(arrivals, stage, day_s=day_s)
     pool = Pool(stage)
     scaler = Scaler(stage, scaling)
     times = arrivals.tolist()
@@ -75,6 +77,23 @@ def simulate_stage(arrivals: Times, stage: Stage, scaling: Scaling, *, day_s: in
         busy_gpu_s=len(times) * stage.service_s,
         held_gpu_s=pool.held_s(end_s) * stage.num_shards,
         held_gpus=held_gpus,
+    )
+
+
+def _simulate_fixed(arrivals: Times, stage: Stage, *, day_s: int) -> StageDay:
+    """Request i gets the slot that request i - num_slots leaves, for all take equally long: no need to step."""
+    num_slots, service_s = stage.max_replicas * stage.num_shards, stage.service_s
+    rounds = math.ceil(len(arrivals) / num_slots)
+    padded = np.concatenate([arrivals, np.full(rounds * num_slots - len(arrivals), np.inf)])
+    before = service_s * np.arange(rounds)[:, None]  # that a slot has worked when a round begins, if never idle
+    starts = np.maximum.accumulate(padded.reshape(rounds, num_slots) - before, axis=0) + before
+    departures = (starts + service_s).ravel()[: len(arrivals)]
+    end_s = max([float(day_s), *departures[-1:].tolist()])
+    return StageDay(
+        departures,
+        busy_gpu_s=len(arrivals) * service_s,
+        held_gpu_s=num_slots * end_s,
+        held_gpus=np.full(day_s, num_slots),
     )
 
 

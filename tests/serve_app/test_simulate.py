@@ -78,6 +78,18 @@ def test_no_request_is_lost_cut_or_served_by_a_gpu_that_nobody_holds(num_shards:
     assert day.held_gpu_s == pytest.approx(day.held_gpus.sum(), rel=0.01)
 
 
+@pytest.mark.parametrize("num_replicas", [1, 7])
+def test_fixed_replicas_are_what_autoscaling_is_that_never_scales(num_replicas: int) -> None:
+    """One is computed by a formula, the other slot by slot."""
+    arrivals = poisson(0.9 * num_replicas)
+    elastic = replace(fixed(num_replicas), max_replicas=num_replicas + 1)
+    never = replace(SCALING, upscale_delay_s=math.inf, downscale_delay_s=math.inf)
+    one, other = run(arrivals, fixed(num_replicas)), run(arrivals, elastic, never)
+    assert np.allclose(one.departures, other.departures)
+    assert one.held_gpu_s == pytest.approx(other.held_gpu_s)
+    assert np.array_equal(one.held_gpus, other.held_gpus)
+
+
 def test_fixed_replicas_are_held_all_day() -> None:
     day = run(poisson(2.0), fixed(6))
     assert day.held_gpu_s == pytest.approx(6 * DAY_S, rel=1e-3)
