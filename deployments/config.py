@@ -21,7 +21,7 @@ class DefaultsConfig(Config):
     num_inference_steps: int | None = Field(None, ge=1)
     guidance_scale: float | None = Field(None, ge=0)
     true_cfg_scale: float | None = Field(None, ge=0)
-    negative_prompt: str | None = Field(None, description='"" guides away from no prompt, where a scale is above 1')
+    negative_prompt: str | None = Field(None, description='"" guides away from no prompt, if a scale is above 1')
     num_frames: int | None = Field(None, ge=1)
     fps: int | None = Field(None, ge=1, le=120)
 

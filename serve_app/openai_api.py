@@ -153,6 +153,7 @@ class ModelDefaults(BaseModel):
     num_inference_steps: int
     guidance_scale: float | None
     true_cfg_scale: float | None
+    negative_prompt: str | None
     num_frames: int | None
     fps: int | None
 
@@ -192,7 +193,7 @@ class ModelList(BaseModel):
 
 class StageHealth(BaseModel):
     ok: bool
-    stages: dict[str, str] = Field(description='"ok", or what is wrong')
+    stages: dict[str, str] = Field(description='"ok"; "asleep", until a request comes; or what is wrong')
 
 
 class ErrorDetail(BaseModel):

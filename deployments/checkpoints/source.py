@@ -146,9 +146,7 @@ def _embedded_folder(checkpoint: str) -> Path:
     name = checkpoint.removeprefix(_EMBEDDED_PREFIX)
     names = sorted(index.parent.name for index in _EMBEDDED_FOLDER.glob(f"*/{_MODEL_INDEX}"))
     if name not in names:
-        raise ValueError(
-            f"checkpoint {checkpoint!r} is not embedded; choose one of: {', '.join(names)}"
-        )
+        raise ValueError(f"checkpoint {checkpoint!r} is not embedded; choose one of: {', '.join(names)}")
     return _EMBEDDED_FOLDER / name
 
 

@@ -101,7 +101,7 @@ class PacedShard:
 
 
 def _sleep(seconds: float) -> None:
-    """`time.sleep` alone wakes 0.3 ms late here, which is no fault of the pipeline; whoever has work goes first."""
+    """`time.sleep` alone wakes 0.3 ms late here, no fault of the pipeline; whoever has work goes first."""
     end = time.perf_counter() + seconds
     time.sleep(max(0.0, seconds - 0.0003))
     while time.perf_counter() < end:
