@@ -14,9 +14,10 @@ from serve_app.config import LimitsConfig
 from serve_app.errors import Overloaded, Unavailable
 from serve_app.generation import Event, Picture, Stages, generate
 from serve_app.openai_api import ModelCard, ModelDefaults, ModelLimits
-from serve_app.replicas import stage_statuses
+from serve_app.replicas import sleeping, stage_statuses
 from serve_app.validation import Validator
 
+OK, ASLEEP = "ok", "asleep"
 PING_TIMEOUT_S = 2.0
 STATUS_TIMEOUT_S = 10.0
 
@@ -82,6 +83,7 @@ class Relay:
                 num_inference_steps=own.num_inference_steps,
                 guidance_scale=own.guidance_scale,
                 true_cfg_scale=own.true_cfg_scale,
+                negative_prompt=own.negative_prompt,
                 num_frames=own.num_frames if is_video else None,
                 fps=own.fps if is_video else None,
             ),
@@ -96,9 +98,12 @@ class Relay:
         )
 
     async def health(self) -> dict[str, str]:
-        """Per stage "ok", or why it cannot serve now. Asks the stages: Serve says RUNNING too early."""
+        """Per stage OK or ASLEEP, or why it cannot serve now. Asks the stages: Serve says RUNNING too early."""
         stages = vars(self._stages)
-        return dict(zip(stages, await asyncio.gather(*map(_ping, stages.values())), strict=True))
+        asleep = await sleeping(stages)  # they are not asked, for a call would wake them
+        awake = {name: stage for name, stage in stages.items() if name not in asleep}
+        answers = dict(zip(awake, await asyncio.gather(*map(_ping, awake.values())), strict=True))
+        return {name: answers.get(name, ASLEEP) for name in stages}
 
     async def status(self) -> dict[str, Any]:
         """What every replica of every stage tells of itself, and Serve of them. Raises Unavailable."""
@@ -119,4 +124,4 @@ async def _ping(stage: Any) -> str:
         return f"no answer within {PING_TIMEOUT_S:g} s"
     except Exception as error:  # whatever it is, this stage cannot serve
         return f"{type(error).__name__}: {error}".partition("\n")[0]
-    return "ok"
+    return OK

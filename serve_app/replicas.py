@@ -8,6 +8,7 @@ from typing import Any
 from ray import serve
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import DeploymentStatus
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,17 @@ async def stage_statuses(stages: Mapping[str, DeploymentHandle]) -> dict[str, St
         name: _stage_status(applications, handle, of)
         for (name, handle), of in zip(stages.items(), replicas, strict=True)
     }
+
+
+async def sleeping(stages: Mapping[str, DeploymentHandle]) -> set[str]:
+    """Which of them have no replica and need none until a request comes."""
+    applications = await asyncio.to_thread(lambda: serve.status().applications)
+    return {name for name, handle in stages.items() if _sleeps(applications, handle)}
+
+
+def _sleeps(applications: Mapping[str, Any], handle: DeploymentHandle) -> bool:
+    told = applications[handle.app_name].deployments.get(handle.deployment_name)
+    return told is not None and told.status == DeploymentStatus.HEALTHY and not any(told.replica_states.values())
 
 
 def _stage_status(

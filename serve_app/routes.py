@@ -28,7 +28,7 @@ from serve_app.openai_api import (
     VideoBody,
 )
 from serve_app.page import add_page
-from serve_app.relay import Relay
+from serve_app.relay import ASLEEP, OK, Relay
 from serve_app.sse import HEARTBEAT_S, answer_with_events
 from serve_app.trace_ids import TraceIds
 from serve_app.validation import bad_request, parse_body
@@ -121,7 +121,7 @@ def build_api(relay: Relay) -> FastAPI:
     )
     async def health() -> JSONResponse:
         stages = await relay.health()
-        is_ok = all(state == "ok" for state in stages.values())
+        is_ok = all(state in (OK, ASLEEP) for state in stages.values())
         body = StageHealth(ok=is_ok, stages=stages).model_dump()
         return JSONResponse(body, 200 if is_ok else 503, headers={} if is_ok else {"Retry-After": "5"})
 

@@ -27,8 +27,8 @@ def draw_day(rows: Sequence[Row], held_gpus: Mapping[str, npt.NDArray[np.int64]]
             ".mid{text-anchor:middle}.end{text-anchor:end}</style>",
             *_legend(colours),
             *_curves(held_gpus, colours, rows[-1]["gpus"]),
-            *_bars(rows, colours, "use", "use of held GPUs", left=MARGIN, unit=100, form="{:.0f} %"),
-            *_bars(rows, colours, "p95_s", "p95 latency", left=WIDTH // 2 + MARGIN, unit=1, form="{:.0f} s"),
+            *_bars(rows, colours, "use", "use of held GPUs", left=MARGIN, longest=1.0, form="{:.0%}"),
+            *_bars(rows, colours, "p95_s", "p95 latency", left=WIDTH // 2 + MARGIN, longest=60.0, form="{:.0f} s"),
             "</svg>\n",
         ]
     )
@@ -69,21 +69,19 @@ def _curves(
 
 
 def _bars(
-    rows: Sequence[Row], colours: Mapping[str, str], key: str, title: str, *, left: int, unit: float, form: str
+    rows: Sequence[Row], colours: Mapping[str, str], key: str, title: str, *, left: int, longest: float, form: str
 ) -> list[str]:
-    """A bar per row, longer than half the page never."""
-    longest = max(float(row[key]) for row in rows)
+    """A bar per row, beside the number of GPUs; one of more than `longest` is cut, and its label says how long."""
     marks = [f'<text x="{left}" y="{BARS_TOP - 20}">{title}</text>']
     y, gpus = float(BARS_TOP), None
     for row in rows:
         if row["gpus"] != gpus:
             gpus, y = row["gpus"], y + 6 * (gpus is not None)
             marks.append(f'<text class="end" x="{left - 6}" y="{y + 12:.0f}">{gpus}</text>')
-        length = float(row[key]) / longest * 210
+        value = float(row[key])
+        length = min(value / longest, 1) * 210
         colour = colours[str(row["placement"])]
         marks.append(f'<rect x="{left}" y="{y:.0f}" width="{length:.1f}" height="{BAR - 3}" fill="{colour}"/>')
-        marks.append(
-            f'<text x="{left + length + 5:.1f}" y="{y + 11:.0f}">{form.format(unit * float(row[key]))}</text>'
-        )
+        marks.append(f'<text x="{left + length + 5:.1f}" y="{y + 11:.0f}">{form.format(value)}</text>')
         y += BAR
     return marks

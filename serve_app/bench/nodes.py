@@ -1,7 +1,7 @@
-"""A Ray cluster of three nodes on this machine, with GPUs by name only: load comes and goes, nodes too.
+"""A Ray cluster of several nodes on this machine, with GPUs by name only: load comes and goes, nodes too.
 
-The head holds the ingress, workers hold the stages, each worker with room for one shard group of two. The plain
-pipeline in this process knows the right pictures.
+The head holds the ingress. Of a shard group of two, two small workers have room for one shard each, a large worker
+that joins for both. The plain pipeline in this process knows the right pictures.
 """
 
 import asyncio
@@ -16,6 +16,7 @@ import ray
 from ray import serve
 from ray.cluster_utils import Cluster
 from ray.serve.context import _get_global_client
+from ray.util.placement_group import placement_group_table
 
 from deployments.request import GenerationRequest
 from serve_app.app import build_app, build_validator
@@ -24,7 +25,9 @@ from serve_app.bench.report import Row, report
 from serve_app.bench.whole import PlainPipeline
 from serve_app.config import APP_NAME, AppConfig, parse_app_config
 
-WORKER = {"num_cpus": 2, "num_gpus": 2, "labels": {"has": "gpus"}, "object_store_memory": 2**27}
+HEAD = {"num_cpus": 1, "object_store_memory": 2**27}
+WORKER = HEAD | {"labels": {"has": "gpus"}}
+SMALL, LARGE = WORKER | {"num_gpus": 1}, WORKER | {"num_gpus": 2}
 NUM_CLIENTS = 16
 NUM_REQUESTS = 12
 """That are under way when their node dies."""
@@ -33,9 +36,9 @@ DRAIN_STEPS = 500
 
 
 def run(*, json_file: Path | None) -> None:
-    """Rows of `event`, `requests`, `answered`, `grey_levels`, `transformers` (running at last), `encoders` (most
-    there were) and `seconds`.
+    """Rows of `event`, `requests`, `answered`, `grey_levels`, `encoders`, `groups` and `seconds`.
 
+    encoders: the most that there have been. groups: the nodes on which each shard group lies, at the end.
     seconds: from the event until the cluster had the shape it should have, or until all were answered.
     """
     config = _config()
@@ -55,20 +58,29 @@ class Nodes:
         self._most_encoders = 0
 
     async def run(self) -> list[Row]:
-        return [await self._rise_and_join(), await self._fall(), await self._wake(), await self._die()]
+        events = (self._begin, self._rise_and_join, self._fall, self._wake, self._die)
+        return [await event() for event in events]
 
-    async def _rise_and_join(self) -> Row:
-        """16 clients instead of 1: a second shard group is wanted, but finds room only on a node that joins."""
+    async def _begin(self) -> Row:
+        """One client. No node has room for a whole shard group, so the replica warns that it is spread."""
+        start = time.perf_counter()
         async with self._load(1) as (bodies, answers):
             await self._until(lambda: len(answers) == 3)
-            assert len(_replicas("Transformer", "RUNNING", "STARTING")) == 1, "one client needs one shard group"
-        async with self._load(NUM_CLIENTS) as (more_bodies, more_answers):
+        [replica] = _replicas("Transformer", "RUNNING", "STARTING")
+        logs = Path(self._cluster.head_node.get_logs_dir_path())
+        log = (logs / replica["log_file_path"].lstrip("/")).read_text()
+        assert "they lie on 2" in log, f"no warning in {log}"
+        return self._row("one client", bodies, answers, time.perf_counter() - start)
+
+    async def _rise_and_join(self) -> Row:
+        """16 clients: a second shard group is wanted, but finds room only on a node that joins."""
+        async with self._load(NUM_CLIENTS) as (bodies, answers):
             await self._until(lambda: bool(_replicas("Transformer", "STARTING")))
-            node, joined = self._cluster.add_node(**WORKER), time.perf_counter()
+            node, joined = self._cluster.add_node(**LARGE), time.perf_counter()
             await self._until(lambda: len(_replicas("Transformer", "RUNNING")) == 2)
             seconds = time.perf_counter() - joined
             assert node.node_id in {replica["node_id"] for replica in _replicas("Transformer", "RUNNING")}
-        return self._row("node joins under load", bodies + more_bodies, answers + more_answers, seconds)
+        return self._row("node joins under load", bodies, answers, seconds)
 
     async def _fall(self) -> Row:
         """Two requests, one on each shard group; one group is no longer wanted, but works on until it is done.
@@ -90,8 +102,7 @@ class Nodes:
             "requests": len(answers),
             "answered": sum(not isinstance(answer, BaseException) for answer in answers),
             "grey_levels": 0,
-            "transformers": len(_replicas("Transformer", "RUNNING")),
-            "encoders": self._most_encoders,
+            **self._shape(),
             "seconds": time.perf_counter() - start,
         }
 
@@ -148,10 +159,14 @@ class Nodes:
         return {
             "event": event,
             **self._judge.judge(bodies, answers),
-            "transformers": len(_replicas("Transformer", "RUNNING")),
-            "encoders": self._most_encoders,
+            **self._shape(),
             "seconds": seconds,
         }
+
+    def _shape(self) -> Row:
+        placed = [group["bundles_to_node_id"] for group in placement_group_table().values() if _is_placed(group)]
+        groups = sorted(len(set(nodes.values())) for nodes in placed)
+        return {"encoders": self._most_encoders, "groups": " + ".join(map(str, groups))}
 
 
 async def _denoise(request: GenerationRequest) -> None:
@@ -166,6 +181,10 @@ def _replicas(deployment: str, *states: str) -> list[dict[str, Any]]:
     details = _get_global_client().get_serve_details()
     replicas: list[dict[str, Any]] = details["applications"][APP_NAME]["deployments"][deployment]["replicas"]
     return [replica for replica in replicas if replica["state"] in states]
+
+
+def _is_placed(group: dict[str, Any]) -> bool:
+    return bool(group["state"] == "CREATED")
 
 
 def _body(i: int) -> Body:
@@ -195,10 +214,11 @@ def _config() -> AppConfig:
 
 @contextmanager
 def _cluster() -> Iterator[Cluster]:
-    """A head without GPUs and one worker."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 2**27})
+    """A head without GPUs and two small workers."""
+    cluster = Cluster(initialize_head=True, head_node_args=HEAD)
     try:
-        cluster.add_node(**WORKER)
+        for _ in range(2):
+            cluster.add_node(**SMALL)
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
         yield cluster
     finally:

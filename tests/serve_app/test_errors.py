@@ -5,6 +5,9 @@ from typing import Any
 
 import pytest
 from openai import BadRequestError, NotFoundError, OpenAI
+from ray import serve
+
+from deployments.vae import Vae
 
 pytestmark = pytest.mark.slow
 PROMPT = {"prompt": "a cat"}
@@ -181,6 +184,18 @@ def test_health_is_a_503_that_names_the_stage_that_cannot_serve(start_ingress: C
     stages = answer.json()["stages"]
     assert not answer.json()["ok"]
     assert [name for name, state in stages.items() if state != "ok"] == ["vae"]
+
+
+def test_a_stage_that_sleeps_is_healthy_and_is_not_woken_to_say_so(start_ingress: Callable[..., Any]) -> None:
+    """The VAE starts asleep here, and would fail to wake: it is not given what it needs."""
+    scaling = {"min_replicas": 0, "initial_replicas": 0, "max_replicas": 1}
+    vae = serve.deployment(Vae).options(autoscaling_config=scaling).bind()
+    app = start_ingress("asleep", vae=vae)
+    for _ in range(3):
+        answer = app.client.get("/health")
+        assert answer.status_code == 200
+        assert answer.json()["stages"] == {"encoder": "ok", "transformer": "ok", "vae": "asleep"}
+    assert not any(serve.status().applications["asleep"].deployments["Vae"].replica_states.values())
 
 
 def test_one_request_too_many_gets_a_429_with_retry_after(
