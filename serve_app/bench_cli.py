@@ -123,5 +123,16 @@ def memory(
     )
 
 
+@bench.command()
+def gpu(
+    models: Annotated[str, typer.Option(help="flux, qwen-image, or both with a comma")] = "flux,qwen-image",
+    limit_s: Annotated[float, typer.Option(help="seconds for all; what will not fit is left out")] = 570.0,
+    json_file: JsonFile = None,
+    quick: Quick = False,
+) -> None:
+    """The memory techniques at FLUX's and Qwen-Image's sizes, random weights, each against its bound."""
+    _run("gpu", tuple(models.split(",")), is_quick=quick, limit_s=limit_s, json_file=json_file)
+
+
 def _run(name: str, *args: Any, **kwargs: Any) -> None:
     importlib.import_module(f"serve_app.bench.{name}").run(*args, **kwargs)

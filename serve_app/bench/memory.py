@@ -1,8 +1,9 @@
 """What every memory technique saves and costs: one model, one way at a time, each in a process of its own.
 
-load_s    until all three stages are loaded
-p50_s     one picture, from prompt to pixels, compiling and first touch not counted
-peak_mib  CUDA: the most that was allocated; CPU: the largest resident set, less that of the bare imports
+load_s       until all three stages are loaded
+p50_s        one picture, from prompt to pixels, compiling and first touch not counted
+peak_mib     CUDA: the most that was allocated; CPU: the largest resident set, less that of the bare imports
+switching_s  per picture, for weights to come and go by turns
 """
 
 import csv
@@ -16,6 +17,10 @@ from typing import Any
 
 from rich.progress import track
 
+from deployments.checkpoints.source import detect_family
+from deployments.config import ModelConfig, TransformerConfig
+from deployments.engine.load import open_denoiser
+from deployments.families import FAMILIES
 from serve_app.bench.frontier import draw_frontier
 from serve_app.bench.models import bench_model
 from serve_app.bench.report import Row, report
@@ -43,6 +48,7 @@ WAYS: dict[str, Stages | None] = {
     "nf4, model offload": _everywhere(offload="model") | _transformer(quantization="nf4", offload="model"),
     "compile": _transformer(compile=True),
     "model offload": _everywhere(offload="model"),
+    "on demand": _everywhere(on_demand=True),
     "group offload": _transformer(offload="group"),
     "disk offload": _transformer(offload="disk"),
     "vram limit, half": _transformer(vram_limit_gib=0.5),  # of the transformer's weights
@@ -73,11 +79,11 @@ def run(
         for way in track(ways, description="memory"):
             case = {
                 "model": config.model_dump(),
-                "stages": WAYS[way],
+                "stages": _in_gib(WAYS[way], config),
                 "pictures": num_pictures,
                 "steps": num_steps,
             }
-            measured[way] = _measure(case)
+            measured[way] = measure(case)
     plain = measured[PLAIN]
     rows: list[Row] = [
         {
@@ -87,6 +93,7 @@ def run(
             "peak_mib": of.get("peak_mib", "-"),
             "time_ratio": of["p50_s"] / plain["p50_s"] if "p50_s" in of else "-",
             "memory_ratio": of["peak_mib"] / plain["peak_mib"] if "p50_s" in of else "-",
+            "switching_s": of.get("switching_s", "-"),
             "error": of.get("error", ""),
         }
         for way, of in measured.items()
@@ -102,12 +109,29 @@ def run(
         svg_file.write_text(draw_frontier(points, x_label="peak memory, MiB", y_label="seconds per picture"))
 
 
-def _measure(case: Mapping[str, Any]) -> dict[str, Any]:
+def measure(case: Mapping[str, Any], timeout_s: float | None = None) -> dict[str, Any]:
     """In a process that ends with it, so that no way inherits another's memory."""
     command = [sys.executable, "-m", "serve_app.bench.memory_case"]
-    done = subprocess.run(command, input=json.dumps(case), capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(
+            command, input=json.dumps(case), capture_output=True, text=True, check=False, timeout=timeout_s
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": f"not done within {timeout_s:.0f} s"}
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         return {"error": lines[-1][:200]}
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
+
+
+def _in_gib(stages: Stages | None, model: ModelConfig) -> Stages | None:
+    """vram_limit_gib of WAYS is a share of the transformer's weights in float32."""
+    transformer = dict(stages or {}).get("transformer", {})
+    if stages is None or "vram_limit_gib" not in transformer:
+        return stages
+    family = model.family or detect_family(model.checkpoint, model.revision)
+    skeleton = open_denoiser(model, FAMILIES[family], TransformerConfig()).skeleton
+    num_bytes = sum(parameter.numel() for parameter in skeleton.parameters()) * 4
+    limit = transformer["vram_limit_gib"] * num_bytes / 2**30
+    return {**stages, "transformer": {**transformer, "vram_limit_gib": limit}}

@@ -7,7 +7,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from diffusers import DiffusionPipeline
 
 from deployments.checkpoints.source import detect_family, fetch_checkpoint
 from deployments.config import EncoderConfig, ModelConfig, TransformerConfig, VaeConfig
-from deployments.engine.load import open_denoiser
 from deployments.families import FAMILIES
 from deployments.stages import load_stage
 from serve_app.bench.models import bench_request, fail
@@ -32,7 +31,8 @@ def main() -> None:
     torch.set_num_threads(os.cpu_count() or 1)
     bare = _resident_bytes()
     start = time.perf_counter()
-    draw = _plain(model, case["steps"]) if case["stages"] is None else _relay(model, case["stages"], case["steps"])
+    build = _Plain if case["stages"] is None else _Relay
+    draw = build(model, case["stages"], case["steps"])
     load_s = time.perf_counter() - start
     draw()
     times = []
@@ -40,64 +40,76 @@ def main() -> None:
         start = time.perf_counter()
         draw()
         times.append(time.perf_counter() - start)
-    print(json.dumps({"load_s": load_s, "p50_s": statistics.median(times), "peak_mib": _peak(bare) / MIB}))
+    measured = {"load_s": load_s, "p50_s": statistics.median(times), "peak_mib": _peak(bare) / MIB}
+    print(json.dumps(measured | draw.stats()))
 
 
-def _relay(model: ModelConfig, stages: dict[str, Any], num_steps: int) -> Callable[[], None]:
-    family = model.family or detect_family(model.checkpoint, model.revision)
-    shared = {"num_gpus": 1, "torch_threads": os.cpu_count()} if HAS_GPU else {"torch_threads": os.cpu_count()}
-    tokens = None if FAMILIES[family].max_sequence_length is None else NUM_TEXT_TOKENS
-    encoder = EncoderConfig(**shared | {"max_sequence_length": tokens} | stages.get("encoder", {}))
-    transformer = TransformerConfig(**shared | _limited(model, family, stages.get("transformer", {})))
-    vae = VaeConfig(**shared | stages.get("vae", {}))
-    encoding = load_stage("encode", model, family, encoder)
-    denoising = load_stage("denoise", model, family, transformer)
-    decoding = load_stage("decode", model, family, vae)
-    denoising.connect(None, fail)
-    request = bench_request(model, family, num_steps)
+class _Relay:
+    """The three stages in this process, as their replicas run them."""
 
-    def draw() -> None:
-        seat = denoising.join()
+    def __init__(self, model: ModelConfig, stages: Mapping[str, Any], num_steps: int) -> None:
+        family = model.family or detect_family(model.checkpoint, model.revision)
+        shared = {"num_gpus": 1 if HAS_GPU else 0, "torch_threads": os.cpu_count()}
+        tokens = None if FAMILIES[family].max_sequence_length is None else NUM_TEXT_TOKENS
+        encoder = EncoderConfig(**shared | {"max_sequence_length": tokens} | stages.get("encoder", {}))
+        transformer = TransformerConfig(**shared | stages.get("transformer", {}))
+        vae = VaeConfig(**shared | stages.get("vae", {}))
+        self._encoding = load_stage("encode", model, family, encoder)
+        self._denoising = load_stage("denoise", model, family, transformer)
+        self._decoding = load_stage("decode", model, family, vae)
+        self._denoising.connect(None, fail)
+        self._request = bench_request(model, family, num_steps)
+        self._num_pictures = 0
+
+    def __call__(self) -> None:
+        seat = self._denoising.join()
         try:
-            embeds = encoding.encode(request.prompt)
-            latents = denoising.denoise(seat, embeds, request, on_step=lambda _step, _latents: None)
+            embeds = self._encoding.encode(self._request.prompt)
+            latents = self._denoising.denoise(seat, embeds, self._request, on_step=lambda _step, _latents: None)
         finally:
-            denoising.leave(seat)
-        decoding.decode(latents, request)
+            self._denoising.leave(seat)
+        self._decoding.decode(latents, self._request)
+        self._num_pictures += 1
 
-    return draw
+    def stats(self) -> dict[str, float]:
+        """Seconds per picture that turns took to change; the denoiser's most weights under its limit."""
+        keepers = (self._encoding.keeper, self._denoising.loaded.keeper, self._decoding.keeper)
+        memories = [keeper.stats() for keeper in keepers]
+        turns = [memory.turns for memory in memories if memory.turns is not None]
+        told = {}
+        if turns:
+            told["switching_s"] = sum(turn.arriving_s + turn.leaving_s for turn in turns) / self._num_pictures
+        for limit in memories[1].vram_limits:
+            told["limited_mib"] = limit.peak_bytes / MIB
+        return told
 
 
-def _limited(model: ModelConfig, family: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """vram_limit_gib is said as a share of the weights."""
-    if "vram_limit_gib" not in settings:
-        return settings
-    skeleton = open_denoiser(model, FAMILIES[family], TransformerConfig()).skeleton
-    num_bytes = sum(parameter.numel() for parameter in skeleton.parameters()) * 4
-    return settings | {"vram_limit_gib": settings["vram_limit_gib"] * num_bytes / 2**30}
+class _Plain:
+    """diffusers' own pipeline, all of it on the device."""
 
+    def __init__(self, model: ModelConfig, _stages: None, num_steps: int) -> None:
+        family = model.family or detect_family(model.checkpoint, model.revision)
+        folder = Path(fetch_checkpoint(model.checkpoint, (), revision=model.revision, variant=model.variant))
+        self._pipe: Any = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, variant=model.variant)
+        self._pipe.to("cuda" if HAS_GPU else "cpu")
+        self._pipe.set_progress_bar_config(disable=True)
+        self._request = bench_request(model, family, num_steps)
+        tokens = {} if FAMILIES[family].max_sequence_length is None else {"max_sequence_length": NUM_TEXT_TOKENS}
+        self._settings = {**FAMILIES[family].call(self._request), **tokens}
 
-def _plain(model: ModelConfig, num_steps: int) -> Callable[[], None]:
-    family = model.family or detect_family(model.checkpoint, model.revision)
-    folder = Path(fetch_checkpoint(model.checkpoint, (), revision=model.revision, variant=model.variant))
-    pipe: Any = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, variant=model.variant)
-    pipe.to("cuda" if HAS_GPU else "cpu")
-    pipe.set_progress_bar_config(disable=True)
-    request = bench_request(model, family, num_steps)
-    tokens = {} if FAMILIES[family].max_sequence_length is None else {"max_sequence_length": NUM_TEXT_TOKENS}
-
-    def draw() -> None:
-        pipe(
-            request.prompt.text,
-            width=request.width,
-            height=request.height,
-            num_inference_steps=num_steps,
-            generator=torch.Generator("cpu").manual_seed(request.seed),
-            **FAMILIES[family].call(request),
-            **tokens,
+    def __call__(self) -> None:
+        self._pipe(
+            self._request.prompt.text,
+            width=self._request.width,
+            height=self._request.height,
+            num_inference_steps=self._request.num_inference_steps,
+            generator=torch.Generator("cpu").manual_seed(self._request.seed),
+            **self._settings,
         )
 
-    return draw
+    def stats(self) -> dict[str, float]:
+        """It tells nothing more."""
+        return {}
 
 
 def _resident_bytes() -> int:

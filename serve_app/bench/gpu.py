@@ -1,0 +1,165 @@
+"""The memory techniques at published sizes, each against its bound, on one GPU without a network.
+
+Bounds are the figures of the guides that our users follow: diffusers' on compiling and offloading quantised models
+(FLUX.1-dev, RTX 4090; peak memory, and 32.6 s against 25.8 s compiled), DiffSynth-Studio's on Qwen-Image. Their GB
+are GiB. Every way runs in a process of its own; none is begun for which the time will not do.
+"""
+
+import json
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from deployments.config import ModelConfig
+from serve_app.bench.large import PUBLISHED, write_large
+from serve_app.bench.memory import Stages, measure
+from serve_app.bench.memory_case import HAS_GPU
+from serve_app.bench.report import Row, report
+
+GIB_PER_MIB = 1 / 1024
+
+
+@dataclass(frozen=True)
+class Way:
+    """One combination of techniques, and what it must reach."""
+
+    stages: Stages
+    most_gib: float | None = None
+    """Allocated on the GPU by all three stages together, activations included."""
+    faster_than: tuple[str, float] | None = None
+    """(another way, how many times as fast)"""
+    limit_gib: float | None = None
+    """Of the denoiser's weights."""
+
+
+def _ways(everywhere: Mapping[str, Any] | None = None, **stages: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """In bf16; what is said of a stage is beside, or over, what is said of all."""
+    return {
+        name: {"dtype": "bfloat16"} | dict(everywhere or {}) | dict(stages.get(name, {}))
+        for name in ("encoder", "transformer", "vae")
+    }
+
+
+_T5_NF4 = {"quantization": {"kind": "nf4", "components": ["text_encoder_2"]}, "max_sequence_length": 512}
+_NF4 = {"quantization": "nf4"}
+_OFFLOAD = {"offload": "model"}
+_FP8 = {"layerwise_casting": True}
+
+FLUX: Mapping[str, Way] = {
+    "nf4": Way(_ways(encoder=_T5_NF4, transformer=_NF4), most_gib=14.9),
+    "nf4, compile": Way(
+        _ways(encoder=_T5_NF4, transformer=_NF4 | {"compile": True}), most_gib=14.9, faster_than=("nf4", 1.26)
+    ),
+    "nf4, model offload": Way(_ways(_OFFLOAD, encoder=_T5_NF4, transformer=_NF4), most_gib=12.2),
+    "nf4, on demand": Way(_ways({"on_demand": True}, encoder=_T5_NF4, transformer=_NF4), most_gib=12.2),
+    "nf4, compile, model offload": Way(
+        _ways(_OFFLOAD, encoder=_T5_NF4, transformer=_NF4 | {"compile": True}), most_gib=12.2
+    ),
+    "bf16": Way(_ways()),
+    "bf16, compile": Way(_ways(transformer={"compile": True})),
+    "bf16, on demand": Way(_ways({"on_demand": True})),
+    "fp8 storage": Way(_ways(transformer=_FP8)),
+}
+
+
+def _limited(limit_gib: float, **transformer: Any) -> Way:
+    stages = _ways(_OFFLOAD, transformer={"offload": "none", "vram_limit_gib": limit_gib} | transformer)
+    return Way(stages, limit_gib=limit_gib)
+
+
+QWEN_IMAGE: Mapping[str, Way] = {
+    "model offload": Way(_ways(_OFFLOAD), most_gib=40),
+    "fp8 storage, model offload": Way(_ways(_OFFLOAD | _FP8, vae={"layerwise_casting": False}), most_gib=21),
+    "vram limit 4": _limited(4),
+    "vram limit 16": _limited(16),
+    "vram limit 40": _limited(40),
+    "vram limit 16, fp8": _limited(16, layerwise_casting=True),
+    "vram limit 16, files": _limited(16, host_copy="files"),
+    "on demand": Way(_ways({"on_demand": True}), most_gib=40),
+    "nf4": Way(_ways(transformer=_NF4)),
+}
+WAYS = {"flux": FLUX, "qwen-image": QWEN_IMAGE}
+NUM_STEPS = {"flux": 8, "qwen-image": 4}
+
+
+def run(families: tuple[str, ...], *, is_quick: bool, limit_s: float, json_file: Path | None) -> None:
+    """is_quick: tiny checkpoints and two steps at 64 x 64, on the CPU if need be: to see that everything runs."""
+    began = time.monotonic()
+    rows: list[Row] = []
+    for family in families:
+        with tempfile.TemporaryDirectory(prefix="latent-relay-") as folder:
+            Console().print(f"writing {family}: {time.monotonic() - began:.0f} s")
+            model = _write(family, Path(folder) / family, is_quick=is_quick)
+            rows += _run_family(model, family, is_quick=is_quick, deadline=began + limit_s)
+            if json_file is not None:
+                json_file.write_text(json.dumps(rows, indent=1))  # should the next family be cut off
+    report("memory techniques at published sizes" if not is_quick else "quick", rows, json_file)
+
+
+def _write(family: str, folder: Path, *, is_quick: bool) -> ModelConfig:
+    sizes = {"transformer": {}} if is_quick else PUBLISHED[family]
+    write_large(family, folder, sizes, torch.device("cuda" if HAS_GPU else "cpu"))
+    pixels = 64 if is_quick else 1024
+    return ModelConfig.model_validate(
+        {"name": family, "checkpoint": str(folder), "defaults": {"width": pixels, "height": pixels}}
+    )
+
+
+def _run_family(model: ModelConfig, family: str, *, is_quick: bool, deadline: float) -> list[Row]:
+    measured: dict[str, Mapping[str, Any]] = {}
+    slowest_s = 0.0
+    for name, way in WAYS[family].items():
+        began = time.monotonic()
+        if began + slowest_s > deadline:
+            measured[name] = {"error": "left out: there is no time for it"}
+            continue
+        case = {
+            "model": model.model_dump(),
+            "stages": way.stages,
+            "pictures": 1 if is_quick else 2,
+            "steps": 2 if is_quick else NUM_STEPS[family],
+        }
+        measured[name] = measure(case, timeout_s=max(1.0, deadline - began))
+        slowest_s = max(slowest_s, time.monotonic() - began)
+        Console().print(f"{family}, {name}: {json.dumps(measured[name])}")
+    return [_row(family, name, way, measured) for name, way in WAYS[family].items()]
+
+
+def _row(family: str, name: str, way: Way, measured: Mapping[str, Mapping[str, Any]]) -> Row:
+    of = measured[name]
+    return {
+        "model": family,
+        "way": name,
+        "load_s": of.get("load_s", "-"),
+        "p50_s": of.get("p50_s", "-"),
+        "peak_gib": of["peak_mib"] * GIB_PER_MIB if "peak_mib" in of else "-",
+        "limited_gib": of["limited_mib"] * GIB_PER_MIB if "limited_mib" in of else "-",
+        "switching_s": of.get("switching_s", "-"),
+        "holds": "-" if "error" in of or not HAS_GPU else judge(way, of, measured),
+        "error": of.get("error", ""),
+    }
+
+
+def judge(way: Way, of: Mapping[str, Any], measured: Mapping[str, Mapping[str, Any]]) -> str:
+    """ "yes", or what was missed, or "-" where nothing was to be reached."""
+    checks: list[tuple[bool, str]] = []
+    if way.most_gib is not None:
+        peak = of["peak_mib"] * GIB_PER_MIB
+        checks.append((peak <= way.most_gib, f"{peak:.1f} GiB, not {way.most_gib:g}"))
+    if way.limit_gib is not None:
+        weights = of["limited_mib"] * GIB_PER_MIB
+        checks.append((weights <= way.limit_gib, f"{weights:.1f} GiB of weights, not {way.limit_gib:g}"))
+    if way.faster_than is not None:
+        other, times = way.faster_than
+        if "p50_s" not in measured[other]:
+            return f"{other} did not run"
+        ratio = measured[other]["p50_s"] / of["p50_s"]
+        checks.append((ratio >= times, f"{ratio:.2f} times as fast as {other}, not {times:g}"))
+    missed = [text for has_held, text in checks if not has_held]
+    return "; ".join(missed) or ("yes" if checks else "-")

@@ -1,0 +1,116 @@
+"""Checkpoints of published sizes with random weights in bf16, made on the spot: nothing to download.
+
+Sizes are those of the published configs; vocabularies and tokenizers are the tiny checkpoint's.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+
+from deployments.checkpoints.source import fetch_checkpoint
+
+Settings = Mapping[str, Any]
+
+PUBLISHED: Mapping[str, Mapping[str, Settings]] = {
+    "flux": {
+        "text_encoder": {
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "projection_dim": 768,
+        },
+        "text_encoder_2": {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64},
+        "transformer": {
+            "num_layers": 19,
+            "num_single_layers": 38,
+            "num_attention_heads": 24,
+            "attention_head_dim": 128,
+            "joint_attention_dim": 4096,
+            "pooled_projection_dim": 768,
+            "axes_dims_rope": (16, 56, 56),
+        },
+        "vae": {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "norm_num_groups": 32},
+    },
+    "qwen-image": {
+        "text_encoder": {
+            "text_config": {
+                "hidden_size": 3584,
+                "intermediate_size": 18944,
+                "num_hidden_layers": 28,
+                "num_attention_heads": 28,
+                "num_key_value_heads": 4,
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "mrope_section": [16, 24, 24],
+                    "rope_theta": 1_000_000.0,
+                },
+            },
+            "vision_config": {
+                "depth": 32,
+                "hidden_size": 1280,
+                "intermediate_size": 3420,
+                "num_heads": 16,
+                "out_hidden_size": 3584,
+                "fullatt_block_indexes": [7, 15, 23, 31],
+            },
+        },
+        "transformer": {
+            "num_layers": 60,
+            "num_attention_heads": 24,
+            "attention_head_dim": 128,
+            "joint_attention_dim": 3584,
+            "axes_dims_rope": (16, 56, 56),
+        },
+        "vae": {"base_dim": 96, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2},
+    },
+}
+"""By family and component, what differs from the tiny checkpoint: FLUX.1-dev, Qwen-Image."""
+
+
+def write_large(family: str, folder: Path, sizes: Mapping[str, Settings], device: torch.device) -> None:
+    """A checkpoint in diffusers' layout: 34 GB for FLUX, 57 GB for Qwen-Image. Weights are drawn on `device`."""
+    tiny = fetch_checkpoint(f"tiny://{family}", ())
+    shutil.copytree(tiny, folder)
+    index = json.loads((tiny / "model_index.json").read_text())
+    for name, settings in sizes.items():
+        shutil.rmtree(folder / name)
+        library, class_name = index[name]
+        with _in_bf16(), device:
+            build = _build_diffusers if library == "diffusers" else _build_transformers
+            model = build(class_name, tiny / name, settings)
+        model.save_pretrained(folder / name)
+        del model
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+@contextmanager
+def _in_bf16() -> Iterator[None]:
+    """Parameters are made in bf16 meanwhile."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _build_diffusers(class_name: str, tiny: Path, settings: Settings) -> Any:
+    model_class: Any = getattr(diffusers, class_name)
+    return model_class.from_config({**model_class.load_config(tiny), **settings})
+
+
+def _build_transformers(class_name: str, tiny: Path, settings: Settings) -> Any:
+    model_class: Any = getattr(transformers, class_name)
+    values = model_class.config_class.from_pretrained(tiny).to_dict()
+    for key, value in settings.items():
+        values[key] = {**values[key], **value} if isinstance(value, Mapping) else value
+    return model_class(model_class.config_class.from_dict(values))
