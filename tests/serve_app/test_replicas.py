@@ -1,0 +1,86 @@
+"""Several replicas of the transformer, on one device by turns: the pictures of a request are spread over them."""
+
+import base64
+import io
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from ray import serve
+
+from cluster.serve_options import plan_serve_options
+from deployments.config import ModelConfig, TransformerConfig
+from deployments.stats import TransformerStats
+from deployments.transformer import Transformer
+from deployments.warm_up import WarmUp
+from serve_app.config import LimitsConfig
+from serve_app.ingress import Ingress
+from serve_app.validation import plan_warm_up
+from tests.conftest import PATIENCE_S, TEXT_TOKENS, App
+
+pytestmark = pytest.mark.slow
+
+MODEL = ModelConfig.model_validate(
+    {
+        "name": "tiny-flux",
+        "checkpoint": "tiny://flux",
+        "defaults": {"width": 64, "height": 64, "num_inference_steps": 4},
+        "warm_up": ["64x64"],
+    }
+)
+NUM_WARM_UP_STEPS = 2
+
+
+@pytest.fixture(scope="module")
+def app(flux_app: App) -> App:
+    """Two transformers between the encoder and the VAE of `flux_app`."""
+    config = TransformerConfig(num_cpus=0.1, min_replicas=2, max_replicas=2, on_demand={"turn_s": 0.2})
+    warm_up = WarmUp(plan_warm_up(MODEL, "flux", LimitsConfig()), TEXT_TOKENS)
+    options = plan_serve_options(config, graceful_shutdown_timeout_s=5.0)
+    transformer = serve.deployment(Transformer).options(**options).bind(MODEL, "flux", config, warm_up)
+    stages = [flux_app.deployment("Encoder"), transformer, flux_app.deployment("Vae")]
+    ingress = serve.deployment(serve.ingress()(Ingress)).options(ray_actor_options={"num_cpus": 0})
+    handle = serve.run(
+        ingress.bind(MODEL, "flux", LimitsConfig(), *stages), name="replicas", route_prefix="/replicas"
+    )
+    return App(flux_app.url.rpartition("/")[0], "replicas", handle, "flux")
+
+
+def replicas(app: App) -> list[TransformerStats]:
+    """Of both: a call goes to whichever has less to do."""
+    found: dict[int, TransformerStats] = {}
+    deadline = time.monotonic() + PATIENCE_S
+    while len(found) < 2:
+        assert time.monotonic() < deadline, f"only {len(found)} replica answered"
+        stats = app.deployment("Transformer").stats.remote().result()
+        found[stats.ranks[0].pid] = stats
+    return list(found.values())
+
+
+def test_n_pictures_are_drawn_by_both_replicas_in_the_order_of_their_seeds(
+    app: App, plain: Callable[..., Any]
+) -> None:
+    assert [stats.queue.num_micro_batches for stats in replicas(app)] == [NUM_WARM_UP_STEPS] * 2
+    body = {"prompt": "a red fox", "seed": 40, "n": 6}
+    answer = app.client.post("/v1/images/generations", json=body)
+    assert answer.status_code == 200, answer.text
+    data = answer.json()["data"]
+    assert [picture["seed"] for picture in data] == [40, 41, 42, 43, 44, 45]
+    for picture in data:
+        pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(picture["b64_json"])))).astype(int)
+        expected = np.asarray(plain("flux", "a red fox", seed=picture["seed"])).astype(int)
+        assert np.abs(pixels - expected).max() <= 1
+    assert all(stats.queue.num_micro_batches > NUM_WARM_UP_STEPS for stats in replicas(app))
+
+
+def test_replicas_on_one_device_have_their_weights_there_by_turns(app: App) -> None:
+    app.client.post("/v1/images/generations", json={"prompt": "a red fox", "n": 4, "num_inference_steps": 8})
+    memories = [stats.ranks[0].memory for stats in replicas(app)]
+    assert sum(memory.turns.is_here for memory in memories if memory.turns) <= 1
+    for memory in memories:
+        assert memory.turns is not None
+        assert memory.turns.num_turns >= 2  # the first was for warming up
+        assert memory.turns.arriving_s > 0
