@@ -33,6 +33,7 @@ TEXT_TOKENS = 64
 PATIENCE_S = 60.0
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run in parallel, all tests of the one Ray cluster go to one process, and those of a file stay together."""
     for item in items:

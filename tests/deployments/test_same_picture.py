@@ -28,6 +28,10 @@ pytestmark = pytest.mark.slow
 STAGE_ENV = {"env_vars": {"OMP_NUM_THREADS": "1"}}
 
 
+def _key(stage: str, family: str, config: Any) -> tuple[str, ...]:
+    return stage, family, config.model_dump_json()
+
+
 class StageProcess:
     """A process that holds stages of any family, loaded when first asked for."""
 
@@ -35,22 +39,22 @@ class StageProcess:
         self._stages: dict[Any, Any] = {}
 
     def load(self, stage: str, family: str, config: Any, *args: Any) -> None:
-        key = stage, family, config
+        key = _key(stage, family, config)
         if key not in self._stages:
             model = ModelConfig(name="tiny", checkpoint=f"tiny://{family}")
             self._stages[key] = load_stage(stage, model, family, config, *args)
 
     def call(self, stage: str, family: str, config: Any, method: str, *args: Any) -> Any:
-        return getattr(self._stages[stage, family, config], method)(*args)
+        return getattr(self._stages[_key(stage, family, config)], method)(*args)
 
     def connect(self, stage: str, family: str, config: Any, rendezvous: Any) -> None:
-        self._stages[stage, family, config].connect(rendezvous, exit_replica)
+        self._stages[_key(stage, family, config)].connect(rendezvous, exit_replica)
 
     def denoise(
         self, family: str, config: Any, embeds: Any, request: GenerationRequest, cancel_at: int | None = None
     ) -> torch.Tensor | None:
         """The latents, or None for a request that is cancelled after step cancel_at."""
-        stage = self._stages["denoise", family, config]
+        stage = self._stages[_key("denoise", family, config)]
         seat = stage.join()
 
         def on_step(step: int, _latents: torch.Tensor) -> None:
