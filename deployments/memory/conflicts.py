@@ -24,12 +24,20 @@ def _num_ranks(config: Any) -> int:
 ASKED: dict[str, Callable[[Any], bool]] = {
     "quantization": lambda c: c.quantization is not None,
     "quantization: nf4 or fp4": lambda c: c.quantization is not None and c.quantization.kind != "int8",
+    "quantization: int8": lambda c: c.quantization is not None and c.quantization.kind == "int8",
     "layerwise_casting": lambda c: c.layerwise_casting is not None,
     "offload": lambda c: c.offload is not None,
     "host_copy: files": lambda c: c.host_copy == "files",
     "on_demand": lambda c: c.on_demand is not None,
     "offload: sequential or disk": lambda c: c.offload is not None and c.offload.kind in {"sequential", "disk"},
     "offload: sequential, group or disk": lambda c: c.offload is not None and c.offload.kind != "model",
+    "offload: group": lambda c: c.offload is not None and c.offload.kind == "group",
+    "offload: group without use_stream": lambda c: (
+        c.offload is not None
+        and c.offload.kind == "group"
+        and not c.offload.use_stream
+        and c.offload.folder is None
+    ),
     "offload: group with folder": lambda c: (
         c.offload is not None and c.offload.kind == "group" and c.offload.folder
     ),
@@ -52,6 +60,7 @@ _NO_HOOKS = "a traced graph calls no hooks: use compile: blocks"
 _FIXED = "a CUDA graph holds its weights' addresses: use mode default or max-autotune-no-cudagraphs"
 _COME_AND_GO = "weights come and go between graphs: leave out fullgraph"
 
+_HELD_TWICE = "8-bit layers hold their weights a second time, which would stay on the GPU: use offload: model"
 _UNLIKE_FILES = "weights are other than those in the files: leave out host_copy"
 
 CONFLICTS: tuple[Conflict, ...] = (
@@ -63,12 +72,19 @@ CONFLICTS: tuple[Conflict, ...] = (
     Conflict(
         "quantization: nf4 or fp4",
         "offload: sequential or disk",
-        "4-bit weights cannot leave their layer's state on the meta device: use offload: group or model",
+        "4-bit weights cannot leave their layer's state on the meta device: use offload: model, or group",
     ),
+    Conflict(
+        "quantization: nf4 or fp4",
+        "offload: group without use_stream",
+        "the scales of 4-bit weights leave the GPU with them and do not come back: use use_stream: true",
+    ),
+    Conflict("quantization: int8", "offload: sequential or disk", _HELD_TWICE),
+    Conflict("quantization: int8", "offload: group", _HELD_TWICE),
     Conflict(
         "quantization",
         "vram_limit_gib",
-        "bitsandbytes' weights do not move one by one: use offload: group or model",
+        "bitsandbytes' weights do not move one by one: use offload: model, or on_demand",
     ),
     Conflict(
         "channels_last",

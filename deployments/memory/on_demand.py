@@ -12,6 +12,7 @@ from torch import nn
 
 from cluster.turn import Turn
 from deployments.config import StageConfig
+from deployments.memory.movable import make_movable
 from deployments.memory.pinned import PinnedCopies
 
 
@@ -61,6 +62,7 @@ class Moved:
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self._model, self._device = model, device
+        make_movable(model)
         self.leave()
 
     def arrive(self) -> None:

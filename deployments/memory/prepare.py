@@ -24,15 +24,22 @@ from cluster.turn import Turn
 from deployments.config import StageConfig
 from deployments.device import resolve_dtype
 from deployments.memory.casting import cast_layers
-from deployments.memory.config import CompileConfig, LayerwiseCastingConfig, OffloadConfig
+from deployments.memory.config import (
+    CompileConfig,
+    LayerwiseCastingConfig,
+    OffloadConfig,
+    QuantizationConfig,
+)
+from deployments.memory.conflicts import find_conflict
 from deployments.memory.mapped import check_mapped, mapped_bytes
+from deployments.memory.movable import make_movable
 from deployments.memory.on_demand import Guest, open_guest, open_turn
 from deployments.memory.trace import TracedForward
 from deployments.memory.vram_limit import VramLimit
 from deployments.stats import MemoryStats
 
 RECOMPILE_LIMIT = 1000
-"""Of graphs per function: every hook, block kind and size may need one."""
+"""Of graphs per function, for one object and for all: every hook, block kind and size may need one."""
 
 
 class Keeper:
@@ -55,8 +62,9 @@ class Keeper:
         self._turn: Turn | None = None
         self._is_pinned = config.host_copy == "memory"
         self._applied: list[str] = []
-        for model in models.values():
+        for name, model in models.items():
             model.eval()
+            _check_stored(name, model, config)
         if config.quantization is not None:
             self._applied.append(f"quantization: {config.quantization.kind}")
         self._set_kernels()
@@ -160,6 +168,7 @@ class Keeper:
         previous = None
         for model in self._models.values():
             if config.kind == "model":
+                make_movable(model)
                 _, previous = accelerate.cpu_offload_with_hook(model, self._device, previous)
                 self._leaving.append(previous)
             elif config.kind == "sequential":
@@ -206,6 +215,16 @@ class Keeper:
         self._applied.append("trace")
 
 
+def _check_stored(name: str, model: nn.Module, config: StageConfig) -> None:
+    """Raises ValueError if a checkpoint is stored quantised and config asks for what does not go with that."""
+    for kind, mark in (("nf4", "is_loaded_in_4bit"), ("int8", "is_loaded_in_8bit")):
+        if getattr(model, mark, False) and config.quantization is None:
+            stored = QuantizationConfig.model_validate({"kind": kind})
+            conflict = find_conflict(config.model_copy(update={"quantization": stored}))
+            if conflict is not None:
+                raise ValueError(f"{name} is stored quantised, and {conflict}")
+
+
 def _in_any_thread(compiled: Any) -> Any:
     """dynamo's settings are each thread's own, and it compiles in the thread that calls.
 
@@ -215,7 +234,7 @@ def _in_any_thread(compiled: Any) -> Any:
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if settings.recompile_limit != RECOMPILE_LIMIT:
-            settings.recompile_limit = RECOMPILE_LIMIT
+            settings.recompile_limit = settings.accumulated_recompile_limit = RECOMPILE_LIMIT
             settings.capture_dynamic_output_shape_ops = True
         return compiled(*args, **kwargs)
 

@@ -110,7 +110,8 @@ class VramLimit:
     def leave(self) -> None:
         """Everything leaves the device, for another stage needs the room; the next forward brings it again."""
         for leaf in self._leaves:
-            leaf.ahead = None
+            if leaf.ahead is not None:
+                self._await(leaf)  # its memory must not be used again while it is written
             self._drop(leaf)
         self._present_bytes, self._latest = 0, None
 
@@ -133,15 +134,7 @@ class VramLimit:
     def _bring(self, leaf: _Leaf, *_: Any) -> None:
         if leaf.is_present:
             return
-        if leaf.ahead is None:
-            copies = self._copy(leaf)
-        else:
-            copies, done = leaf.ahead
-            leaf.ahead = None
-            current = torch.cuda.current_stream(self._device)
-            current.wait_event(done)
-            for copy in copies:
-                copy.record_stream(current)  # its memory is not used again before the layer has computed
+        copies = self._copy(leaf) if leaf.ahead is None else self._await(leaf)
         for weight, copy in zip(leaf.weights, copies, strict=True):
             weight.put(copy)
         leaf.is_present = True
@@ -159,17 +152,35 @@ class VramLimit:
         following = self._after.get(leaf)
         if following is None or following.ahead is not None or following.is_present:
             return
+        self._count(following)
+        # Memory of the stream that computes, written when that is done with what is queued by now: so a layer's is
+        # free as soon as it is dropped. Of memory of the other stream, a queue that is ahead of the GPU would need
+        # ever more.
+        copies = [torch.empty_like(weight.host, device=self._device) for weight in following.weights]
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            copies = self._copy(following)
+            for copy, weight in zip(copies, following.weights, strict=True):
+                copy.copy_(weight.host, non_blocking=True)
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record(self._stream)
         following.ahead = copies, done
 
+    def _await(self, leaf: _Leaf) -> list[torch.Tensor]:
+        """What is fetched ahead, for what is queued from now on."""
+        assert leaf.ahead is not None
+        copies, done = leaf.ahead
+        leaf.ahead = None
+        torch.cuda.current_stream(self._device).wait_event(done)
+        return copies
+
     def _copy(self, leaf: _Leaf) -> list[torch.Tensor]:
         """On the CPU a real copy too, so that what is tested there is what a GPU holds."""
+        self._count(leaf)
+        return [weight.host.to(self._device, non_blocking=True, copy=True) for weight in leaf.weights]
+
+    def _count(self, leaf: _Leaf) -> None:
         self._present_bytes += leaf.num_bytes
         self._peak_bytes = max(self._peak_bytes, self._present_bytes)
-        return [weight.host.to(self._device, non_blocking=True, copy=True) for weight in leaf.weights]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _drop(self, leaf: _Leaf, *_: Any) -> None:

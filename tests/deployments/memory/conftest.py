@@ -1,7 +1,20 @@
 """bitsandbytes runs on the CPU; diffusers looks for a GPU all the same."""
 
+import tempfile
+from pathlib import Path
+
 import pytest
 from diffusers.quantizers.bitsandbytes.bnb_quantizer import BnB4BitDiffusersQuantizer, BnB8BitDiffusersQuantizer
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all-pairs", action="store_true", help="every allowed pair of memory techniques: minutes")
+
+
+@pytest.fixture
+def own_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No other run on this machine waits for this one's turns at the device."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ def test_tiles_may_be_asked_for_by_their_size_alone() -> None:
 
 
 def test_a_config_survives_being_written_down() -> None:
-    config = TransformerConfig(quantization="nf4", offload={"kind": "group", "level": "block"}, compile=True)
+    config = TransformerConfig(quantization="nf4", offload={"kind": "model"}, compile=True)
     assert TransformerConfig.model_validate(config.model_dump()) == config
 
 
@@ -58,12 +58,15 @@ def test_a_wrong_value_is_named(settings: dict[str, Any], message: str) -> None:
 WAYS: dict[str, dict[str, Any]] = {
     "quantization": {"quantization": "int8"},
     "quantization: nf4 or fp4": {"quantization": "fp4"},
+    "quantization: int8": {"quantization": "int8"},
     "layerwise_casting": {"layerwise_casting": True},
     "offload": {"offload": "model"},
     "offload: sequential or disk": {"offload": "disk"},
     "offload: sequential, group or disk": {"offload": "group"},
+    "offload: group": {"offload": "group"},
+    "offload: group without use_stream": {"offload": "group"},
     "offload: group with folder": {"offload": {"kind": "group", "folder": "/tmp"}},
-    "host_copy: files": {"host_copy": "files", "vram_limit_gib": 2},
+    "host_copy: files": {"host_copy": "files", "on_demand": True},
     "on_demand": {"on_demand": True},
     "channels_last": {"channels_last": True},
     "vram_limit_gib": {"vram_limit_gib": 2},
@@ -105,7 +108,8 @@ def _plain(settings: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"quantization": "nf4", "compile": True, "offload": "group"},
+        {"quantization": "nf4", "compile": True, "offload": {"kind": "group", "use_stream": True}},
+        {"quantization": "nf4", "offload": {"kind": "group", "folder": "/tmp"}},
         {"quantization": "int8", "offload": "model"},
         {"layerwise_casting": True, "vram_limit_gib": 4},
         {"compile": {"fullgraph": True}},

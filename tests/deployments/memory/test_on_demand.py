@@ -1,7 +1,5 @@
 """Stages that share a device by turns: the weights of one at most are there, and pictures are the same."""
 
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,10 +20,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _own_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No other run on this machine waits for this one's turns."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+pytestmark = pytest.mark.usefixtures("own_turns")
 
 
 class Pipeline:

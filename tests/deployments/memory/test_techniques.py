@@ -1,16 +1,20 @@
 """Every technique draws what plain diffusers draws with the same technique, and so do pairs of them.
 
-Of the allowed pairs those with compiling are left out, but for one: tracing through hooks takes minutes.
+Of the allowed pairs only some are usually run: dynamo's way through hooks takes minutes. All of them:
+`pytest tests/deployments/memory --all-pairs -k every_allowed_pair`.
 """
 
+import shutil
 from collections.abc import Iterator
 from functools import cache
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
+from bitsandbytes.nn import Linear8bitLt
 from diffusers import DiffusionPipeline
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
@@ -18,14 +22,17 @@ from deployments.checkpoints.source import fetch_checkpoint
 from deployments.config import EncoderConfig, ModelConfig, TransformerConfig, VaeConfig
 from deployments.families import FAMILIES
 from deployments.memory.conflicts import find_conflict
+from deployments.memory.movable import make_movable
 from deployments.request import GenerationRequest
 from deployments.stages import load_stage
 from tests.deployments.memory.tiny_request import NUM_STEPS, PROMPT, build_request
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quantize_on_cpu", "fresh_torch")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quantize_on_cpu", "fresh_torch", "own_turns")]
 
 TECHNIQUES: dict[str, dict[str, Any]] = {
+    "bf16": {"dtype": "bfloat16"},
     "nf4": {"quantization": "nf4"},
+    "fp4": {"quantization": {"kind": "fp4", "double_quant": True}},
     "int8": {"quantization": "int8"},
     "fp8": {"layerwise_casting": True},
     "model": {"offload": "model"},
@@ -34,6 +41,9 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "blocks": {"offload": {"kind": "group", "level": "block"}},
     "files": {"offload": {"kind": "group", "folder": "/tmp"}},
     "disk": {"offload": "disk"},
+    "limit": {"vram_limit_gib": 1e-4},
+    "mapped": {"vram_limit_gib": 1e-4, "host_copy": "files"},
+    "on demand": {"on_demand": True},
     "compile": {"compile": {"backend": "eager"}},
     "fullgraph": {"compile": {"backend": "eager", "fullgraph": True}},
     "compile model": {"compile": {"scope": "model", "backend": "eager"}},
@@ -48,12 +58,17 @@ EXACT = {
     "blocks",
     "files",
     "disk",
+    "limit",
+    "mapped",
+    "on demand",
     "compile",
     "fullgraph",
     "compile model",
     "trace",
 }
-TOLERANCE = 5e-5
+WEIGHTS = {"nf4", "fp4", "int8", "fp8"}
+"""What changes them, as diffusers does it."""
+TOLERANCE, BF16_TOLERANCE = 5e-5, 0.1
 """Where another kernel adds up in another order: attention backends, channels_last. Latents reach 3."""
 
 
@@ -66,9 +81,13 @@ def fresh_torch() -> Iterator[None]:
     _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)
 
 
-def draw(family: str, **settings: Any) -> torch.Tensor:
+def config(technique: str) -> TransformerConfig:
+    return TransformerConfig(**TECHNIQUES[technique])
+
+
+def draw(family: str, model: ModelConfig | None = None, **settings: Any) -> torch.Tensor:
     """Latents of the denoise stage."""
-    request, model = build_request(family), ModelConfig(name="tiny", checkpoint=f"tiny://{family}")
+    request, model = build_request(family), model or ModelConfig(name="tiny", checkpoint=f"tiny://{family}")
     stage = load_stage("denoise", model, family, TransformerConfig(**settings))
     stage.connect(None, pytest.fail)
     try:
@@ -90,30 +109,35 @@ def build_encoder_config(family: str, **settings: Any) -> EncoderConfig:
 
 
 @cache
-def plain_latents(family: str, technique: str | None) -> torch.Tensor:
+def plain_latents(family: str, technique: str | None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """By diffusers' own pipeline, with its own switch for the technique; None: without any."""
     folder, name = fetch_checkpoint(f"tiny://{family}", ()), FAMILIES[family].denoiser
     kind: Any = getattr(diffusers, DiffusionPipeline.load_config(folder)[name][1])
+    four_bits = {"load_in_4bit": True, "bnb_4bit_compute_dtype": dtype}
     quantization = {
-        "nf4": lambda: diffusers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+        "nf4": lambda: diffusers.BitsAndBytesConfig(bnb_4bit_quant_type="nf4", **four_bits),
+        "fp4": lambda: diffusers.BitsAndBytesConfig(
+            bnb_4bit_quant_type="fp4", bnb_4bit_use_double_quant=True, **four_bits
         ),
         "int8": lambda: diffusers.BitsAndBytesConfig(load_in_8bit=True),
     }.get(technique or "", lambda: None)()
-    denoiser = kind.from_pretrained(folder, subfolder=name, dtype=torch.float32, quantization_config=quantization)
+    denoiser = kind.from_pretrained(folder, subfolder=name, dtype=dtype, quantization_config=quantization)
     if technique == "fp8":
-        denoiser.enable_layerwise_casting(torch.float8_e4m3fn, compute_dtype=torch.float32)
+        denoiser.enable_layerwise_casting(torch.float8_e4m3fn, compute_dtype=dtype)
     pipe: Any = DiffusionPipeline.from_pretrained(folder)
     setattr(pipe, name, denoiser)
     pipe.set_progress_bar_config(disable=True)
     request = build_request(family)
-    settings = {"true_cfg_scale": request.true_cfg_scale} if request.true_cfg_scale is not None else {}
+    settings: dict[str, Any] = {"prompt": PROMPT}
+    if dtype != torch.float32:  # only the denoiser is of this dtype
+        settings = {key: value.to(dtype) for key, value in embeds(family).items() if value is not None}
+    if request.true_cfg_scale is not None:
+        settings["true_cfg_scale"] = request.true_cfg_scale
     if FAMILIES[family].media == "video":
         settings["num_frames"] = 5
     if FAMILIES[family].max_sequence_length is not None:
         settings["max_sequence_length"] = 64
     latents: torch.Tensor = pipe(
-        PROMPT,
         width=64,
         height=64,
         num_inference_steps=NUM_STEPS,
@@ -128,7 +152,8 @@ def plain_latents(family: str, technique: str | None) -> torch.Tensor:
 
 def expected(family: str, techniques: tuple[str, ...]) -> torch.Tensor:
     """What changes the weights decides, and nothing else."""
-    return plain_latents(family, next((name for name in techniques if name in {"nf4", "int8", "fp8"}), None))
+    dtype = torch.bfloat16 if "bf16" in techniques else torch.float32
+    return plain_latents(family, next((name for name in techniques if name in WEIGHTS), None), dtype)
 
 
 def suits(family: str, technique: str) -> bool:
@@ -141,15 +166,20 @@ def singles(*families: str) -> list[Any]:
     return [(family, (name,)) for family in families for name in TECHNIQUES if suits(family, name)]
 
 
-def pairs(family: str, *of: str) -> list[Any]:
-    """Every allowed pair with one of these in it, and without compiling."""
+def all_pairs(family: str) -> list[Any]:
+    """Every allowed one that suits."""
     return [
         (family, names)
         for names in combinations(TECHNIQUES, 2)
-        if set(names) & set(of)
-        and all(suits(family, name) for name in names)
-        and is_allowed(names)
-        and not {"compile", "fullgraph", "compile model"} & set(names)  # graphs through hooks: minutes
+        if all(suits(family, name) for name in names) and is_allowed(names)
+    ]
+
+
+def pairs(family: str, *of: str) -> list[Any]:
+    """Those with one of these in it, without compiling, and without what other files of tests are for."""
+    others = {"bf16", "fp4", "limit", "mapped", "on demand", "compile", "fullgraph", "compile model"}
+    return [
+        (family, names) for family, names in all_pairs(family) if set(names) & set(of) and not others & set(names)
     ]
 
 
@@ -179,14 +209,29 @@ def is_allowed(names: tuple[str, ...]) -> bool:
 def test_the_denoiser_draws_what_diffusers_draws_with_the_same_techniques(
     family: str, names: tuple[str, ...]
 ) -> None:
+    compare_with_diffusers(family, names)
+
+
+def test_every_allowed_pair_draws_what_diffusers_draws(pair: tuple[str, tuple[str, ...]]) -> None:
+    compare_with_diffusers(*pair)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "pair" in metafunc.fixturenames:
+        is_asked = metafunc.config.getoption("--all-pairs", default=False)
+        metafunc.parametrize("pair", [*all_pairs("flux"), *all_pairs("sdxl")] if is_asked else [], ids=str)
+
+
+def compare_with_diffusers(family: str, names: tuple[str, ...]) -> None:
     settings = {key: value for name in names for key, value in TECHNIQUES[name].items()}
-    latents = draw(family, **settings)
-    if set(names) <= EXACT | {"nf4", "int8", "fp8"}:
-        assert torch.equal(latents, expected(family, names))
+    latents, wanted = draw(family, **settings), expected(family, names)
+    if set(names) <= EXACT | WEIGHTS | {"bf16"}:
+        assert torch.equal(latents, wanted)
     elif "int8" in names:  # whose rounding turns the last bit of an activation into a step of 8-bit weights
-        assert (latents - expected(family, names)).abs().max() < 0.2
+        assert (latents - wanted).abs().max() < 0.2
     else:
-        torch.testing.assert_close(latents, expected(family, names), atol=TOLERANCE, rtol=TOLERANCE)
+        tolerance = BF16_TOLERANCE if "bf16" in names else TOLERANCE
+        torch.testing.assert_close(latents, wanted, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("technique", ["nf4", "int8", "fp8"])
@@ -194,6 +239,45 @@ def test_what_changes_the_weights_changes_the_picture(technique: str) -> None:
     """Or the tests above could not tell one from the other."""
     difference = (plain_latents("flux", technique) - plain_latents("flux", None)).abs().max()
     assert difference > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_checkpoint_that_is_stored_quantised_needs_no_config(kind: str, tmp_path: Path) -> None:
+    """And is refused what a config of the same would be refused."""
+    folder = tmp_path / "quantised"
+    shutil.copytree(fetch_checkpoint("tiny://flux", ()), folder)
+    stage = load_stage("denoise", ModelConfig(name="m", checkpoint=str(folder)), "flux", config(kind))
+    shutil.rmtree(folder / "transformer")
+    stage.loaded.shard.model.save_pretrained(folder / "transformer")
+    model = ModelConfig(name="m", checkpoint=str(folder))
+    assert torch.equal(draw("flux", model), plain_latents("flux", kind))
+    with pytest.raises(ValueError, match="transformer is stored quantised, and quantization and vram_limit_gib"):
+        draw("flux", model, vram_limit_gib=1)
+
+
+@pytest.mark.parametrize("has_run", [False, True])
+def test_an_8_bit_model_that_moves_takes_all_its_layers_hold_along(has_run: bool) -> None:
+    """Or what leaves a GPU would stay there. Here another place in memory stands for another device."""
+    stage = load_stage("denoise", ModelConfig(name="m", checkpoint="tiny://flux"), "flux", config("int8"))
+    stage.connect(None, pytest.fail)
+    model, request = stage.loaded.shard.model, build_request("flux")
+    if has_run:
+        stage.denoise(stage.join(), embeds("flux"), request, on_step=lambda *_: None)
+    make_movable(model)
+    before = held_by_8_bit_layers(model)
+    model._apply(torch.clone)
+    after = held_by_8_bit_layers(model)
+    assert not {tensor.data_ptr() for tensor in before} & {tensor.data_ptr() for tensor in after}
+    latents = stage.denoise(stage.join(), embeds("flux"), request, on_step=lambda *_: None)
+    assert torch.equal(latents, plain_latents("flux", "int8"))
+    stage.close()
+
+
+def held_by_8_bit_layers(model: torch.nn.Module) -> list[torch.Tensor]:
+    layers = [layer for layer in model.modules() if isinstance(layer, Linear8bitLt)]
+    assert layers
+    held = [tensor for layer in layers for at in (layer.state, layer.weight) for tensor in (at.CB, at.SCB)]
+    return [tensor.data for tensor in (*held, *(layer.weight for layer in layers)) if tensor is not None]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,29 @@
+"""bitsandbytes' 8-bit layers hold their weights twice, and `Module.to` of a whole model moves one of the two.
+
+The other, which computes, would stay on the GPU when the model leaves it (bitsandbytes 0.50: the layer's own `to`
+moves it, but a model moves its layers by `_apply`).
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear8bitLt
+from torch import nn
+
+
+def make_movable(model: nn.Module) -> None:
+    """From now on its 8-bit layers, if it has any, take all they hold along."""
+    for layer in model.modules():
+        if isinstance(layer, Linear8bitLt):
+            layer._apply = partial(_apply, layer)
+
+
+def _apply(layer: Any, change: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+    if layer.weight.CB is not None:
+        layer.init_8bit_state()  # as the first forward would: from the weight to the layer
+    type(layer)._apply(layer, change, recurse)
+    layer.state.CB, layer.state.SCB = layer.weight.data, change(layer.state.SCB)
+    moved: nn.Module = layer
+    return moved
