@@ -1,7 +1,5 @@
 """Latents to pixels."""
 
-from typing import Any
-
 import numpy as np
 import torch
 
@@ -50,18 +48,21 @@ class Decoding:
         with self.keeper.at_work():
             frames = self._decode(latents, request)
         self.keeper.release()
-        rounded: Frames = (frames * 255).round().astype(np.uint8)
-        return rounded
+        return frames
 
-    def _decode(self, latents: torch.Tensor, request: GenerationRequest) -> Any:
-        """Values from 0 to 1; what lay on the device for them is free again."""
+    def _decode(self, latents: torch.Tensor, request: GenerationRequest) -> Frames:
+        """What lay on the device for it is free again; frames leave it one by one, for float pixels are large."""
         latents = latents.to(self._device, self._dtype)
         latents = self._family.unscale(self._pipe, latents, request.height, request.width)
         pixels = self._pipe.vae.decode(latents, return_dict=False)[0]
-        if self._family.media == "video":
-            return self._pipe.video_processor.postprocess_video(pixels, output_type="np")[0]
-        pixels = pixels[:, :, 0] if pixels.ndim == 5 else pixels
-        return self._pipe.image_processor.postprocess(pixels, output_type="np")
+        frames = pixels[0].transpose(0, 1) if pixels.ndim == 5 else pixels  # [F, C, H, W]
+        return np.concatenate([self._to_uint8(frame) for frame in frames.split(1)])
+
+    def _to_uint8(self, frame: torch.Tensor) -> Frames:
+        """By the pipeline's own processor, [1, C, H, W] -> [1, H, W, C]."""
+        processor = getattr(self._pipe, "video_processor", None) or self._pipe.image_processor
+        rounded: Frames = (processor.postprocess(frame, output_type="np") * 255).round().astype(np.uint8)
+        return rounded
 
     def decode_media(self, latents: torch.Tensor, request: GenerationRequest) -> tuple[bytes, str]:
         """The request's file and its media type: encoded where it is decoded."""

@@ -1,0 +1,63 @@
+"""With tiles a VAE's working memory is a tile's, and the media's own: 4K and long videos take no more than that."""
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, AutoencoderKLQwenImage, AutoencoderKLWan
+
+from deployments.memory.config import TilingConfig
+from deployments.memory.tiling import set_tiles
+from deployments.plan.working import working_bytes
+
+KINDS: dict[str, Any] = {
+    "flux": partial(
+        AutoencoderKL,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(64, 64, 64, 64),
+        latent_channels=16,
+    ),
+    "qwen-image": partial(AutoencoderKLQwenImage, base_dim=32, num_res_blocks=1),
+    "wan": partial(AutoencoderKLWan, base_dim=32, num_res_blocks=1),
+}
+TILES = TilingConfig(tile_size=128, overlap=0.0625)
+COPIES = 3
+"""Of the media: what is put together of tiles, and what it is put together from."""
+
+
+def build(kind: str, tiles: TilingConfig | None) -> Any:
+    """On the meta device, where a call makes tensors without computing them."""
+    with torch.device("meta"):
+        vae = KINDS[kind]().eval()
+    if tiles is not None:
+        set_tiles(vae, tiles)
+    return vae
+
+
+def working(vae: Any, direction: str, size: int, num_frames: int = 1) -> int:
+    is_decode, is_picture = direction == "decode", isinstance(vae, AutoencoderKL)
+    factor, channels = (8, 16) if is_decode else (1, 3)
+    latent_frames = (num_frames - 1) // 4 + 1
+    frames = () if is_picture else (latent_frames if is_decode else num_frames,)
+    media = torch.empty(1, channels, *frames, size // factor, size // factor, device="meta")
+    return working_bytes(vae, partial(getattr(vae, direction), media, return_dict=False))
+
+
+def media_bytes(size: int, num_frames: int = 1) -> int:
+    return 3 * num_frames * size * size * 4
+
+
+@pytest.mark.parametrize("direction", ["decode", "encode"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_larger_picture_takes_no_more_than_its_own_pixels(kind: str, direction: str) -> None:
+    small, large = (working(build(kind, TILES), direction, size) for size in (256, 512))
+    assert large - small <= COPIES * (media_bytes(512) - media_bytes(256))
+    assert large < working(build(kind, None), direction, 512) / 3
+
+
+@pytest.mark.parametrize("direction", ["decode", "encode"])
+def test_a_longer_video_takes_no_more_than_its_own_pixels(direction: str) -> None:
+    short, long = (working(build("wan", TILES), direction, 192, num_frames) for num_frames in (9, 13))
+    assert long - short <= COPIES * (media_bytes(192, 13) - media_bytes(192, 9))
