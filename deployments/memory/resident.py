@@ -13,8 +13,9 @@ def device_bytes(models: Mapping[str, nn.Module], config: MemoryConfig) -> int:
     """Of all models of a stage, each from `as_stored`."""
     sizes = {name: stored_bytes(model) for name, model in models.items()}
     if config.vram_limit_gib is not None:
-        share = config.vram_limit_gib * 2**30 / max(1, sum(sizes.values()))  # as the stage shares it out: by size
-        return sum(min(sizes[n], max(int(share * sizes[n]), least_bytes(m))) for n, m in models.items())
+        limit, total = int(config.vram_limit_gib * 2**30), max(1, sum(sizes.values()))
+        # As the stage shares it out: by size.
+        return sum(min(sizes[n], max(limit * sizes[n] // total, least_bytes(m))) for n, m in models.items())
     if config.offload is None:
         return sum(sizes.values())
     if config.offload.kind == "model":
