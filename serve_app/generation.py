@@ -72,7 +72,7 @@ async def generate(
     timeout_s: float,
     heartbeat_s: float | None = None,
 ) -> AsyncGenerator[Event | None, None]:
-    """What happens to the pictures of one HTTP request, which share their prompt, until all are there.
+    """What happens to the pictures of one request until all are there; those of one prompt share its encoding.
 
     None stands for heartbeat_s in which nothing happened. If one picture fails, all are given up; a caller that
     stops listening cancels them. Raises Unavailable, DeadlineExceeded, Overloaded or StageFailed.
@@ -108,9 +108,10 @@ async def _draw(
     timeout_s: float,
     tell: Callable[[Event], None],
 ) -> None:
-    conditioning = SharedConditioning(stages.encoder, requests[0].prompt)
+    prompts = {request.prompt: SharedConditioning(stages.encoder, request.prompt) for request in requests}
 
     async def picture(index: int, request: GenerationRequest) -> None:
+        conditioning = prompts[request.prompt]
         await _picture(stages, conditioning, request, options, lambda news: tell(Event(index, news)))
 
     tasks = [asyncio.create_task(picture(i, request)) for i, request in enumerate(requests)]

@@ -21,7 +21,8 @@ class Ingress(Relay):
     async def generate(self, **fields: Any) -> list[Picture]:
         """For Python handles: the fields of the HTTP body in, pictures (or one video) out.
 
-        `serve.get_app_handle("relay").generate.remote(prompt="a red circle", seed=7).result()`
+        `serve.get_app_handle("relay").generate.remote(prompt="a red circle", seed=7).result()`; with a list of
+        prompts, what each makes alone, in their order.
         """
         return await self.run(self.validator.requests(fields))
 

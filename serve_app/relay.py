@@ -42,7 +42,7 @@ class Relay:
         export_regularly(self._metrics.export_requests)
 
     async def run(self, requests: list[GenerationRequest]) -> list[Picture]:
-        """Pictures in the order of their requests, which share one prompt. Raises a RelayError."""
+        """Pictures in the order of their requests. Raises a RelayError."""
         pictures: dict[int, Picture] = {}
         async with aclosing(self.events(requests)) as events:
             async for event in events:

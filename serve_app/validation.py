@@ -30,7 +30,20 @@ class Validator:
         self.defaults = _defaults(model, self.family.defaults)
 
     def requests(self, fields: Mapping[str, Any]) -> list[GenerationRequest]:
-        """The fields of an image's or a video's body, whichever this model makes."""
+        """The fields of an image's or a video's body, whichever this model makes.
+
+        `prompt` may be a list: then what each of them makes alone, with the same seeds, one after another.
+        """
+        prompts = fields.get("prompt")
+        if not isinstance(prompts, list):
+            return self._requests(fields)
+        requests = [request for prompt in prompts for request in self._requests({**fields, "prompt": prompt})]
+        limit = self._limits.max_concurrent_requests
+        if not 0 < len(requests) <= limit:
+            raise BadRequest(f"prompt: a list must ask for 1 to {limit} in all, got {len(requests)}", "prompt")
+        return requests
+
+    def _requests(self, fields: Mapping[str, Any]) -> list[GenerationRequest]:
         if self.family.media == "video":
             return [self.video(parse_body(VideoBody, fields))]
         return self.images(parse_body(ImageBody, fields))

@@ -5,7 +5,8 @@ Which error stands for which loss was seen in Ray 2.60 (`relay bench recovery`).
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -161,11 +162,12 @@ def news(
     *,
     timeout_s: float = 10,
     heartbeat_s: float | None = None,
+    requests: Sequence[GenerationRequest] = (REQUEST,),
 ) -> list[News | None]:
     stages = Stages(encoder, transformer, vae)
 
     async def collect() -> list[News | None]:
-        events = generate(stages, [REQUEST], options, timeout_s=timeout_s, heartbeat_s=heartbeat_s)
+        events = generate(stages, requests, options, timeout_s=timeout_s, heartbeat_s=heartbeat_s)
         return [event and event.news async for event in events]
 
     return asyncio.run(collect())
@@ -184,6 +186,15 @@ def partials(transformer: Calls, decode_partial: Calls) -> list[tuple[int, bytes
     assert isinstance(picture, Picture)
     assert all(isinstance(partial, PartialImage) for partial in told)
     return [(partial.partial_image_index, partial.media.data) for partial in told]  # type: ignore[union-attr]
+
+
+def test_every_prompt_of_a_request_is_encoded_once_for_all_its_pictures() -> None:
+    dog = Prompt("a dog", None, False)
+    requests = [REQUEST, replace(REQUEST, seed=1), replace(REQUEST, prompt=dog)]
+    encoder, transformer = EncodeHandle(), DenoiseHandle()
+    news(encoder, transformer, DecodeHandle(), requests=requests)
+    assert encoder.arguments == [REQUEST.prompt, dog]
+    assert transformer.arguments == ["conditioning 1", "conditioning 1", "conditioning 2"]
 
 
 def test_partial_pictures_are_told_in_order_before_the_picture() -> None:

@@ -3,7 +3,7 @@
 import base64
 import io
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,7 @@ NUM_WARM_UP_STEPS = 2
 
 
 @pytest.fixture(scope="module")
-def app(flux_app: App) -> App:
+def app(flux_app: App) -> Iterator[App]:
     """Two transformers between the encoder and the VAE of `flux_app`."""
     config = TransformerConfig(num_cpus=0.1, min_replicas=2, max_replicas=2, on_demand={"turn_s": 0.2})
     warm_up = WarmUp(plan_warm_up(MODEL, "flux", LimitsConfig()), TEXT_TOKENS)
@@ -46,7 +46,9 @@ def app(flux_app: App) -> App:
     handle = serve.run(
         ingress.bind(MODEL, "flux", LimitsConfig(), *stages), name="replicas", route_prefix="/replicas"
     )
-    return App(flux_app.url.rpartition("/")[0], "replicas", handle, "flux")
+    served = App(flux_app.url.rpartition("/")[0], "replicas", handle, "flux")
+    yield served
+    served.client.close()
 
 
 def replicas(app: App) -> list[TransformerStats]:
@@ -74,6 +76,18 @@ def test_n_pictures_are_drawn_by_both_replicas_in_the_order_of_their_seeds(
         expected = np.asarray(plain("flux", "a red fox", seed=picture["seed"])).astype(int)
         assert np.abs(pixels - expected).max() <= 1
     assert all(stats.queue.num_micro_batches > NUM_WARM_UP_STEPS for stats in replicas(app))
+
+
+def test_several_prompts_are_answered_in_their_order_as_each_would_be_alone(
+    app: App, plain: Callable[..., Any]
+) -> None:
+    prompts = ["a red fox", "a blue car", "two cats"]
+    pictures = app.handle.generate.remote(prompt=prompts, n=2, seed=50).result()
+    assert [picture.seed for picture in pictures] == [50, 51] * 3
+    for i, picture in enumerate(pictures):
+        pixels = np.asarray(Image.open(io.BytesIO(picture.media.data))).astype(int)
+        expected = np.asarray(plain("flux", prompts[i // 2], seed=picture.seed)).astype(int)
+        assert np.abs(pixels - expected).max() <= 1
 
 
 def test_replicas_on_one_device_have_their_weights_there_by_turns(app: App) -> None:

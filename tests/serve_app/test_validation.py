@@ -53,6 +53,20 @@ def test_picture_i_has_seed_plus_i_and_differs_in_nothing_else() -> None:
     assert len({(r.prompt, r.width, r.height, r.num_inference_steps, r.guidance_scale) for r in requests}) == 1
 
 
+def test_of_several_prompts_each_makes_what_it_makes_alone() -> None:
+    validator = build_validator("sd15")
+    alone = [validator.requests({"prompt": prompt, "n": 2, "seed": 7}) for prompt in ("a cat", "a dog")]
+    assert validator.requests({"prompt": ["a cat", "a dog"], "n": 2, "seed": 7}) == [*alone[0], *alone[1]]
+
+
+@pytest.mark.parametrize("prompts", [[], ["a cat"] * 3, ["a cat", ""], [["a cat"]], ["a cat", 1]], ids=str)
+def test_a_list_of_prompts_is_judged_as_a_whole_and_each_for_itself(prompts: list[Any]) -> None:
+    validator = build_validator("sd15", limits={"max_concurrent_requests": 5})
+    with pytest.raises(BadRequest) as refused:
+        validator.requests({"prompt": prompts, "n": 2})
+    assert refused.value.param == "prompt"
+
+
 def test_seeds_stay_what_a_generator_takes() -> None:
     requests = build_validator("sd15").requests({"prompt": "a cat", "n": 2, "seed": 2**63 - 1})
     assert [request.seed for request in requests] == [2**63 - 1, 0]

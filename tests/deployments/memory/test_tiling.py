@@ -1,4 +1,4 @@
-"""With tiles a VAE's working memory is a tile's, and the media's own: 4K and long videos take no more than that."""
+"""With tiles a VAE needs the memory of a tile and of the media itself: 4K and long videos decode in bounded memory."""
 
 from functools import partial
 from typing import Any
