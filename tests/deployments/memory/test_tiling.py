@@ -1,4 +1,4 @@
-"""With tiles a VAE needs the memory of a tile and of the media itself: 4K and long videos decode in bounded memory."""
+"""With tiles a VAE needs the memory of one tile and of the media: 4K and long videos decode in bounded memory."""
 
 from functools import partial
 from typing import Any
