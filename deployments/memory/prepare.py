@@ -10,7 +10,7 @@ import resource
 import tempfile
 import weakref
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -51,8 +51,12 @@ class Keeper:
         config: StageConfig,
         device: torch.device,
         device_map: str | None = None,
+        own: Sequence[str] = (),
     ) -> None:
-        """device_map: how accelerate has placed them already, if it has.
+        """
+        Args:
+            device_map: how accelerate has placed them already, if it has.
+            own: techniques that the stage has applied itself, such as tiling.
 
         Raises ValueError where a technique does not suit a model or the device; names both.
         """
@@ -67,6 +71,7 @@ class Keeper:
             _check_stored(name, model, config)
         if config.quantization is not None:
             self._applied.append(f"quantization: {config.quantization.kind}")
+        self._applied += own
         self._set_kernels()
         if config.layerwise_casting is not None:
             self._cast(config.layerwise_casting)

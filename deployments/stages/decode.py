@@ -31,11 +31,14 @@ class Decoding:
             if self._dtype == torch.float16 and vae.config.get("force_upcast"):
                 self._dtype = torch.float32  # as the SDXL pipeline does: this VAE overflows in float16
                 vae.to(torch.float32)
+            own = []
             if config.slicing:
                 vae.enable_slicing()
+                own.append("slicing")
             if config.tiling is not None:
                 set_tiles(vae, config.tiling)
-            self.keeper = Keeper(loaded_models(self._pipe), config, self._device)
+                own.append(f"tiling: {config.tiling.tile_size or 'as the VAE has it'}")
+            self.keeper = Keeper(loaded_models(self._pipe), config, self._device, own=own)
 
     def warm_up(self, warm_up: WarmUp) -> None:
         """Blank latents of every size, to files."""

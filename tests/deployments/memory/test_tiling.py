@@ -7,9 +7,11 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLQwenImage, AutoencoderKLWan
 
+from deployments.config import ModelConfig, VaeConfig
 from deployments.memory.config import TilingConfig
 from deployments.memory.tiling import set_tiles
 from deployments.plan.working import working_bytes
+from deployments.stages import load_stage
 
 KINDS: dict[str, Any] = {
     "flux": partial(
@@ -55,6 +57,12 @@ def test_a_larger_picture_takes_no_more_than_its_own_pixels(kind: str, direction
     small, large = (working(build(kind, TILES), direction, size) for size in (256, 512))
     assert large - small <= COPIES * (media_bytes(512) - media_bytes(256))
     assert large < working(build(kind, None), direction, 512) / 3
+
+
+def test_status_names_slices_and_tiles_among_the_techniques() -> None:
+    config = VaeConfig(slicing=True, tiling=128, channels_last=True)
+    stage = load_stage("decode", ModelConfig(name="tiny", checkpoint="tiny://flux"), "flux", config)
+    assert stage.keeper.stats().applied == ("slicing", "tiling: 128", "channels_last", "device: cpu")
 
 
 @pytest.mark.parametrize("direction", ["decode", "encode"])
