@@ -1,0 +1,103 @@
+"""On a GPU: what moves weights changes no picture, and what leaves is gone from there."""
+
+import time
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from deployments.config import EncoderConfig, ModelConfig, TransformerConfig
+from deployments.stages import load_stage
+from tests.deployments.memory.tiny_request import build_request
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.usefixtures("own_turns"),
+]
+
+MODEL = ModelConfig(name="tiny", checkpoint="tiny://flux")
+STREAMED = {"kind": "group", "use_stream": True}
+WAYS: tuple[dict[str, Any], ...] = (
+    {"offload": "model"},
+    {"offload": "sequential"},
+    {"offload": "group"},
+    {"offload": STREAMED},
+    {"offload": {**STREAMED, "level": "block", "record_stream": True}},
+    {"offload": {**STREAMED, "low_cpu_memory": True}},
+    {"offload": {"kind": "group", "folder": "/tmp"}},
+    {"on_demand": True},
+    {"vram_limit_gib": 1e-3},
+    {"vram_limit_gib": 1e-3, "on_demand": True},
+    {"vram_limit_gib": 1e-3, "layerwise_casting": True},
+    {"layerwise_casting": True, "offload": STREAMED},
+    {"quantization": "nf4", "offload": "model"},
+    {"quantization": "nf4", "offload": STREAMED},
+    {"quantization": "nf4", "offload": {"kind": "group", "folder": "/tmp"}},
+    {"quantization": "nf4", "on_demand": True},
+    {"quantization": "nf4", "compile": True},
+    {"quantization": "nf4", "compile": True, "offload": "model"},
+    {"quantization": "nf4", "compile": True, "offload": STREAMED},
+    {"quantization": "int8", "offload": "model"},
+    {"quantization": "int8", "on_demand": True},
+)
+CHANGES_WEIGHTS = {"quantization", "layerwise_casting"}
+
+
+class Stage:
+    """The tiny FLUX's transformer on the GPU."""
+
+    def __init__(self, **settings: Any) -> None:
+        config = TransformerConfig(num_gpus=1, dtype="bfloat16", **settings)
+        self.denoising = load_stage("denoise", MODEL, "flux", config)
+        self.denoising.connect(None, pytest.fail)
+
+    def draw(self) -> torch.Tensor:
+        seat = self.denoising.join()
+        try:
+            latents: torch.Tensor = self.denoising.denoise(
+                seat, embeds(), build_request("flux"), on_step=lambda *_: None
+            )
+        finally:
+            self.denoising.leave(seat)
+        return latents
+
+
+@cache
+def embeds() -> Any:
+    config = EncoderConfig(max_sequence_length=64)
+    return load_stage("encode", MODEL, "flux", config).encode(build_request("flux").prompt)
+
+
+@pytest.mark.parametrize("settings", WAYS, ids=str)
+def test_what_moves_weights_draws_what_the_same_weights_draw_at_rest(settings: dict[str, Any]) -> None:
+    """Twice: the second time weights have left and come again, and layers are fetched ahead."""
+    plain = Stage(**{key: value for key, value in settings.items() if key in CHANGES_WEIGHTS})
+    expected = plain.draw()
+    plain.denoising.close()
+    stage = Stage(**settings)
+    for _ in range(2):
+        torch.testing.assert_close(stage.draw(), expected, atol=0.1, rtol=0.1)  # bf16; compiled, other kernels
+    stage.denoising.close()
+
+
+@pytest.mark.parametrize("kind", [None, "nf4", "int8"])
+def test_a_model_that_is_offloaded_is_gone_from_the_gpu_when_idle(kind: str | None) -> None:
+    before = allocated_bytes()
+    stage = Stage(offload="model", quantization=kind)
+    weights = sum(stage.denoising.stats().ranks[0].memory.weights_bytes.values())
+    for _ in range(2):
+        stage.draw()
+        deadline = time.monotonic() + 10
+        while allocated_bytes() - before > weights / 10:
+            assert time.monotonic() < deadline, "it stays"
+            time.sleep(0.05)
+    stage.denoising.close()
+
+
+def allocated_bytes() -> int:
+    """Without the workspaces of cuBLAS, which are larger than the tiny model."""
+    torch._C._cuda_clearCublasWorkspaces()
+    return torch.cuda.memory_allocated()
