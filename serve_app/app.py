@@ -13,17 +13,19 @@ from deployments.vae import Vae
 from deployments.warm_up import WarmUp
 from serve_app.config import AppConfig
 from serve_app.ingress import Ingress
+from serve_app.room import check_room
 from serve_app.validation import Validator, check_defaults, plan_warm_up
 
 
 def build_app(config: AppConfig) -> Application:
     """The four deployments of one served checkpoint; `import_path: serve_app.app:build_app` in YAML.
 
-    Raises ConfigError.
+    Raises ConfigError, also if the cluster has too few GPUs or too small ones.
     """
     model, timeout_s = config.model, config.limits.request_timeout_s
     family = find_family(model)
     check_defaults(model, family, config.limits)
+    check_room(config, family)
     warm_up = WarmUp(plan_warm_up(model, family, config.limits), config.encoder.max_sequence_length)
 
     def stage(deployment: type, stage_config: StageConfig) -> Application:

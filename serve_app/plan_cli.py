@@ -20,7 +20,7 @@ from deployments.plan.plan import SizesOf, Stages, plan
 from deployments.plan.profile import Profile, read_profile, write_profile
 from deployments.plan.propose import propose
 from deployments.plan.report import plan_as_json, print_plan
-from deployments.plan.sizes import MediaSize, largest
+from deployments.plan.sizes import MediaSize, default_size, largest
 from serve_app.app import find_family
 from serve_app.config import APP_NAME, AppConfig, ConfigError, LimitsConfig, load_app_config
 
@@ -131,12 +131,9 @@ def _app_config(path: Path | None, model: str | None, configs_dir: str) -> AppCo
 
 def _sizes(asked: list[str] | None, model: ModelConfig, family: Family) -> tuple[MediaSize, ...]:
     """As asked, or the one a request gets by default."""
-    defaults = family.defaults
-    frames = model.defaults.num_frames or defaults.num_frames
+    default = default_size(model, family)
     if not asked:
-        return (
-            MediaSize(model.defaults.width or defaults.width, model.defaults.height or defaults.height, frames),
-        )
+        return (default,)
     found = []
     for text in asked:
         match = re.fullmatch(r"(\d+)x(\d+)(?:x(\d+))?", text)
@@ -145,7 +142,7 @@ def _sizes(asked: list[str] | None, model: ModelConfig, family: Family) -> tuple
         width, height = int(match[1]), int(match[2])
         if width % family.size_multiple or height % family.size_multiple:
             raise ConfigError(f"--size {text}: width and height must be multiples of {family.size_multiple}")
-        found.append(MediaSize(width, height, int(match[3] or frames)))
+        found.append(MediaSize(width, height, int(match[3] or default.num_frames)))
     return tuple(found)
 
 

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from deployments.checkpoints.components import Stage
+from deployments.config import ModelConfig
+from deployments.families import Family
 
 STAGES: tuple[Stage, ...] = ("encode", "denoise", "decode")
 """In the order in which a request meets them."""
@@ -105,6 +107,14 @@ class ModelSizes:
 
     def stage(self, stage: Stage) -> StageSizes:
         return {"encode": self.encode, "denoise": self.denoise, "decode": self.decode}[stage]
+
+
+def default_size(model: ModelConfig, family: Family) -> MediaSize:
+    """What a request gets that asks for none."""
+    own, defaults = model.defaults, family.defaults
+    return MediaSize(
+        own.width or defaults.width, own.height or defaults.height, own.num_frames or defaults.num_frames
+    )
 
 
 def largest(sizes: Sequence[MediaSize]) -> MediaSize:

@@ -1,0 +1,62 @@
+"""The GPUs that the running Ray cluster has. Ray counts them; how large they are, each node's driver is asked."""
+
+import subprocess
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cluster.inventory import Gpu
+
+_ANSWER_S = 30.0
+"""For a worker process to start on every node and to ask."""
+_COMMAND = ("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits")
+
+T = TypeVar("T")
+
+
+def is_connected() -> bool:
+    """Whether this process belongs to a Ray cluster."""
+    return bool(ray.is_initialized())
+
+
+def cluster_gpus() -> tuple[Gpu, ...]:
+    """Of all living nodes. `memory_bytes` is 0 where nobody knows: GPUs that are names only, no driver."""
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
+    memory = _ask_nodes([node["NodeID"] for node in nodes])
+    return tuple(
+        Gpu(i, index, memory[i]) for i, node in enumerate(nodes) for index in range(int(node["Resources"]["GPU"]))
+    )
+
+
+def may_grow() -> bool:
+    """Whether nodes may come on demand: Ray's launcher and KubeRay label theirs with the groups they come from."""
+    return any(node["Alive"] and node["Labels"].get("ray.io/node-group") for node in ray.nodes())
+
+
+def run_apart(function: Callable[..., T], *args: Any) -> T:
+    """In a process of its own, which takes none of the cluster's resources; blocks. Raises what it raises."""
+    result: T = ray.get(ray.remote(num_cpus=0, max_calls=1)(function).remote(*args))
+    return result
+
+
+def _ask_nodes(node_ids: list[str]) -> list[int]:
+    """Bytes of the largest GPU of every node, 0 if unknown; all at once."""
+    asked = [
+        ray.remote(driver_memory_bytes)
+        .options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False))
+        .remote()
+        for node_id in node_ids
+    ]
+    ready, _ = ray.wait(asked, num_returns=len(asked), timeout=_ANSWER_S) if asked else ([], [])
+    return [ray.get(answer) if answer in ready else 0 for answer in asked]
+
+
+def driver_memory_bytes() -> int:
+    """Of this machine's largest GPU, by its driver; 0 without one. No CUDA context, no torch: it takes 0.1 s."""
+    try:
+        answer = subprocess.run(_COMMAND, capture_output=True, text=True, timeout=_ANSWER_S / 2, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return 0
+    return max((int(line) * 2**20 for line in answer.stdout.split() if line.isdecimal()), default=0)

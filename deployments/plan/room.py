@@ -1,0 +1,82 @@
+"""What an app that is about to start lacks on the GPUs that are there: surely, or perhaps."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from cluster.inventory import Gpu
+from deployments.checkpoints.components import Stage
+from deployments.plan.place import Demand, Placement, gib, place
+from deployments.plan.plan import Stages
+from deployments.plan.sizes import ModelSizes, RankSizes
+
+
+@dataclass(frozen=True)
+class Lack:
+    """One sentence each."""
+
+    surely: tuple[str, ...]
+    """Not even one replica of every stage has a place, or weights alone exceed a GPU."""
+    perhaps: tuple[str, ...]
+    """Further replicas have none, or it is close: working memory and what CUDA takes are estimates."""
+
+
+def find_lack(stages: Stages, sizes: ModelSizes | None, gpus: Sequence[Gpu]) -> Lack:
+    """sizes: None where the GPUs' memory is not known; then shares and shard groups are all that is looked at.
+
+    A stage that chooses its nodes by labels is left out: only Ray knows where it may go.
+    """
+    demands = {
+        stage: Demand(
+            (RankSizes(0, 0, 0),) * config.num_ranks
+            if sizes is None or config.device == "cpu"
+            else sizes.stage(stage).ranks,
+            config.num_gpus,
+            config.min_replicas,
+            max(1, config.min_replicas),
+        )
+        for stage, config in stages.by_stage().items()
+        if config.num_gpus and not config.label_selector
+    }
+    first = place({stage: replace(d, min_replicas=1, max_replicas=1) for stage, d in demands.items()}, gpus)
+    if not first.has_room():
+        return Lack((_no_room(demands, first),), ())
+    whole = place(demands, gpus)
+    missing = {f"{process.stage} {process.replica}" for process in whole.processes if not process.gpus}
+    few = [f"no room for {', '.join(sorted(missing))}: {_in_words(gpus)}"] if missing else []
+    if sizes is None:
+        return Lack((), tuple(few))
+    if stages.transformer.device_map is not None:  # what is too much for GPUs goes to the CPU and to disk
+        return Lack((), (*few, *_too_heavy(first)))
+    surely = tuple(_too_heavy(first))
+    return Lack(surely, (*few, *(() if surely else first.shortfalls())))
+
+
+def _no_room(demands: Mapping[Stage, Demand], placement: Placement) -> str:
+    unplaced = {process.stage for process in placement.processes if not process.gpus}
+    asked = ", ".join(f"{stage} {len(demand.ranks)} x {demand.num_gpus:g}" for stage, demand in demands.items())
+    return (
+        f"{' and '.join(sorted(unplaced))} would find no GPU: one replica of every stage takes {asked} GPU, and "
+        f"the cluster has {_in_words(placement.gpus)}; lower num_gpus or shards, or add GPUs (relay plan)"
+    )
+
+
+def _in_words(gpus: Sequence[Gpu]) -> str:
+    """`2 GPUs on node 0, 1 GPU on node 1`."""
+    nodes = sorted({gpu.node for gpu in gpus})
+    counts = [sum(gpu.node == node for gpu in gpus) for node in nodes]
+    found = [f"{n} GPU{'s' * (n > 1)} on node {node}" for n, node in zip(counts, nodes, strict=True)]
+    return ", ".join(found) or "no GPU"
+
+
+def _too_heavy(placement: Placement) -> Iterator[str]:
+    """Weights are known to the byte; stages by turns have theirs there one after another."""
+    for gpu in placement.gpus:
+        found = [(process, process.sizes.device_bytes // len(process.gpus)) for process in placement.on(gpu)]
+        steady = sum(held for process, held in found if not process.sizes.takes_turns)
+        needed = steady + max((held for process, held in found if process.sizes.takes_turns), default=0)
+        if needed > gpu.memory_bytes:
+            yield (
+                f"{gpu} has {gib(gpu.memory_bytes)}: {gib(needed - gpu.memory_bytes)} too little for the weights "
+                f"of {', '.join(str(process) for process, _ in found)} ({gib(needed)}), let alone working memory; "
+                "relay plan proposes what fits"
+            )

@@ -1,0 +1,74 @@
+"""What an app lacks on the GPUs that are there, before it starts."""
+
+from typing import Any
+
+import pytest
+
+from cluster.inventory import Gpu, parse_gpus
+from deployments.config import EncoderConfig, TransformerConfig, VaeConfig
+from deployments.plan.plan import Stages
+from deployments.plan.room import find_lack
+from deployments.plan.sizes import MediaSize, ModelSizes, RankSizes, StageSizes
+
+GIB = 2**30
+NAMES_ONLY = (Gpu(0, 0, 0), Gpu(0, 1, 0))
+FLUX = ModelSizes(
+    *(
+        StageSizes((), (RankSizes(int(weights * GIB), int(weights * GIB), GIB // 2),))
+        for weights in (9.1, 22.17, 0.16)
+    ),
+    blocks=(),
+    head_bytes=0,
+    tail_bytes=0,
+    is_unet=False,
+    batch_size=1,
+    sizes=(MediaSize(1024, 1024),),
+)
+"""FLUX.1-dev in bf16."""
+
+
+def stages(encoder: float = 0, vae: float = 0, **transformer: Any) -> Stages:
+    return Stages(
+        EncoderConfig(num_gpus=encoder, dtype="bfloat16"),
+        TransformerConfig(dtype="bfloat16", **transformer),
+        VaeConfig(num_gpus=vae, dtype="bfloat16"),
+    )
+
+
+def test_a_group_that_finds_no_gpus_is_told_with_what_there_is() -> None:
+    [sentence] = find_lack(stages(num_gpus=0.79, shards=3), None, NAMES_ONLY).surely
+    assert "denoise 3 x 0.79 GPU" in sentence
+    assert "2 GPUs on node 0" in sentence
+
+
+def test_one_replica_that_fits_is_enough_to_start() -> None:
+    lack = find_lack(stages(num_gpus=1, min_replicas=3, max_replicas=4), None, NAMES_ONLY)
+    assert not lack.surely
+    assert lack.perhaps == ("no room for denoise 2: 2 GPUs on node 0",)
+
+
+@pytest.mark.parametrize("settings", [{"num_gpus": 0.5, "shards": 3}, {"num_gpus": 0}])
+def test_what_fits_lacks_nothing(settings: dict[str, Any]) -> None:
+    lack = find_lack(stages(encoder=0.25, **settings), None, NAMES_ONLY)
+    assert not lack.surely
+    assert not lack.perhaps
+
+
+def test_a_stage_that_chooses_its_nodes_is_left_to_ray() -> None:
+    assert not find_lack(stages(num_gpus=4, accelerator_type="H100"), None, NAMES_ONLY).surely
+
+
+def test_weights_that_exceed_a_gpu_are_told_in_gib() -> None:
+    [sentence] = find_lack(stages(num_gpus=1), FLUX, parse_gpus("1x16GiB")).surely
+    assert "node 0 GPU 0 has 16.0 GiB: 6.2 GiB too little for the weights of denoise 0 rank 0" in sentence
+
+
+def test_what_is_only_close_is_a_warning() -> None:
+    """22.17 GiB of weights in 22.5: working memory and CUDA's own are estimates."""
+    lack = find_lack(stages(num_gpus=1), FLUX, parse_gpus("1x22.5GiB"))
+    assert not lack.surely
+    assert any("too little" in sentence for sentence in lack.perhaps)
+
+
+def test_by_accelerates_map_weights_may_leave_the_gpu() -> None:
+    assert not find_lack(stages(num_gpus=1, device_map="auto"), FLUX, parse_gpus("1x16GiB")).surely

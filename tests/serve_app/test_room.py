@@ -1,0 +1,52 @@
+"""Whether an app that is built has room on the cluster that is there, with real Ray."""
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from cluster.nodes import cluster_gpus, driver_memory_bytes, may_grow, run_apart
+from deployments.plan.sizes import MediaSize
+from serve_app.app import build_app
+from serve_app.config import AppConfig, ConfigError, parse_app_config
+from serve_app.room import describe
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+def config(**transformer: Any) -> AppConfig:
+    return parse_app_config({"model": {"name": "t", "checkpoint": "tiny://flux"}, "transformer": transformer})
+
+
+def test_an_app_that_finds_no_gpus_is_refused_before_it_starts() -> None:
+    shards = torch.cuda.device_count() + 1
+    with pytest.raises(ConfigError, match=rf"denoise {shards} x 0.79 GPU, and the cluster has .* add GPUs"):
+        build_app(config(num_gpus=0.79, shards=shards))
+    assert not may_grow()
+
+
+def test_memory_is_planned_in_a_process_of_its_own() -> None:
+    """So that the one that builds the app imports no torch."""
+    assert run_apart(lambda: os.getpid()) != os.getpid()
+
+
+def test_gpus_are_those_that_ray_counts() -> None:
+    assert len(cluster_gpus()) == torch.cuda.device_count()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_the_driver_tells_a_little_more_than_torch() -> None:
+    """nvidia-smi's total has what the driver keeps for itself."""
+    seen = torch.cuda.get_device_properties(0).total_memory
+    assert seen <= driver_memory_bytes() <= 1.05 * seen
+
+
+def test_what_is_planned_is_the_config_itself() -> None:
+    sizes = describe(config(shards=2, dtype="bfloat16"), "flux", MediaSize(64, 64))
+    whole = describe(config(dtype="bfloat16"), "flux", MediaSize(64, 64))
+    assert len(sizes.denoise.ranks) == 2
+    assert sum(rank.weights_bytes for rank in sizes.denoise.ranks) == (
+        whole.denoise.ranks[0].weights_bytes + whole.head_bytes
+    )
