@@ -9,14 +9,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear8bitLt
 from torch import nn
+
+from deployments.memory.quantized import is_8bit
 
 
 def make_movable(model: nn.Module) -> None:
     """From now on its 8-bit layers, if it has any, take all they hold along."""
     for layer in model.modules():
-        if isinstance(layer, Linear8bitLt):
+        if is_8bit(layer):
             layer._apply = partial(_apply, layer)
 
 

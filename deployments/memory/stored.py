@@ -7,10 +7,9 @@ bitsandbytes makes of a weight when it arrives is a formula here.
 import copy
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from diffusers import ModelMixin
 from diffusers.quantizers import DiffusersAutoQuantizer
 from torch import nn
@@ -20,6 +19,10 @@ from deployments.device import resolve_dtype
 from deployments.memory.casting import cast_layers
 from deployments.memory.config import MemoryConfig
 from deployments.memory.quantize import plan_quantization
+from deployments.memory.quantized import is_4bit, is_8bit
+
+if TYPE_CHECKING:
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
 _BLOCK = 64
 """Weights that share a scale in nf4 and fp4 (bitsandbytes' default on CUDA)."""
@@ -58,7 +61,7 @@ def stored_bytes(model: nn.Module) -> int:
     seen: set[int] = set()
     total = 0
     for module in model.modules():
-        if isinstance(module, Linear4bit | Linear8bitLt):
+        if is_4bit(module) or is_8bit(module):
             total += _quantized_bytes(module)
             continue
         for _, tensor in _own_weights(module):
@@ -93,16 +96,16 @@ def _quantize(model: Any, config: Any, kept: list[str], dtype: torch.dtype) -> N
         quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
         quantizer.preprocess_model(model=model, dtype=dtype, device_map=None)
     for module in model.modules():
-        if isinstance(module, Linear4bit | Linear8bitLt) and module.bias is not None:
+        if (is_4bit(module) or is_8bit(module)) and module.bias is not None:
             module.bias.data = module.bias.data.to(dtype)
 
 
-def _quantized_bytes(module: Linear4bit | Linear8bitLt) -> int:
+def _quantized_bytes(module: "Linear4bit | Linear8bitLt") -> int:
     """LLM.int8: a byte a weight and a float32 scale a row (https://arxiv.org/abs/2208.07339). QLoRA: half a byte a
     weight, a float32 scale per 64, which `double_quant` makes a byte (https://arxiv.org/abs/2305.14314)."""
     num_weights: int = module.in_features * module.out_features
     bias: int = 0 if module.bias is None else module.bias.nbytes
-    if isinstance(module, Linear8bitLt):
+    if is_8bit(module):
         num_rows: int = module.out_features
         return num_weights + 4 * num_rows + bias
     num_scales = math.ceil(num_weights / _BLOCK)

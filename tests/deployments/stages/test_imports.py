@@ -1,0 +1,34 @@
+"""What a replica imports."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deployments.config import ModelConfig
+from deployments.stages.imports import is_stored_quantized
+
+PROGRAM = """
+import sys
+from deployments.config import EncoderConfig, ModelConfig
+from deployments.stages import load_stage
+load_stage("encode", ModelConfig(name="t", checkpoint="tiny://flux"), "flux", EncoderConfig())
+print(sys.modules["bitsandbytes"])
+"""
+
+
+def test_a_stage_without_quantised_weights_does_without_bitsandbytes() -> None:
+    run = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "None"
+
+
+@pytest.mark.parametrize("config", [{}, {"quantization_config": {"quant_method": "bitsandbytes"}}])
+def test_a_checkpoint_that_is_stored_quantised_is_known_by_its_configs(
+    tmp_path: Path, config: dict[str, object]
+) -> None:
+    (tmp_path / "model_index.json").write_text("{}")
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(config))
+    assert is_stored_quantized(ModelConfig(name="t", checkpoint=str(tmp_path))) == bool(config)
