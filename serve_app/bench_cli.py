@@ -54,6 +54,12 @@ def pipeline(json_file: JsonFile = None, quick: Quick = False) -> None:
 
 
 @bench.command()
+def ready(json_file: JsonFile = None, quick: Quick = False) -> None:
+    """From deploying to ready: the three stages and the whole pipeline; processes, imports and weights apart."""
+    _run("ready", model="tiny" if quick else "100M", num_rounds=1 if quick else 5, json_file=json_file)
+
+
+@bench.command()
 def recovery(json_file: JsonFile = None, quick: Quick = False) -> None:
     """kill -9 of every rank, the encoder and the VAE, busy and idle: who is answered, and when."""
     _run(

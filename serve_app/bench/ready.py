@@ -1,0 +1,118 @@
+"""How long from deploying to ready: the three stages, and the whole pipeline in one Serve replica.
+
+Each is deployed three times a round on a Ray that runs already, always in new processes: as processes that do
+nothing, as processes that only import what the replicas import, and as it is. The differences are what processes,
+imports and loading cost. The checkpoint was just written, so the kernel still has it: nobody waits for a disk.
+"""
+
+import importlib
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+from ray import serve
+from ray.serve import Application
+from rich.progress import Progress
+
+from serve_app.app import build_app
+from serve_app.bench.models import bench_model
+from serve_app.bench.report import Row, report
+from serve_app.bench.whole import WholePipeline
+from serve_app.config import AppConfig, parse_app_config
+
+PIPELINE = "diffusers:FluxPipeline"
+IMPORTS = {
+    "three stages": (
+        ("serve_app.ingress",),
+        ("deployments.stages.encode", PIPELINE),
+        ("deployments.stages.denoise", PIPELINE),
+        ("deployments.stages.decode", PIPELINE),
+    ),
+    "whole pipeline": (("serve_app.bench.whole", PIPELINE),),
+}
+"""What each process of a design imports; an attribute behind a colon, for diffusers imports those when asked."""
+STAGE = {"num_cpus": 0.1, "torch_threads": 1}
+
+
+def run(*, model: str, num_rounds: int, json_file: Path | None) -> None:
+    """Rows of `design`, `process_s`, `import_s`, `load_s`, `ready_s`: medians over the rounds."""
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder, Progress() as progress, _ray():
+        config = parse_app_config(
+            {
+                "model": bench_model(model, Path(folder)).model_dump(),
+                "encoder": STAGE | {"max_sequence_length": 16},
+                "transformer": STAGE,
+                "vae": STAGE,
+            }
+        )
+        times: dict[str, list[tuple[float, float, float]]] = {design: [] for design in IMPORTS}
+        for _ in progress.track(range(num_rounds), description="rounds"):
+            for design in IMPORTS:
+                times[design].append(_measure(design, config))
+        for design, rounds in times.items():
+            process_s, imported_s, ready_s = (statistics.median(column) for column in zip(*rounds, strict=True))
+            rows.append(
+                {
+                    "design": design,
+                    "process_s": process_s,
+                    "import_s": imported_s - process_s,
+                    "load_s": ready_s - imported_s,
+                    "ready_s": ready_s,
+                }
+            )
+    report(f"from deploying to ready, {model} parameters of FLUX", rows, json_file)
+
+
+class Importing:
+    """A replica that imports and does nothing."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        for name in names:
+            module, _, attribute = name.partition(":")
+            found = importlib.import_module(module)
+            if attribute:
+                getattr(found, attribute)
+
+
+def _measure(design: str, config: AppConfig) -> tuple[float, float, float]:
+    """Seconds until ready: of idle processes, of those that import, of the design itself."""
+    imports = IMPORTS[design]
+    if design == "whole pipeline":
+        app = serve.deployment(WholePipeline).options(ray_actor_options={"num_cpus": 0.1}).bind(config)
+    else:
+        app = build_app(config)
+    return (
+        _ready_s({f"process {i}": _importing(()) for i in range(len(imports))}),
+        _ready_s({f"process {i}": _importing(names) for i, names in enumerate(imports)}),
+        _ready_s({design: app}),
+    )
+
+
+def _importing(names: tuple[str, ...]) -> Application:
+    return serve.deployment(Importing).options(ray_actor_options={"num_cpus": 0.1}).bind(names)
+
+
+def _ready_s(applications: Mapping[str, Application]) -> float:
+    """`run_many` waits until every replica has been built."""
+    start = time.perf_counter()
+    serve.run_many([serve.RunTarget(app, name=name, route_prefix=None) for name, app in applications.items()])
+    elapsed_s = time.perf_counter() - start
+    for name in applications:
+        serve.delete(name)
+    return elapsed_s
+
+
+@contextmanager
+def _ray() -> Iterator[None]:
+    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        serve.start(proxy_location="Disabled")
+        yield
+    finally:
+        serve.shutdown()
+        ray.shutdown()
