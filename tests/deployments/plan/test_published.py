@@ -1,5 +1,8 @@
 """Real models on real GPUs, from their published configs: sizes that are known, placements that hold."""
 
+from itertools import product, takewhile
+from pathlib import Path
+
 import pytest
 import torch
 from accelerate import infer_auto_device_map
@@ -17,6 +20,7 @@ from deployments.plan.propose import DoesNotFit, propose
 from tests.deployments.plan.published import FOLDER, MODELS, model_config, sizes_of
 
 GIB = 2**30
+ROOT = Path(__file__).parents[3]
 TRANSFORMERS = {
     "flux": (22.17, 14.11, 11.09, 6.24),
     "qwen-image": (38.05, 19.05, 19.03, 10.71),
@@ -53,31 +57,42 @@ def test_encoders_and_vae_weigh_what_is_known(name: str) -> None:
     assert parts == pytest.approx(OTHERS[name], abs=0.01)
 
 
-PROPOSED = {
-    ("flux", "2x16GiB"): (None, 2, 1),
-    ("flux", "4x24GiB"): (None, 1, 3),
-    ("flux", "8x80GiB"): (None, 1, 8),
-    ("qwen-image", "2x16GiB"): ("int8", 2, 1),
-    ("qwen-image", "4x24GiB"): (None, 3, 1),
-    ("qwen-image", "8x80GiB"): (None, 1, 8),
-    ("wan", "2x16GiB"): ("int8", 2, 1),
-    ("wan", "4x24GiB"): (None, 3, 1),
-    ("wan", "8x80GiB"): (None, 1, 8),
-}
-"""Format, shards and replicas of the transformer."""
+def proposed() -> list[list[str]]:
+    """Rows of the table in docs/planner.md: model, GPUs, format, R x S, fullest GPU, text encoders, VAE."""
+    lines = (ROOT / "docs" / "planner.md").read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if "fullest GPU" in line) + 2
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in takewhile(lambda line: line.startswith("|"), lines[start:])
+    ]
 
 
-@pytest.mark.parametrize(("name", "gpus"), PROPOSED)
-def test_a_config_is_proposed_that_fits(name: str, gpus: str) -> None:
-    stages = propose(sizes_of(name), parse_gpus(gpus))
-    transformer = stages.transformer
-    kind = None if transformer.quantization is None else transformer.quantization.kind
-    assert (kind, transformer.shards, transformer.max_replicas) == PROPOSED[name, gpus]
+NAMES = {"FLUX.1-dev": "flux", "Qwen-Image": "qwen-image", "Wan 2.1 14B": "wan"}
+
+
+def test_the_docs_have_every_model_on_every_gpus() -> None:
+    found = {(NAMES[row[0]], row[1]) for row in proposed()}
+    assert found == set(product(MODELS, ("2x16GiB", "4x24GiB", "8x80GiB")))
+
+
+@pytest.mark.parametrize("row", proposed(), ids=lambda row: "-".join(row[:2]))
+def test_a_config_is_proposed_that_fits_as_the_docs_say(row: list[str]) -> None:
+    name, gpus = NAMES[row[0]], parse_gpus(row[1])
+    stages = propose(sizes_of(name), gpus)
     demands = demands_of(stages, sizes_of(name)(stages))
-    placement = place(demands, parse_gpus(gpus))
+    placement = place(demands, gpus)
+    transformer, limit_gib = stages.transformer, stages.encoder.vram_limit_gib
+    fullest = max(placement.used_bytes(gpu) for gpu in gpus)
+    assert row[2:] == [
+        "bf16" if transformer.quantization is None else transformer.quantization.kind,
+        f"{transformer.max_replicas} x {transformer.shards}",
+        f"{fullest / GIB:.2f}",
+        "whole" if limit_gib is None else f"streamed, {limit_gib:g} GiB",
+        "whole" if stages.vae.tiling is None else "tiles",
+    ]
     assert not placement.shortfalls()
     assert not placement.crowded_groups()
-    assert blocked_by_order(demands, parse_gpus(gpus)) is None
+    assert blocked_by_order(demands, gpus) is None
     assert all(placement.used_bytes(gpu) <= gpu.memory_bytes for gpu in placement.gpus)
 
 
