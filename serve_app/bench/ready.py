@@ -98,9 +98,20 @@ def _importing(names: tuple[str, ...]) -> Application:
 
 
 def _ready_s(applications: Mapping[str, Application]) -> float:
-    """`run_many` waits until every replica has been built."""
+    """Until Serve calls all of them running, which it does when every replica has been built.
+
+    Raises RuntimeError if one cannot be deployed.
+    """
     start = time.perf_counter()
-    serve.run_many([serve.RunTarget(app, name=name, route_prefix=None) for name, app in applications.items()])
+    targets = [serve.RunTarget(app, name=name, route_prefix=None) for name, app in applications.items()]
+    serve.run_many(targets, wait_for_applications_running=False)  # it would look every few seconds only
+    while True:
+        states = [status.status for status in serve.status().applications.values()]
+        if "DEPLOY_FAILED" in states:
+            raise RuntimeError(f"not deployed: {serve.status().applications}")
+        if states.count("RUNNING") == len(applications):
+            break
+        time.sleep(0.05)
     elapsed_s = time.perf_counter() - start
     for name in applications:
         serve.delete(name)
