@@ -71,6 +71,13 @@ class StageConfig(MemoryConfig, ResourceConfig):
         None, ge=1, description="CPU threads of one torch operation; None: num_cpus, at least 1"
     )
 
+    memory_limit_gib: float | None = Field(
+        None,
+        gt=0,
+        description="weights and tensors of each process, in GiB: larger requests are refused, forwards that do "
+        "not fit wait, and on a GPU torch takes no more; None: what num_gpus says, on the CPU no limit",
+    )
+
     @property
     def num_ranks(self) -> int:
         """Processes of one replica, each with these resources."""

@@ -22,6 +22,17 @@ class VramLimitStats:
 
 
 @dataclass(frozen=True)
+class NeedStats:
+    """What one kind of call needs on its device, weights included."""
+
+    call: str
+    num_merged: int
+    num_bytes: int
+    is_measured: bool
+    """False: foreseen, for it has not run yet, or not on CUDA."""
+
+
+@dataclass(frozen=True)
 class MemoryStats:
     """What one process holds of a model, and how."""
 
@@ -39,6 +50,10 @@ class MemoryStats:
     """One per model of the stage, where it has a limit."""
     turns: TurnStats | None
     """Where the stage is `on_demand`."""
+    limit_bytes: int | None
+    """This process's share of its device; None: not limited."""
+    needs: tuple[NeedStats, ...]
+    """Where there is a limit, of the sizes that were asked for so far."""
 
     def metrics(self) -> dict[str, float]:
         """By the names in cluster/metrics.py."""

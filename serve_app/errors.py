@@ -6,6 +6,7 @@ RelayError
 ├── UnknownModel      404
 ├── Overloaded        429  too many requests are in progress; Retry-After
 ├── StageFailed       500  a stage raised; not worth repeating
+│   └── OutOfMemory   500  a stage took more than its share of the GPU's memory
 ├── Unavailable       503  a stage cannot serve right now; Retry-After
 └── DeadlineExceeded  504  not done within request_timeout_s
 """
@@ -73,6 +74,10 @@ class Overloaded(RelayError):
 
 class StageFailed(RelayError):
     code = "stage_failed"
+
+
+class OutOfMemory(StageFailed):
+    code = "out_of_memory"
 
 
 class Unavailable(RelayError):

@@ -153,19 +153,20 @@ async def _picture(
 ) -> None:
     reached: tuple[Denoised, Any] | None = None
     partials = Partials(stages.vae, request, tell)
+    size_param = "num_frames" if request.num_frames > 1 else "size"
 
     async def go_on() -> Picture:
         """From wherever the last attempt came to."""
         nonlocal reached
         if reached is None:
             given = conditioning.response
-            with naming("denoise", if_input_lost=lambda: conditioning.forget(given)):
+            with naming("denoise", param=size_param, if_input_lost=lambda: conditioning.forget(given)):
                 reached = await _denoise(stages.transformer, given, request, options, partials, tell)
         denoised, latents = reached
         if options.wants_progress:
             num_steps = request.num_inference_steps
             tell(Progress(num_steps, num_steps, 0.0, "decode"))
-        with naming("decode", if_input_lost=forget_latents):
+        with naming("decode", param=size_param, if_input_lost=forget_latents):
             media: Media = await stages.vae.decode.remote(latents, request)
         return Picture(media, request.seed, denoised)
 

@@ -27,7 +27,8 @@ from ray.serve.exceptions import (
 )
 
 from deployments.engine.step_queue import ShardGroupLost
-from serve_app.errors import Overloaded, StageFailed, Unavailable
+from deployments.refusal import NeverFits, OutOfShare
+from serve_app.errors import BadRequest, OutOfMemory, Overloaded, StageFailed, Unavailable
 
 log = logging.getLogger("ray.serve")
 
@@ -60,10 +61,17 @@ class StageLost(Exception):
 
 
 @contextmanager
-def naming(stage: str, *, if_input_lost: Callable[[], None]) -> Iterator[None]:
-    """A call of the stage: its errors as clients may see them, its loss as StageLost."""
+def naming(stage: str, *, param: str, if_input_lost: Callable[[], None]) -> Iterator[None]:
+    """A call of the stage: its errors as clients may see them, its loss as StageLost.
+
+    param: the field to blame where the request needs more memory than the stage has.
+    """
     try:
         yield
+    except NeverFits as error:
+        raise BadRequest(f"{param}: in the {stage} stage {error.message}", param) from error
+    except OutOfShare as error:
+        raise OutOfMemory(f"the {stage} stage is {error.message}") from error
     except BackPressureError as error:
         raise Overloaded(f"the {stage} stage's queue is full: {error}") from error
     except AWAY as error:

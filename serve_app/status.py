@@ -96,7 +96,8 @@ def _vae(stats: Json) -> Iterator[tuple[str, ...]]:
 
 
 def _memory(memory: Json) -> tuple[str, str]:
-    return _gib(sum(memory["weights_bytes"].values())), _gib(memory["peak_reserved_bytes"])
+    limit = "" if memory["limit_bytes"] is None else f" of {_gib(memory['limit_bytes'])}"
+    return _gib(sum(memory["weights_bytes"].values())), _gib(memory["peak_reserved_bytes"]) + limit
 
 
 def _gib(num_bytes: float) -> str:

@@ -1,6 +1,7 @@
 """Rank 0 of a shard group: requests' threads on one side, the ring of ranks on the other."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from deployments.config import TransformerConfig
 from deployments.engine.merge import Inputs, Merger, num_samples, num_tokens
 from deployments.engine.step_queue import Seat, ShardGroupLost, StepQueue
 from deployments.engine.work import Leader
+from deployments.memory.needs import Needs
 
 
 class Engine:
@@ -26,15 +28,21 @@ class Engine:
         device: torch.device,
         transport: Transport | None = None,
         patch_size: Any = 1,
+        needs: Needs | None = None,
+        foresee: Callable[[Inputs], tuple[int, int]] | None = None,
         on_lost: Callable[[BaseException], None],
     ) -> None:
         """
         Args:
             transport: to the next rank and from the last; None where there is only this one.
             patch_size: latent positions per token and axis, by which the cost of a forward is told.
+            needs: of memory, of this rank's forwards; None: they are not limited.
+            foresee: (bytes of weights, bytes of tensors in one forward of these inputs); comes with needs.
             on_lost: the group is no more, and the requests were told; end the process.
         """
         self._merger, self._patch_size, self._on_lost = merger, patch_size, on_lost
+        self._needs, self._foresee, self._leader = needs, foresee, leader
+        self._max_batch_size = config.max_batch_size
         self._num_samples: dict[int, list[int]] = {}
         self.queue = StepQueue(
             num_shards=config.num_ranks,
@@ -44,7 +52,7 @@ class Engine:
             tells_idle=config.leaves_when_idle,
         )
         self._ring = Ring(
-            leader.run,
+            self._compute,
             transport=transport,
             source=self._take,
             sink=self._land,
@@ -57,15 +65,26 @@ class Engine:
     def forward(self, seat: Seat, inputs: Inputs) -> torch.Tensor:
         """One forward of the denoiser, perhaps merged with others'. The request's thread calls it and waits.
 
-        Raises Cancelled, ShardGroupLost, or what the forward itself raised.
+        Raises Cancelled, ShardGroupLost, NeverFits, or what the forward itself raised.
         """
+        signature, tokens = self._merger.signature(inputs), num_tokens(inputs, self._patch_size)
         prediction: torch.Tensor = self.queue.forward(
-            seat,
-            inputs,
-            signature=self._merger.signature(inputs),
-            tokens=num_tokens(inputs, self._patch_size),
+            seat, inputs, signature=signature, tokens=tokens, at_most=self._at_most(signature, tokens, inputs)
         )
         return prediction
+
+    def _at_most(self, signature: Hashable, tokens: int, inputs: Inputs) -> int | None:
+        """How many such forwards fit the memory at once."""
+        if self._needs is None or self._foresee is None or not self._merger.knows_signatures:
+            return None
+        label = f"a forward of {tokens} latent positions"
+        return self._needs.at_most(signature, label, partial(self._foresee, inputs), up_to=self._max_batch_size)
+
+    def _compute(self, group: Sequence[Inputs]) -> Any:
+        if self._needs is None or not group:
+            return self._leader.run(group)
+        with self._needs.measured(self._merger.signature(group[0]), len(group)):
+            return self._leader.run(group)
 
     def lose(self, cause: BaseException) -> None:
         """The group is lost: every waiting thread gets ShardGroupLost, and so does whoever runs this."""

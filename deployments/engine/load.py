@@ -23,6 +23,7 @@ from deployments.families import Family
 from deployments.memory.on_demand import turn_to_load
 from deployments.memory.prepare import Keeper
 from deployments.memory.quantize import plan_quantization
+from deployments.memory.share import take_share
 from deployments.memory.stored import as_stored
 
 
@@ -90,6 +91,7 @@ def load_rank(denoiser: Denoiser, model: ModelConfig, config: TransformerConfig,
             "max_memory": _max_memory(config),
             "offload_folder": disk.name,
         }
+    share = take_share(config, denoiser.device)
     with turn_to_load(config, denoiser.device):
         shard = load_shard(
             denoiser.model_class,
@@ -102,7 +104,9 @@ def load_rank(denoiser: Denoiser, model: ModelConfig, config: TransformerConfig,
         )
         if config.device_map is not None:
             weakref.finalize(shard.model, disk.cleanup)
-        return LoadedRank(shard, Keeper({denoiser.name: shard.model}, config, denoiser.device, config.device_map))
+        models = {denoiser.name: shard.model}
+        keeper = Keeper(models, config, denoiser.device, config.device_map, share=share)
+        return LoadedRank(shard, keeper)
 
 
 def plan_ranks(denoiser: Denoiser, config: TransformerConfig) -> list[tuple[int, int]]:

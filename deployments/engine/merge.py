@@ -72,6 +72,11 @@ class Merger:
         self._rule = RULES.get(class_name)
         self._digests: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
+    @property
+    def knows_signatures(self) -> bool:
+        """Whether forwards of the same kind can be told; else each is a kind of its own."""
+        return self._rule is not None
+
     def signature(self, inputs: Inputs) -> Hashable:
         """Forwards of equal signature may be merged. Unknown classes get a new one each time."""
         if self._rule is None:

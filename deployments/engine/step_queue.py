@@ -50,6 +50,8 @@ class Seat:
     """Of its latest forward."""
     tokens: int = 0
     """Of its latest forward; 0 before the first."""
+    at_most: int | None = None
+    """Of its latest forward."""
     successors: dict[Hashable, Hashable] = field(default_factory=dict)
     """Which signature came after which: the two passes of true CFG may alternate between two text lengths."""
 
@@ -67,6 +69,8 @@ class Forward:
     payload: Any
     signature: Hashable
     tokens: int
+    at_most: int | None
+    """How many of this signature may fly as one: there is memory for no more. None: any number."""
     result: Future[Any] = field(default_factory=Future)
 
 
@@ -152,13 +156,17 @@ class StepQueue:
             self._seats.add(seat)
         return seat
 
-    def forward(self, seat: Seat, payload: Any, *, signature: Hashable, tokens: int) -> Any:
+    def forward(
+        self, seat: Seat, payload: Any, *, signature: Hashable, tokens: int, at_most: int | None = None
+    ) -> Any:
         """Block until the result is there. Forwards of equal signature may run as one; `tokens` is the cost.
+
+        at_most: so many of them, for memory's sake; what does not fit now waits.
 
         Raises `Cancelled`, or the error that its micro-batch failed with or the queue was closed with.
         """
         # Held by a variable here, a failed future would keep this frame and its payload alive in a cycle.
-        return self._submit(Forward(seat, payload, signature, tokens)).result()
+        return self._submit(Forward(seat, payload, signature, tokens, at_most)).result()
 
     def cancel(self, seat: Seat) -> None:
         """Let its open forward, and any later one, raise `Cancelled`. What flies lands, and is dropped."""
@@ -217,7 +225,7 @@ class StepQueue:
                 num_seats=len(self._seats),
                 num_waiting=states[SeatState.WAITING],
                 num_flying=states[SeatState.FLYING],
-                load=sum(1 / self._size_limit(seat.tokens) for seat in self._seats) / self.depth,
+                load=sum(1 / self._size_limit(seat.tokens, seat.at_most) for seat in self._seats) / self.depth,
                 batch_sizes=dict(self._batch_sizes),
                 queue_wait_s=self._queue_wait_s,
             )
@@ -236,7 +244,7 @@ class StepQueue:
             if seat.state is SeatState.BETWEEN:
                 seat.successors[seat.signature] = forward.signature
             seat.state, seat.since = SeatState.WAITING, self._clock()
-            seat.signature, seat.tokens = forward.signature, forward.tokens
+            seat.signature, seat.tokens, seat.at_most = forward.signature, forward.tokens, forward.at_most
             self._open[seat] = forward
             self._changed.notify_all()
         return forward.result
@@ -261,14 +269,16 @@ class StepQueue:
 
     def _batch_size(self, group: Sequence[Forward]) -> int:
         num_live = sum(seat.state not in (SeatState.NEW, SeatState.ENDED) for seat in self._seats)
-        size_limit = self._size_limit(max(forward.tokens for forward in group))
+        at_most = min((forward.at_most for forward in group if forward.at_most is not None), default=None)
+        size_limit = self._size_limit(max(forward.tokens for forward in group), at_most)
         return max(min(math.ceil(num_live / self.depth), size_limit), 1)
 
-    def _size_limit(self, tokens: int) -> int:
+    def _size_limit(self, tokens: int, at_most: int | None) -> int:
         """How many forwards of so many tokens may fly as one."""
+        limit = self._max_batch_size if at_most is None else min(self._max_batch_size, at_most)
         if self._max_batch_tokens is None or not tokens:
-            return self._max_batch_size
-        return max(min(self._max_batch_size, self._max_batch_tokens // tokens), 1)
+            return limit
+        return max(min(limit, self._max_batch_tokens // tokens), 1)
 
     def _deadline(self, signature: Hashable) -> float:
         """Until when to wait for the seats that are coming to this signature; long ago if none is."""

@@ -10,8 +10,8 @@ import resource
 import tempfile
 import weakref
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import accelerate
@@ -33,7 +33,9 @@ from deployments.memory.config import (
 from deployments.memory.conflicts import find_conflict
 from deployments.memory.mapped import check_mapped, mapped_bytes
 from deployments.memory.movable import make_movable
+from deployments.memory.needs import Needs
 from deployments.memory.on_demand import Guest, open_guest, open_turn
+from deployments.memory.share import Share
 from deployments.memory.trace import TracedForward
 from deployments.memory.vram_limit import VramLimit
 from deployments.stats import MemoryStats
@@ -52,15 +54,19 @@ class Keeper:
         device: torch.device,
         device_map: str | None = None,
         own: Sequence[str] = (),
+        share: Share | None = None,
     ) -> None:
         """
         Args:
             device_map: how accelerate has placed them already, if it has.
             own: techniques that the stage has applied itself, such as tiling.
+            share: of the device, as this process has taken it; None: it has not.
 
         Raises ValueError where a technique does not suit a model or the device; names both.
         """
         self._models, self._config, self._device = models, config, device
+        self._share = share or Share()
+        self.needs = Needs(self._share, device)
         self._leaving: list[Any] = []
         self._budgets: list[VramLimit] = []
         self._turn: Turn | None = None
@@ -91,9 +97,14 @@ class Keeper:
         """The techniques, in the order they were applied."""
         return tuple(self._applied)
 
-    def at_work(self) -> AbstractContextManager[None]:
-        """Around every use of the models: with `on_demand` it waits for the turn, and the weights are there."""
-        return nullcontext() if self._turn is None else self._turn.work()
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Around every use of the models: with `on_demand` it waits for the turn, and the weights are there.
+
+        Raises OutOfShare.
+        """
+        with self._share.naming(), nullcontext() if self._turn is None else self._turn.work():
+            yield
 
     def release(self) -> None:
         """The stage is idle: what came to the device for its work leaves it; with `on_demand`, if anyone asks."""
@@ -115,7 +126,23 @@ class Keeper:
                 place = "offloaded" if tensor.is_meta or is_away else tensor.device
                 weights[f"{place} {str(tensor.dtype).removeprefix('torch.')}"] += tensor.nbytes
         limits = tuple(budget.stats() for budget in self._budgets)
-        return MemoryStats(dict(weights), self.applied, mapped, *_peaks(self._device), limits, turns)
+        return MemoryStats(
+            dict(weights),
+            self.applied,
+            mapped,
+            *self._peaks(),
+            limits,
+            turns,
+            self._share.limit_bytes,
+            self.needs.stats(),
+        )
+
+    def _peaks(self) -> tuple[int, int]:
+        """(allocated, reserved)"""
+        if self._device.type == "cuda":
+            return self.needs.peaks()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return peak, peak
 
     def _set_kernels(self) -> None:
         backend, is_channels_last = self._config.attention_backend, self._config.channels_last
@@ -244,14 +271,6 @@ def _in_any_thread(compiled: Any) -> Any:
         return compiled(*args, **kwargs)
 
     return call
-
-
-def _peaks(device: torch.device) -> tuple[int, int]:
-    """(allocated, reserved)"""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return peak, peak
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:

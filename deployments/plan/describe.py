@@ -100,7 +100,7 @@ class Description:
             longest = getattr(skeleton.config, "max_position_embeddings", None) or num_text_tokens
             tokens = torch.empty(1, min(num_text_tokens or longest, longest), dtype=torch.long, device=META)
             peak = working_bytes(model, partial(model, tokens, output_hidden_states=True))
-            peaks.append(peak + _dequantized_bytes(model, config))
+            peaks.append(peak + dequantized_bytes(model, config))
         return stored, max(peaks)
 
     def _describe_denoiser(
@@ -118,7 +118,7 @@ class Description:
             )
             merged, batch_size = merged_inputs(denoiser, config, inputs)
             run = partial(model, **to_meta(merged), return_dict=False)
-            peak = working_bytes(model, run) + _dequantized_bytes(model, config)
+            peak = working_bytes(model, run) + dequantized_bytes(model, config)
             found.append(Working(peak, _boundary_bytes(denoiser.block_names, model, run), batch_size))
         return denoiser, stored, blocks, max(found, key=lambda working: working.peak_bytes)
 
@@ -190,7 +190,7 @@ def _key(config: StageConfig) -> str:
     return config.model_dump_json(include=_WEIGHTS)
 
 
-def _dequantized_bytes(model: nn.Module, config: MemoryConfig) -> int:
+def dequantized_bytes(model: nn.Module, config: MemoryConfig) -> int:
     """bitsandbytes makes one layer's weights whole for its call."""
     if config.quantization is None:
         return 0

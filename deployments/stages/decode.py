@@ -1,5 +1,7 @@
 """Latents to pixels."""
 
+from functools import partial
+
 import numpy as np
 import torch
 
@@ -9,7 +11,10 @@ from deployments.device import resolve_device, resolve_dtype
 from deployments.families import FAMILIES
 from deployments.memory.on_demand import turn_to_load
 from deployments.memory.prepare import Keeper
+from deployments.memory.share import take_share
 from deployments.memory.tiling import set_tiles
+from deployments.plan.foresee import DecodeForesight
+from deployments.plan.sizes import MediaSize
 from deployments.request import GenerationRequest
 from deployments.stages.media import MEDIA_TYPES, Frames, encode_media
 from deployments.stages.pipeline import load_pipeline, loaded_models
@@ -25,6 +30,7 @@ class Decoding:
         folder, index = fetch_stage(model, self._family, "decode")
         keep = stage_components(index, self._family, "decode")
         self._device, self._dtype = resolve_device(config), resolve_dtype(config.dtype)
+        share = take_share(config, self._device)
         with turn_to_load(config, self._device):
             self._pipe = load_pipeline(folder, index, keep, config, variant=model.variant)
             vae = self._pipe.vae
@@ -38,7 +44,10 @@ class Decoding:
             if config.tiling is not None:
                 set_tiles(vae, config.tiling)
                 own.append(f"tiling: {config.tiling.tile_size or 'as the VAE has it'}")
-            self.keeper = Keeper(loaded_models(self._pipe), config, self._device, own=own)
+            self.keeper = Keeper(loaded_models(self._pipe), config, self._device, own=own, share=share)
+        self._foresee: DecodeForesight | None = None
+        if self.keeper.needs.is_limited:
+            self._foresee = DecodeForesight(type(self._pipe.vae), folder, config, self._dtype)
 
     def warm_up(self, warm_up: WarmUp) -> None:
         """Blank latents of every size, to files."""
@@ -47,8 +56,11 @@ class Decoding:
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, request: GenerationRequest) -> Frames:
-        """Latents as the pipeline returns them -> uint8 [F, H, W, 3], F = 1 for a picture."""
-        with self.keeper.at_work():
+        """Latents as the pipeline returns them -> uint8 [F, H, W, 3], F = 1 for a picture. Raises NeverFits."""
+        size = MediaSize(request.width, request.height, request.num_frames)
+        if self._foresee is not None:
+            self.keeper.needs.at_most(size, f"decoding {size}", partial(self._foresee, size))
+        with self.keeper.at_work(), self.keeper.needs.measured(size):
             frames = self._decode(latents, request)
         self.keeper.release()
         return frames

@@ -25,6 +25,7 @@ from deployments.engine.step_queue import Seat
 from deployments.engine.work import Leader
 from deployments.families import FAMILIES
 from deployments.families.family import Embeds
+from deployments.plan.foresee import ForwardForesight
 from deployments.request import GenerationRequest
 from deployments.stages.follow import rank_stats
 from deployments.stages.partial import OnPartial, PartialLatents
@@ -74,6 +75,8 @@ class Denoising:
             device=device,
             transport=transport,
             patch_size=self._denoiser.config.get("patch_size", 1),
+            needs=self.loaded.keeper.needs,
+            foresee=ForwardForesight(self._denoiser, self._config),
             on_lost=on_lost,
         )
 

@@ -9,6 +9,7 @@ from deployments.families import FAMILIES
 from deployments.families.family import Embeds
 from deployments.memory.on_demand import turn_to_load
 from deployments.memory.prepare import Keeper
+from deployments.memory.share import take_share
 from deployments.request import Prompt
 from deployments.stages.pipeline import load_pipeline, loaded_models
 from deployments.warm_up import WarmUp
@@ -24,9 +25,10 @@ class TextEncoding:
         folder, index = fetch_stage(model, self._family, "encode")
         keep = stage_components(index, self._family, "encode")
         device = resolve_device(config)
+        share = take_share(config, device)
         with turn_to_load(config, device):
             self._pipe = load_pipeline(folder, index, keep, config, variant=model.variant)
-            self.keeper = Keeper(loaded_models(self._pipe), config, device)
+            self.keeper = Keeper(loaded_models(self._pipe), config, device, share=share)
 
     def warm_up(self, warm_up: WarmUp) -> None:
         """Texts of one length, or of any: sizes of pictures do not matter here."""

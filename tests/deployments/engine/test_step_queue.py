@@ -744,3 +744,19 @@ def test_load_falls_when_a_seat_is_left(build_rig: Callable[..., Rig]) -> None:
     assert rig.queue.stats().load == 1.0
     rig.queue.leave(one)
     assert rig.queue.stats().load == 0.5
+
+
+def test_no_more_forwards_fly_as_one_than_fit_the_memory() -> None:
+    rig = Rig()
+    for i, seat in enumerate(rig.seats(5)):
+        in_thread(rig.queue.forward, seat, i, signature="x", tokens=1, at_most=2)
+    rig.until(lambda: rig.queue.stats().num_waiting == 5)
+    sizes = []
+    for _ in range(3):
+        batch = rig.queue.take()
+        sizes.append(len(batch.payloads))
+        rig.queue.finish(batch.id, batch.payloads)
+        for seat in list(rig.queue._seats):
+            if seat.state is SeatState.BETWEEN:
+                rig.queue.leave(seat)
+    assert sizes == [2, 2, 1]

@@ -1,0 +1,80 @@
+"""What a loaded stage's next call will need, told by the same call on the meta device: no weights, no GPU."""
+
+import logging
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from deployments.config import TransformerConfig, VaeConfig
+from deployments.engine.blocks import block_bytes, build_skeleton
+from deployments.engine.load import Denoiser, plan_ranks
+from deployments.engine.merge import Inputs
+from deployments.memory.config import MemoryConfig
+from deployments.memory.resident import device_bytes
+from deployments.memory.stored import as_stored
+from deployments.memory.tiling import set_tiles
+from deployments.plan.describe import dequantized_bytes
+from deployments.plan.inputs import META, latents, to_meta
+from deployments.plan.sizes import MediaSize
+from deployments.plan.working import working_bytes
+
+log = logging.getLogger("ray.serve")
+
+
+class ForwardForesight:
+    """Of the denoiser's forwards, on whichever rank holds most."""
+
+    def __init__(self, denoiser: Denoiser, config: TransformerConfig) -> None:
+        self._denoiser, self._config = denoiser, config
+        self._model = cache(partial(_model, denoiser.skeleton, config))
+        self._weights = cache(self._weights_bytes)
+
+    def __call__(self, inputs: Inputs) -> tuple[int, int]:
+        """(bytes of weights on the device, bytes of tensors in one forward of these inputs)"""
+        model = self._model()
+        run = partial(model, **to_meta(inputs), return_dict=False)
+        return self._weights() + dequantized_bytes(model, self._config), _working(model, run)
+
+    def _weights_bytes(self) -> int:
+        stored = as_stored(self._denoiser.skeleton, self._config)
+        on_device = device_bytes({"": stored}, self._config)
+        if self._config.num_ranks == 1:
+            return on_device
+        blocks = block_bytes(stored)
+        return min(on_device, max(blocks.of_shard(*rank) for rank in plan_ranks(self._denoiser, self._config)))
+
+
+class DecodeForesight:
+    """Of a VAE's decode."""
+
+    def __init__(self, vae_class: Any, folder: Path, config: VaeConfig, dtype: torch.dtype) -> None:
+        """dtype: of its arithmetic, which may be wider than config's."""
+        name: Any = str(dtype).removeprefix("torch.")
+        config = config.model_copy(update={"dtype": name})
+        skeleton = build_skeleton(vae_class, folder, "vae")
+        self._dtype, self._model = dtype, _model(skeleton, config)
+        self._weights = device_bytes({"": as_stored(skeleton, config)}, config)
+        if config.tiling is not None:
+            set_tiles(self._model, config.tiling)
+
+    def __call__(self, size: MediaSize) -> tuple[int, int]:
+        """(bytes of weights on the device, bytes of tensors in the decode of one picture or video)"""
+        run = partial(self._model.decode, latents(self._model.config, size, self._dtype))
+        return self._weights, _working(self._model, run)
+
+
+def _model(skeleton: nn.Module, config: MemoryConfig) -> Any:
+    return as_stored(skeleton, config, is_quantized=False).to(META)
+
+
+def _working(model: nn.Module, run: Callable[[], Any]) -> int:
+    """A model that reads its tensors' values cannot run without them: nothing is foreseen, the cap remains."""
+    try:
+        return working_bytes(model, run)
+    except RuntimeError as error:
+        log.warning("the working memory of %s is not known before it runs: %s", type(model).__name__, error)
+        return 0

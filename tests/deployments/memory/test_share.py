@@ -1,0 +1,65 @@
+"""What of a GPU is a process's own, and what happens to whoever takes more."""
+
+import pytest
+import torch
+
+from deployments.config import StageConfig, TransformerConfig
+from deployments.memory.share import plan_share, take_share
+from deployments.plan.sizes import OVERHEAD_BYTES
+from deployments.refusal import OutOfShare
+
+GIB = 2**30
+CARD = 16 * GIB
+
+
+def test_a_fraction_is_that_of_the_card_less_what_torch_does_not_see_and_is_capped() -> None:
+    share = plan_share(StageConfig(num_gpus=0.25), CARD)
+    assert (share.limit_bytes, share.is_capped) == (4 * GIB - OVERHEAD_BYTES, True)
+
+
+@pytest.mark.parametrize(
+    "config", [StageConfig(num_gpus=1), StageConfig.model_validate({"num_gpus": 0.25, "on_demand": True})]
+)
+def test_who_has_a_whole_gpu_or_has_it_by_turns_has_all_of_it_without_a_cap(config: StageConfig) -> None:
+    share = plan_share(config, CARD)
+    assert (share.limit_bytes, share.is_capped) == (CARD - OVERHEAD_BYTES, False)
+
+
+@pytest.mark.parametrize("total_bytes", [None, CARD])
+def test_what_the_config_says_counts_and_is_capped_on_a_gpu(total_bytes: int | None) -> None:
+    share = plan_share(StageConfig(num_gpus=0.25, memory_limit_gib=2), total_bytes)
+    assert (share.limit_bytes, share.is_capped) == (2 * GIB, total_bytes is not None)
+
+
+@pytest.mark.parametrize(
+    ("config", "total_bytes"),
+    [
+        (StageConfig(), None),
+        (StageConfig(num_gpus=2), CARD),
+        (TransformerConfig(num_gpus=1, device_map="auto"), CARD),
+    ],
+)
+def test_nothing_limits_the_cpu_or_who_has_several_gpus(config: StageConfig, total_bytes: int | None) -> None:
+    assert plan_share(config, total_bytes).limit_bytes is None
+
+
+def test_out_of_memory_is_told_with_the_share_and_what_to_do() -> None:
+    share = plan_share(StageConfig(num_gpus=0.25), CARD)
+    with (
+        pytest.raises(OutOfShare, match=r"3\.25 GiB \(num_gpus: 0\.25 of 16 GiB.*smaller size.*told so"),
+        share.naming(),
+    ):
+        raise torch.OutOfMemoryError("told so\nand more")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_who_takes_more_than_its_share_fails_alone() -> None:
+    device = torch.device("cuda")
+    share = take_share(StageConfig(num_gpus=0.25, memory_limit_gib=1), device)
+    try:
+        with pytest.raises(OutOfShare), share.naming():
+            torch.empty(2 * GIB, dtype=torch.uint8, device=device)
+        assert torch.empty(GIB // 2, dtype=torch.uint8, device=device).nbytes == GIB // 2, "the process goes on"
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)

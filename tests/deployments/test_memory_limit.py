@@ -1,0 +1,60 @@
+"""A limit of memory, in the stages as plain objects."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from deployments.config import ModelConfig, TransformerConfig, VaeConfig
+from deployments.refusal import NeverFits
+from deployments.request import GenerationRequest, Prompt
+from deployments.stages import load_stage
+
+MODEL = ModelConfig(name="tiny", checkpoint="tiny://flux")
+TRANSFORMER_GIB = 15.8e6 / 2**30
+"""14.2 MB of weights, and 0.66 MB for each forward of 64 x 64, 2.6 MB for one of 256 x 256: two small ones fit."""
+
+
+def build_request(side: int, seed: int = 0) -> GenerationRequest:
+    return GenerationRequest(
+        Prompt("-", None, False), side, side, 1, 20, guidance_scale=3.5, true_cfg_scale=1.0, seed=seed,
+        output_format="png", output_compression=100, fps=8,
+    )  # fmt: skip
+
+
+def test_forwards_that_do_not_fit_now_wait_and_those_that_never_fit_are_refused() -> None:
+    config = TransformerConfig(memory_limit_gib=TRANSFORMER_GIB, batch_wait_ms=50)
+    stage = load_stage("denoise", MODEL, "flux", config)
+    shapes = stage._family.embed_shapes(stage._denoiser.config, 64)
+    embeds = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    stage.connect(None, pytest.fail)
+    begin = threading.Barrier(8)
+
+    def draw(side: int, seed: int, together: bool) -> torch.Tensor:
+        seat = stage.join()
+        try:
+            if together:
+                begin.wait(30)
+            latents: torch.Tensor = stage.denoise(seat, embeds, build_request(side, seed), lambda *_: None)
+            return latents
+        finally:
+            stage.leave(seat)
+
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            drawn = list(threads.map(lambda seed: draw(64, seed, True), range(8)))
+        assert all(latents.isfinite().all() for latents in drawn)
+        assert max(stage.stats().queue.batch_sizes) == 2
+        with pytest.raises(NeverFits, match="256 latent positions needs"):
+            draw(256, 0, False)
+    finally:
+        stage.close()
+
+
+def test_a_vae_refuses_what_it_could_never_decode_and_goes_on() -> None:
+    stage = load_stage("decode", MODEL, "flux", VaeConfig(memory_limit_gib=2e6 / 2**30))
+    with pytest.raises(NeverFits, match="decoding 128x128 needs"):
+        stage.decode(torch.zeros(1, 64, 64), build_request(128))
+    assert stage.decode(torch.zeros(1, 16, 64), build_request(64)).shape == (1, 64, 64, 3)
+    assert [need.call for need in stage.keeper.stats().needs] == ["decoding 128x128", "decoding 64x64"]

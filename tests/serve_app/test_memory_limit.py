@@ -1,0 +1,57 @@
+"""Limits of memory over HTTP: what never fits gets a 400."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from ray import serve
+
+from deployments.config import ModelConfig, TransformerConfig, VaeConfig
+from deployments.transformer import Transformer
+from deployments.vae import Vae
+from serve_app.config import LimitsConfig
+from serve_app.ingress import Ingress
+from tests.conftest import App
+
+DEFAULTS = {"width": 64, "height": 64, "num_inference_steps": 4}
+MODEL = ModelConfig.model_validate({"name": "tiny-flux", "checkpoint": "tiny://flux", "defaults": DEFAULTS})
+TRANSFORMER_GIB = 15.8e6 / 2**30
+"""14.2 MB of weights, and 0.66 MB for each forward of 64 x 64, 2.6 MB for one of 256 x 256: two small ones fit."""
+VAE_GIB = 2e6 / 2**30
+"""64 x 64 fits and 128 x 128, whose forward the transformer takes, does not."""
+
+
+@pytest.fixture(scope="module")
+def app(flux_app: App) -> Iterator[App]:
+    """Over the encoder of `flux_app`."""
+
+    def stage(deployment: type, config: Any) -> Any:
+        options = {"max_ongoing_requests": 32, "ray_actor_options": {"num_cpus": 0.1}}
+        return serve.deployment(deployment).options(**options).bind(MODEL, "flux", config)
+
+    stages = (
+        flux_app.deployment("Encoder"),
+        stage(Transformer, TransformerConfig(memory_limit_gib=TRANSFORMER_GIB, batch_wait_ms=50)),
+        stage(Vae, VaeConfig(memory_limit_gib=VAE_GIB)),
+    )
+    ingress = serve.deployment(serve.ingress()(Ingress)).options(ray_actor_options={"num_cpus": 0})
+    handle = serve.run(ingress.bind(MODEL, "flux", LimitsConfig(), *stages), name="tight", route_prefix="/tight")
+    app = App(flux_app.url.rpartition("/")[0], "tight", handle, "flux")
+    yield app
+    app.client.close()
+    serve.delete("tight")
+
+
+def draw(app: App, size: str, seed: int = 0, steps: int = 4) -> Any:
+    fields = {"prompt": "a red fox", "size": size, "seed": seed, "num_inference_steps": steps}
+    return app.client.post("/v1/images/generations", json=fields)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "stage"), [("256x256", "denoise"), ("128x128", "decode")])
+def test_what_never_fits_a_stage_is_refused_by_the_field_to_change(app: App, size: str, stage: str) -> None:
+    answer = draw(app, size)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"], error["code"]) == (400, "size", "invalid_value")
+    assert f"size: in the {stage} stage" in error["message"]
+    assert "memory_limit_gib" in error["message"]
