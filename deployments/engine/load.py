@@ -15,7 +15,7 @@ from cluster.partition import plan_cuts
 from deployments.checkpoints.components import ModelIndex, fetch_stage
 from deployments.config import ModelConfig, TransformerConfig
 from deployments.device import resolve_device, resolve_dtype
-from deployments.engine.blocks import block_bytes, block_names, build_skeleton
+from deployments.engine.blocks import BlockBytes, block_bytes, block_names, build_skeleton
 from deployments.engine.cut import Boundary
 from deployments.engine.merge import Inputs
 from deployments.engine.shard import Shard, load_shard
@@ -111,12 +111,16 @@ def load_rank(denoiser: Denoiser, model: ModelConfig, config: TransformerConfig,
 
 def plan_ranks(denoiser: Denoiser, config: TransformerConfig) -> list[tuple[int, int]]:
     """The block range of every rank: as configured, else so that the largest shard has the fewest bytes."""
-    num_blocks = len(block_names(denoiser.skeleton))
+    return cut_ranks(block_bytes(as_stored(denoiser.skeleton, config)), config)
+
+
+def cut_ranks(weights: BlockBytes, config: TransformerConfig) -> list[tuple[int, int]]:
+    """`plan_ranks`, where it is known what the blocks weigh as stored."""
+    num_blocks = len(weights.blocks)
     if config.cuts is not None:
         if config.cuts[-1] >= num_blocks:
             raise ValueError(f"cuts must be below {num_blocks}, the number of blocks, got {config.cuts[-1]}")
         return list(pairwise((0, *config.cuts, num_blocks)))
-    weights = block_bytes(as_stored(denoiser.skeleton, config))
     return list(pairwise(plan_cuts(weights.blocks, config.shards, tail_cost=weights.tail)))
 
 

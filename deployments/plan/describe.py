@@ -22,7 +22,7 @@ from deployments.config import EncoderConfig, ModelConfig, StageConfig, Transfor
 from deployments.device import resolve_dtype
 from deployments.engine.blocks import BlockBytes, block_bytes, build_skeleton
 from deployments.engine.cut import Cut, CutReached
-from deployments.engine.load import Denoiser, open_denoiser, plan_ranks
+from deployments.engine.load import Denoiser, cut_ranks, open_denoiser
 from deployments.families import Family
 from deployments.memory.config import MemoryConfig
 from deployments.memory.resident import device_bytes
@@ -163,7 +163,7 @@ def _ranks(
         return (RankSizes(held, on_device, working.peak_bytes, whole, takes_turns),)
     peak = working.peak_bytes + BUFFERED_BOUNDARIES * working.boundary_bytes
     ranks = []
-    for start, end in plan_ranks(denoiser, config):
+    for start, end in cut_ranks(blocks, config):
         on_device = weights = blocks.of_shard(start, end)
         if config.offload is not None or config.vram_limit_gib is not None:
             shard = copy.deepcopy(stored)

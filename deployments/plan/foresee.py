@@ -11,7 +11,7 @@ from torch import nn
 
 from deployments.config import TransformerConfig, VaeConfig
 from deployments.engine.blocks import block_bytes, build_skeleton
-from deployments.engine.load import Denoiser, plan_ranks
+from deployments.engine.load import Denoiser, cut_ranks
 from deployments.engine.merge import Inputs
 from deployments.memory.config import MemoryConfig
 from deployments.memory.resident import device_bytes
@@ -45,7 +45,7 @@ class ForwardForesight:
         if self._config.num_ranks == 1:
             return on_device
         blocks = block_bytes(stored)
-        return min(on_device, max(blocks.of_shard(*rank) for rank in plan_ranks(self._denoiser, self._config)))
+        return min(on_device, max(blocks.of_shard(*rank) for rank in cut_ranks(blocks, self._config)))
 
 
 class DecodeForesight:

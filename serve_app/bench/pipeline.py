@@ -103,7 +103,7 @@ class PacedShard:
 def _sleep(seconds: float) -> None:
     """`time.sleep` alone wakes 0.3 ms late here, no fault of the pipeline.
 
-    Whoever has work goes first: other threads as well, for which `sleep(0)` lets the GIL go (`sched_yield` keeps it).
+    Whoever has work goes first, other threads as well: `sleep(0)` lets the GIL go, which `sched_yield` keeps.
     """
     end = time.perf_counter() + seconds
     time.sleep(max(0.0, seconds - 0.0003))
