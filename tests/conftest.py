@@ -33,6 +33,12 @@ TEXT_TOKENS = 64
 PATIENCE_S = 60.0
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--thorough", action="store_true", help="all prompts, pairs and kills, not some: half an hour"
+    )
+
+
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run in parallel, all tests of the one Ray cluster go to one process, and those of a file stay together."""

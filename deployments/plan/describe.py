@@ -4,7 +4,7 @@ import copy
 import importlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,7 @@ class Description:
         self._index = json.loads((folder / "model_index.json").read_text())
         self._encoder = cache(self._describe_encoder)
         self._denoiser = cache(self._describe_denoiser)
+        self._working = cache(self._run_denoiser)
         self._vae = cache(self._describe_vae)
         self._skeletons = cache(self._build_skeletons)
 
@@ -110,6 +111,18 @@ class Description:
         denoiser = open_denoiser(self._model, self._family, config)
         stored = as_stored(denoiser.skeleton, config)
         blocks = block_bytes(stored) if denoiser.block_names else BlockBytes(stored_bytes(stored), (), 0)
+        model, working = self._working(
+            _key(config.model_copy(update={"quantization": None})), sizes, num_text_tokens
+        )
+        peak_bytes = working.peak_bytes + dequantized_bytes(model, config)
+        return denoiser, stored, blocks, replace(working, peak_bytes=peak_bytes)
+
+    def _run_denoiser(
+        self, key: str, sizes: tuple[MediaSize, ...], num_text_tokens: int
+    ) -> tuple[nn.Module, Working]:
+        """The denoiser on the meta device, not quantised, and what its most expensive size takes."""
+        config = TransformerConfig.model_validate_json(key)
+        denoiser = open_denoiser(self._model, self._family, config)
         model = as_stored(denoiser.skeleton, config, is_quantized=False).to(META)
         found = []
         for size in sizes:
@@ -118,9 +131,9 @@ class Description:
             )
             merged, batch_size = merged_inputs(denoiser, config, inputs)
             run = partial(model, **to_meta(merged), return_dict=False)
-            peak = working_bytes(model, run) + dequantized_bytes(model, config)
-            found.append(Working(peak, _boundary_bytes(denoiser.block_names, model, run), batch_size))
-        return denoiser, stored, blocks, max(found, key=lambda working: working.peak_bytes)
+            boundary_bytes = _boundary_bytes(denoiser.block_names, model, run)
+            found.append(Working(working_bytes(model, run), boundary_bytes, batch_size))
+        return model, max(found, key=lambda working: working.peak_bytes)
 
     def _describe_vae(self, key: str, sizes: tuple[MediaSize, ...]) -> tuple[dict[str, nn.Module], int]:
         config = VaeConfig.model_validate_json(key)

@@ -68,6 +68,8 @@ class Denoising:
             )
         merger = Merger(self._denoiser.model_class.__name__)
         outliner = Outliner(shape_only_inputs(self._denoiser.skeleton))
+        needs = self.loaded.keeper.needs
+        is_limited = needs.is_limited
         self.engine = Engine(
             Leader(self.loaded, merger, outliner, self.loaded.keeper.release),
             merger,
@@ -75,8 +77,8 @@ class Denoising:
             device=device,
             transport=transport,
             patch_size=self._denoiser.config.get("patch_size", 1),
-            needs=self.loaded.keeper.needs,
-            foresee=ForwardForesight(self._denoiser, self._config),
+            needs=needs if is_limited else None,
+            foresee=ForwardForesight(self._denoiser, self._config) if is_limited else None,
             on_lost=on_lost,
         )
 

@@ -16,7 +16,7 @@ from serve_app.bench.whole import PlainPipeline
 log = logging.getLogger(__name__)
 
 Body = dict[str, Any]
-TIMEOUT_S = 120.0
+TIMEOUT_S = 300.0
 
 
 def open_client(url: str) -> httpx.AsyncClient:

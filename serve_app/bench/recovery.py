@@ -28,16 +28,15 @@ from serve_app.bench.report import Row, report
 from serve_app.bench.whole import PlainPipeline
 from serve_app.config import APP_NAME, AppConfig, parse_app_config
 
-WHENS = ("busy", "idle")
 NUM_REQUESTS = 6
 NUM_PROBE_STEPS = 4
 MANY_STEPS = 5000
 """So many that a request which is not cancelled outlasts all others."""
 
 
-def run(*, victims: Sequence[str], json_file: Path | None) -> None:
+def run(*, victims: Sequence[str], idle_victims: Sequence[str], json_file: Path | None) -> None:
     """Rows of `killed`, `when`, `requests`, `answered`, `grey_levels`, `encoded_again`, `steps_again`,
-    `left_over` and `recovery_s`, in the order of victims, and a last one for clients that leave.
+    `left_over` and `recovery_s`, and a last one for clients that leave.
 
     grey_levels: the largest difference from the plain pipeline's pictures.
     left_over: processes of the lost replica that are still there; after clients have left, seats.
@@ -46,7 +45,7 @@ def run(*, victims: Sequence[str], json_file: Path | None) -> None:
     """
     config = _config()
     plain = PlainPipeline(config)
-    cases = [(victim, when) for victim in victims for when in WHENS]
+    cases = [(name, "busy") for name in victims] + [(name, "idle") for name in idle_victims]
     rows: list[Row] = []
     with _serving(config) as url:
         bench = Recovery(url, Judge(plain))

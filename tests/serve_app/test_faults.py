@@ -13,6 +13,7 @@ pytestmark = pytest.mark.slow
 
 RANKS = ("rank 0", "rank 1")
 VICTIMS = (*RANKS, "encoder", "vae")
+IDLE_VICTIMS = ("rank 1", "encoder")
 Row = dict[str, Any]
 Rows = dict[tuple[str, str], Row]
 
@@ -22,6 +23,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Rows:
     """By what was killed, and when. In a process of its own: one can be connected to one Ray only."""
     file = tmp_path_factory.mktemp("recovery") / "rows.json"
     command = [str(Path(sys.executable).with_name("relay")), "bench", "recovery", "--json", str(file)]
+    command += ["--idle", ",".join(IDLE_VICTIMS)]
     run = subprocess.run(
         command,
         env=os.environ | {"RAY_worker_niceness": "0"},
@@ -40,15 +42,14 @@ def test_all_requests_are_answered_when_a_process_is_killed_under_them(rows: Row
     assert row["answered"] == row["requests"] == 7
 
 
-@pytest.mark.parametrize("victim", VICTIMS)
+@pytest.mark.parametrize("victim", IDLE_VICTIMS)
 def test_the_next_request_is_answered_when_a_process_is_killed_while_idle(rows: Rows, victim: str) -> None:
     row = rows[victim, "idle"]
     assert row["answered"] == row["requests"] == 1
 
 
-@pytest.mark.parametrize("victim", VICTIMS)
-def test_repeated_pictures_equal_the_plain_pipelines(rows: Rows, victim: str) -> None:
-    assert max(rows[victim, "busy"]["grey_levels"], rows[victim, "idle"]["grey_levels"]) <= 1
+def test_repeated_pictures_equal_the_plain_pipelines(rows: Rows) -> None:
+    assert max(row["grey_levels"] for row in rows.values()) <= 1
 
 
 @pytest.mark.parametrize("victim", VICTIMS)
@@ -63,7 +64,7 @@ def test_no_step_is_done_again_unless_a_rank_died(rows: Rows, victim: str) -> No
 
 @pytest.mark.parametrize("victim", RANKS)
 def test_a_dead_rank_takes_its_whole_group_with_it(rows: Rows, victim: str) -> None:
-    assert rows[victim, "busy"]["left_over"] == rows[victim, "idle"]["left_over"] == 0
+    assert rows[victim, "busy"]["left_over"] == 0
 
 
 def test_a_client_that_leaves_frees_its_seat_and_disturbs_nobody(rows: Rows) -> None:

@@ -16,7 +16,11 @@ from rich.console import Console
 
 from serve_app.status import NoStatus, fetch_status, status_table
 
-MEMORY = {"weights_bytes": {"cuda float16": 2**31, "cpu float32": 2**29}, "peak_reserved_bytes": 3 * 2**30}
+MEMORY = {
+    "weights_bytes": {"cuda float16": 2**31, "cpu float32": 2**29},
+    "peak_reserved_bytes": 3 * 2**30,
+    "limit_bytes": None,
+}
 QUEUE = {"num_seats": 6, "num_waiting": 4}
 RANKS = [
     {"rank": 0, "blocks": [0, 19], "num_micro_batches": 50, "compute_s": 9.0, "memory": MEMORY},

@@ -7,10 +7,6 @@ import pytest
 from diffusers.quantizers.bitsandbytes.bnb_quantizer import BnB4BitDiffusersQuantizer, BnB8BitDiffusersQuantizer
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--all-pairs", action="store_true", help="every allowed pair of memory techniques: minutes")
-
-
 @pytest.fixture
 def own_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No other run on this machine waits for this one's turns at the device."""

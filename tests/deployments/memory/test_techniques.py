@@ -1,7 +1,7 @@
 """Every technique draws what plain diffusers draws with the same technique, and so do pairs of them.
 
 Of the allowed pairs only some are usually run: dynamo's way through hooks takes minutes. All of them:
-`pytest tests/deployments/memory --all-pairs -k every_allowed_pair`.
+`pytest tests/deployments/memory --thorough -k every_allowed_pair`.
 """
 
 import shutil
@@ -221,7 +221,7 @@ def test_every_allowed_pair_draws_what_diffusers_draws(pair: tuple[str, tuple[st
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "pair" in metafunc.fixturenames:
-        is_asked = metafunc.config.getoption("--all-pairs", default=False)
+        is_asked = metafunc.config.getoption("--thorough")
         metafunc.parametrize("pair", [*all_pairs("flux"), *all_pairs("sdxl")] if is_asked else [], ids=str)
 
 
