@@ -35,7 +35,7 @@ PATIENCE_S = 60.0
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--thorough", action="store_true", help="all prompts, pairs and kills, not some: half an hour"
+        "--thorough", action="store_true", help="all prompts and pairs, and nodes that come and go: half an hour"
     )
 
 

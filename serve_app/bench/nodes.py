@@ -200,7 +200,7 @@ def _body(i: int) -> Body:
 def _config() -> AppConfig:
     here: dict[str, Any] = {"num_cpus": 0.1, "torch_threads": 1, "labels": {"has": "gpus"}}
     elastic = {"upscale_delay_s": 0.5, "downscale_delay_s": 1.0}
-    sleepy = {"min_replicas": 0, "downscale_delay_s": 20.0}  # longer than 16 clients denoise: they come in waves
+    sleepy = {"min_replicas": 0, "downscale_delay_s": 60.0}  # longer than 16 clients denoise: they come in waves
     return parse_app_config(
         {
             "model": {"name": "tiny", "checkpoint": "tiny://flux", "defaults": {"width": 64, "height": 64}},
