@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray import serve
 from rich.progress import Progress
 
 from serve_app.app import build_app
 from serve_app.bench.models import bench_model
+from serve_app.bench.private_serve import private_serve
 from serve_app.bench.report import Row, report
 from serve_app.bench.whole import WholePipeline
 from serve_app.config import AppConfig, parse_app_config
@@ -31,7 +31,7 @@ def run(*, loads: Mapping[str, tuple[int, int]], concurrencies: Sequence[int], j
 
     Rows of `model`, `concurrency`, `merging`, `requests_per_s`, `p50_s`, `p99_s`."""
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory() as folder, Progress() as progress, _ray():
+    with tempfile.TemporaryDirectory() as folder, Progress() as progress, private_serve():
         task = progress.add_task("batching", total=len(loads) * len(WAYS) * len(concurrencies))
         for model, load in loads.items():
             with _serving(model, Path(folder)) as handles:
@@ -93,14 +93,3 @@ def _config(model: str, folder: Path, max_batch_size: int) -> AppConfig:
             "vae": {"num_cpus": 0.1, "torch_threads": 1},
         }
     )
-
-
-@contextmanager
-def _ray() -> Iterator[None]:
-    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    try:
-        serve.start(proxy_location="Disabled")
-        yield
-    finally:
-        serve.shutdown()
-        ray.shutdown()

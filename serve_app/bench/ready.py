@@ -9,17 +9,16 @@ import importlib
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
-import ray
 from ray import serve
 from ray.serve import Application
 from rich.progress import Progress
 
 from serve_app.app import build_app
 from serve_app.bench.models import bench_model
+from serve_app.bench.private_serve import private_serve
 from serve_app.bench.report import Row, report
 from serve_app.bench.whole import WholePipeline
 from serve_app.config import AppConfig, parse_app_config
@@ -41,7 +40,7 @@ STAGE = {"num_cpus": 0.1, "torch_threads": 1}
 def run(*, model: str, num_rounds: int, json_file: Path | None) -> None:
     """Rows of `design`, `process_s`, `import_s`, `load_s`, `ready_s`: medians over the rounds."""
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory() as folder, Progress() as progress, _ray():
+    with tempfile.TemporaryDirectory() as folder, Progress() as progress, private_serve():
         config = parse_app_config(
             {
                 "model": bench_model(model, Path(folder)).model_dump(),
@@ -116,14 +115,3 @@ def _ready_s(applications: Mapping[str, Application]) -> float:
     for name in applications:
         serve.delete(name)
     return elapsed_s
-
-
-@contextmanager
-def _ray() -> Iterator[None]:
-    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    try:
-        serve.start(proxy_location="Disabled")
-        yield
-    finally:
-        serve.shutdown()
-        ray.shutdown()
