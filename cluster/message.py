@@ -1,23 +1,27 @@
 """What travels from rank to rank, and its form on the wire.
 
-header  int64 [4]   batch id; how many bytes of metadata, of host and of device payload follow
-host    uint8 [H]   metadata: the pickled message, a `_Slot` in place of each tensor; then tensors of the CPU
-device  uint8 [D]   tensors of the accelerator: on it, or staged on the CPU
+host    uint8 [H]   header: batch id, and how many bytes of each of the following there are
+                    metadata: the pickled message, a `_Slot` in place of each tensor
+                    tensors of the CPU
+                    tensors of the accelerator, if they are staged on the CPU
+device  uint8 [D]   tensors of the accelerator, if they are on it
 
-Who has the header knows how much to receive. Every tensor begins at a multiple of 64 bytes.
+Who has the header knows how much to receive. Each part, and every tensor, begins at a multiple of 64 bytes.
 """
 
 import io
 import math
 import pickle
+import struct
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
-HEADER_SIZE = 4
 _ALIGNMENT_BYTES = 64
+_HEADER = struct.Struct("5q")
+HEADER_BYTES = _ALIGNMENT_BYTES
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,32 +34,49 @@ class Message:
     error: BaseException | None = None
 
 
+class Header(NamedTuple):
+    """Byte counts are multiples of 64."""
+
+    batch_id: int
+    num_meta: int
+    num_host: int
+    num_staged: int
+    num_device: int
+
+    @classmethod
+    def of(cls, host: Tensor) -> Self:
+        """host: at least its first HEADER_BYTES."""
+        return cls(*_HEADER.unpack_from(host.numpy().data))
+
+    @property
+    def num_host_bytes(self) -> int:
+        """Of the whole host buffer."""
+        return HEADER_BYTES + self.num_meta + self.num_host + self.num_staged
+
+
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """A message as three flat buffers, see the head of this file."""
+    """A message as two flat buffers, see the head of this file."""
 
-    header: Tensor
     host: Tensor
     device: Tensor
 
-    @classmethod
-    def empty(cls, header: Tensor, staging: torch.device) -> Self:
-        """Buffers for what `header` announces; the device payload lies on `staging`, pinned if that helps."""
-        _, num_meta, num_host, num_device = header.tolist()
-        is_pinned = num_device > 0 and staging.type == "cpu" and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-        return cls(
-            header,
-            host=torch.empty(_aligned(num_meta) + num_host, dtype=torch.uint8),
-            device=torch.empty(num_device, dtype=torch.uint8, device=staging, pin_memory=is_pinned),
-        )
-
     @property
-    def buffers(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.header, self.host, self.device
+    def parts(self) -> tuple[Header, Tensor, Tensor, Tensor]:
+        """The header, the metadata, the tensors of the CPU and those of the accelerator."""
+        header = Header.of(self.host)
+        _, meta, host, staged = self.host.split_with_sizes([HEADER_BYTES, *header[1:4]])
+        return header, meta, host, self.device if header.num_device else staged
 
     @property
     def num_bytes(self) -> int:
-        return sum(buffer.nbytes for buffer in self.buffers)
+        return self.host.nbytes + self.device.nbytes
+
+
+def empty_host(num_bytes: int, staging: torch.device) -> Tensor:
+    """Pinned if the accelerator's tensors are staged in it."""
+    is_pinned = staging.type == "cpu" and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=is_pinned)
 
 
 def pack(message: Message, staging: torch.device) -> Packed:
@@ -77,17 +98,17 @@ def unpack(packed: Packed, device: torch.device) -> Message:
     Its tensors are writable views of `packed`, so a small one keeps its whole buffer alive. Strides are kept
     if they are dense, gradients are not. What cannot be unpickled becomes a message with an error.
     """
-    batch_id, num_meta, _, _ = packed.header.tolist()
-    payload = packed.device.to(device, non_blocking=True)
+    header, meta, host, payload = packed.parts
+    payload = payload.to(device, non_blocking=True)
     if payload.is_cuda:
         # It was allocated on a stream for copies; it may be used again when the default stream is done with it.
         payload.record_stream(torch.cuda.default_stream(payload.device))
-    meta = io.BytesIO(packed.host[:num_meta].numpy().tobytes())
     try:
-        body, error = _Unpickler(meta, packed.host[_aligned(num_meta) :], payload).load()
+        body, error = _Unpickler(io.BytesIO(meta.numpy().data), host, payload).load()
     except Exception as reason:
-        body, error = None, RuntimeError(f"micro-batch {batch_id} cannot be read on another rank: {reason!r}")
-    return Message(batch_id, body, error)
+        body = None
+        error = RuntimeError(f"micro-batch {header.batch_id} cannot be read on another rank: {reason!r}")
+    return Message(header.batch_id, body, error)
 
 
 class _Slot(NamedTuple):
@@ -167,13 +188,19 @@ def _pack(message: Message, staging: torch.device) -> Packed:
     file = io.BytesIO()
     pickler = _Pickler(file)
     pickler.dump((message.body, None if message.error is None else _portable(message.error)))
-    meta = file.getvalue()
-    header = torch.tensor([message.batch_id, len(meta), pickler.num_host, pickler.num_device])
-    packed = Packed.empty(header, staging)
-    packed.host.numpy()[: len(meta)] = memoryview(meta)
-    host = packed.host[_aligned(len(meta)) :]
+    meta = file.getbuffer()
+    is_staged = staging.type == "cpu"
+    num_staged, num_device = (pickler.num_device, 0) if is_staged else (0, pickler.num_device)
+    header = Header(message.batch_id, _aligned(len(meta)), pickler.num_host, num_staged, num_device)
+
+    packed = Packed(
+        empty_host(header.num_host_bytes, staging), torch.empty(num_device, dtype=torch.uint8, device=staging)
+    )
+    _HEADER.pack_into(packed.host.numpy().data, 0, *header)
+    _, place_of_meta, host, device = packed.parts
+    place_of_meta.numpy()[: len(meta)] = meta
     for slot, tensor in pickler.tensors:
-        slot.fill(packed.device if slot.is_on_device else host, tensor)
+        slot.fill(device if slot.is_on_device else host, tensor)
     return packed
 
 

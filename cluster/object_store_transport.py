@@ -41,7 +41,7 @@ class ObjectStoreTransport:
             if self._is_closed:
                 raise PeerLost(f"rank {self._rank} has closed its transport")
             # In a list, or the mailbox would get the message itself.
-            self._next_mailbox.put([ray.put([buffer.numpy() for buffer in packed.buffers])])
+            self._next_mailbox.put([ray.put([packed.host.numpy(), packed.device.numpy()])])
         except RayError as error:
             raise PeerLost(f"rank {self._rank} cannot send to the next rank: {error}") from error
         self.bytes_sent += packed.num_bytes

@@ -1,6 +1,7 @@
 """How messages get from each rank to the next: the interface, and torch.distributed as its implementation."""
 
 import socket
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
@@ -12,13 +13,15 @@ import torch.distributed
 from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-from cluster.message import HEADER_SIZE, Message, Packed, pack, unpack
+from cluster.message import HEADER_BYTES, Header, Message, Packed, empty_host, pack, unpack
 from cluster.place import Backend
 
 _FOREVER = timedelta(days=365)  # a shorter one would end an idle ring; whether a ring is stuck is its own matter
 _AT_ONCE = timedelta(milliseconds=1)
 _TAG, _UNUSED_TAG = 0, 1
 _SENDER, _RECEIVER = 0, 1
+_NUM_LAST_SIZES = 16
+"""Long enough for micro-batches of a few signatures in turn, short because each keeps the room of the largest."""
 
 dist: Any = torch.distributed  # its stubs lack the groups' send and recv
 
@@ -155,6 +158,9 @@ class GroupTransport:
 class _Edge:
     """One end of an edge of the ring.
 
+    A message is one transfer over gloo if it is no larger than one of the last few. That much the receiver is
+    ready for, so that what comes need not wait for its answer: a larger one sends its header ahead.
+
     On a GPU it has a stream of its own that goes before compute, so that nothing queues up behind that.
     """
 
@@ -169,21 +175,35 @@ class _Edge:
             nccl_options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
             nccl_options._timeout = _FOREVER
             self._nccl = dist.ProcessGroupNCCL(PrefixStore("nccl", store), end, 2, nccl_options)
+        self._last_sizes = deque([HEADER_BYTES], maxlen=_NUM_LAST_SIZES)
+        """Of host buffers, in bytes; the same at both ends."""
 
     def send(self, packed: Packed) -> None:
         self.synchronize()  # the copies: gloo must not read before they are done, nor the other GPU wait for them
-        for wait in [self._transfer("send", buffer) for buffer in packed.buffers]:
+        buffers = [packed.host, packed.device]
+        if packed.host.nbytes > max(self._last_sizes):
+            buffers[:1] = packed.host.tensor_split([HEADER_BYTES])
+        self._last_sizes.append(packed.host.nbytes)
+        for wait in [self._transfer("send", buffer) for buffer in buffers]:
             wait()
         self.synchronize()
 
     def receive(self, staging: torch.device) -> Packed:
         """What is on a GPU then is complete when the stream is done."""
-        header = torch.empty(HEADER_SIZE, dtype=torch.int64)
-        self._transfer("recv", header)()
-        packed = Packed.empty(header, staging)
-        for wait in [self._transfer("recv", buffer) for buffer in (packed.host, packed.device)]:
+        host = empty_host(max(self._last_sizes), staging)
+        self._transfer("recv", host)()
+        header = Header.of(host)
+        self._last_sizes.append(header.num_host_bytes)
+        device = torch.empty(header.num_device, dtype=torch.uint8, device=staging)
+        buffers = [device]
+        if header.num_host_bytes > host.nbytes:
+            ahead, host = host, empty_host(header.num_host_bytes, staging)
+            first, rest = host.tensor_split([HEADER_BYTES])
+            first.copy_(ahead[:HEADER_BYTES])
+            buffers.append(rest)
+        for wait in [self._transfer("recv", buffer) for buffer in buffers]:
             wait()
-        return packed
+        return Packed(host[: header.num_host_bytes], device)
 
     def synchronize(self) -> None:
         if self.stream is not None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cluster.message import Message, Packed, pack, unpack
+from cluster.message import HEADER_BYTES, Header, Message, pack, unpack
 
 CPU = torch.device("cpu")
 DTYPES = [
@@ -133,8 +133,8 @@ def test_a_tensor_that_comes_up_twice_travels_once() -> None:
 
 def test_the_header_tells_how_much_to_receive() -> None:
     packed = pack(Message(3, {"x": torch.rand(100), "y": torch.rand(1)}), CPU)
-    announced = Packed.empty(packed.header, CPU)
-    assert [buffer.nbytes for buffer in announced.buffers] == [buffer.nbytes for buffer in packed.buffers]
+    header = Header.of(packed.host[:HEADER_BYTES])
+    assert (header.batch_id, header.num_host_bytes, header.num_device) == (3, packed.host.nbytes, 0)
 
 
 def test_gradients_stay_behind() -> None:
@@ -223,7 +223,7 @@ def test_messages_are_told_apart_by_identity() -> None:
 def test_tensors_of_the_gpu_and_of_the_cpu_arrive_where_they_belong(staging: str) -> None:
     gpu, body = torch.device("cuda", 0), {"gpu": grid_of(torch.bfloat16).cuda(), "cpu": torch.rand(3)}
     packed = pack(Message(0, body), torch.device(staging))
-    assert packed.device.device.type == staging
+    assert packed.parts[-1].device.type == staging
     torch.cuda.synchronize()
     arrived = unpack(packed, gpu).body
     torch.cuda.synchronize()

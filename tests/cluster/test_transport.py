@@ -156,7 +156,7 @@ def test_an_error_gets_to_another_process_and_back(echo_transport: GroupTranspor
 def test_messages_keep_their_order_while_both_directions_are_busy(
     echo_transport: GroupTransport, threads: ThreadPoolExecutor
 ) -> None:
-    sizes = [3_000_000, 1, 0, 70_000] * 5
+    sizes = [3_000_000, 1, 0, 70_000] * 5 + [1] * 20 + [3_000_000, 70_000, 4_000_000]  # growing again after long
 
     def send_all() -> None:
         for batch_id, size in enumerate(sizes):
