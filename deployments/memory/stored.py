@@ -8,6 +8,7 @@ import copy
 import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from diffusers import ModelMixin
@@ -57,7 +58,19 @@ def as_stored(skeleton: nn.Module, config: MemoryConfig, *, is_quantized: bool =
 
 
 def stored_bytes(model: nn.Module) -> int:
-    """Of all parameters and persistent buffers of a model from `as_stored`; tied ones count once."""
+    """Of all parameters and persistent buffers of a model from `as_stored`; tied ones count once.
+
+    Remembered, for a plan asks again and again: such a model is changed no more.
+    """
+    if model not in _weighed:
+        _weighed[model] = _weigh(model)
+    return _weighed[model]
+
+
+_weighed: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+
+
+def _weigh(model: nn.Module) -> int:
     seen: set[int] = set()
     total = 0
     for module in model.modules():

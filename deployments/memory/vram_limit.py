@@ -201,8 +201,10 @@ def _find_leaves(model: nn.Module) -> Iterator[_Leaf]:
                 places[id(tensor)].append((module, name))
                 tensors[id(tensor)] = tensor
     owners = {module for at in places.values() for module, _ in at}
-    for module in model.modules():
-        own = [key for key, at in places.items() if at[0][0] is module]
+    own_keys: dict[nn.Module, list[int]] = defaultdict(list)
+    for key, at in places.items():
+        own_keys[at[0][0]].append(key)
+    for module, own in own_keys.items():
         weights = [_Weight(places[key], tensors[key].data) for key in own]
         tied = [weight for weight in weights if len(weight.places) > 1]
         if alone := [weight for weight in weights if len(weight.places) == 1]:

@@ -30,7 +30,7 @@ from deployments.memory.stored import as_stored, stored_bytes
 from deployments.memory.tiling import set_tiles
 from deployments.plan.inputs import META, denoiser_inputs, latents, merged_inputs, to_meta
 from deployments.plan.sizes import BlockSizes, ComponentSizes, MediaSize, ModelSizes, RankSizes, StageSizes
-from deployments.plan.working import working_bytes
+from deployments.plan.working import on_meta, working_bytes
 
 BUFFERED_BOUNDARIES = 2
 """A rank of a ring holds what crosses the cut three times: one comes, one is worked on, one goes."""
@@ -216,7 +216,7 @@ def _boundary_bytes(names: tuple[str, ...], model: nn.Module, run: Callable[[], 
         return 0
     cut = Cut(names, 0, len(names) // 2)
     try:
-        with torch.no_grad(), cut.open(model, None):
+        with on_meta(), cut.open(model, None):
             run()
     except CutReached as reached:
         return sum(tensor.nbytes for tensor in tree_leaves(reached.boundary))

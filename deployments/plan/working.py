@@ -6,8 +6,10 @@ and what the allocator rounds up is not counted.
 """
 
 import weakref
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import nn
@@ -18,13 +20,20 @@ from torch.utils._pytree import tree_leaves
 
 def working_bytes(model: nn.Module, call: Callable[[], Any]) -> int:
     """Of `call()`, which runs `model` on the meta device."""
-    with torch.no_grad(), _FusedAttention(), _LiveTensors() as live:
+    with on_meta() as live:
         for tensor in (*model.parameters(), *model.buffers()):
             live.hold(tensor)
         before: int = live.peak_bytes
         call()
         most: int = live.peak_bytes
     return most - before
+
+
+@contextmanager
+def on_meta() -> "Iterator[_LiveTensors]":
+    """Calls on the meta device run fast here."""
+    with torch.no_grad(), _FusedAttention(), _LiveTensors() as live:
+        yield live
 
 
 class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -34,12 +43,25 @@ class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.peak_bytes = self._live_bytes = 0
         self._sizes: dict[int, int] = {}
+        self._outputs: dict[Hashable, _Layout] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
+        output = self._output(func, args, kwargs or {})
         for value in (output,) if isinstance(output, torch.Tensor) else tree_leaves(output):
             if isinstance(value, torch.Tensor):
                 self.hold(value)
+        return output
+
+    def _output(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Of one operation. A new tensor looks like that of an equal operation before: most of the meta device's
+        operations are Python, and a VAE repeats the same ones thousands of times for a video."""
+        if not _makes_one_tensor(func):
+            return func(*args, **kwargs)
+        key = func, _described(args), _described(tuple(kwargs.items()))
+        if key in self._outputs:
+            return self._outputs[key].empty()
+        output = func(*args, **kwargs)
+        self._outputs[key] = _Layout.of(output)
         return output
 
     def hold(self, tensor: torch.Tensor) -> None:
@@ -53,6 +75,38 @@ class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _free(self, key: int) -> None:
         self._live_bytes -= self._sizes.pop(key)
+
+
+class _Layout(NamedTuple):
+    """All that a tensor on the meta device is."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Self:
+        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
+
+    def empty(self) -> torch.Tensor:
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+
+
+@cache
+def _makes_one_tensor(func: Any) -> bool:
+    """And neither a view of another, nor by writing to one."""
+    returns = func._schema.returns
+    is_new = len(returns) == 1 and str(returns[0].type) == "Tensor" and returns[0].alias_info is None
+    return is_new and not func._schema.is_mutable
+
+
+def _described(value: Any) -> Hashable:
+    if isinstance(value, torch.Tensor):
+        return _Layout.of(value)
+    if isinstance(value, list | tuple):
+        return tuple(map(_described, value))
+    return value  # type: ignore[no-any-return]
 
 
 class _FusedAttention(TorchFunctionMode):

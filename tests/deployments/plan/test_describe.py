@@ -13,7 +13,7 @@ from deployments.engine.load import load_rank, open_denoiser
 from deployments.families import FAMILIES
 from deployments.plan.describe import Description
 from deployments.plan.sizes import MediaSize, ModelSizes
-from deployments.plan.working import working_bytes
+from deployments.plan.working import on_meta, working_bytes
 from deployments.stages.pipeline import load_pipeline, loaded_models
 from serve_app.bench.models import bench_model
 
@@ -104,6 +104,18 @@ def test_working_memory_is_what_lives_at_once() -> None:
     model = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(5))).to("meta")
     tokens = torch.empty(10, 256, device="meta")
     assert working_bytes(model, lambda: model(tokens)) == 2 * tokens.nbytes
+
+
+def test_repeated_operations_on_other_layouts_and_dtypes_are_told_apart() -> None:
+    grid = torch.empty(8, 4, dtype=torch.float32, device="meta")
+    with on_meta():
+        scaled = [tensor * 2 for tensor in (grid, grid, grid.t(), grid.half())]
+    assert [(tensor.shape, tensor.stride(), tensor.dtype) for tensor in scaled] == [
+        ((8, 4), (4, 1), torch.float32),
+        ((8, 4), (4, 1), torch.float32),
+        ((4, 8), (1, 4), torch.float32),
+        ((8, 4), (4, 1), torch.float16),
+    ]
 
 
 def test_attention_keeps_no_scores() -> None:
