@@ -37,6 +37,10 @@ class Vae:
         self._cold_start_s = time.perf_counter() - began
         export_regularly(self._export)
 
+    async def check(self, request: GenerationRequest) -> None:
+        """Raises NeverFits if the picture or video could never be decoded here. Beside what is being decoded."""
+        await asyncio.to_thread(self._stage.check, request)
+
     async def decode(self, latents: "torch.Tensor", request: GenerationRequest) -> Media:
         """The picture or video that the latents stand for, in the request's format."""
         self._num_pictures += 1

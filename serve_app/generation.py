@@ -6,7 +6,7 @@ again from that stage (losses.py).
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from deployments.request import (
@@ -19,8 +19,8 @@ from deployments.request import (
     Prompt,
     StreamOptions,
 )
-from serve_app.errors import DeadlineExceeded, StageFailed
-from serve_app.losses import naming, repeat_when_lost
+from serve_app.errors import BadRequest, DeadlineExceeded, RelayError, StageFailed
+from serve_app.losses import StageLost, naming, repeat_when_lost
 from serve_app.partials import PartialImage, Partials
 
 
@@ -31,6 +31,12 @@ class Stages:
     encoder: Any
     transformer: Any
     vae: Any
+    decodable: set[tuple[int, int, int]] = field(default_factory=set)
+    """Widths, heights and numbers of frames that the VAE has been asked about and has room for."""
+
+    @property
+    def by_name(self) -> dict[str, Any]:
+        return {"encoder": self.encoder, "transformer": self.transformer, "vae": self.vae}
 
 
 @dataclass(frozen=True)
@@ -115,6 +121,7 @@ async def _draw(
         await _picture(stages, conditioning, request, options, lambda news: tell(Event(index, news)))
 
     tasks = [asyncio.create_task(picture(i, request)) for i, request in enumerate(requests)]
+    tasks.append(asyncio.create_task(_refuse_early(stages, requests[0])))
     try:
         async with asyncio.timeout(timeout_s):
             await asyncio.gather(*tasks)
@@ -123,6 +130,30 @@ async def _draw(
     finally:
         for task in tasks:
             task.cancel()
+
+
+async def _refuse_early(stages: Stages, request: GenerationRequest) -> None:
+    """Raises BadRequest for what the VAE could never decode, not after the whole denoise but beside it."""
+    size = request.width, request.height, request.num_frames
+    if size in stages.decodable:
+        return
+    try:
+        with naming("decode", param=_size_param(request), if_input_lost=_do_nothing):
+            await stages.vae.check.remote(request)
+        stages.decodable.add(size)
+    except BadRequest:
+        raise
+    except (RelayError, StageLost):  # the decode itself will tell, or will not
+        pass
+
+
+def _size_param(request: GenerationRequest) -> str:
+    """The field to blame for what is too large."""
+    return "num_frames" if request.num_frames > 1 else "size"
+
+
+def _do_nothing() -> None:
+    """Where a stage was given nothing that could be lost."""
 
 
 class SharedConditioning:
@@ -153,7 +184,7 @@ async def _picture(
 ) -> None:
     reached: tuple[Denoised, Any] | None = None
     partials = Partials(stages.vae, request, tell)
-    size_param = "num_frames" if request.num_frames > 1 else "size"
+    size_param = _size_param(request)
 
     async def go_on() -> Picture:
         """From wherever the last attempt came to."""

@@ -99,7 +99,7 @@ class Relay:
 
     async def health(self) -> dict[str, str]:
         """Per stage OK or ASLEEP, or why it cannot serve now. Asks the stages: Serve says RUNNING too early."""
-        stages = vars(self._stages)
+        stages = self._stages.by_name
         asleep = await sleeping(stages)  # they are not asked, for a call would wake them
         awake = {name: stage for name, stage in stages.items() if name not in asleep}
         answers = dict(zip(awake, await asyncio.gather(*map(_ping, awake.values())), strict=True))
@@ -109,7 +109,7 @@ class Relay:
         """What every replica of every stage tells of itself, and Serve of them. Raises Unavailable."""
         try:
             async with asyncio.timeout(STATUS_TIMEOUT_S):
-                statuses = await stage_statuses(vars(self._stages))
+                statuses = await stage_statuses(self._stages.by_name)
         except TimeoutError as error:
             raise Unavailable(f"a stage did not answer within {STATUS_TIMEOUT_S:g} s; see /health") from error
         stages = {name: asdict(of) for name, of in statuses.items()}

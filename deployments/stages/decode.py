@@ -54,13 +54,17 @@ class Decoding:
         for request in warm_up.requests:
             self.decode_media(torch.zeros(self._family.latents_shape(self._pipe, request)), request)
 
+    def check(self, request: GenerationRequest) -> None:
+        """Raises NeverFits. Thread-safe; takes up to seconds the first time for a size."""
+        if self._foresee is not None:
+            size = _size(request)
+            self.keeper.needs.at_most(size, f"decoding {size}", partial(self._foresee, size))
+
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, request: GenerationRequest) -> Frames:
         """Latents as the pipeline returns them -> uint8 [F, H, W, 3], F = 1 for a picture. Raises NeverFits."""
-        size = MediaSize(request.width, request.height, request.num_frames)
-        if self._foresee is not None:
-            self.keeper.needs.at_most(size, f"decoding {size}", partial(self._foresee, size))
-        with self.keeper.at_work(), self.keeper.needs.measured(size):
+        self.check(request)
+        with self.keeper.at_work(), self.keeper.needs.measured(_size(request)):
             frames = self._decode(latents, request)
         self.keeper.release()
         return frames
@@ -88,3 +92,7 @@ class Decoding:
             fps=request.fps,
         )
         return data, MEDIA_TYPES[request.output_format]
+
+
+def _size(request: GenerationRequest) -> MediaSize:
+    return MediaSize(request.width, request.height, request.num_frames)

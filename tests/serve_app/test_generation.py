@@ -15,6 +15,7 @@ from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 
 from deployments.engine.step_queue import ShardGroupLost
+from deployments.refusal import NeverFits
 from deployments.request import (
     NO_NEWS,
     Denoised,
@@ -26,7 +27,7 @@ from deployments.request import (
     StreamOptions,
 )
 from serve_app import losses
-from serve_app.errors import DeadlineExceeded, Overloaded, StageFailed, Unavailable
+from serve_app.errors import BadRequest, DeadlineExceeded, Overloaded, StageFailed, Unavailable
 from serve_app.generation import News, Picture, Stages, generate
 from serve_app.losses import MAX_LOSSES
 from serve_app.partials import PartialImage
@@ -126,12 +127,27 @@ def ready(item: Any) -> "asyncio.Future[Any]":
     return reference
 
 
+class CheckHandle(Calls):
+    def remote(self, request: GenerationRequest) -> "asyncio.Future[None]":
+        answer = asyncio.get_running_loop().create_future()
+        error = self.start(request)
+        answer.set_result(None) if error is None else answer.set_exception(error)
+        return answer
+
+
 class DecodeHandle(Calls):
     decode = property(lambda self: self)
 
-    def __init__(self, *errors: Exception, takes_s: float = 0.0, partials: Calls | None = None) -> None:
+    def __init__(
+        self,
+        *errors: Exception,
+        takes_s: float = 0.0,
+        partials: Calls | None = None,
+        check: CheckHandle | None = None,
+    ) -> None:
         super().__init__(*errors)
         self._takes_s, self._partials = takes_s, partials
+        self.check = check or CheckHandle()
 
     @property
     def decode_partial(self) -> "DecodeHandle":
@@ -155,17 +171,19 @@ def _no_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def news(
-    encoder: Calls,
-    transformer: Calls,
-    vae: Calls,
+    encoder: Calls, transformer: Calls, vae: Calls, options: StreamOptions = NO_NEWS, **how: Any
+) -> list[News | None]:
+    return told(Stages(encoder, transformer, vae), options, **how)
+
+
+def told(
+    stages: Stages,
     options: StreamOptions = NO_NEWS,
     *,
     timeout_s: float = 10,
     heartbeat_s: float | None = None,
     requests: Sequence[GenerationRequest] = (REQUEST,),
 ) -> list[News | None]:
-    stages = Stages(encoder, transformer, vae)
-
     async def collect() -> list[News | None]:
         events = generate(stages, requests, options, timeout_s=timeout_s, heartbeat_s=heartbeat_s)
         return [event and event.news async for event in events]
@@ -182,10 +200,10 @@ def run(encoder: Calls, transformer: Calls, vae: Calls, timeout_s: float = 10) -
 def partials(transformer: Calls, decode_partial: Calls) -> list[tuple[int, bytes]]:
     """Index and data of the partial pictures that were told; after them there was a picture."""
     vae = DecodeHandle(partials=decode_partial)
-    *told, picture = news(EncodeHandle(), transformer, vae, StreamOptions(num_partial_images=3))
+    *before, picture = news(EncodeHandle(), transformer, vae, StreamOptions(num_partial_images=3))
     assert isinstance(picture, Picture)
-    assert all(isinstance(partial, PartialImage) for partial in told)
-    return [(partial.partial_image_index, partial.media.data) for partial in told]  # type: ignore[union-attr]
+    assert all(isinstance(partial, PartialImage) for partial in before)
+    return [(partial.partial_image_index, partial.media.data) for partial in before]  # type: ignore[union-attr]
 
 
 def test_every_prompt_of_a_request_is_encoded_once_for_all_its_pictures() -> None:
@@ -209,13 +227,13 @@ def test_a_partial_picture_that_is_not_ready_with_the_picture_is_dropped() -> No
 
 @pytest.mark.parametrize("error", [REPLICA_DIED, AWAY, INPUT_LOST, ValueError("bad shape")])
 def test_a_partial_picture_that_fails_is_left_out(error: Exception) -> None:
-    told = partials(DenoiseHandle(num_partials=3), DecodeHandle(error))
-    assert [index for index, _ in told] == [1, 2]
+    shown = partials(DenoiseHandle(num_partials=3), DecodeHandle(error))
+    assert [index for index, _ in shown] == [1, 2]
 
 
 def test_no_partial_picture_is_told_twice_when_the_denoise_is_repeated() -> None:
-    told = partials(DenoiseHandle(REPLICA_DIED, REPLICA_DIED, num_partials=3), DecodeHandle())
-    assert [index for index, _ in told] == [0, 1, 2]
+    shown = partials(DenoiseHandle(REPLICA_DIED, REPLICA_DIED, num_partials=3), DecodeHandle())
+    assert [index for index, _ in shown] == [0, 1, 2]
 
 
 def test_progress_ends_with_the_decode() -> None:
@@ -272,6 +290,27 @@ def test_a_request_that_may_be_what_kills_replicas_is_given_up() -> None:
 def test_an_absent_stage_is_waited_for(error: Exception) -> None:
     vae = DecodeHandle(*[error] * 5 * MAX_LOSSES)
     assert run(EncodeHandle(), DenoiseHandle(), vae).media.data.startswith(b"latents")
+
+
+def test_what_the_vae_could_never_decode_is_refused_while_it_is_denoised() -> None:
+    check = CheckHandle(raised_in_replica(NeverFits("decoding 64x64 needs too much")))
+    encoder, transformer, vae = EncodeHandle(), DenoiseHandle(), DecodeHandle(takes_s=60, check=check)
+    with pytest.raises(BadRequest, match="size: in the decode stage decoding 64x64 needs too much"):
+        run(encoder, transformer, vae)
+
+
+@pytest.mark.parametrize("error", [REPLICA_DIED, AWAY, raised_in_replica(ValueError("bad shape"))])
+def test_a_check_that_fails_leaves_it_to_the_decode(error: Exception) -> None:
+    vae = DecodeHandle(check=CheckHandle(error))
+    assert run(EncodeHandle(), DenoiseHandle(), vae).media.data.startswith(b"latents")
+
+
+def test_the_vae_is_asked_once_for_all_pictures_of_a_size() -> None:
+    check = CheckHandle()
+    stages = Stages(EncodeHandle(), DenoiseHandle(), DecodeHandle(check=check))
+    for _ in range(2):
+        told(stages, requests=[REQUEST, replace(REQUEST, seed=1)])
+    assert check.arguments == [REQUEST]
 
 
 def test_waiting_ends_with_the_deadline() -> None:

@@ -55,3 +55,15 @@ def test_what_never_fits_a_stage_is_refused_by_the_field_to_change(app: App, siz
     assert (answer.status_code, error["param"], error["code"]) == (400, "size", "invalid_value")
     assert f"size: in the {stage} stage" in error["message"]
     assert "memory_limit_gib" in error["message"]
+
+
+@pytest.mark.slow
+def test_what_the_vae_could_never_decode_is_not_denoised_to_the_end(app: App) -> None:
+    def num_forwards() -> int:
+        stats = app.deployment("Transformer").stats.remote().result()
+        return sum(size * number for size, number in stats.queue.batch_sizes.items())
+
+    before, steps = num_forwards(), 100
+    assert draw(app, "128x128", steps=steps).status_code == 400
+    app.wait_for_seats(0)
+    assert num_forwards() - before < steps
