@@ -3,7 +3,7 @@
 import socket
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -117,7 +117,7 @@ class GroupTransport:
         self._greet()
 
     def send(self, message: Message) -> None:
-        with torch.cuda.stream(self._outgoing.stream):
+        with self._outgoing.stream_context():
             packed = pack(message, self._staging)
             try:
                 self._outgoing.send(packed)
@@ -126,7 +126,7 @@ class GroupTransport:
         self.bytes_sent += packed.num_bytes
 
     def receive(self) -> Message:
-        with torch.cuda.stream(self._incoming.stream):
+        with self._incoming.stream_context():
             try:
                 packed = self._incoming.receive(self._staging)
             except RuntimeError as error:
@@ -166,9 +166,9 @@ class _Edge:
 
     def __init__(self, end: int, store: PrefixStore, options: Any, backend: Backend, device: torch.device) -> None:
         self._other_end = 1 - end
-        self.stream: Any = None
+        self._stream: Any = None
         if device.type == "cuda":
-            self.stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+            self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
         self._gloo = dist.ProcessGroupGloo(PrefixStore("gloo", store), end, 2, options)
         self._nccl: Any = None
         if backend == "nccl":
@@ -205,9 +205,12 @@ class _Edge:
             wait()
         return Packed(host[: header.num_host_bytes], device)
 
+    def stream_context(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
     def synchronize(self) -> None:
-        if self.stream is not None:
-            self.stream.synchronize()
+        if self._stream is not None:
+            self._stream.synchronize()
 
     def close(self) -> None:
         if self._nccl is not None:
