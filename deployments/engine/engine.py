@@ -111,4 +111,4 @@ class Engine:
         if message.error is not None:
             self.queue.fail(message.batch_id, message.error)
         else:
-            self.queue.finish(message.batch_id, message.body.split(sizes) if sizes else ())
+            self.queue.finish(message.batch_id, message.body.split_with_sizes(sizes) if sizes else ())

@@ -96,23 +96,23 @@ class PacedShard:
 
     def __init__(self, *, is_last: bool) -> None:
         self._is_last = is_last
-        self._payloads: dict[float, torch.Tensor] = {}
+        self._outputs: dict[Any, torch.Tensor] = {}
+        self._is_precise = False
 
     def run(self, inputs: Mapping[str, Any], boundary: Boundary | None = None) -> Boundary | torch.Tensor:
         """inputs: `pace` holds [step_ms, payload_mb]."""
+        if not self._is_precise:  # else Linux may wake this thread 50 us late, no fault of the pipeline
+            self._is_precise = _libc.prctl(_PR_SET_TIMERSLACK, 1) == 0
         step_ms, payload_mb = inputs["pace"]
-        _sleep(step_ms / 1e3)
+        time.sleep(step_ms / 1e3)
         if self._is_last:
-            return torch.zeros(inputs["hidden_states"].shape)
-        if payload_mb not in self._payloads:
-            self._payloads[payload_mb] = torch.zeros(int(payload_mb * 1e6), dtype=torch.uint8)
-        return {"block": self._payloads[payload_mb]}
+            return self._output(inputs["hidden_states"].shape, torch.float32)
+        return {"block": self._output((int(payload_mb * 1e6),), torch.uint8)}
 
-
-def _sleep(seconds: float) -> None:
-    """To within 50 us. By default Linux may wake a thread that much later still, no fault of the pipeline."""
-    _libc.prctl(_PR_SET_TIMERSLACK, 1)
-    time.sleep(seconds)
+    def _output(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        if shape not in self._outputs:
+            self._outputs[shape] = torch.zeros(shape, dtype=dtype)
+        return self._outputs[shape]
 
 
 class PacedRank:
