@@ -24,6 +24,8 @@ from serve_app.config import AppConfig, parse_app_config
 
 WAYS = {"on": 8, "off": 1, "whole pipeline": 0}
 """What the column `merging` says, and the max_batch_size behind it; 0: the baseline."""
+NUM_IN_TURN = 8
+"""Requests of one way before it is the next one's turn."""
 
 
 def run(*, loads: Mapping[str, tuple[int, int]], concurrencies: Sequence[int], json_file: Path | None) -> None:
@@ -32,13 +34,12 @@ def run(*, loads: Mapping[str, tuple[int, int]], concurrencies: Sequence[int], j
     Rows of `model`, `concurrency`, `merging`, `requests_per_s`, `p50_s`, `p99_s`."""
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder, Progress() as progress, private_serve():
-        task = progress.add_task("batching", total=len(loads) * len(WAYS) * len(concurrencies))
+        task = progress.add_task("batching", total=len(loads) * len(concurrencies))
         for model, load in loads.items():
             with _serving(model, Path(folder)) as handles:
                 for concurrency in concurrencies:
-                    for way, handle in handles.items():
-                        rows.append({"model": model} | _measure(way, handle, concurrency, *load))
-                        progress.advance(task)
+                    rows += [{"model": model, **row} for row in _measure(handles, concurrency, *load)]
+                    progress.advance(task)
     report("requests per second, merging forwards of concurrent requests", rows, json_file)
 
 
@@ -57,31 +58,40 @@ def _serving(model: str, folder: Path) -> Iterator[dict[str, Any]]:
         serve.delete(way)
 
 
-def _measure(way: str, handle: Any, concurrency: int, num_requests: int, steps: int) -> dict[str, Any]:
-    """So many clients, each of which sends its next request when it has the answer to the one before."""
+def _measure(handles: Mapping[str, Any], concurrency: int, num_requests: int, steps: int) -> Iterator[Row]:
+    """A row for each way. They take turns, so that a drifting machine is fair to all."""
+    times: dict[str, list[float]] = {way: [] for way in handles}
+    elapsed_s = dict.fromkeys(handles, 0.0)
+    for handle in handles.values():
+        handle.generate.remote(prompt="warm up", num_inference_steps=steps).result()
+    for first in range(0, num_requests, NUM_IN_TURN):
+        for way, handle in handles.items():
+            start = time.perf_counter()
+            times[way] += asyncio.run(_ask(handle, concurrency, range(first, first + NUM_IN_TURN), steps))
+            elapsed_s[way] += time.perf_counter() - start
+    for way, of in times.items():
+        yield {
+            "concurrency": concurrency,
+            "merging": way,
+            "requests_per_s": len(of) / elapsed_s[way],
+            "p50_s": statistics.median(of),
+            "p99_s": sorted(of)[min(len(of) - 1, round(0.99 * len(of)))],
+        }
+
+
+async def _ask(handle: Any, concurrency: int, seeds: Sequence[int], steps: int) -> list[float]:
+    """Seconds of every request, by clients each of which sends its next when the one before is answered."""
     times: list[float] = []
-    seeds = iter(range(num_requests))
+    waiting = iter(seeds)
 
     async def client() -> None:
-        for seed in seeds:
+        for seed in waiting:
             start = time.perf_counter()
             await handle.generate.remote(prompt=f"prompt {seed}", seed=seed, num_inference_steps=steps)
             times.append(time.perf_counter() - start)
 
-    async def clients() -> float:
-        await handle.generate.remote(prompt="warm up", num_inference_steps=steps)
-        start = time.perf_counter()
-        await asyncio.gather(*(client() for _ in range(concurrency)))
-        return time.perf_counter() - start
-
-    elapsed_s = asyncio.run(clients())
-    return {
-        "concurrency": concurrency,
-        "merging": way,
-        "requests_per_s": len(times) / elapsed_s,
-        "p50_s": statistics.median(times),
-        "p99_s": sorted(times)[min(len(times) - 1, round(0.99 * len(times)))],
-    }
+    await asyncio.gather(*(client() for _ in range(concurrency)))
+    return times
 
 
 def _config(model: str, folder: Path, max_batch_size: int) -> AppConfig:
