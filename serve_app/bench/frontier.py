@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from html import escape
 
 WIDTH, HEIGHT, MARGIN = 720, 440, 60
+LABEL_WIDTH, LABEL_HEIGHT = 90, 13
 Point = tuple[float, float]
 
 
@@ -21,13 +22,17 @@ def draw_frontier(points: Mapping[str, Point], *, x_label: str, y_label: str) ->
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(place, best))
     marks = [
         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{5 if point in best else 3.5}"/>'
-        f'<text x="{x + 8:.1f}" y="{y + 4:.1f}">{escape(name)}</text>'
-        for name, point in points.items()
+        for point in points.values()
         for x, y in [place(point)]
     ]
+    labels = [
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{"end" if x < place(points[name])[0] else "start"}">'
+        f"{escape(name)}</text>"
+        for name, (x, y) in _place_labels({name: place(point) for name, point in points.items()}).items()
+    ]
     ticks = [
-        f'<text class="tick" x="{x:.1f}" y="{HEIGHT - MARGIN + 18}">{x_max * share:.3g}</text>'
-        f'<text class="tick" x="{MARGIN - 26}" y="{y + 4:.1f}">{y_max * share:.3g}</text>'
+        f'<text class="tick" x="{x:.1f}" y="{HEIGHT - MARGIN + 18}">{_shown(x_max * share)}</text>'
+        f'<text class="tick" x="{MARGIN - 26}" y="{y + 4:.1f}">{_shown(y_max * share)}</text>'
         for share in (0, 0.25, 0.5, 0.75, 1)
         for x, y in [place((x_max * share, y_max * share))]
     ]
@@ -44,9 +49,25 @@ def draw_frontier(points: Mapping[str, Point], *, x_label: str, y_label: str) ->
             *ticks,
             f'<polyline points="{path}"/>',
             *marks,
+            *labels,
             "</svg>\n",
         ]
     )
+
+
+def _place_labels(marks: Mapping[str, Point]) -> dict[str, Point]:
+    """By name, where its text begins, or ends if it is left of its mark; none on another."""
+    placed: dict[str, Point] = {}
+    for name, (x, y) in sorted(marks.items(), key=lambda mark: mark[1][1]):
+        is_left = x > 0.75 * WIDTH
+        beside = (other[1] for other in placed.values() if abs(other[0] - x) < LABEL_WIDTH)
+        lowest = max((other + LABEL_HEIGHT for other in beside), default=0.0)
+        placed[name] = (x - 8 if is_left else x + 8, max(y + 4, lowest))
+    return placed
+
+
+def _shown(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def find_frontier(points: Iterable[Point]) -> list[Point]:
