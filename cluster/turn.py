@@ -108,9 +108,9 @@ class Turn:
     def _end(self) -> None:
         began = time.monotonic()
         self._leave()
+        self._leaving_s += time.monotonic() - began
         self._is_here = False
         self._turn.release()
-        self._leaving_s += time.monotonic() - began
 
     def _watch(self, turn: int) -> None:
         """For as long as this turn lasts."""

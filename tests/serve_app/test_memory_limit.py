@@ -48,12 +48,15 @@ def draw(app: App, size: str, seed: int = 0, steps: int = 4) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("size", "stage"), [("256x256", "denoise"), ("128x128", "decode")])
-def test_what_never_fits_a_stage_is_refused_by_the_field_to_change(app: App, size: str, stage: str) -> None:
+@pytest.mark.parametrize(("size", "stages"), [("256x256", ("denoise", "decode")), ("128x128", ("decode",))])
+def test_what_never_fits_a_stage_is_refused_by_the_field_to_change(
+    app: App, size: str, stages: tuple[str, ...]
+) -> None:
+    """By whichever stage says so first."""
     answer = draw(app, size)
     error = answer.json()["error"]
     assert (answer.status_code, error["param"], error["code"]) == (400, "size", "invalid_value")
-    assert f"size: in the {stage} stage" in error["message"]
+    assert any(f"size: in the {stage} stage" in error["message"] for stage in stages)
     assert "memory_limit_gib" in error["message"]
 
 

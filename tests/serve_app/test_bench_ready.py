@@ -1,0 +1,28 @@
+"""`relay bench ready`, on a Ray of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.slow
+def test_the_parts_of_the_time_until_ready_are_told_for_both_designs(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if not request.config.getoption("--thorough"):
+        pytest.skip("starts six apps: --thorough")
+    file = tmp_path / "rows.json"
+    command = [str(Path(sys.executable).with_name("relay")), "bench", "ready", "--quick", "--json", str(file)]
+    run = subprocess.run(
+        command, env=os.environ | {"RAY_worker_niceness": "0"}, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["design"] for row in rows] == ["three stages", "whole pipeline"]
+    for row in rows:
+        assert row["process_s"] > 0
+        assert row["process_s"] + row["import_s"] + row["load_s"] == pytest.approx(row["ready_s"])
