@@ -5,11 +5,11 @@ nothing, as processes that only import what the replicas import, and as it is. T
 imports and loading cost. The checkpoint was just written, so the kernel still has it: nobody waits for a disk.
 """
 
-import importlib
 import statistics
 import tempfile
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ray import serve
@@ -17,6 +17,7 @@ from ray.serve import Application
 from rich.progress import Progress
 
 from serve_app.app import build_app
+from serve_app.bench.importing import Importing
 from serve_app.bench.models import bench_model
 from serve_app.bench.private_serve import private_serve
 from serve_app.bench.report import Row, report
@@ -33,7 +34,7 @@ IMPORTS = {
     ),
     "whole pipeline": (("serve_app.bench.whole", PIPELINE),),
 }
-"""What each process of a design imports; an attribute behind a colon, for diffusers imports those when asked."""
+"""What each process of a design imports, as `Importing` takes it."""
 STAGE = {"num_cpus": 0.1, "torch_threads": 1}
 
 
@@ -64,18 +65,7 @@ def run(*, model: str, num_rounds: int, json_file: Path | None) -> None:
                     "ready_s": ready_s,
                 }
             )
-    report(f"from deploying to ready, {model} parameters of FLUX", rows, json_file)
-
-
-class Importing:
-    """A replica that imports and does nothing."""
-
-    def __init__(self, names: tuple[str, ...]) -> None:
-        for name in names:
-            module, _, attribute = name.partition(":")
-            found = importlib.import_module(module)
-            if attribute:
-                getattr(found, attribute)
+    report(f"from deploying to ready, FLUX ({model})", rows, json_file)
 
 
 def _measure(design: str, config: AppConfig) -> tuple[float, float, float]:
@@ -112,6 +102,6 @@ def _ready_s(applications: Mapping[str, Application]) -> float:
             break
         time.sleep(0.05)
     elapsed_s = time.perf_counter() - start
-    for name in applications:
-        serve.delete(name)
+    with ThreadPoolExecutor(len(applications)) as threads:  # Serve takes seconds for each
+        list(threads.map(serve.delete, applications))
     return elapsed_s
