@@ -123,7 +123,8 @@ class _Slot(NamedTuple):
     @classmethod
     def after(cls, offset: int, tensor: Tensor) -> Self:
         # The strides that a dense copy has: those of the tensor, unless it has gaps or overlaps itself.
-        stride = torch.empty_like(tensor, device="meta").stride()
+        dense = tensor if tensor.is_contiguous() else torch.empty_like(tensor, device="meta")
+        stride = dense.stride()
         return cls(tensor.device.type != "cpu", offset, tuple(tensor.shape), stride, tensor.dtype)
 
     @property
