@@ -222,7 +222,7 @@ def test_the_model_card_tells_defaults_and_limits(flux_app: Any) -> None:
 @pytest.mark.skipif("PAGE_SCREENSHOT" not in os.environ, reason="PAGE_SCREENSHOT names no file")
 def test_screenshot(page: Page) -> None:
     page.open(os.environ["PAGE_URL"], height=1080)
-    page.draw("a blue square at the bottom, on a black background", seed=3)
+    page.draw("a blue square at the bottom, on a pink background", seed=3)
     page.draw("a yellow triangle at the top, on a gray background", seed=5)
     page.draw("a red circle on the left, on a white background", seed=7)
     taken = page.driver.execute_cdp_cmd("Page.captureScreenshot", {"format": "png"})
