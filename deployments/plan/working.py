@@ -106,7 +106,7 @@ def _described(value: Any) -> Hashable:
         return _Layout.of(value)
     if isinstance(value, list | tuple):
         return tuple(map(_described, value))
-    return value  # type: ignore[no-any-return]
+    return type(value), value  # 2 == 2.0 == True, but not to an integer's dtype
 
 
 class _FusedAttention(TorchFunctionMode):

@@ -118,6 +118,12 @@ def test_repeated_operations_on_other_layouts_and_dtypes_are_told_apart() -> Non
     ]
 
 
+def test_equal_numbers_of_different_types_are_told_apart() -> None:
+    counts = torch.empty(4, dtype=torch.int64, device="meta")
+    with on_meta():
+        assert [(counts * factor).dtype for factor in (2, 2.0, 2)] == [torch.int64, torch.float32, torch.int64]
+
+
 def test_attention_keeps_no_scores() -> None:
     query = torch.empty(1, 2, 512, 16, device="meta")
     attend = torch.nn.functional.scaled_dot_product_attention
