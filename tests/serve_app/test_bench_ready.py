@@ -10,9 +10,7 @@ import pytest
 
 
 @pytest.mark.slow
-def test_the_parts_of_the_time_until_ready_are_told_for_both_designs(
-    tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_idle_processes_are_ready_before_those_that_serve(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     if not request.config.getoption("--thorough"):
         pytest.skip("starts six apps: --thorough")
     file = tmp_path / "rows.json"
@@ -24,5 +22,4 @@ def test_the_parts_of_the_time_until_ready_are_told_for_both_designs(
     rows = json.loads(file.read_text())["rows"]
     assert [row["design"] for row in rows] == ["three stages", "whole pipeline"]
     for row in rows:
-        assert row["process_s"] > 0
-        assert row["process_s"] + row["import_s"] + row["load_s"] == pytest.approx(row["ready_s"])
+        assert 0 < row["process_s"] < row["ready_s"]
