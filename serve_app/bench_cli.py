@@ -69,7 +69,7 @@ def recovery(
     _run(
         "recovery",
         victims=("vae",) if quick else ("rank 0", "rank 1", "encoder", "vae"),
-        idle_victims=("vae",) if quick else tuple(idle.split(",")),
+        idle_victims=("vae",) if quick else tuple(filter(None, idle.split(","))),
         json_file=json_file,
     )
 

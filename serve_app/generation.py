@@ -138,7 +138,7 @@ async def _refuse_early(stages: Stages, request: GenerationRequest) -> None:
     if size in stages.decodable:
         return
     try:
-        with naming("decode", param=_size_param(request), if_input_lost=_do_nothing):
+        with naming("decode", param=_size_param(request)):
             await stages.vae.check.remote(request)
         stages.decodable.add(size)
     except BadRequest:
@@ -150,10 +150,6 @@ async def _refuse_early(stages: Stages, request: GenerationRequest) -> None:
 def _size_param(request: GenerationRequest) -> str:
     """The field to blame for what is too large."""
     return "num_frames" if request.num_frames > 1 else "size"
-
-
-def _do_nothing() -> None:
-    """Where a stage was given nothing that could be lost."""
 
 
 class SharedConditioning:

@@ -19,18 +19,26 @@ def app_handle(config: AppConfig | None) -> Iterator[DeploymentHandle]:
     With a config, a private Ray and Serve are started on this machine and shut down afterwards; without one
     the app must be running. Raises ConnectionError or RayServeException if it is not.
     """
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    if config is None:
-        ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
-        try:
-            yield serve.get_app_handle(APP_NAME)
-        finally:
-            ray.shutdown()
+    if config is not None:
+        with private_serve():
+            yield serve.run(build_app(config), name=APP_NAME, route_prefix=None)
         return
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
+    try:
+        yield serve.get_app_handle(APP_NAME)
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def private_serve() -> Iterator[None]:
+    """A Ray and a Serve of this process's own, without HTTP, for apps called by their handles. Ends both."""
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         serve.start(proxy_location="Disabled")
-        yield serve.run(build_app(config), name=APP_NAME, route_prefix=None)
+        yield
     finally:
         serve.shutdown()
         ray.shutdown()

@@ -61,10 +61,11 @@ class StageLost(Exception):
 
 
 @contextmanager
-def naming(stage: str, *, param: str, if_input_lost: Callable[[], None]) -> Iterator[None]:
+def naming(stage: str, *, param: str, if_input_lost: Callable[[], None] | None = None) -> Iterator[None]:
     """A call of the stage: its errors as clients may see them, its loss as StageLost.
 
     param: the field to blame where the request needs more memory than the stage has.
+    if_input_lost: for a stage that was given what another one made.
     """
     try:
         yield
@@ -77,7 +78,8 @@ def naming(stage: str, *, param: str, if_input_lost: Callable[[], None]) -> Iter
     except AWAY as error:
         raise StageLost(stage, error, was_served=False) from error
     except LOST as error:
-        if isinstance(error, INPUT_LOST) and not isinstance(error, ShardGroupLost):
+        is_input_lost = isinstance(error, INPUT_LOST) and not isinstance(error, ShardGroupLost)
+        if is_input_lost and if_input_lost is not None:
             if_input_lost()
         raise StageLost(stage, error, was_served=True) from error
     except RayError as error:

@@ -17,10 +17,10 @@ from rich.progress import Progress
 
 from serve_app.app import build_app
 from serve_app.bench.models import bench_model
-from serve_app.bench.private_serve import private_serve
 from serve_app.bench.report import Row, report
 from serve_app.bench.whole import WholePipeline
 from serve_app.config import AppConfig, parse_app_config
+from serve_app.local import private_serve
 
 WAYS = {"on": 8, "off": 1, "whole pipeline": 0}
 """What the column `merging` says, and the max_batch_size behind it; 0: the baseline."""

@@ -19,10 +19,10 @@ from rich.progress import Progress
 from serve_app.app import build_app
 from serve_app.bench.importing import Importing
 from serve_app.bench.models import bench_model
-from serve_app.bench.private_serve import private_serve
 from serve_app.bench.report import Row, report
 from serve_app.bench.whole import WholePipeline
 from serve_app.config import AppConfig, parse_app_config
+from serve_app.local import private_serve
 
 PIPELINE = "diffusers:FluxPipeline"
 IMPORTS = {
