@@ -6,6 +6,7 @@ a micro-batch takes `rate(relay_compute_seconds_total) / rate(relay_micro_batche
 Of histograms use buckets and counts only: Ray (2.60) fills `_sum` with the middles of the buckets.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +14,8 @@ from contextlib import contextmanager
 from queue import Empty, SimpleQueue
 
 from ray.util.metrics import Counter, Gauge, Histogram
+
+log = logging.getLogger("ray.serve")
 
 EXPORT_PERIOD_S = 5.0
 LABELS = ("stage", "rank", "model")
@@ -131,12 +134,15 @@ class StageMetrics:
             return None
 
 
-def export_regularly(export: Callable[[], None]) -> None:
-    """Calls it every few seconds, in a thread that ends with the process."""
+def export_regularly(export: Callable[[], None], period_s: float = EXPORT_PERIOD_S) -> None:
+    """Calls it every few seconds, in a thread that ends with the process. What it raises is logged."""
 
     def loop() -> None:
         pause = threading.Event()
-        while not pause.wait(EXPORT_PERIOD_S):
-            export()
+        while not pause.wait(period_s):
+            try:
+                export()
+            except Exception:  # a rank that does not answer now may the next time
+                log.exception("metrics were not exported; the next try follows in %g s", period_s)
 
     threading.Thread(target=loop, name="metrics", daemon=True).start()

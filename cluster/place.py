@@ -13,7 +13,7 @@ class Place:
 
     node_id: str
     gpu: str | None
-    """Which of the node's GPUs; None without one."""
+    """Which of the node's GPUs, by its number, or as CUDA_VISIBLE_DEVICES names it; None without one."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,9 @@ def num_nodes(places: Sequence[Place]) -> int:
 
 
 def plan_backend(places: Sequence[Place]) -> Backend:
-    """NCCL if every rank has a GPU of its own, for it refuses two ranks on one; else gloo, by way of the CPU."""
-    own_gpus = {place for place in places if place.gpu is not None}
+    """NCCL if every rank has a GPU of its own, for it refuses two ranks on one; else gloo, by way of the CPU.
+
+    Two slices of one card (MIG) are one GPU to NCCL, and a slice does not tell its card.
+    """
+    own_gpus = {place for place in places if place.gpu is not None and not place.gpu.startswith("MIG")}
     return "nccl" if len(own_gpus) == len(places) else "gloo"

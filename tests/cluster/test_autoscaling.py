@@ -8,15 +8,25 @@ from ray.serve.config import AutoscalingConfig, AutoscalingContext
 from cluster.autoscaling import load_policy
 
 
-def decide(loads: list[float], *, running: float, queued: float = 0, target_load: float = 1.0) -> float:
+def decide(
+    loads: list[float],
+    *,
+    running: float,
+    queued: float = 0,
+    target_load: float = 1.0,
+    num_replicas: int | None = None,
+    num_wanted: int | None = None,
+) -> float:
+    """num_replicas: that run, if not those that tell their loads; num_wanted: so far, if not those that run."""
+    num_replicas = len(loads) if num_replicas is None else num_replicas
     metrics: Any = {"load": dict(enumerate(loads))} if loads else {}
     unused: Any = None
     context = AutoscalingContext(
         deployment_id=unused,
         deployment_name="Transformer",
         app_name="relay",
-        current_num_replicas=len(loads),
-        target_num_replicas=len(loads),
+        current_num_replicas=num_replicas,
+        target_num_replicas=num_replicas if num_wanted is None else num_wanted,
         running_replicas=[],
         total_num_requests=running + queued,
         total_queued_requests=queued,
@@ -56,4 +66,14 @@ def test_a_stage_whose_requests_are_still_being_encoded_may_not() -> None:
 
 
 def test_a_replica_that_has_not_reported_yet_keeps_its_stage_awake() -> None:
-    assert decide([], running=2) == 1.0
+    assert decide([], running=2, num_replicas=1) == 1.0
+
+
+def test_replicas_that_still_load_stay_wanted() -> None:
+    assert decide([], running=0, num_wanted=1) == 1.0
+    assert decide([], running=0, queued=4, num_wanted=3) == 3.0
+
+
+def test_a_stage_asleep_is_woken_by_a_request_and_by_nothing_else() -> None:
+    assert decide([], running=0, queued=1) == 1.0
+    assert decide([], running=0) == 0.0

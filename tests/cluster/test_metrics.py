@@ -2,10 +2,11 @@
 
 import contextlib
 import re
+import threading
 
 import pytest
 
-from cluster.metrics import COUNTERS, GAUGES, HISTOGRAMS, StageMetrics
+from cluster.metrics import COUNTERS, GAUGES, HISTOGRAMS, StageMetrics, export_regularly
 
 
 def test_names_tell_their_units_as_prometheus_wants_them() -> None:
@@ -33,3 +34,15 @@ def test_a_request_is_in_flight_until_it_ends_however_it_ends() -> None:
             raise ValueError
         assert metrics.num_in_flight == 1
     assert (metrics.num_requests, metrics.num_in_flight) == (2, 0)
+
+
+def test_an_export_that_fails_is_tried_again() -> None:
+    tries, is_done = iter([True, False]), threading.Event()
+
+    def export() -> None:
+        if next(tries, False):
+            raise ConnectionError("a rank does not answer")
+        is_done.set()
+
+    export_regularly(export, period_s=0.001)
+    assert is_done.wait(5)

@@ -122,6 +122,7 @@ def assert_same(arrived: Any, sent: dict[str, Any]) -> None:
         pytest.param([("a", "0"), ("a", "0")], "gloo", id="one GPU for two"),
         pytest.param([("a", "0"), ("b", "0"), ("b", "0")], "gloo", id="one GPU for two of three"),
         pytest.param([("a", "0"), ("a", None)], "gloo", id="one without a GPU"),
+        pytest.param([("a", "MIG-1f3e"), ("a", "MIG-5b77")], "gloo", id="a slice for each"),
         pytest.param([("a", None), ("b", None)], "gloo", id="no GPU"),
     ],
 )
