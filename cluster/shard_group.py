@@ -5,16 +5,25 @@ replica goes. The actor class given here is plain and has the methods `place`, `
 `alive`, which never answers: its error is the notice of death.
 """
 
+import threading
+import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
+from ray.exceptions import ActorUnavailableError, RayError
 from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.place import Place, Rendezvous
 from cluster.resources import ResourceConfig
 from cluster.serve_options import STAGE_ENV
+
+CONNECT_TIMEOUT_S = 600.0
+"""Longer than any of its parts waits; NCCL's would wait for ever."""
+_ASK_AGAIN_S = 1.0
+
+Connected = TypeVar("Connected")
 
 
 def this_place() -> Place:
@@ -52,19 +61,45 @@ class ShardGroup:
         """Of all ranks, the caller's first. Blocks until the children have loaded; raises what they raise."""
         return [this_place(), *ray.get([rank.place.remote() for rank in self._ranks])]
 
-    def connect(self, rendezvous: Rendezvous) -> Callable[[], None]:
-        """Tells the children to meet there, and returns at once; call what it returns to wait for them."""
-        answers = [rank.connect.remote(rendezvous) for rank in self._ranks]
-        return lambda: ray.get(answers)
+    def connect(
+        self,
+        rendezvous: Rendezvous,
+        connect_here: Callable[[], Connected],
+        on_lost: Callable[[BaseException], None],
+        timeout_s: float = CONNECT_TIMEOUT_S,
+    ) -> Connected:
+        """Meet there, all ranks at once; what connect_here, the caller's part in it, returns.
 
-    def watch(self, on_death: Callable[[BaseException], None]) -> None:
-        """Calls on_death, in some thread, when a child is gone, whether it was at work or idle.
-
-        A neighbour's socket tells sooner (0.05 s), but only of a process that it is connected to.
+        on_lost: runs in some thread when a child fails to connect or is gone, then or ever after, at work or
+            idle, or when the time is up. It must end the process: connect_here may wait for what never comes.
         """
-        for rank in self._ranks:
-            rank.alive.remote().future().add_done_callback(lambda done: on_death(done.exception()))
+        answers = [rank.connect.remote(rendezvous) for rank in self._ranks]
+        for rank, answer in zip(self._ranks, answers, strict=True):
+            threading.Thread(target=_watch, args=(rank, answer, on_lost), name="watch", daemon=True).start()
+        too_late = TimeoutError(f"the ranks have not met within {timeout_s:g} s")
+        timer = threading.Timer(timeout_s, on_lost, [too_late])
+        timer.daemon = True
+        timer.start()
+        try:
+            connected = connect_here()
+            ray.get(answers)
+        finally:
+            timer.cancel()
+        return connected
 
     def stats(self) -> list[Any]:
         """Of ranks 1 to num_ranks - 1; blocks."""
         return list(ray.get([rank.stats.remote() for rank in self._ranks]))
+
+
+def _watch(rank: Any, connecting: Any, on_lost: Callable[[BaseException], None]) -> None:
+    """A neighbour's socket tells sooner (0.05 s), but only of a process that it is connected to."""
+    try:
+        ray.get(connecting)
+        while True:
+            try:
+                ray.get(rank.alive.remote())
+            except ActorUnavailableError:  # the network failed, not yet the child
+                time.sleep(_ASK_AGAIN_S)
+    except RayError as error:
+        on_lost(error)

@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cluster.autoscaling import LOAD
@@ -73,10 +74,7 @@ class Transformer:
                 num_nodes(places),
             )
         rendezvous = self._stage.open_rendezvous(this_address(), places)
-        wait = self._group.connect(rendezvous)
-        self._stage.connect(rendezvous, exit_replica)
-        wait()
-        self._group.watch(self._stage.engine.lose)
+        self._group.connect(rendezvous, partial(self._stage.connect, rendezvous, exit_replica), exit_replica)
 
     async def denoise(
         self, conditioning: Conditioning, request: GenerationRequest, options: StreamOptions = NO_NEWS

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,9 @@ class PacedRank:
         )
         self._ring.start()
 
+    def alive(self) -> None:
+        threading.Event().wait()
+
 
 class PacedReplica:
     """Rank 0 and its requests."""
@@ -149,9 +153,8 @@ class PacedReplica:
             places = group.places()
             store = open_store(this_address(), num_shards)
             rendezvous = Rendezvous(this_address(), store.port, num_shards, plan_backend(places))
-            wait = group.connect(rendezvous)
-            transport = GroupTransport(0, num_shards, store, backend=rendezvous.backend, device=CPU)
-            wait()
+            connect = partial(GroupTransport, 0, num_shards, store, backend=rendezvous.backend, device=CPU)
+            transport = group.connect(rendezvous, connect, exit_replica)
         shard: Any = PacedShard(is_last=num_shards == 1)
         self._engine = Engine(
             Leader(shard, merger, Outliner(frozenset({"hidden_states"}))),
