@@ -13,6 +13,8 @@ import io
 import math
 import pickle
 import struct
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -22,6 +24,9 @@ from torch import Tensor, nn
 _ALIGNMENT_BYTES = 64
 _HEADER = struct.Struct("5q")
 HEADER_BYTES = _ALIGNMENT_BYTES
+_ROOM_TIMEOUT_S = 20.0
+"""Longer than a rank computes on what it has before it gives memory back."""
+_ROOM_PERIOD_S = 0.05
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +84,19 @@ def empty_host(num_bytes: int, staging: torch.device) -> Tensor:
     return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=is_pinned)
 
 
+def when_there_is_room(
+    allocate: Callable[[], Tensor], timeout_s: float = _ROOM_TIMEOUT_S, period_s: float = _ROOM_PERIOD_S
+) -> Tensor:
+    """What allocate returns, tried again while the GPU is full: of what is computed meanwhile, much is freed."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        try:
+            return allocate()
+        except torch.OutOfMemoryError:
+            time.sleep(period_s)
+    return allocate()
+
+
 def pack(message: Message, staging: torch.device) -> Packed:
     """Copy the message into buffers, tensors of the accelerator to `staging` (itself, or the pinned CPU).
 
@@ -96,14 +114,15 @@ def unpack(packed: Packed, device: torch.device) -> Message:
     """Put the message together again, tensors of the accelerator on `device`; the copies may not be done yet.
 
     Its tensors are writable views of `packed`, so a small one keeps its whole buffer alive. Strides are kept
-    if they are dense, gradients are not. What cannot be unpickled becomes a message with an error.
+    if they are dense, gradients are not. What cannot be unpickled, or finds no room, becomes a message with an
+    error.
     """
-    header, meta, host, payload = packed.parts
-    payload = payload.to(device, non_blocking=True)
-    if payload.is_cuda:
-        # It was allocated on a stream for copies; it may be used again when the default stream is done with it.
-        payload.record_stream(torch.cuda.default_stream(payload.device))
+    header, meta, host, staged = packed.parts
     try:
+        payload = when_there_is_room(lambda: staged.to(device, non_blocking=True))
+        if payload.is_cuda:
+            # Allocated on a stream for copies, it may be used again when the default stream is done with it.
+            payload.record_stream(torch.cuda.default_stream(payload.device))
         body, error = _Unpickler(io.BytesIO(meta.numpy().data), host, payload).load()
     except Exception as reason:
         body = None

@@ -204,8 +204,9 @@ class Ring:
             self._synchronize()  # raises once more if not the micro-batch is at fault, but the device is lost
             where = "".join(traceback.format_exception(error))
             error.add_note(f"On rank {self._rank}:\n{where}")
-            # The note travels, a traceback does not; and its frames would keep tensors alive.
-            result = Message(message.batch_id, None, error.with_traceback(None))
+            # The note travels, tracebacks and causes do not; and their frames would keep tensors alive.
+            error.__cause__ = error.__context__ = error.__traceback__ = None
+            result = Message(message.batch_id, None, error)
         self._busy_s += time.monotonic() - began
         self._num_computed += 1
         return result

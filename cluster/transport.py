@@ -13,7 +13,7 @@ import torch.distributed
 from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-from cluster.message import HEADER_BYTES, Header, Message, Packed, empty_host, pack, unpack
+from cluster.message import HEADER_BYTES, Header, Message, Packed, empty_host, pack, unpack, when_there_is_room
 from cluster.place import Backend
 
 _FOREVER = timedelta(days=365)  # a shorter one would end an idle ring; whether a ring is stuck is its own matter
@@ -102,6 +102,7 @@ class GroupTransport:
         self._device = device
         self._staging = device if backend == "nccl" else torch.device("cpu")
         self._store = store  # rank 0's must live until all have met
+        self._is_closed = False
 
         options = dist.ProcessGroupGloo._Options()
         options._timeout = timedelta(seconds=connect_timeout_s)
@@ -121,6 +122,7 @@ class GroupTransport:
             packed = pack(message, self._staging)
             try:
                 self._outgoing.send(packed)
+                self._check_open()
             except RuntimeError as error:
                 raise PeerLost(f"rank {self._rank} cannot send to rank {self._next_rank}: {error}") from error
         self.bytes_sent += packed.num_bytes
@@ -129,17 +131,24 @@ class GroupTransport:
         with self._incoming.stream_context():
             try:
                 packed = self._incoming.receive(self._staging)
+                message = unpack(packed, self._device)
+                self._incoming.synchronize()
+                self._check_open()
             except RuntimeError as error:
                 raise PeerLost(
                     f"rank {self._rank} cannot receive from rank {self._previous_rank}: {error}"
                 ) from error
-            message = unpack(packed, self._device)
-            self._incoming.synchronize()
         return message
 
     def close(self) -> None:
+        self._is_closed = True
         self._incoming.close()
         self._outgoing.close()
+
+    def _check_open(self) -> None:
+        """What NCCL is told to abort ends like what is done, but the buffer holds anything."""
+        if self._is_closed:
+            raise RuntimeError("this transport is closed")
 
     def _greet(self) -> None:
         """Pass a greeting round. NCCL connects when first used: here edge by edge, never two at a time."""
@@ -194,7 +203,7 @@ class _Edge:
         self._transfer("recv", host)()
         header = Header.of(host)
         self._last_sizes.append(header.num_host_bytes)
-        device = torch.empty(header.num_device, dtype=torch.uint8, device=staging)
+        device = when_there_is_room(lambda: torch.empty(header.num_device, dtype=torch.uint8, device=staging))
         buffers = [device]
         if header.num_host_bytes > host.nbytes:
             ahead, host = host, empty_host(header.num_host_bytes, staging)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cluster.message import HEADER_BYTES, Header, Message, pack, unpack
+from cluster.message import HEADER_BYTES, Header, Message, pack, unpack, when_there_is_room
 
 CPU = torch.device("cpu")
 DTYPES = [
@@ -215,6 +215,41 @@ def test_a_body_that_cannot_be_read_becomes_an_error_of_that_micro_batch() -> No
 
 def test_messages_are_told_apart_by_identity() -> None:
     assert Message(1, torch.zeros(2)) != Message(1, torch.zeros(2))
+
+
+def test_what_finds_no_room_at_first_is_tried_again() -> None:
+    tries = iter([True, True, False])
+
+    def allocate() -> Tensor:
+        if next(tries):
+            raise torch.OutOfMemoryError
+        return torch.ones(3)
+
+    assert torch.equal(when_there_is_room(allocate, period_s=0.001), torch.ones(3))
+
+
+def test_what_never_finds_room_is_given_up() -> None:
+    def allocate() -> Tensor:
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(torch.OutOfMemoryError):
+        when_there_is_room(allocate, timeout_s=0.01, period_s=0.001)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.device_count() < 1, reason="needs a GPU")
+def test_a_message_that_finds_no_room_on_the_gpu_arrives_as_an_error() -> None:
+    packed = pack(Message(3, torch.zeros(2**28, dtype=torch.uint8, device="cuda")), CPU)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(0.0)
+    try:
+        message = unpack(packed, torch.device("cuda", 0))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert (message.batch_id, message.body) == (3, None)
+    assert "OutOfMemoryError" in str(message.error)
 
 
 @pytest.mark.gpu

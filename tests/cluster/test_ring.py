@@ -282,6 +282,28 @@ def test_one_rank_fails_only_the_micro_batch_at_fault() -> None:
     head.close()
 
 
+def test_a_failed_micro_batch_leaves_nothing_of_it_behind() -> None:
+    made: list[weakref.ref[torch.Tensor]] = []
+
+    def run_out_of_memory() -> None:
+        hidden_states = torch.zeros(3)
+        made.append(weakref.ref(hidden_states))
+        raise MemoryError("of 3")
+
+    def compute(_: Any) -> None:
+        try:
+            run_out_of_memory()
+        except MemoryError as error:
+            raise ValueError("too large") from error
+
+    head = Head(compute)
+    [failed] = head.run("a")
+    assert [hidden_states() for hidden_states in made] == [None]
+    assert isinstance(failed.error, ValueError)
+    assert "MemoryError: of 3" in failed.error.__notes__[0]
+    head.close()
+
+
 def test_an_idle_rank_keeps_no_micro_batch_alive() -> None:
     head = Head(lambda body: None)
     body = torch.zeros(3)

@@ -28,9 +28,22 @@ from cluster.transport import (
 CPU = torch.device("cpu")
 HOST = "127.0.0.1"
 SOON_S = 20.0
+ARRIVING: list[Transport] = []
+"""What `Closing` closes."""
 DTYPES = [torch.bool, torch.int64, torch.bfloat16, torch.float32, torch.float8_e4m3fn]
 
 spawn = multiprocessing.get_context("spawn")
+
+
+class Closing:
+    """Closes the transport that it comes by."""
+
+    def __reduce__(self) -> Any:
+        return close_arriving, ()
+
+
+def close_arriving() -> None:
+    ARRIVING.pop().close()
 
 
 def echo(port: int, backend: Backend, device: str) -> None:
@@ -225,6 +238,17 @@ def test_close_ends_calls_in_progress_here_and_at_the_neighbour(
             future.result(SOON_S)
     with pytest.raises(PeerLost, match="rank 0 cannot send to rank 1"):
         pair[0].send(Message(0, None))
+
+
+def test_what_arrives_while_the_transport_is_closed_is_not_delivered(
+    pair: list[GroupTransport], threads: ThreadPoolExecutor
+) -> None:
+    """It may be anything: NCCL, told to abort, ends as if it were done."""
+    ARRIVING.append(pair[1])
+    receiving = threads.submit(pair[1].receive)
+    pair[0].send(Message(0, Closing()))
+    with pytest.raises(PeerLost, match="closed"):
+        receiving.result(SOON_S)
 
 
 def test_a_killed_neighbour_is_noticed_while_idle() -> None:
