@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.inventory import Gpu
+from cluster.inventory import VISIBLE, Gpu
 
 _ANSWER_S = 30.0
 """For a worker process to start on every node and to ask."""
@@ -26,7 +26,9 @@ def cluster_gpus() -> tuple[Gpu, ...]:
     nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
     memory = _ask_nodes([node["NodeID"] for node in nodes])
     return tuple(
-        Gpu(i, index, memory[i]) for i, node in enumerate(nodes) for index in range(int(node["Resources"]["GPU"]))
+        Gpu(i, index, int(VISIBLE * memory[i]))
+        for i, node in enumerate(nodes)
+        for index in range(int(node["Resources"]["GPU"]))
     )
 
 

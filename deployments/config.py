@@ -1,13 +1,14 @@
 """What may be said of the model and of each stage."""
 
 import re
+from dataclasses import replace
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from cluster.config import Config
 from cluster.resources import ResourceConfig
-from deployments.families import FAMILIES
+from deployments.families import FAMILIES, Defaults, Family
 from deployments.memory.config import OFF, MemoryConfig, TilingConfig
 
 WARM_UP_SIZE = re.compile(r"(\d{1,5}x\d{1,5})(?:x(\d{1,5}))?")
@@ -24,6 +25,10 @@ class DefaultsConfig(Config):
     negative_prompt: str | None = Field(None, description='"" guides away from no prompt, if a scale is above 1')
     num_frames: int | None = Field(None, ge=1)
     fps: int | None = Field(None, ge=1, le=120)
+
+    def over(self, family: Family) -> Defaults:
+        """What is said here, and the family's own where nothing is."""
+        return replace(family.defaults, **{name: value for name, value in self if value is not None})
 
 
 class ModelConfig(Config):

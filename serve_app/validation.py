@@ -10,7 +10,6 @@ from pydantic import ValidationError
 
 from deployments.config import WARM_UP_SIZE, DefaultsConfig, ModelConfig
 from deployments.families import FAMILIES, Family
-from deployments.families.family import Defaults
 from deployments.request import GenerationRequest, Prompt, StreamOptions
 from serve_app.config import ConfigError, LimitsConfig
 from serve_app.errors import BadRequest, UnknownModel
@@ -27,7 +26,7 @@ class Validator:
     def __init__(self, model: ModelConfig, family: str, limits: LimitsConfig) -> None:
         self._model, self._limits = model, limits
         self.family: Family = FAMILIES[family]
-        self.defaults = _defaults(model, self.family.defaults)
+        self.defaults = model.defaults.over(self.family)
 
     def requests(self, fields: Mapping[str, Any]) -> list[GenerationRequest]:
         """The fields of an image's or a video's body, whichever this model makes.
@@ -174,8 +173,8 @@ class Validator:
 
 def check_defaults(model: ModelConfig, family: str, limits: LimitsConfig) -> None:
     """Judges the defaults like a request that spells them out. Raises ConfigError."""
-    defaults = _defaults(model, FAMILIES[family].defaults)
-    given = {name: value for name, value in _given(model).items() if name not in {"width", "height"}}
+    defaults = model.defaults.over(FAMILIES[family])
+    given = model.defaults.model_dump(exclude_none=True, exclude={"width", "height"})
     fields = {"num_inference_steps": defaults.num_inference_steps, "size": f"{defaults.width}x{defaults.height}"}
     if FAMILIES[family].media == "video":
         fields["num_frames"] = defaults.num_frames
@@ -224,12 +223,3 @@ def bad_request(mistakes: Any) -> BadRequest:
 
 def _with_seed(fields: dict[str, Any], seed: int) -> GenerationRequest:
     return GenerationRequest(**(fields | {"seed": seed}))
-
-
-def _defaults(model: ModelConfig, family: Defaults) -> Defaults:
-    """The config's defaults over the family's."""
-    return Defaults(**(vars(family) | _given(model)))
-
-
-def _given(model: ModelConfig) -> dict[str, Any]:
-    return {name: value for name, value in model.defaults.model_dump().items() if value is not None}

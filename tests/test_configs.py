@@ -1,4 +1,4 @@
-"""Every YAML in configs/ is parsed and planned; the ones that this machine can run are run by `serve run`."""
+"""Every YAML in configs/ is parsed, and planned on the GPUs it is for; `serve run` runs what this machine can run."""
 
 import os
 import re
@@ -13,6 +13,12 @@ import httpx
 import psutil
 import pytest
 
+from cluster.inventory import parse_gpus
+from deployments.families import FAMILIES
+from deployments.plan.describe import Description
+from deployments.plan.place import place
+from deployments.plan.plan import Stages, demands_of
+from deployments.plan.sizes import default_size
 from serve_app.app import build_app, build_validator
 from serve_app.config import ConfigError, load_app_config, parse_app_config
 from serve_app.config_docs import render_config_docs
@@ -20,6 +26,16 @@ from serve_app.config_docs import render_config_docs
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 LOCAL = [path for path in CONFIGS if re.search("(tiny|embedded)://", path.read_text())]
+README = (ROOT / "README.md").read_text()
+PUBLISHED = ROOT / "tests" / "data" / "published"
+FOLDERS = {
+    "flux_dev": "flux_dev",
+    "sd15": "sd15",
+    "sdxl": "sdxl",
+    "sd3_medium": "sd3_medium",
+    "qwen_image": "qwen_image",
+    "wan_t2v_1_3b": "wan_2_1_1_3b",
+}
 MODEL = {"name": "m", "checkpoint": "tiny://flux"}
 
 
@@ -38,6 +54,12 @@ import sys
 from pathlib import Path
 import yaml
 from ray.serve.schema import ServeDeploySchema
+from cluster.inventory import parse_gpus
+from deployments.families import FAMILIES
+from deployments.plan.describe import Description
+from deployments.plan.place import place
+from deployments.plan.plan import Stages, demands_of
+from deployments.plan.sizes import default_size
 from serve_app.app import build_app
 from serve_app.config import load_app_config
 
@@ -55,10 +77,31 @@ print([name for name in ("torch", "diffusers", "transformers") if name in sys.mo
     assert (run.returncode, run.stdout.strip()) == (0, "[]"), run.stderr
 
 
-def test_the_two_card_config_holds_two_shards() -> None:
-    config = load_app_config(ROOT / "configs" / "flux_dev_2x16gb.yaml")
-    assert config.transformer.num_ranks == 2
-    assert config.transformer.num_gpus * 2 + config.vae.num_gpus + config.encoder.num_gpus <= 2
+def gpu_configs() -> list[tuple[str, str]]:
+    """(file, GPUs) of README's table."""
+    rows = re.findall(r"^\| \[(\w+\.yaml)\].*\| (one|two) GPUs? of (.*) GB.*\|$", README, re.MULTILINE)
+    found = []
+    for name, count, sizes in rows:
+        cards = re.findall(r"\d+", sizes)
+        cards = cards if count == "one" or len(cards) == 2 else cards * 2
+        found.append((name, "+".join(f"1x{size}GiB" for size in cards)))
+    return found
+
+
+def test_every_config_is_in_the_readme() -> None:
+    assert {name for name, _ in gpu_configs()} == {path.name for path in CONFIGS if path not in LOCAL}
+
+
+@pytest.mark.parametrize(("name", "gpus"), gpu_configs())
+def test_a_gpu_config_fits_the_cards_it_is_for(name: str, gpus: str) -> None:
+    """A request by the defaults included, from the published architecture."""
+    config = load_app_config(ROOT / "configs" / name)
+    assert config.model.family is not None
+    family, stages = FAMILIES[config.model.family], Stages(config.encoder, config.transformer, config.vae)
+    folder = PUBLISHED / next(folder for key, folder in FOLDERS.items() if name.startswith(key))
+    description = Description(config.model, family, folder)
+    sizes = description.sizes(*stages.by_stage().values(), (default_size(config.model, family),))
+    assert not place(demands_of(stages, sizes), parse_gpus(gpus)).shortfalls()
 
 
 @pytest.mark.slow
@@ -139,8 +182,21 @@ def test_all_mistakes_are_told_at_once() -> None:
 
 def test_a_file_without_an_application_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text("applications: []")
-    with pytest.raises(ConfigError, match=r"x\.yaml: not a Ray Serve config"):
+    with pytest.raises(
+        ConfigError, match=r"x\.yaml: one application must have import_path: serve_app\.app:build_app, got none"
+    ):
         load_app_config(tmp_path / "x.yaml")
+
+
+def test_of_several_applications_the_one_that_serves_a_checkpoint_is_meant(tmp_path: Path) -> None:
+    ours = {"name": "relay", "import_path": "serve_app.app:build_app", "args": {"model": MODEL}}
+    other = {"name": "shop", "import_path": "shop:app"}
+    path = tmp_path / "x.yaml"
+    path.write_text(yaml.safe_dump({"applications": [other, ours]}))
+    assert load_app_config(path).model.checkpoint == MODEL["checkpoint"]
+    path.write_text(yaml.safe_dump({"applications": [ours, ours | {"name": "second"}]}))
+    with pytest.raises(ConfigError, match="got relay, second; write the one that is meant into a file of its own"):
+        load_app_config(path)
 
 
 def test_the_config_reference_is_current() -> None:

@@ -92,7 +92,7 @@ def load_rank(denoiser: Denoiser, model: ModelConfig, config: TransformerConfig,
             "offload_folder": disk.name,
         }
     share = take_share(config, denoiser.device)
-    with turn_to_load(config, denoiser.device):
+    with turn_to_load(config, denoiser.device), share.naming():
         shard = load_shard(
             denoiser.model_class,
             denoiser.folder,

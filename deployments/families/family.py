@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from deployments.memory.config import Dtype
 from deployments.request import GenerationRequest, Prompt
 
 if TYPE_CHECKING:
@@ -59,6 +60,13 @@ class Family:
     """(pipeline with only a VAE, latents, height, width) -> what `vae.decode` takes."""
     latents_shape: Callable[[Pipeline, GenerationRequest], Shape]
     """(pipeline with only a VAE, request) -> shape of the latents that the denoiser's pipeline returns."""
+    upcasts_vae: bool = False
+    """Whether the pipeline decodes in float32 where the VAE is in float16 and its config has `force_upcast`."""
+
+    def vae_dtype(self, dtype: Dtype, vae_config: Mapping[str, Any]) -> Dtype:
+        """What the pipeline decodes in where the VAE is loaded in this one."""
+        upcasts = self.upcasts_vae and dtype == "float16" and vae_config.get("force_upcast")
+        return "float32" if upcasts else dtype
 
     def is_guided(self, guidance_scale: float | None, true_cfg_scale: float | None, negative: bool) -> bool:
         """Whether the pipeline will run a second, unconditional pass."""

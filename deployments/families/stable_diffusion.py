@@ -113,6 +113,7 @@ SDXL = _family(
     encode=_encode_sdxl,
     embed_shapes=_embed_shapes_sdxl,
     unscale=_unscale_sdxl,
+    upcasts_vae=True,
 )
 
 SD3 = _family(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from deployments.memory.share import Share, gib
+from deployments.memory.limit import Limit, gib
 from deployments.refusal import NeverFits
 from deployments.stats import NeedStats
 
@@ -38,37 +38,37 @@ class Need:
 
 
 class Needs:
-    """Of one process. Thread-safe; costs nothing where its share is not limited."""
+    """Of one process. Thread-safe; costs nothing where it has no limit."""
 
-    def __init__(self, share: Share, device: torch.device) -> None:
-        self._share, self._device = share, device
+    def __init__(self, limit: Limit | None, device: torch.device) -> None:
+        self._limit, self._device = limit, device
         self._needs: dict[Hashable, Need] = {}
         self._foreseeing = threading.Lock()
         self._peaks = (0, 0)
 
     @property
     def is_limited(self) -> bool:
-        return self._share.limit_bytes is not None
+        return self._limit is not None
 
     def at_most(self, kind: Hashable, label: str, foresee: Foresee, *, up_to: int = 1) -> int | None:
         """How many calls of this kind, of `up_to`, fit at once; None: no limit. Raises NeverFits if not one does.
 
         foresee takes up to seconds, once per kind: call this from a thread.
         """
-        limit_bytes = self._share.limit_bytes
-        if limit_bytes is None:
+        limit = self._limit
+        if limit is None:
             return None
         need = self._needs.get(kind)
         if need is None:
             with self._foreseeing:
                 need = self._needs.get(kind) or Need(label, *foresee())
                 self._needs[kind] = need
-        if need.num_bytes(1) > limit_bytes:
+        if need.num_bytes(1) > limit.num_bytes:
             raise NeverFits(
                 f"{label} needs {gib(need.num_bytes(1))}, {gib(need.weights_bytes)} of it weights, and the stage "
-                f"has {gib(limit_bytes)} ({self._share.reason}): ask for less"
+                f"has {gib(limit.num_bytes)} ({limit.reason}): ask for less"
             )
-        return max(number for number in range(1, up_to + 1) if need.num_bytes(number) <= limit_bytes)
+        return max(number for number in range(1, up_to + 1) if need.num_bytes(number) <= limit.num_bytes)
 
     @contextmanager
     def measured(self, kind: Hashable, num_calls: int = 1) -> Iterator[None]:

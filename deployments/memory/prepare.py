@@ -66,7 +66,7 @@ class Keeper:
         """
         self._models, self._config, self._device = models, config, device
         self._share = share or Share()
-        self.needs = Needs(self._share, device)
+        self.needs = Needs(self._share.limit, device)
         self._leaving: list[Any] = []
         self._budgets: list[VramLimit] = []
         self._turn: Turn | None = None
@@ -133,7 +133,7 @@ class Keeper:
             *self._peaks(),
             limits,
             turns,
-            self._share.limit_bytes,
+            None if self._share.limit is None else self._share.limit.num_bytes,
             self.needs.stats(),
         )
 

@@ -8,9 +8,10 @@ from cluster.inventory import Gpu
 from cluster.partition import plan_cuts
 from deployments.checkpoints.components import Stage
 from deployments.config import StageConfig, TransformerConfig
+from deployments.memory.limit import OVERHEAD_BYTES
 from deployments.plan.place import Demand, Placement, blocked_by_order, gib
 from deployments.plan.profile import Times
-from deployments.plan.sizes import OVERHEAD_BYTES, ModelSizes, RankSizes, largest
+from deployments.plan.sizes import ModelSizes, RankSizes, largest
 
 WORTH_TELLING = 1.03
 """By how much faster other cuts must be."""

@@ -138,8 +138,7 @@ class Description:
     def _describe_vae(self, key: str, sizes: tuple[MediaSize, ...]) -> tuple[dict[str, nn.Module], int]:
         config = VaeConfig.model_validate_json(key)
         skeleton: Any = self._skeletons("decode")["vae"]
-        if config.dtype == "float16" and skeleton.config.get("force_upcast"):
-            config = config.model_copy(update={"dtype": "float32"})  # as the stage does
+        config = config.model_copy(update={"dtype": self._family.vae_dtype(config.dtype, skeleton.config)})
         model: Any = as_stored(skeleton, config, is_quantized=False).to(META)
         if config.tiling is not None:
             set_tiles(model, config.tiling)

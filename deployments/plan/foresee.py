@@ -6,10 +6,10 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from deployments.config import TransformerConfig, VaeConfig
+from deployments.device import resolve_dtype
 from deployments.engine.blocks import block_bytes, build_skeleton
 from deployments.engine.load import Denoiser, cut_ranks
 from deployments.engine.merge import Inputs
@@ -51,12 +51,9 @@ class ForwardForesight:
 class DecodeForesight:
     """Of a VAE's decode."""
 
-    def __init__(self, vae_class: Any, folder: Path, config: VaeConfig, dtype: torch.dtype) -> None:
-        """dtype: of its arithmetic, which may be wider than config's."""
-        name: Any = str(dtype).removeprefix("torch.")
-        config = config.model_copy(update={"dtype": name})
+    def __init__(self, vae_class: Any, folder: Path, config: VaeConfig) -> None:
         skeleton = build_skeleton(vae_class, folder, "vae")
-        self._dtype, self._model = dtype, _model(skeleton, config)
+        self._dtype, self._model = resolve_dtype(config.dtype), _model(skeleton, config)
         self._weights = device_bytes({"": as_stored(skeleton, config)}, config)
         if config.tiling is not None:
             set_tiles(self._model, config.tiling)

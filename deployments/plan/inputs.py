@@ -98,17 +98,17 @@ def default_request(
     model: ModelConfig, family: Family, size: MediaSize, num_inference_steps: int | None = None
 ) -> GenerationRequest:
     """What somebody gets who asks for this size and nothing else."""
-    defaults, own = family.defaults, model.defaults
-    guidance_scale = defaults.guidance_scale if own.guidance_scale is None else own.guidance_scale
-    true_cfg_scale = defaults.true_cfg_scale if own.true_cfg_scale is None else own.true_cfg_scale
+    defaults = model.defaults.over(family)
+    negative = defaults.negative_prompt
+    is_guided = family.is_guided(defaults.guidance_scale, defaults.true_cfg_scale, negative is not None)
     return GenerationRequest(
-        Prompt("", None, family.is_guided(guidance_scale, true_cfg_scale, negative=False)),
+        Prompt("", negative if is_guided else None, is_guided),
         width=size.width,
         height=size.height,
         num_frames=size.num_frames,
-        num_inference_steps=num_inference_steps or own.num_inference_steps or defaults.num_inference_steps,
-        guidance_scale=guidance_scale,
-        true_cfg_scale=true_cfg_scale,
+        num_inference_steps=num_inference_steps or defaults.num_inference_steps,
+        guidance_scale=defaults.guidance_scale,
+        true_cfg_scale=defaults.true_cfg_scale,
         seed=0,
         output_format="png",
         output_compression=100,

@@ -5,12 +5,12 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from deployments.config import ModelConfig
+from deployments.config import ModelConfig, StageConfig
 from deployments.engine.blocks import block_names, tail_names
 from deployments.families import FAMILIES
 from deployments.plan.inputs import default_request
@@ -20,6 +20,7 @@ from deployments.plan.sizes import MediaSize
 from deployments.stages import load_stage
 
 _FORWARD = "the whole forward"
+Config = TypeVar("Config", bound=StageConfig)
 
 
 def measure(
@@ -41,10 +42,11 @@ class _Loaded:
 
     def __init__(self, model: ModelConfig, family: str, stages: Stages) -> None:
         self._model, self._family = model, FAMILIES[family]
-        whole = stages.transformer.model_copy(update={"shards": 1, "cuts": None, "compile": None})
-        self._encoding = load_stage("encode", model, family, stages.encoder)
-        self.denoising = load_stage("denoise", model, family, whole)
-        self._decoding = load_stage("decode", model, family, stages.vae)
+        whole = {"shards": 1, "cuts": None, "compile": None}
+        self._encoding = load_stage("encode", model, family, _alone(stages.encoder))
+        self.denoising = load_stage("denoise", model, family, _alone(stages.transformer.model_copy(update=whole)))
+        self._decoding = load_stage("decode", model, family, _alone(stages.vae))
+        self._holds_still = not any(map(_moves, stages.by_stage().values()))
         self.denoising.connect(None, _raise)
         self._stopwatch = _Stopwatch(self.denoising.loaded.shard.model)
 
@@ -71,7 +73,7 @@ class _Loaded:
             tail_s=tail_s,
             num_forwards=round(watch.num_forwards * usual / num_steps),
             decode_s=decode_s,
-            working_bytes=working or None,
+            working_bytes=working if working and self._holds_still else None,
         )
 
 
@@ -109,6 +111,17 @@ class _Stopwatch:
 
     def _stop(self, name: str) -> None:
         self._seconds[name].append(_now() - self._started[name])
+
+
+def _alone(config: Config) -> Config:
+    """With the whole GPU: torch's cap is the process's, and this one has all three stages."""
+    num_gpus = 1 if 0 < config.num_gpus < 1 else config.num_gpus
+    return config.model_copy(update={"num_gpus": num_gpus, "memory_limit_gib": None})
+
+
+def _moves(config: StageConfig) -> bool:
+    """Whether weights come and go during a call, and would be taken for its tensors."""
+    return config.offload is not None or config.vram_limit_gib is not None or config.on_demand is not None
 
 
 def _timed(stage: str, working: dict[str, int], run: Callable[[], Any]) -> tuple[Any, float]:

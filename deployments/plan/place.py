@@ -4,13 +4,15 @@ Ray keeps to shares, not to bytes. A share that covers its process's bytes makes
 Ray chooses; `shortfalls` tells where one does not.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
 from cluster.inventory import Gpu
 from deployments.checkpoints.components import Stage
-from deployments.plan.sizes import OVERHEAD_BYTES, STAGES, RankSizes
+from deployments.memory.limit import OVERHEAD_BYTES
+from deployments.plan.sizes import STAGES, RankSizes
 
 GIB = 2**30
 _EPSILON = 1e-6
@@ -103,7 +105,8 @@ class Placement:
                 if needed > granted and not process.sizes.takes_turns:
                     found.append(
                         f"{process} needs {gib(needed)} on {gpu}, and its share, {share(process.num_gpus)} of "
-                        f"{gib(gpu.memory_bytes)}, is {gib(granted)}: {gib(needed - granted)} too little"
+                        f"{gib(gpu.memory_bytes)}, is {gib(granted)}: {gib(needed - granted)} too little; give it "
+                        f"num_gpus {share_for(needed, gpu)}"
                     )
         for gpu in self.gpus:
             missing = self.used_bytes(gpu) - gpu.memory_bytes
@@ -193,9 +196,14 @@ def _choose(num_gpus: float, left: dict[Gpu, float]) -> tuple[Gpu, ...]:
     return (gpu,)
 
 
+def share_for(num_bytes: int, gpu: Gpu) -> float:
+    """The least num_gpus that covers so much of this GPU; above 1 where none does."""
+    return math.ceil(1000 * num_bytes / gpu.memory_bytes) / 1000
+
+
 def gib(num_bytes: float) -> str:
-    """`11.2 GiB`."""
-    return f"{num_bytes / GIB:.1f} GiB"
+    """`11.24 GiB`."""
+    return f"{num_bytes / GIB:.2f} GiB"
 
 
 def share(num_gpus: float) -> str:

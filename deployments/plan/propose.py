@@ -12,10 +12,11 @@ from cluster.inventory import Gpu
 from cluster.partition import plan_cuts
 from deployments.config import EncoderConfig, TransformerConfig, VaeConfig
 from deployments.memory.config import QuantizationConfig, TilingConfig
+from deployments.memory.limit import OVERHEAD_BYTES
 from deployments.plan.place import GIB, blocked_by_order, place
 from deployments.plan.plan import SizesOf, Stages, demands_of
 from deployments.plan.profile import Times
-from deployments.plan.sizes import OVERHEAD_BYTES, RankSizes
+from deployments.plan.sizes import RankSizes
 
 QUANTIZATIONS = (None, QuantizationConfig(kind="int8"), QuantizationConfig(kind="nf4"))
 TILINGS = (None, TilingConfig(tile_size=512))

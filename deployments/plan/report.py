@@ -9,9 +9,10 @@ from rich.console import Console
 from rich.table import Table
 
 from deployments.config import StageConfig
+from deployments.memory.limit import OVERHEAD_BYTES
 from deployments.plan.place import GIB, Process
 from deployments.plan.plan import Plan
-from deployments.plan.sizes import OVERHEAD_BYTES, STAGES, largest
+from deployments.plan.sizes import STAGES, largest
 
 
 def print_plan(plan: Plan, console: Console) -> None:

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 
 from cluster.inventory import Gpu
 from deployments.checkpoints.components import Stage
-from deployments.plan.place import Demand, Placement, gib, place
+from deployments.memory.limit import plan_limit
+from deployments.plan.place import Demand, Placement, gib, place, share_for
 from deployments.plan.plan import Stages
 from deployments.plan.sizes import ModelSizes, RankSizes
 
@@ -15,7 +16,7 @@ class Lack:
     """One sentence each."""
 
     surely: tuple[str, ...]
-    """Not even one replica of every stage has a place, or weights alone exceed a GPU."""
+    """Not even one replica of every stage has a place, or weights alone exceed a GPU or their share of it."""
     perhaps: tuple[str, ...]
     """Further replicas have none, or it is close: working memory and what CUDA takes are estimates."""
 
@@ -37,7 +38,8 @@ def find_lack(stages: Stages, sizes: ModelSizes | None, gpus: Sequence[Gpu]) -> 
         for stage, config in stages.by_stage().items()
         if config.num_gpus and not config.label_selector
     }
-    first = place({stage: replace(d, min_replicas=1, max_replicas=1) for stage, d in demands.items()}, gpus)
+    one = {stage: replace(d, min_replicas=1, max_replicas=1) for stage, d in demands.items()}
+    first = place(one, gpus)
     if not first.has_room():
         return Lack((_no_room(demands, first),), ())
     whole = place(demands, gpus)
@@ -47,7 +49,9 @@ def find_lack(stages: Stages, sizes: ModelSizes | None, gpus: Sequence[Gpu]) -> 
         return Lack((), tuple(few))
     if stages.transformer.device_map is not None:  # what is too much for GPUs goes to the CPU and to disk
         return Lack((), (*few, *_too_heavy(first)))
-    surely = tuple(_too_heavy(first))
+    largest = max(gpu.memory_bytes for gpu in gpus)  # only Ray knows which of several sizes it will choose
+    best = place(one, [replace(gpu, memory_bytes=largest) for gpu in gpus])
+    surely = (*_too_heavy(best), *_over_limit(stages, best))
     return Lack(surely, (*few, *(() if surely else first.shortfalls())))
 
 
@@ -80,3 +84,16 @@ def _too_heavy(placement: Placement) -> Iterator[str]:
                 f"of {', '.join(str(process) for process, _ in found)} ({gib(needed)}), let alone working memory; "
                 "relay plan proposes what fits"
             )
+
+
+def _over_limit(stages: Stages, placement: Placement) -> Iterator[str]:
+    """A fraction of a GPU is a cap that loading would run into."""
+    for process in placement.processes:
+        config, held = stages.by_stage()[process.stage], process.sizes.device_bytes
+        for gpu in process.gpus:
+            limit = plan_limit(config, gpu.memory_bytes)
+            if limit is not None and limit.is_capped and held > limit.num_bytes:
+                yield (
+                    f"{process} may fill {gib(limit.num_bytes)} ({limit.reason}), and has {gib(held)} of weights: "
+                    f"give it num_gpus {share_for(process.sizes.need_bytes, gpu)}"
+                )

@@ -6,12 +6,10 @@ from dataclasses import dataclass, replace
 from deployments.checkpoints.components import Stage
 from deployments.config import ModelConfig
 from deployments.families import Family
+from deployments.memory.limit import OVERHEAD_BYTES
 
 STAGES: tuple[Stage, ...] = ("encode", "denoise", "decode")
 """In the order in which a request meets them."""
-OVERHEAD_BYTES = 3 * 2**28
-"""Of each process on its GPU, besides weights and tensors: CUDA's context, workspaces of cuBLAS, cuDNN and NCCL,
-what the allocator cannot use again. An assumption (0.75 GiB) until a GPU has been measured."""
 
 
 @dataclass(frozen=True, order=True)
@@ -111,10 +109,8 @@ class ModelSizes:
 
 def default_size(model: ModelConfig, family: Family) -> MediaSize:
     """What a request gets that asks for none."""
-    own, defaults = model.defaults, family.defaults
-    return MediaSize(
-        own.width or defaults.width, own.height or defaults.height, own.num_frames or defaults.num_frames
-    )
+    defaults = model.defaults.over(family)
+    return MediaSize(defaults.width, defaults.height, defaults.num_frames)
 
 
 def largest(sizes: Sequence[MediaSize]) -> MediaSize:

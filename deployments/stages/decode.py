@@ -29,14 +29,16 @@ class Decoding:
         self._family = FAMILIES[family]
         folder, index = fetch_stage(model, self._family, "decode")
         keep = stage_components(index, self._family, "decode")
-        self._device, self._dtype = resolve_device(config), resolve_dtype(config.dtype)
+        self._device = resolve_device(config)
         share = take_share(config, self._device)
-        with turn_to_load(config, self._device):
+        with turn_to_load(config, self._device), share.naming():
             self._pipe = load_pipeline(folder, index, keep, config, variant=model.variant)
             vae = self._pipe.vae
-            if self._dtype == torch.float16 and vae.config.get("force_upcast"):
-                self._dtype = torch.float32  # as the SDXL pipeline does: this VAE overflows in float16
-                vae.to(torch.float32)
+            dtype = self._family.vae_dtype(config.dtype, vae.config)
+            self._dtype = resolve_dtype(dtype)
+            if dtype != config.dtype:
+                config = config.model_copy(update={"dtype": dtype})
+                vae.to(self._dtype)
             own = []
             if config.slicing:
                 vae.enable_slicing()
@@ -47,7 +49,7 @@ class Decoding:
             self.keeper = Keeper(loaded_models(self._pipe), config, self._device, own=own, share=share)
         self._foresee: DecodeForesight | None = None
         if self.keeper.needs.is_limited:
-            self._foresee = DecodeForesight(type(self._pipe.vae), folder, config, self._dtype)
+            self._foresee = DecodeForesight(type(self._pipe.vae), folder, config)
 
     def warm_up(self, warm_up: WarmUp) -> None:
         """Blank latents of every size, to files."""

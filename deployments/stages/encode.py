@@ -26,7 +26,7 @@ class TextEncoding:
         keep = stage_components(index, self._family, "encode")
         device = resolve_device(config)
         share = take_share(config, device)
-        with turn_to_load(config, device):
+        with turn_to_load(config, device), share.naming():
             self._pipe = load_pipeline(folder, index, keep, config, variant=model.variant)
             self.keeper = Keeper(loaded_models(self._pipe), config, device, share=share)
 

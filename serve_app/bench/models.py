@@ -1,5 +1,6 @@
 """The checkpoints that benchmarks draw with: nothing to download, and weights that mean nothing."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from diffusers import FluxPipeline, FluxTransformer2DModel
@@ -7,6 +8,8 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from deployments.checkpoints.source import fetch_checkpoint
 from deployments.config import ModelConfig
 from deployments.families import FAMILIES
+from deployments.plan.inputs import default_request
+from deployments.plan.sizes import default_size
 from deployments.request import GenerationRequest, Prompt
 
 
@@ -24,20 +27,8 @@ def bench_model(name: str, folder: Path) -> ModelConfig:
 
 def bench_request(model: ModelConfig, family: str, num_steps: int) -> GenerationRequest:
     """One unguided picture or video by the model's and the family's defaults."""
-    defaults = FAMILIES[family].defaults
-    return GenerationRequest(
-        Prompt("a red circle", None, is_guided=False),
-        width=model.defaults.width or defaults.width,
-        height=model.defaults.height or defaults.height,
-        num_frames=defaults.num_frames,
-        num_inference_steps=num_steps,
-        guidance_scale=defaults.guidance_scale,
-        true_cfg_scale=defaults.true_cfg_scale,
-        seed=0,
-        output_format="png",
-        output_compression=100,
-        fps=defaults.fps,
-    )
+    request = default_request(model, FAMILIES[family], default_size(model, FAMILIES[family]), num_steps)
+    return replace(request, prompt=Prompt("a red circle", None, is_guided=False))
 
 
 def fail(error: BaseException) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluster.inventory import Gpu, parse_gpus
+from cluster.inventory import VISIBLE, Gpu, parse_gpus
 
 GIB = 2**30
 
@@ -16,7 +16,7 @@ GIB = 2**30
     ],
 )
 def test_every_gpu_has_its_node_and_memory(text: str, gpus: list[tuple[int, int, float]]) -> None:
-    assert parse_gpus(text) == tuple(Gpu(node, index, int(gib * GIB)) for node, index, gib in gpus)
+    assert parse_gpus(text) == tuple(Gpu(node, index, int(VISIBLE * gib * GIB)) for node, index, gib in gpus)
 
 
 @pytest.mark.parametrize("text", ["", "two", "2x16", "2x16GB", "2x(2x16GiB", "x16GiB"])

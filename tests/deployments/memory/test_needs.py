@@ -6,8 +6,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from deployments.memory.limit import Limit
 from deployments.memory.needs import Need, Needs
-from deployments.memory.share import Share
 from deployments.refusal import NeverFits
 from deployments.stats import NeedStats
 
@@ -23,7 +23,7 @@ def foresee(weights_bytes: int, working_bytes: int) -> Callable[[], tuple[int, i
 
 
 def test_without_a_limit_nothing_is_foreseen_and_nothing_refused() -> None:
-    needs = Needs(Share(), CPU)
+    needs = Needs(None, CPU)
     assert needs.at_most("x", "a forward", never) is None
     with needs.measured("x"):
         pass
@@ -32,12 +32,12 @@ def test_without_a_limit_nothing_is_foreseen_and_nothing_refused() -> None:
 
 @pytest.mark.parametrize(("limit_bytes", "at_most"), [(110, 1), (129, 2), (130, 3), (10_000, 8)])
 def test_as_many_calls_fit_as_their_tensors_leave_room_for(limit_bytes: int, at_most: int) -> None:
-    needs = Needs(Share(limit_bytes), CPU)
+    needs = Needs(Limit(limit_bytes, False, ""), CPU)
     assert needs.at_most("x", "a forward", foresee(100, 10), up_to=8) == at_most
 
 
 def test_a_call_that_does_not_fit_alone_is_refused_with_figures_and_again_the_next_time() -> None:
-    needs = Needs(Share(3 * 2**30, reason="num_gpus: 0.25"), CPU)
+    needs = Needs(Limit(3 * 2**30, True, "num_gpus: 0.25"), CPU)
     for _ in range(2):
         with pytest.raises(NeverFits) as refused:
             needs.at_most("x", "decoding 64x64", foresee(2**30, 3 * 2**30))
@@ -48,7 +48,7 @@ def test_a_call_that_does_not_fit_alone_is_refused_with_figures_and_again_the_ne
 
 
 def test_a_kind_is_foreseen_once() -> None:
-    needs = Needs(Share(200), CPU)
+    needs = Needs(Limit(200, False, ""), CPU)
     needs.at_most("x", "a forward", foresee(100, 10))
     assert needs.at_most("x", "a forward", never) == 1
     assert needs.stats() == (NeedStats("a forward", 1, 110, is_measured=False),)
@@ -64,7 +64,7 @@ def test_what_was_measured_counts_and_more_is_told_from_the_nearest_below() -> N
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_the_peak_of_a_call_replaces_what_was_foreseen() -> None:
     device = torch.device("cuda")
-    needs = Needs(Share(2**40), device)
+    needs = Needs(Limit(2**40, False, ""), device)
     before = torch.cuda.memory_allocated()
     needs.at_most("x", "a call", foresee(0, 1))
     with needs.measured("x"):

@@ -4,31 +4,37 @@ import pytest
 import torch
 
 from deployments.config import StageConfig, TransformerConfig
-from deployments.memory.share import plan_share, take_share
-from deployments.plan.sizes import OVERHEAD_BYTES
+from deployments.memory.limit import CONTEXT_BYTES, Limit, plan_limit
+from deployments.memory.share import Share, take_share
 from deployments.refusal import OutOfShare
 
 GIB = 2**30
 CARD = 16 * GIB
 
 
+def planned(config: StageConfig, total_bytes: int | None) -> Limit:
+    limit = plan_limit(config, total_bytes)
+    assert limit is not None
+    return limit
+
+
 def test_a_fraction_is_that_of_the_card_less_what_torch_does_not_see_and_is_capped() -> None:
-    share = plan_share(StageConfig(num_gpus=0.25), CARD)
-    assert (share.limit_bytes, share.is_capped) == (4 * GIB - OVERHEAD_BYTES, True)
+    limit = planned(StageConfig(num_gpus=0.25), CARD)
+    assert (limit.num_bytes, limit.is_capped) == (4 * GIB - CONTEXT_BYTES, True)
 
 
 @pytest.mark.parametrize(
     "config", [StageConfig(num_gpus=1), StageConfig.model_validate({"num_gpus": 0.25, "on_demand": True})]
 )
 def test_who_has_a_whole_gpu_or_has_it_by_turns_has_all_of_it_without_a_cap(config: StageConfig) -> None:
-    share = plan_share(config, CARD)
-    assert (share.limit_bytes, share.is_capped) == (CARD - OVERHEAD_BYTES, False)
+    limit = planned(config, CARD)
+    assert (limit.num_bytes, limit.is_capped) == (CARD - CONTEXT_BYTES, False)
 
 
 @pytest.mark.parametrize("total_bytes", [None, CARD])
 def test_what_the_config_says_counts_and_is_capped_on_a_gpu(total_bytes: int | None) -> None:
-    share = plan_share(StageConfig(num_gpus=0.25, memory_limit_gib=2), total_bytes)
-    assert (share.limit_bytes, share.is_capped) == (2 * GIB, total_bytes is not None)
+    limit = planned(StageConfig(num_gpus=0.25, memory_limit_gib=2), total_bytes)
+    assert (limit.num_bytes, limit.is_capped) == (2 * GIB, total_bytes is not None)
 
 
 @pytest.mark.parametrize(
@@ -40,13 +46,13 @@ def test_what_the_config_says_counts_and_is_capped_on_a_gpu(total_bytes: int | N
     ],
 )
 def test_nothing_limits_the_cpu_or_who_has_several_gpus(config: StageConfig, total_bytes: int | None) -> None:
-    assert plan_share(config, total_bytes).limit_bytes is None
+    assert plan_limit(config, total_bytes) is None
 
 
 def test_out_of_memory_is_told_with_the_share_and_what_to_do() -> None:
-    share = plan_share(StageConfig(num_gpus=0.25), CARD)
+    share = Share(plan_limit(StageConfig(num_gpus=0.25), CARD))
     with (
-        pytest.raises(OutOfShare, match=r"3\.25 GiB \(num_gpus: 0\.25 of 16 GiB.*smaller size.*told so"),
+        pytest.raises(OutOfShare, match=r"3\.55 GiB \(num_gpus: 0\.25 of 16 GiB.*smaller size.*told so"),
         share.naming(),
     ):
         raise torch.OutOfMemoryError("told so\nand more")

@@ -1,8 +1,9 @@
 """Processes to GPUs."""
 
 from cluster.inventory import parse_gpus
+from deployments.memory.limit import OVERHEAD_BYTES
 from deployments.plan.place import Demand, Placement, blocked_by_order, place
-from deployments.plan.sizes import OVERHEAD_BYTES, RankSizes
+from deployments.plan.sizes import RankSizes
 
 GIB = 2**30
 
@@ -47,15 +48,15 @@ def test_a_group_that_no_node_holds_is_spread_and_told() -> None:
 def test_a_share_that_is_too_small_says_by_how_much() -> None:
     [shortfall] = place({"denoise": Demand((rank(12),), 0.5)}, parse_gpus("1x16GiB")).shortfalls()
     assert shortfall == (
-        "denoise 0 rank 0 needs 12.0 GiB on node 0 GPU 0, and its share, 0.5 GPU of 16.0 GiB, is 8.0 GiB: "
-        "4.0 GiB too little"
+        "denoise 0 rank 0 needs 12.00 GiB on node 0 GPU 0, and its share, 0.5 GPU of 15.68 GiB, is 7.84 GiB: "
+        "4.16 GiB too little; give it num_gpus 0.766"
     )
 
 
 def test_what_finds_no_gpu_is_told() -> None:
     demands = {"denoise": Demand((rank(12),) * 2, 0.8), "encode": Demand((rank(6),), 0.4)}
     [shortfall] = place(demands, parse_gpus("2x16GiB")).shortfalls()
-    assert shortfall == "encode 0 has no place: no GPU has 0.4 GPU left (it needs 6.0 GiB)"
+    assert shortfall == "encode 0 has no place: no GPU has 0.4 GPU left (it needs 6.00 GiB)"
 
 
 def test_replicas_grow_to_their_most_while_there_is_room() -> None:

@@ -34,7 +34,7 @@ SIZES = ModelSizes(
 )
 TWO_SHARDS = Stages(
     EncoderConfig(num_gpus=0.18, dtype="bfloat16"),
-    TransformerConfig(num_gpus=0.68, dtype="bfloat16", shards=2),
+    TransformerConfig(num_gpus=0.69, dtype="bfloat16", shards=2),
     VaeConfig(num_gpus=0.12, dtype="bfloat16"),
 )
 
@@ -61,7 +61,7 @@ def test_the_text_tells_bytes_cut_place_and_that_it_fits() -> None:
 
 def test_what_does_not_fit_is_told_in_text_json_and_picture() -> None:
     plan = planned("2x12GiB")
-    assert "does not fit: denoise 0 rank 0 needs 10.8 GiB on node 0 GPU 0" in text_of(plan)
+    assert "does not fit: denoise 0 rank 0 needs 10.75 GiB on node 0 GPU 0" in text_of(plan)
     assert plan_as_json(plan)["fits"] is False
     assert "does not fit" in draw_placement(plan)
 

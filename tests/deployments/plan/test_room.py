@@ -1,5 +1,7 @@
 """What an app lacks on the GPUs that are there, before it starts."""
 
+import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -25,6 +27,7 @@ FLUX = ModelSizes(
     sizes=(MediaSize(1024, 1024),),
 )
 """FLUX.1-dev in bf16."""
+TWICE_FLUX = replace(FLUX, denoise=StageSizes((), (RankSizes(40 * GIB, 40 * GIB, GIB // 2),)))
 
 
 def stages(encoder: float = 0, vae: float = 0, **transformer: Any) -> Stages:
@@ -59,15 +62,31 @@ def test_a_stage_that_chooses_its_nodes_is_left_to_ray() -> None:
 
 
 def test_weights_that_exceed_a_gpu_are_told_in_gib() -> None:
-    [sentence] = find_lack(stages(num_gpus=1), FLUX, parse_gpus("1x16GiB")).surely
-    assert "node 0 GPU 0 has 16.0 GiB: 6.2 GiB too little for the weights of denoise 0 rank 0" in sentence
+    [sentence] = find_lack(stages(num_gpus=1), FLUX, (Gpu(0, 0, 16 * GIB),)).surely
+    assert "node 0 GPU 0 has 16.00 GiB: 6.17 GiB too little for the weights of denoise 0 rank 0" in sentence
 
 
 def test_what_is_only_close_is_a_warning() -> None:
     """22.17 GiB of weights in 22.5: working memory and CUDA's own are estimates."""
-    lack = find_lack(stages(num_gpus=1), FLUX, parse_gpus("1x22.5GiB"))
+    lack = find_lack(stages(num_gpus=1), FLUX, (Gpu(0, 0, int(22.5 * GIB)),))
     assert not lack.surely
     assert any("too little" in sentence for sentence in lack.perhaps)
+
+
+def test_weights_that_exceed_their_share_of_a_gpu_are_told_with_a_share_that_suffices() -> None:
+    """Loading would run into torch's cap; with the share that is named, or a limit of the config's own, not."""
+    [sentence] = find_lack(stages(encoder=0.12, num_gpus=0.5), FLUX, parse_gpus("1x80GiB")).surely
+    named = re.search(r"encode 0 may fill .* 9.10 GiB of weights: give it num_gpus ([\d.]+)", sentence)
+    assert named is not None
+    lack = find_lack(stages(encoder=float(named[1]), num_gpus=0.5), FLUX, parse_gpus("1x80GiB"))
+    assert (lack.surely, lack.perhaps) == ((), ())
+
+
+@pytest.mark.parametrize("gpus", ["1x(2x24GiB)+1x80GiB", "1x80GiB+1x(2x24GiB)"])
+def test_only_ray_knows_which_of_several_sizes_it_will_choose(gpus: str) -> None:
+    lack = find_lack(stages(num_gpus=1), TWICE_FLUX, parse_gpus(gpus))
+    assert not lack.surely
+    assert bool(lack.perhaps) == gpus.startswith("1x(2x24")
 
 
 def test_by_accelerates_map_weights_may_leave_the_gpu() -> None:

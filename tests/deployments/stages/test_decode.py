@@ -1,0 +1,37 @@
+"""Latents to pixels as the pipeline itself does it."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from deployments.checkpoints.source import fetch_checkpoint
+from deployments.config import ModelConfig, VaeConfig
+from deployments.request import GenerationRequest, Prompt
+from deployments.stages.decode import Decoding
+
+REQUEST = GenerationRequest(
+    Prompt("a cat", None, True), 64, 64, 1, 2, guidance_scale=2.0, true_cfg_scale=None, seed=0,
+    output_format="png", output_compression=100, fps=8,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "decodes_in"), [("sd15", torch.float16), ("sdxl", torch.float32)])
+def test_a_vae_in_float16_decodes_in_what_its_pipeline_decodes_in(family: str, decodes_in: torch.dtype) -> None:
+    """Both configs say force_upcast; SDXL's pipeline alone heeds it."""
+    checkpoint = f"tiny://{family}"
+    pipe = DiffusionPipeline.from_pretrained(fetch_checkpoint(checkpoint, ()), torch_dtype=torch.float16)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.vae.config.force_upcast
+
+    def draw(output_type: str) -> np.ndarray | torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        size = {"width": 64, "height": 64, "num_inference_steps": 2, "generator": generator}
+        return pipe("a cat", output_type=output_type, **size).images
+
+    latents = draw("latent")
+    stage = Decoding(ModelConfig(name="t", checkpoint=checkpoint), family, VaeConfig(dtype="float16"))
+    [weights] = stage.keeper.stats().weights_bytes
+    assert weights.endswith(str(decodes_in).removeprefix("torch."))
+    expected = (np.asarray(draw("np")) * 255).round().astype(np.uint8)
+    assert np.array_equal(stage.decode(latents, REQUEST), expected)
