@@ -1,4 +1,4 @@
-"""Every YAML in configs/ is parsed, and planned on the GPUs it is for; `serve run` runs what this machine can run."""
+"""Every YAML in configs/ is parsed, and planned on the GPUs it is for; the local ones are run by `serve run`."""
 
 import os
 import re
@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+import yaml
 
 from cluster.inventory import parse_gpus
 from deployments.families import FAMILIES
