@@ -133,8 +133,8 @@ class TransformerConfig(StageConfig):
     stuck_after_s: float = Field(
         120.0,
         gt=0,
-        description="a micro-batch that is under way for longer means that a shard is stuck; compiling must fit, "
-        "and waiting for a turn",
+        description="a micro-batch that is under way for longer means that a shard is stuck; compiling must fit "
+        "(of one shard: it is times the shards with compile), and waiting for a turn",
     )
     max_batch_size: int = Field(8, ge=1, description="forwards of different requests merged into one")
     batch_wait_ms: float = Field(

@@ -1,4 +1,4 @@
-"""What a stage answers to a request that its memory is too small for. Torch-free: the ingress tells them apart."""
+"""What a stage answers to a request that it cannot serve. Torch-free: the ingress tells these errors apart."""
 
 
 class NeverFits(Exception):
@@ -19,3 +19,7 @@ class OutOfShare(Exception):
     def __init__(self, message: str) -> None:
         super().__init__(message)
         self.message = message
+
+
+class ShardGroupLost(Exception):
+    """A rank died or got stuck. The request may be repeated: another replica will serve it."""

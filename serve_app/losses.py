@@ -26,8 +26,7 @@ from ray.serve.exceptions import (
     ReplicaUnavailableError,
 )
 
-from deployments.engine.step_queue import ShardGroupLost
-from deployments.refusal import NeverFits, OutOfShare
+from deployments.refusal import NeverFits, OutOfShare, ShardGroupLost
 from serve_app.errors import BadRequest, OutOfMemory, Overloaded, StageFailed, Unavailable
 
 log = logging.getLogger("ray.serve")

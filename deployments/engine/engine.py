@@ -1,6 +1,7 @@
 """Rank 0 of a shard group: requests' threads on one side, the ring of ranks on the other."""
 
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,9 +12,20 @@ from cluster.ring import Ring, RingStats, StopRing
 from cluster.transport import Transport
 from deployments.config import TransformerConfig
 from deployments.engine.merge import Inputs, Merger, num_samples, num_tokens
-from deployments.engine.step_queue import Seat, ShardGroupLost, StepQueue
+from deployments.engine.step_queue import Seat, StepQueue
 from deployments.engine.work import Leader
 from deployments.memory.needs import Needs
+from deployments.refusal import ShardGroupLost
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """What is known of a micro-batch until it is back."""
+
+    num_samples: tuple[int, ...]
+    """Of each forward."""
+    released: tuple[int, ...]
+    """Keys that the other ranks are to let go of."""
 
 
 class Engine:
@@ -43,7 +55,7 @@ class Engine:
         self._merger, self._patch_size, self._on_lost = merger, patch_size, on_lost
         self._needs, self._foresee, self._leader = needs, foresee, leader
         self._max_batch_size = config.max_batch_size
-        self._num_samples: dict[int, list[int]] = {}
+        self._flights: dict[int, _Flight] = {}
         self.queue = StepQueue(
             num_shards=config.num_ranks,
             max_batch_size=config.max_batch_size,
@@ -57,7 +69,8 @@ class Engine:
             source=self._take,
             sink=self._land,
             on_failure=self.lose,
-            stuck_after_s=config.stuck_after_s,
+            # A forward of a new kind is compiled by one rank after the other, and none comes back meanwhile.
+            stuck_after_s=config.stuck_after_s * (1 if config.compile is None else config.num_ranks),
             device=device,
         )
         self._ring.start()
@@ -80,11 +93,12 @@ class Engine:
         label = f"a forward of {tokens} latent positions"
         return self._needs.at_most(signature, label, partial(self._foresee, inputs), up_to=self._max_batch_size)
 
-    def _compute(self, group: Sequence[Inputs]) -> Any:
+    def _compute(self, body: tuple[Sequence[Inputs], tuple[int, ...]]) -> Any:
+        group, released = body
         if self._needs is None or not group:
-            return self._leader.run(group)
+            return self._leader.run(group, released)
         with self._needs.measured(self._merger.signature(group[0]), len(group)):
-            return self._leader.run(group)
+            return self._leader.run(group, released)
 
     def lose(self, cause: BaseException) -> None:
         """The group is lost: every waiting thread gets ShardGroupLost, and so does whoever runs this."""
@@ -103,12 +117,15 @@ class Engine:
 
     def _take(self) -> Message:
         batch = self.queue.take()
-        self._num_samples[batch.id] = [num_samples(inputs) for inputs in batch.payloads]
-        return Message(batch.id, batch.payloads)
+        flight = _Flight(tuple(map(num_samples, batch.payloads)), self._leader.take_released())
+        self._flights[batch.id] = flight
+        return Message(batch.id, (batch.payloads, flight.released))
 
     def _land(self, message: Message) -> None:
-        sizes = self._num_samples.pop(message.batch_id)
+        flight = self._flights.pop(message.batch_id)
+        sizes = flight.num_samples
         if message.error is not None:
+            self._leader.release_again(flight.released)
             self.queue.fail(message.batch_id, message.error)
         else:
             self.queue.finish(message.batch_id, message.body.split_with_sizes(sizes) if sizes else ())

@@ -4,12 +4,13 @@ A pipeline passes the same embeddings, ids and masks at every step of a request.
 identity and sends it once, under a key; when the request ends and the tensor is freed, so is its key, and the
 next micro-batch tells the other ranks to let go of theirs. Micro-batches keep their order around the ring, so
 a key arrives before its first use and its release after the last. Nothing here knows which inputs are constant.
-A micro-batch that fails on the way ends all of its requests, so no key it failed to deliver is used again.
+A micro-batch that fails on the way ends all of its requests, so no key it failed to deliver is used again; the
+releases it had with it go with a later one.
 """
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -59,17 +60,18 @@ class Outliner:
         """Keys whose tensors were freed since the last call."""
         return tuple(self._released.popleft() for _ in range(len(self._released)))
 
+    def release(self, keys: Iterable[int]) -> None:
+        """Let the next `take_released` return them. From any thread."""
+        self._released.extend(keys)
+
     def _hold(self, tensor: torch.Tensor) -> Held:
         held: tuple[int, int] | None = self._held.get(tensor)  # type: ignore[no-untyped-call]
         if held is not None and held[1] == tensor._version:  # nobody has written to it since
             return Held(held[0], None)
         key = next(self._keys)
         self._held[tensor] = key, tensor._version
-        weakref.finalize(tensor, self._release, key)
+        weakref.finalize(tensor, self.release, (key,))
         return Held(key, tensor)
-
-    def _release(self, key: int) -> None:
-        self._released.append(key)
 
 
 class Holder:

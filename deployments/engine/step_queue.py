@@ -27,10 +27,6 @@ class Cancelled(Exception):
     """The request was cancelled."""
 
 
-class ShardGroupLost(Exception):
-    """A rank died or got stuck. The request may be repeated: another replica will serve it."""
-
-
 class SeatState(Enum):
     NEW = auto()
     WAITING = auto()

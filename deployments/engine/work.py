@@ -43,16 +43,24 @@ class Leader:
     def __init__(self, blocks: Blocks, merger: Merger, outliner: Outliner, on_idle: OnIdle = do_nothing) -> None:
         self._blocks, self._merger, self._outliner, self._on_idle = blocks, merger, outliner, on_idle
 
-    def run(self, group: Sequence[Inputs]) -> "Work | torch.Tensor":
+    def run(self, group: Sequence[Inputs], released: tuple[int, ...]) -> "Work | torch.Tensor":
         """The first blocks of a group of forwards of one signature; without any, on_idle."""
         if not group:
             self._on_idle()
-            return Work((), self._outliner.take_released(), {})
+            return Work((), released, {})
         output = self._blocks.run(self._merger.merge(group))
         if isinstance(output, torch.Tensor):
             return output
         outlined = tuple(self._outliner.outline(inputs) for inputs in group)
-        return Work(outlined, self._outliner.take_released(), output)
+        return Work(outlined, released, output)
+
+    def take_released(self) -> tuple[int, ...]:
+        """The keys to let go of that the next micro-batch takes along."""
+        return self._outliner.take_released()
+
+    def release_again(self, keys: tuple[int, ...]) -> None:
+        """Their micro-batch failed, and not every rank may have seen them."""
+        self._outliner.release(keys)
 
 
 class Follower:

@@ -14,8 +14,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostErro
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 
-from deployments.engine.step_queue import ShardGroupLost
-from deployments.refusal import NeverFits
+from deployments.refusal import NeverFits, ShardGroupLost
 from deployments.request import (
     NO_NEWS,
     Denoised,

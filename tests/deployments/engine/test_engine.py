@@ -1,22 +1,34 @@
 """The engine as a whole, in one process: a real shard, and what happens when its last request has left."""
 
+import gc
 import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
 import torch
 
+from cluster.ring import Ring
+from cluster.transport import GroupTransport, join_store, open_store
 from deployments.config import EncoderConfig, ModelConfig, TransformerConfig
 from deployments.engine.engine import Engine
 from deployments.engine.load import load_rank, open_denoiser
 from deployments.engine.merge import Merger
-from deployments.engine.outline import Outliner
-from deployments.engine.work import Leader
+from deployments.engine.outline import Holder, Outliner
+from deployments.engine.work import Blocks, Follower, Leader
 from deployments.families import FAMILIES
+from deployments.refusal import ShardGroupLost
 from deployments.request import Prompt
 from deployments.stages import load_stage
 
+CPU = torch.device("cpu")
 MODEL = ModelConfig(name="tiny", checkpoint="tiny://flux")
+UNMERGED = Merger("a class without a rule")
+SOON_S = 20.0
 
 
 @pytest.fixture
@@ -63,3 +75,97 @@ def burst(engine: Engine, inputs: dict[str, Any]) -> torch.Tensor:
         engine.queue.leave(seat)
     assert torch.equal(*answers)
     return answers[0]
+
+
+class Part:
+    """A rank's part of a model that hands its latents on; it sleeps, or fails, as the inputs say."""
+
+    def __init__(self, rank: int, num_ranks: int) -> None:
+        self._rank, self._num_ranks = rank, num_ranks
+        self.seen: list[weakref.ref[torch.Tensor]] = []
+        """The embeddings it was given."""
+
+    def run(self, inputs: Any, boundary: Any = None) -> Any:
+        self.seen.append(weakref.ref(inputs["embeds"]))
+        time.sleep(inputs.get("sleep_s", 0.0))
+        if inputs.get("fails_on") == self._rank:
+            raise ValueError("no such block")
+        is_last = self._rank == self._num_ranks - 1
+        return inputs["hidden_states"] if is_last else {"block": inputs["hidden_states"]}
+
+
+Open = Callable[..., Engine]
+
+
+@pytest.fixture
+def open_engine() -> Iterator[Open]:
+    """An engine and its followers, all in this process."""
+    engines: list[Engine] = []
+    followers: list[Ring] = []
+
+    def open_one(parts: Sequence[Blocks], *, on_lost: Any = pytest.fail, **settings: Any) -> Engine:
+        num_ranks = len(parts)
+        store = open_store("127.0.0.1", num_ranks)
+
+        def connect(rank: int) -> GroupTransport:
+            own = store if rank == 0 else join_store("127.0.0.1", store.port, num_ranks)
+            return GroupTransport(rank, num_ranks, own, backend="gloo", device=CPU)
+
+        with ThreadPoolExecutor(num_ranks) as threads:
+            transport, *others = threads.map(connect, range(num_ranks))
+        for rank, other in enumerate(others, start=1):
+            follower = Follower(parts[rank], UNMERGED, Holder(CPU))
+            followers.append(Ring(follower.run, rank=rank, transport=other, on_failure=print, device=CPU))
+            followers[-1].start()
+        config = TransformerConfig(shards=num_ranks, **settings)
+        leader = Leader(parts[0], UNMERGED, Outliner(frozenset()))
+        engines.append(Engine(leader, UNMERGED, config, device=CPU, transport=transport, on_lost=on_lost))
+        return engines[-1]
+
+    yield open_one
+    for part in (*engines, *followers):
+        part.close()
+
+
+def forward(engine: Engine, **said: Any) -> torch.Tensor:
+    """Of a request of its own."""
+    seat = engine.queue.join()
+    try:
+        return engine.forward(seat, {"hidden_states": torch.ones(1, 4, 2), "embeds": torch.ones(3), **said})
+    finally:
+        engine.queue.leave(seat)
+
+
+def test_tensors_are_let_go_though_the_micro_batch_that_said_so_failed_on_the_way(open_engine: Open) -> None:
+    parts = [Part(rank, 3) for rank in range(3)]
+    engine = open_engine(parts)
+    forward(engine)
+    of_rank_0, of_rank_2 = parts[0].seen[0], parts[2].seen[0]
+    until(lambda: of_rank_0() is None)
+    with pytest.raises(ValueError, match="no such block"):
+        forward(engine, fails_on=1)
+    assert of_rank_2() is not None
+    forward(engine)
+    assert of_rank_2() is None
+
+
+@pytest.mark.parametrize("settings", [{"compile": "blocks"}, {}], ids=["compiled", "not compiled"])
+def test_ranks_that_compile_may_do_so_one_after_another(open_engine: Open, settings: dict[str, Any]) -> None:
+    lost: SimpleQueue[BaseException] = SimpleQueue()
+    parts = [Part(rank, 2) for rank in range(2)]
+    engine = open_engine(parts, on_lost=lost.put, stuck_after_s=0.5, **settings)
+    if settings:
+        forward(engine, sleep_s=0.35)
+        assert lost.empty()
+    else:
+        with pytest.raises(ShardGroupLost, match="RingStuck"):
+            forward(engine, sleep_s=0.35)
+        lost.get(timeout=SOON_S)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + SOON_S
+    while not condition():
+        assert time.monotonic() < deadline
+        gc.collect()
+        time.sleep(0.001)
