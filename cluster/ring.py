@@ -41,16 +41,12 @@ class RingStats:
     busy_s: float
     """Spent computing."""
     occupied_s: float | None
-    """How long anything was in flight. Only rank 0 can know; None on the others."""
+    """How long anything was in flight. Only rank 0 can know; None on the others.
+
+    What a rank computes is in flight meanwhile, so the rest of it is the rank's bubble: the time it stood idle while
+    there was work in the ring, filling and draining included.
+    """
     bytes_sent: int
-
-    def bubble(self, occupied_s: float) -> float:
-        """The share of rank 0's `occupied_s` in which this rank had nothing to compute.
-
-        What a rank computes is in flight meanwhile, so that is just the time it stood idle while there was work
-        in the ring, filling and draining included.
-        """
-        return 1 - self.busy_s / occupied_s if occupied_s else 0.0
 
 
 class Ring:

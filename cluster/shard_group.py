@@ -5,6 +5,7 @@ replica goes. The actor class given here is plain and has the methods `place`, `
 `alive`, which never answers: its error is the notice of death.
 """
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -35,6 +36,16 @@ def this_place() -> Place:
 def this_address() -> str:
     """The IP address at which other nodes reach this one."""
     return str(ray.util.get_node_ip_address())
+
+
+def load_kernels_early() -> None:
+    """Has CUDA load every kernel of a library with it, in the calling process. Before torch is asked for a device.
+
+    Else a kernel's first use may wait until the GPU is idle, which NCCL leaves it only when the neighbour has come,
+    and that may wait in the same way: round the ring for ever. NVIDIA names the hazard (CUDA Programming Guide, Lazy
+    Loading, Potential Hazards). It takes a few hundred MB of the GPU. What the environment says wins.
+    """
+    os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
 
 
 class ShardGroup:

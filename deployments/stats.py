@@ -113,7 +113,3 @@ class TransformerStats:
     ranks: tuple[RankStats, ...]
     occupied_s: float
     """How long anything was in flight in the ring."""
-
-    def bubble(self, rank: int) -> float:
-        """The share of `occupied_s` in which this rank had nothing to compute."""
-        return 1 - self.ranks[rank].compute_s / self.occupied_s if self.occupied_s else 0.0

@@ -428,7 +428,7 @@ def test_stats_tell_how_busy_each_rank_was(pair: list[Child]) -> None:
     assert 5 * STEP_S <= ring.occupied_s <= took_s
     for stats in (ring, *others):
         assert stats.bytes_sent > 3 * 400
-        assert 0 < stats.bubble(ring.occupied_s) < 1
+        assert 0 < stats.busy_s < ring.occupied_s
     assert others[0].occupied_s is None
     close_ring(head, pair)
 
