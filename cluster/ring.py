@@ -43,8 +43,8 @@ class RingStats:
     occupied_s: float | None
     """How long anything was in flight. Only rank 0 can know; None on the others.
 
-    What a rank computes is in flight meanwhile, so the rest of it is the rank's bubble: the time it stood idle while
-    there was work in the ring, filling and draining included.
+    What a rank computes is in flight meanwhile, so the rest of it is the rank's bubble: the time it stood idle
+    while there was work in the ring, filling and draining included.
     """
     bytes_sent: int
 

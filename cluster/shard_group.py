@@ -41,9 +41,9 @@ def this_address() -> str:
 def load_kernels_early() -> None:
     """Has CUDA load every kernel of a library with it, in the calling process. Before torch is asked for a device.
 
-    Else a kernel's first use may wait until the GPU is idle, which NCCL leaves it only when the neighbour has come,
-    and that may wait in the same way: round the ring for ever. NVIDIA names the hazard (CUDA Programming Guide, Lazy
-    Loading, Potential Hazards). It takes a few hundred MB of the GPU. What the environment says wins.
+    Else a kernel's first use may wait until the GPU is idle, which NCCL leaves it only when the neighbour has
+    come, and that may wait in the same way: round the ring for ever. NVIDIA names the hazard (CUDA Programming
+    Guide, Lazy Loading, Potential Hazards). It takes a few hundred MB of the GPU. What the environment says wins.
     """
     os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
 
