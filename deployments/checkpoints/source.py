@@ -10,12 +10,22 @@ Imports no torch and no diffusers, so the ingress and the planner can ask too.
 
 import importlib
 import json
-from collections.abc import Collection
+import socket
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
 from filelock import FileLock
 from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 
 FAMILY_BY_PIPELINE: dict[str, str] = {
     "FluxPipeline": "flux",
@@ -43,13 +53,15 @@ def detect_family(checkpoint: str, revision: str | None) -> str:
     Raises:
         ValueError: the embedded checkpoint or the tiny family does not exist, or the checkpoint's pipeline
             class is not supported.
-        FileNotFoundError: a local path that does not exist or has no model_index.json.
+        FileNotFoundError: a local path that does not exist or has no model_index.json, or a hub id that the hub
+            does not give.
     """
     if checkpoint.startswith(_TINY_PREFIX):
         return _tiny_family(checkpoint)
     folder = _local_folder(checkpoint)
     if folder is None:
-        index_file = Path(hf_hub_download(checkpoint, _MODEL_INDEX, revision=revision))
+        with _hub(checkpoint):
+            index_file = Path(hf_hub_download(checkpoint, _MODEL_INDEX, revision=revision))
     else:
         _check_complete(folder, components=())
         index_file = folder / _MODEL_INDEX
@@ -76,7 +88,8 @@ def fetch_checkpoint(
 
     Raises:
         ValueError: an embedded checkpoint or a tiny family that does not exist.
-        FileNotFoundError: a local path that does not exist, or a component that the checkpoint lacks.
+        FileNotFoundError: a local path that does not exist, a component that the checkpoint lacks, or a hub id
+            that the hub does not give.
     """
     if checkpoint.startswith(_TINY_PREFIX):
         folder = _fetch_tiny(_tiny_family(checkpoint))
@@ -96,7 +109,8 @@ def fetch_configs(checkpoint: str, *, revision: str | None = None) -> Path:
     folder = _local_folder(checkpoint)
     if folder is None:
         patterns = [_MODEL_INDEX, "*/config.json", "scheduler/*.json"]
-        folder = Path(snapshot_download(checkpoint, revision=revision, allow_patterns=patterns))
+        with _hub(checkpoint):
+            folder = Path(snapshot_download(checkpoint, revision=revision, allow_patterns=patterns))
     _check_complete(folder, ())
     return folder
 
@@ -158,13 +172,42 @@ def _local_folder(checkpoint: str) -> Path | None:
     if path.exists():
         return path
     if checkpoint in (".", "..") or checkpoint.startswith(("/", "./", "../", "~")):
-        raise FileNotFoundError(f"checkpoint {checkpoint!r} looks like a path, but {path} does not exist")
+        raise FileNotFoundError(
+            f"checkpoint {checkpoint!r} looks like a path, but {path.absolute()} does not exist on {_node()}"
+        )
     return None
 
 
 def _download(checkpoint: str, components: Collection[str], revision: str | None, variant: str | None) -> Path:
     allow, ignore = plan_hub_patterns(components, variant)
-    return Path(snapshot_download(checkpoint, revision=revision, allow_patterns=allow, ignore_patterns=ignore))
+    with _hub(checkpoint):
+        return Path(snapshot_download(checkpoint, revision=revision, allow_patterns=allow, ignore_patterns=ignore))
+
+
+@contextmanager
+def _hub(checkpoint: str) -> Iterator[None]:
+    """A call of the hub: whatever it does not give becomes a FileNotFoundError that says what to do."""
+    no_folder = f"{Path(checkpoint).absolute()} does not exist on {_node()} either, if a folder is meant"
+    try:
+        yield
+    except GatedRepoError as error:
+        raise FileNotFoundError(
+            f"checkpoint {checkpoint!r} is gated on the hub: accept its licence at https://huggingface.co/"
+            f"{checkpoint}, and set HF_TOKEN to a token of that account on every node"
+        ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise FileNotFoundError(
+            f"checkpoint {checkpoint!r} is not on the hub, or private (then set HF_TOKEN); {no_folder}"
+        ) from error
+    except (HfHubHTTPError, EntryNotFoundError, OfflineModeIsEnabled) as error:
+        why = str(error).strip().partition("\n")[0]
+        raise FileNotFoundError(
+            f"checkpoint {checkpoint!r} could not be had from the hub: {why}; {no_folder}"
+        ) from error
+
+
+def _node() -> str:
+    return f"node {socket.gethostname()}"
 
 
 def _check_complete(folder: Path, components: Collection[str]) -> None:

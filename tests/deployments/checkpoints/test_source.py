@@ -2,18 +2,22 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 
 from deployments.checkpoints.source import (
     FAMILY_BY_PIPELINE,
     detect_family,
     fetch_checkpoint,
+    fetch_configs,
     plan_hub_patterns,
 )
 
@@ -40,6 +44,12 @@ PUBLISHED_FILES = [
     "unet_2/diffusion_pytorch_model.safetensors",
     "vae/diffusion_pytorch_model.safetensors",
 ]
+ASK = [
+    lambda checkpoint: detect_family(checkpoint, None),
+    lambda checkpoint: fetch_configs(checkpoint),
+    lambda checkpoint: fetch_checkpoint(checkpoint, ["unet"]),
+]
+"""All who ask the hub."""
 
 
 @pytest.fixture
@@ -149,9 +159,71 @@ def test_a_single_file_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("empty_hub")
-def test_any_other_name_is_asked_of_the_hub() -> None:
-    with pytest.raises(LocalEntryNotFoundError):
-        fetch_checkpoint("some-org/some-model", ["unet"])
+@pytest.mark.parametrize("ask", ASK)
+def test_any_other_name_is_asked_of_the_hub_and_may_have_meant_a_folder(ask: Callable[[str], object]) -> None:
+    with pytest.raises(FileNotFoundError, match="could not be had from the hub") as refused:
+        ask("some-org/some-model")
+    folder = Path("some-org/some-model").absolute()
+    assert f"{folder} does not exist on node {socket.gethostname()} either" in str(refused.value)
+
+
+@pytest.mark.parametrize("ask", ASK)
+def test_a_name_that_no_repository_can_have_is_refused(ask: Callable[[str], object]) -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r"'models/of/mine' is not on the hub.*models/of/mine does not exist"
+    ):
+        ask("models/of/mine")
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Has a gated model, and no other."""
+
+    def do_GET(self) -> None:
+        is_gated = "/gated/model" in self.path
+        self.send_response(403 if is_gated else 404)
+        self.send_header("X-Error-Code", "GatedRepo" if is_gated else "RepoNotFound")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def small_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """In the place of huggingface.co."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        url = f"http://127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever).start()
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+        for module in ("constants", "hf_api", "file_download"):
+            monkeypatch.setattr(f"huggingface_hub.{module}.ENDPOINT", url, raising=False)
+            monkeypatch.setattr(
+                f"huggingface_hub.{module}.HUGGINGFACE_CO_URL_TEMPLATE",
+                url + "/{repo_id}/resolve/{revision}/{filename}",
+                raising=False,
+            )
+        yield
+        server.shutdown()
+
+
+@pytest.mark.usefixtures("small_hub")
+@pytest.mark.parametrize("ask", ASK)
+def test_a_gated_model_says_where_its_licence_is_accepted(ask: Callable[[str], object]) -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r"accept its licence at https://huggingface\.co/gated/model, and set HF_TOKEN"
+    ):
+        ask("gated/model")
+
+
+@pytest.mark.usefixtures("small_hub")
+@pytest.mark.parametrize("ask", ASK)
+def test_a_model_that_the_hub_does_not_have_may_be_private(ask: Callable[[str], object]) -> None:
+    with pytest.raises(FileNotFoundError, match=r"'no/model' is not on the hub, or private \(then set HF_TOKEN\)"):
+        ask("no/model")
 
 
 def test_a_download_takes_only_the_plain_safetensors_of_the_named_components() -> None:
