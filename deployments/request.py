@@ -1,8 +1,10 @@
 """What travels between the stages: one frozen dataclass per hop. Torch is named here, never imported.
 
-GenerationRequest --Prompt--> Conditioning --> Latents --> Media
+Prompt --> encoder --> Conditioning --> transformer --> Denoised, and the latents --> VAE --> Media
 
-Beside it, StreamOptions say what the caller wants to hear on the way: Progress, and partial pictures.
+The latents are a bare tensor, handed on by reference; a GenerationRequest goes with each call. Beside it,
+StreamOptions say what the caller wants to hear on the way: Progress, and a PartialDenoised before the latents of
+each partial picture.
 """
 
 from collections.abc import Mapping
