@@ -2,7 +2,7 @@
 the class itself in the annotation, and would silently pass a raw dict."""
 
 from ray import serve
-from ray.serve import Application
+from ray.serve import Application, Deployment
 
 from cluster.serve_options import HEAD_NODE, plan_serve_options
 from deployments.checkpoints.source import detect_family
@@ -11,7 +11,7 @@ from deployments.encoder import Encoder
 from deployments.transformer import Transformer
 from deployments.vae import Vae
 from deployments.warm_up import WarmUp
-from serve_app.config import AppConfig
+from serve_app.config import AppConfig, ConfigError
 from serve_app.ingress import Ingress
 from serve_app.room import check_room
 from serve_app.validation import Validator, check_defaults, plan_warm_up
@@ -37,25 +37,28 @@ def build_app(config: AppConfig) -> Application:
         )
         return serve.deployment(deployment).options(**options).bind(model, family, stage_config, warm_up)
 
-    return (
-        serve.deployment(serve.ingress()(Ingress))
-        .options(
-            num_replicas=config.ingress.num_replicas,
-            max_ongoing_requests=2 * config.limits.max_concurrent_requests,
-            graceful_shutdown_timeout_s=timeout_s,
-            ray_actor_options={
-                "num_cpus": config.ingress.num_cpus,
-                "resources": HEAD_NODE if config.ingress.on_head else {},
-            },
-        )
-        .bind(
-            model,
-            family,
-            config.limits,
-            stage(Encoder, config.encoder),
-            stage(Transformer, config.transformer),
-            stage(Vae, config.vae),
-        )
+    return build_ingress(config).bind(
+        model,
+        family,
+        config.limits,
+        stage(Encoder, config.encoder),
+        stage(Transformer, config.transformer),
+        stage(Vae, config.vae),
+    )
+
+
+def build_ingress(config: AppConfig) -> Deployment:
+    """What is to be bound to the three stages."""
+    return serve.deployment(serve.ingress()(Ingress)).options(
+        num_replicas=config.ingress.num_replicas,
+        # room beyond those in progress: for 429s, and for whoever asks how it goes
+        max_ongoing_requests=2 * config.limits.max_concurrent_requests,
+        max_surge_percent=100,  # on a redeploy the old ones serve until the new ones can: they need no GPU
+        graceful_shutdown_timeout_s=config.limits.request_timeout_s,
+        ray_actor_options={
+            "num_cpus": config.ingress.num_cpus,
+            "resources": HEAD_NODE if config.ingress.on_head else {},
+        },
     )
 
 
@@ -65,5 +68,8 @@ def build_validator(config: AppConfig) -> Validator:
 
 
 def find_family(model: ModelConfig) -> str:
-    """As configured, or as the checkpoint says."""
-    return model.family or detect_family(model.checkpoint, model.revision)
+    """As configured, or as the checkpoint says. Raises ConfigError if there is no such checkpoint."""
+    try:
+        return model.family or detect_family(model.checkpoint, model.revision)
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(f"model.checkpoint: {error}") from error

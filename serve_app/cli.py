@@ -3,7 +3,7 @@
 import importlib
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -34,6 +34,17 @@ console = Console(stderr=True)
 TINY = "deployments.checkpoints.tiny"
 SHAPES = "deployments.checkpoints.shapes.train"
 """Both import torch and diffusers, so they are looked up only by the command that needs them."""
+
+FORMATS: dict[str, dict[str, dict[str, str]]] = {
+    "image": {
+        ".png": {"output_format": "png"},
+        ".jpg": {"output_format": "jpeg"},
+        ".jpeg": {"output_format": "jpeg"},
+        ".webp": {"output_format": "webp"},
+    },
+    "video": {".mp4": {}},
+}
+"""What a file's ending asks for; the first is the one by default."""
 
 
 def main() -> None:
@@ -72,7 +83,9 @@ def train_shapes(
 @cli.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="what to draw")],
-    out: Annotated[Path, typer.Option(help="file; its ending chooses the format")] = Path("out.png"),
+    out: Annotated[
+        Path | None, typer.Option(help="file; its ending chooses the format; out.png, or out.mp4 of a video model")
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(help="Serve YAML to start; left out: the running app is asked")
     ] = None,
@@ -96,14 +109,15 @@ def generate(
         "true_cfg_scale": true_cfg_scale,
         "seed": seed,
         "num_frames": num_frames,
-        "output_format": {".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".png": "png"}.get(out.suffix),
     }
     given = {name: value for name, value in fields.items() if value is not None}
     app_config = None if config is None else load_app_config(config)
-    if app_config is not None:
-        build_validator(app_config).requests(given)  # refuse at once what the app would refuse once started
+    if app_config is not None:  # refuse at once what would be refused once the app is started
+        validator = build_validator(app_config)
+        validator.requests(given | choose_file(out, validator.family.media)[1])
     with app_handle(app_config) as handle:
-        picture = _watch(handle, given)
+        out, chosen = choose_file(out, handle.model.remote().result().media)
+        picture = _watch(handle, given | chosen)
     out.write_bytes(picture.media.data)
     times = ", ".join(f"{stage} {ms:.0f} ms" for stage, ms in picture.timings_ms.items())
     console.print(f"{out}: {picture.media.media_type}, seed {picture.seed} ({times})", highlight=False)
@@ -129,6 +143,18 @@ def status(
 def config() -> None:
     """Explain every config key (docs/config.md)."""
     print(render_config_docs(), end="")
+
+
+def choose_file(out: Path | None, media: Literal["image", "video"]) -> tuple[Path, dict[str, str]]:
+    """Where a picture or video goes, and the fields of a request that make it what its ending says."""
+    formats = FORMATS[media]
+    if out is None:
+        out = Path("out").with_suffix(next(iter(formats)))
+    if out.suffix.lower() not in formats:
+        raise ConfigError(f"--out {out}: this model makes {media}s; the file must end in {', '.join(formats)}")
+    if not out.parent.is_dir():
+        raise ConfigError(f"--out {out}: the folder {out.parent} does not exist")
+    return out, formats[out.suffix.lower()]
 
 
 def _watch(handle: Any, fields: dict[str, Any]) -> Picture:

@@ -11,6 +11,7 @@ from cluster.config import Config, describe_errors
 from deployments.config import EncoderConfig, ModelConfig, TransformerConfig, VaeConfig
 
 APP_NAME = "relay"
+IMPORT_PATH = "serve_app.app:build_app"
 
 
 class LimitsConfig(Config):
@@ -52,13 +53,19 @@ class ConfigError(ValueError):
 
 
 def load_app_config(path: Path) -> AppConfig:
-    """The `args` of the first application in a Serve YAML file. Raises ConfigError."""
+    """The `args` of the application in a Serve YAML file that serves a checkpoint. Raises ConfigError."""
     try:
         applications = yaml.safe_load(path.read_text())["applications"]
-        args = applications[0].get("args", {})
-    except (OSError, yaml.YAMLError, KeyError, TypeError, IndexError, AttributeError) as error:
+        ours = [each for each in applications if each["import_path"] == IMPORT_PATH]
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: not a Ray Serve config with an application: {error}") from error
-    return parse_app_config(args, source=str(path))
+    if len(ours) != 1:
+        names = ", ".join(str(each.get("name")) for each in ours) or "none"
+        raise ConfigError(
+            f"{path}: one application must have import_path: {IMPORT_PATH}, got {names}; "
+            "write the one that is meant into a file of its own"
+        )
+    return parse_app_config(ours[0].get("args", {}), source=str(path))
 
 
 def parse_app_config(args: Mapping[str, Any], *, source: str = "config") -> AppConfig:

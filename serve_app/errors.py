@@ -42,7 +42,10 @@ class RelayError(Exception):
         return {"error": error}
 
     def headers(self) -> dict[str, str]:
-        return {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
+        """OpenAI's client repeats every 5xx twice, unless told by `x-should-retry` that it is in vain."""
+        if self.retry_after_s is not None:
+            return {"Retry-After": str(self.retry_after_s)}
+        return {"x-should-retry": "false"} if self.status >= 500 else {}
 
 
 class BadCall(RelayError):

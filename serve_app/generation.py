@@ -6,7 +6,7 @@ again from that stage (losses.py).
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from deployments.request import (
@@ -24,19 +24,30 @@ from serve_app.losses import StageLost, naming, repeat_when_lost
 from serve_app.partials import PartialImage, Partials
 
 
-@dataclass(frozen=True)
 class Stages:
-    """Serve handles of the three deployments."""
+    """Serve handles of the three deployments, and the sizes that the VAE is known to have room for."""
 
-    encoder: Any
-    transformer: Any
-    vae: Any
-    decodable: set[tuple[int, int, int]] = field(default_factory=set)
-    """Widths, heights and numbers of frames that the VAE has been asked about and has room for."""
+    def __init__(self, encoder: Any, transformer: Any, vae: Any) -> None:
+        self.encoder, self.transformer, self.vae = encoder, transformer, vae
+        self._decodable: set[tuple[int, int, int]] = set()
 
     @property
     def by_name(self) -> dict[str, Any]:
         return {"encoder": self.encoder, "transformer": self.transformer, "vae": self.vae}
+
+    async def refuse_early(self, request: GenerationRequest) -> None:
+        """Raises BadRequest for what the VAE could never decode, not after the whole denoise but beside it."""
+        size = request.width, request.height, request.num_frames
+        if size in self._decodable:
+            return
+        try:
+            with naming("decode", param=_size_param(request)):
+                await self.vae.check.remote(request)
+            self._decodable.add(size)
+        except BadRequest:
+            raise
+        except (RelayError, StageLost):  # the decode itself will tell, or will not
+            pass
 
 
 @dataclass(frozen=True)
@@ -81,7 +92,7 @@ async def generate(
     """What happens to the pictures of one request until all are there; those of one prompt share its encoding.
 
     None stands for heartbeat_s in which nothing happened. If one picture fails, all are given up; a caller that
-    stops listening cancels them. Raises Unavailable, DeadlineExceeded, Overloaded or StageFailed.
+    stops listening cancels them. Raises BadRequest, Unavailable, DeadlineExceeded or StageFailed.
     """
     events: asyncio.Queue[Event | None] = asyncio.Queue()
 
@@ -121,7 +132,7 @@ async def _draw(
         await _picture(stages, conditioning, request, options, lambda news: tell(Event(index, news)))
 
     tasks = [asyncio.create_task(picture(i, request)) for i, request in enumerate(requests)]
-    tasks.append(asyncio.create_task(_refuse_early(stages, requests[0])))
+    tasks.append(asyncio.create_task(stages.refuse_early(requests[0])))
     try:
         async with asyncio.timeout(timeout_s):
             await asyncio.gather(*tasks)
@@ -130,21 +141,6 @@ async def _draw(
     finally:
         for task in tasks:
             task.cancel()
-
-
-async def _refuse_early(stages: Stages, request: GenerationRequest) -> None:
-    """Raises BadRequest for what the VAE could never decode, not after the whole denoise but beside it."""
-    size = request.width, request.height, request.num_frames
-    if size in stages.decodable:
-        return
-    try:
-        with naming("decode", param=_size_param(request)):
-            await stages.vae.check.remote(request)
-        stages.decodable.add(size)
-    except BadRequest:
-        raise
-    except (RelayError, StageLost):  # the decode itself will tell, or will not
-        pass
 
 
 def _size_param(request: GenerationRequest) -> str:

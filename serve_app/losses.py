@@ -19,15 +19,10 @@ from ray.exceptions import (
     RaySystemError,
     RayTaskError,
 )
-from ray.serve.exceptions import (
-    BackPressureError,
-    DeploymentUnavailableError,
-    RayServeException,
-    ReplicaUnavailableError,
-)
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException, ReplicaUnavailableError
 
 from deployments.refusal import NeverFits, OutOfShare, ShardGroupLost
-from serve_app.errors import BadRequest, OutOfMemory, Overloaded, StageFailed, Unavailable
+from serve_app.errors import BadRequest, OutOfMemory, StageFailed, Unavailable
 
 log = logging.getLogger("ray.serve")
 
@@ -72,8 +67,6 @@ def naming(stage: str, *, param: str, if_input_lost: Callable[[], None] | None =
         raise BadRequest(f"{param}: in the {stage} stage {error.message}", param) from error
     except OutOfShare as error:
         raise OutOfMemory(f"the {stage} stage is {error.message}") from error
-    except BackPressureError as error:
-        raise Overloaded(f"the {stage} stage's queue is full: {error}") from error
     except AWAY as error:
         raise StageLost(stage, error, was_served=False) from error
     except LOST as error:

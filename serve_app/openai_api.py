@@ -2,9 +2,12 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
+from deployments.families import Defaults, Family
 from deployments.request import StreamOptions
+from serve_app.config import LimitsConfig
 
 MAX_N = 10
 """Pictures of one request, as OpenAI allows."""
@@ -19,6 +22,7 @@ class GenerationBody(BaseModel):
     prompt: str = Field(min_length=1)
     size: str = Field("auto", description='"WIDTHxHEIGHT" in pixels, or "auto" for the model\'s own size')
     user: str | None = Field(None, description="accepted, not used")
+    safety_identifier: str | None = Field(None, description="accepted, not used; OpenAI's successor of `user`")
 
     negative_prompt: str | None = Field(None, description="beyond OpenAI")
     num_inference_steps: int | None = Field(None, ge=1, description="beyond OpenAI")
@@ -39,19 +43,33 @@ class ImageBody(GenerationBody):
     """`POST /v1/images/generations`."""
 
     n: int = Field(1, ge=1, le=MAX_N, description="pictures; the i-th uses seed + i")
-    response_format: Literal["b64_json"] = "b64_json"
+    response_format: Literal["b64_json"] = Field(
+        "b64_json", description="nothing is kept here that a url could name"
+    )
     output_format: Literal["png", "jpeg", "webp"] = "png"
     output_compression: int = Field(
         100, ge=0, le=100, description="quality of jpeg and webp; 100 makes webp lossless"
     )
-    quality: Literal["auto"] | None = Field(None, description="accepted; steps decide the quality here")
+    quality: Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"] | None = Field(
+        None, description="accepted, without effect: steps decide the quality here"
+    )
+    style: Literal["vivid", "natural"] | None = Field(None, description="accepted, without effect")
     background: Literal["auto", "opaque"] | None = Field(None, description="accepted; always opaque")
-    moderation: Literal["auto"] | None = Field(None, description="accepted; nothing is moderated here")
+    moderation: Literal["auto", "low"] | None = Field(
+        None, description="accepted, without effect: nothing is moderated here"
+    )
     stream: bool = Field(False, description="answer with server-sent events")
     partial_images: int = Field(
         0, ge=0, le=3, description="needs `stream`: pictures that are still forming, at most so many of each"
     )
     progress: bool = Field(False, description="beyond OpenAI; needs `stream`: steps done, time left")
+
+    @field_validator("response_format", mode="before")
+    @classmethod
+    def _explain_url(cls, value: Any) -> Any:
+        if value == "url":
+            raise PydanticCustomError("no_url", "pictures come as b64_json, in the answer itself")
+        return value
 
     @property
     def stream_options(self) -> StreamOptions:
@@ -184,6 +202,35 @@ class ModelCard(BaseModel):
     )
     defaults: ModelDefaults
     limits: ModelLimits
+
+
+def model_card(name: str, created: int, family: Family, own: Defaults, limits: LimitsConfig) -> ModelCard:
+    """own: the family's defaults, or the config's."""
+    is_video = family.media == "video"
+    return ModelCard(
+        id=name,
+        created=created,
+        family=family.name,
+        media=family.media,
+        guidance=family.guidance,
+        defaults=ModelDefaults(
+            size=f"{own.width}x{own.height}",
+            num_inference_steps=own.num_inference_steps,
+            guidance_scale=own.guidance_scale,
+            true_cfg_scale=own.true_cfg_scale,
+            negative_prompt=own.negative_prompt,
+            num_frames=own.num_frames if is_video else None,
+            fps=own.fps if is_video else None,
+        ),
+        limits=ModelLimits(
+            size_multiple=family.size_multiple,
+            max_pixels=limits.max_pixels,
+            max_num_inference_steps=limits.max_num_inference_steps,
+            max_prompt_characters=limits.max_prompt_characters,
+            frame_stride=family.frame_stride,
+            max_num_frames=limits.max_num_frames,
+        ),
+    )
 
 
 class ModelList(BaseModel):

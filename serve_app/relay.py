@@ -13,12 +13,10 @@ from deployments.request import NO_NEWS, GenerationRequest, StreamOptions
 from serve_app.config import LimitsConfig
 from serve_app.errors import Overloaded, Unavailable
 from serve_app.generation import Event, Picture, Stages, generate
-from serve_app.openai_api import ModelCard, ModelDefaults, ModelLimits
-from serve_app.replicas import sleeping, stage_statuses
+from serve_app.openai_api import ModelCard, model_card
+from serve_app.replicas import stage_health, stage_statuses
 from serve_app.validation import Validator
 
-OK, ASLEEP = "ok", "asleep"
-PING_TIMEOUT_S = 2.0
 STATUS_TIMEOUT_S = 10.0
 
 
@@ -70,40 +68,12 @@ class Relay:
 
     def model(self) -> ModelCard:
         """What clients may want to know before they ask for a picture."""
-        family, own, limits = self.validator.family, self.validator.defaults, self._limits
-        is_video = family.media == "video"
-        return ModelCard(
-            id=self._model.name,
-            created=self._created,
-            family=family.name,
-            media=family.media,
-            guidance=family.guidance,
-            defaults=ModelDefaults(
-                size=f"{own.width}x{own.height}",
-                num_inference_steps=own.num_inference_steps,
-                guidance_scale=own.guidance_scale,
-                true_cfg_scale=own.true_cfg_scale,
-                negative_prompt=own.negative_prompt,
-                num_frames=own.num_frames if is_video else None,
-                fps=own.fps if is_video else None,
-            ),
-            limits=ModelLimits(
-                size_multiple=family.size_multiple,
-                max_pixels=limits.max_pixels,
-                max_num_inference_steps=limits.max_num_inference_steps,
-                max_prompt_characters=limits.max_prompt_characters,
-                frame_stride=family.frame_stride,
-                max_num_frames=limits.max_num_frames,
-            ),
-        )
+        judge = self.validator
+        return model_card(self._model.name, self._created, judge.family, judge.defaults, self._limits)
 
     async def health(self) -> dict[str, str]:
-        """Per stage OK or ASLEEP, or why it cannot serve now. Asks the stages: Serve says RUNNING too early."""
-        stages = self._stages.by_name
-        asleep = await sleeping(stages)  # they are not asked, for a call would wake them
-        awake = {name: stage for name, stage in stages.items() if name not in asleep}
-        answers = dict(zip(awake, await asyncio.gather(*map(_ping, awake.values())), strict=True))
-        return {name: answers.get(name, ASLEEP) for name in stages}
+        """Per stage OK or ASLEEP, or why it cannot serve now."""
+        return await stage_health(self._stages.by_name)
 
     async def status(self) -> dict[str, Any]:
         """What every replica of every stage tells of itself, and Serve of them. Raises Unavailable."""
@@ -114,14 +84,3 @@ class Relay:
             raise Unavailable(f"a stage did not answer within {STATUS_TIMEOUT_S:g} s; see /health") from error
         stages = {name: asdict(of) for name, of in statuses.items()}
         return {"model": self._model.name, "num_in_progress": self._metrics.num_in_flight, **stages}
-
-
-async def _ping(stage: Any) -> str:
-    try:
-        async with asyncio.timeout(PING_TIMEOUT_S):
-            await stage.ping.remote()
-    except TimeoutError:
-        return f"no answer within {PING_TIMEOUT_S:g} s"
-    except Exception as error:  # whatever it is, this stage cannot serve
-        return f"{type(error).__name__}: {error}".partition("\n")[0]
-    return OK

@@ -11,6 +11,7 @@ from fastapi.sse import EventSourceResponse
 from pydantic import TypeAdapter
 from starlette.exceptions import HTTPException
 
+from serve_app.body_limit import BodyLimit
 from serve_app.errors import BadCall, BadRequest, RelayError, as_relay_error
 from serve_app.generation import Picture
 from serve_app.openai_api import (
@@ -28,7 +29,8 @@ from serve_app.openai_api import (
     VideoBody,
 )
 from serve_app.page import add_page
-from serve_app.relay import ASLEEP, OK, Relay
+from serve_app.relay import Relay
+from serve_app.replicas import ASLEEP, OK
 from serve_app.sse import HEARTBEAT_S, answer_with_events
 from serve_app.trace_ids import TraceIds
 from serve_app.validation import bad_request, parse_body
@@ -38,6 +40,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     for status, text in {
         400: "A field is wrong; `error.param` names it",
         404: "Unknown model",
+        413: "The body is too long",
         429: "Too many requests in progress; see Retry-After",
         500: "A stage failed",
         503: "A stage cannot serve now; see Retry-After",
@@ -61,6 +64,13 @@ VIDEO_BODY = {
         },
     }
 }
+ELSEWHERE = {
+    "/v1/videos": "no video is made in the background: POST the same fields to /v1/videos/sync, which waits for "
+    "the video and answers with it",
+    "/v1/images/edits": "pictures are made from text alone: POST to /v1/images/generations",
+    "/v1/images/variations": "pictures are made from text alone: POST to /v1/images/generations",
+}
+"""What OpenAI's clients may ask for and is not there, and what to do instead."""
 
 
 def build_api(relay: Relay) -> FastAPI:
@@ -68,6 +78,7 @@ def build_api(relay: Relay) -> FastAPI:
     api = FastAPI(title="Latent Relay", description="Diffusion models over several GPUs, in OpenAI's shapes.")
     api.add_exception_handler(Exception, _answer_error)
     api.add_middleware(TraceIds)
+    api.add_middleware(BodyLimit, max_bytes=_max_body_bytes(relay))
     for kind in (RelayError, RequestValidationError, HTTPException):
         api.add_exception_handler(kind, _answer_error)
 
@@ -135,6 +146,11 @@ def build_api(relay: Relay) -> FastAPI:
     return api
 
 
+def _max_body_bytes(relay: Relay) -> int:
+    """Two prompts, of each of whose characters JSON may make 12 bytes, and ample room for the rest."""
+    return 2**18 + 2 * 12 * relay.model().limits.max_prompt_characters
+
+
 def _image_data(picture: Picture) -> ImageData:
     return ImageData(
         b64_json=base64.b64encode(picture.media.data).decode(),
@@ -144,9 +160,12 @@ def _image_data(picture: Picture) -> ImageData:
 
 
 async def _fields(request: Request) -> dict[str, Any]:
-    """The body's fields, from JSON or, as OpenAI's client sends videos, from a form."""
+    """The body's fields, from JSON or from a form, as which OpenAI's own `POST /v1/videos` takes them."""
     if "form" in request.headers.get("content-type", ""):
-        return dict(await request.form())
+        fields = dict(await request.form())
+        if any(name.startswith("{") for name in fields):
+            raise _not_declared_json(request)
+        return fields
     try:
         fields = await request.json()
     except (ValueError, RecursionError) as error:
@@ -156,12 +175,21 @@ async def _fields(request: Request) -> dict[str, Any]:
     return fields
 
 
+def _not_declared_json(request: Request) -> BadRequest:
+    """For a body that was not read as JSON: curl calls every body a form unless told otherwise."""
+    kind = request.headers.get("content-type")
+    return BadRequest(f"send JSON with the header Content-Type: application/json, got {kind or 'no such header'}")
+
+
 async def _answer_error(request: Request, error: Exception) -> JSONResponse:
     """Every error in OpenAI's form; what nobody foresaw is logged and told as a 500."""
     if isinstance(error, RequestValidationError):
-        error = bad_request(error.errors())
+        is_raw = isinstance(error.body, bytes)
+        error = _not_declared_json(request) if is_raw else bad_request(error.errors())
     if isinstance(error, HTTPException):
-        refused = BadCall(f"{request.method} {request.url.path}: {error.detail}")
+        elsewhere = (why for path, why in ELSEWHERE.items() if request.url.path.endswith(path))
+        why = next(elsewhere, error.detail) if error.status_code == 404 else error.detail
+        refused = BadCall(f"{request.method} {request.url.path}: {why}")
         return JSONResponse(refused.body(), error.status_code, dict(error.headers or {}))
     refusal = as_relay_error(error)
     return JSONResponse(refusal.body(), refusal.status, refusal.headers())

@@ -23,9 +23,8 @@ from ray.serve.schema import TracingConfig
 from deployments.checkpoints.source import fetch_checkpoint
 from deployments.config import ModelConfig
 from deployments.families import FAMILIES
-from serve_app.app import build_app
-from serve_app.config import LimitsConfig, parse_app_config
-from serve_app.ingress import Ingress
+from serve_app.app import build_app, build_ingress
+from serve_app.config import AppConfig, LimitsConfig, parse_app_config
 
 torch.set_num_threads(1)
 TEXT_TOKENS = 64
@@ -136,7 +135,14 @@ def start_ingress(flux_app: App) -> Iterator[Callable[..., App]]:
     """Starts one more ingress, with limits of its own, over the stages of `flux_app`: seconds, not a minute."""
     apps: list[App] = []
 
-    def start(name: str, *, family: str = "flux", vae: str | Application = "Vae", **limits: Any) -> App:
+    def start(
+        name: str,
+        *,
+        family: str = "flux",
+        stages_of: App = flux_app,
+        vae: str | Application = "Vae",
+        **limits: Any,
+    ) -> App:
         model = ModelConfig.model_validate(
             {
                 "name": f"tiny-{family}",
@@ -145,11 +151,11 @@ def start_ingress(flux_app: App) -> Iterator[Callable[..., App]]:
             }
         )
         stages = [
-            flux_app.deployment(stage) if isinstance(stage, str) else stage
+            stages_of.deployment(stage) if isinstance(stage, str) else stage
             for stage in ("Encoder", "Transformer", vae)
         ]
-        ingress = serve.deployment(serve.ingress()(Ingress)).options(ray_actor_options={"num_cpus": 0})
-        app = ingress.bind(model, family, LimitsConfig(**limits), *stages)
+        config = AppConfig(model=model, limits=LimitsConfig(**limits))
+        app = build_ingress(config).bind(model, family, config.limits, *stages)
         handle = serve.run(app, name=name, route_prefix=f"/{name}")
         apps.append(App(flux_app.url.rpartition("/")[0], name, handle, family))
         return apps[-1]

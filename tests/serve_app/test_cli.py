@@ -2,12 +2,13 @@
 
 import io
 import os
+import re
 import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import psutil
@@ -19,7 +20,8 @@ from PIL import Image
 from ray import serve
 
 from deployments.checkpoints.source import fetch_checkpoint
-from serve_app.config import APP_NAME
+from serve_app.cli import choose_file
+from serve_app.config import APP_NAME, ConfigError
 
 pytestmark = pytest.mark.slow
 
@@ -29,11 +31,13 @@ RELAY = str(Path(sys.executable).with_name("relay"))
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
 
 
-def relay(*args: str, ray_address: str = "local", mark: str = "") -> subprocess.CompletedProcess[str]:
-    """In the repository's root; `ray_address` is where it looks for a running app, `mark` is in its environment
-    and in that of every process that comes of it."""
+def relay(
+    *args: str, ray_address: str = "local", mark: str = "", cwd: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
+    """`ray_address` is where it looks for a running app, `mark` is in its environment and in that of every process
+    that comes of it."""
     env = os.environ | {"RAY_ADDRESS": ray_address, "COLUMNS": "200", "NO_COLOR": "1", MARK: mark}
-    return subprocess.run([RELAY, *args], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run([RELAY, *args], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +100,55 @@ def test_generate_asks_the_running_app(relay_app: Any, address: str, tmp_path: P
     ).result()
     assert out.read_bytes() == picture.media.data
     assert Image.open(io.BytesIO(picture.media.data)).format == "WEBP"
+
+
+def test_a_file_is_named_for_what_the_running_app_makes(relay_app: Any, address: str, tmp_path: Path) -> None:
+    done = relay("generate", "a fox", "--steps", "1", ray_address=address, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_video_models_file_is_an_mp4(
+    wan_app: Any, start_ingress: Callable[..., Any], address: str, tmp_path: Path
+) -> None:
+    start_ingress(APP_NAME, family="wan", stages_of=wan_app)
+    try:
+        done = relay("generate", "waves", "--num-frames", "5", "--steps", "1", ray_address=address, cwd=tmp_path)
+    finally:
+        serve.delete(APP_NAME)
+    assert done.returncode == 0, done.stderr
+    assert b"ftyp" in (tmp_path / "out.mp4").read_bytes()[:12]
+
+
+@pytest.mark.parametrize(
+    ("media", "out", "message"),
+    [
+        ("image", "x.gif", "this model makes images; the file must end in .png, .jpg, .jpeg, .webp"),
+        ("image", "x.mp4", "this model makes images"),
+        ("image", "x", "the file must end in"),
+        ("video", "x.png", "this model makes videos; the file must end in .mp4"),
+        ("image", "no/such/folder/x.png", "the folder no/such/folder does not exist"),
+    ],
+)
+def test_a_file_that_cannot_be_what_its_name_says_is_refused(
+    media: Literal["image", "video"], out: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        choose_file(Path(out), media)
+
+
+def test_a_files_ending_chooses_the_format() -> None:
+    assert choose_file(Path("a.JPG"), "image") == (Path("a.JPG"), {"output_format": "jpeg"})
+    assert choose_file(Path("a.mp4"), "video") == (Path("a.mp4"), {})
+
+
+def test_a_checkpoint_that_is_not_there_is_told_in_one_line(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(Path(QUICKSTART).read_text().replace("embedded://shapes", "./no-such-model"))
+    done = relay("generate", "a fox", "--config", str(config))
+    assert done.returncode == 2
+    assert done.stderr.startswith("relay: model.checkpoint: checkpoint './no-such-model' looks like a path")
+    assert "Traceback" not in done.stderr
 
 
 def test_what_the_running_app_refuses_is_told_in_one_line(relay_app: Any, address: str, tmp_path: Path) -> None:

@@ -1,6 +1,9 @@
 """Bad input gets a 4xx that names the field, in OpenAI's form; afterwards the server serves on."""
 
-from collections.abc import Callable
+import json
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -8,6 +11,7 @@ from openai import BadRequestError, NotFoundError, OpenAI
 from ray import serve
 
 from deployments.vae import Vae
+from tests.conftest import PATIENCE_S
 
 pytestmark = pytest.mark.slow
 PROMPT = {"prompt": "a cat"}
@@ -40,7 +44,8 @@ WRONG_IMAGES: list[tuple[dict[str, Any], str]] = [
     ({"true_cfg_scale": "much"}, "true_cfg_scale"),
     ({"prompt": ["a cat", "a dog"]}, "prompt"),
     ({"n": 1.5}, "n"),
-    ({"quality": "hd"}, "quality"),
+    ({"quality": "best"}, "quality"),
+    ({"background": "transparent"}, "background"),
     ({"num_frames": 5}, "num_frames"),
     ({"colour": "red"}, "colour"),
     ({"partial_images": 2}, "partial_images"),
@@ -70,6 +75,11 @@ def test_a_wrong_field_is_named(flux_app: Any, fields: dict[str, Any], param: st
     assert error["type"] == "invalid_request_error"
     assert error["code"] == "invalid_value"
     assert param in error["message"]
+
+
+def test_a_url_is_refused_with_what_there_is_instead(flux_app: Any) -> None:
+    answer = flux_app.client.post("/v1/images/generations", json=PROMPT | {"response_format": "url"})
+    assert "pictures come as b64_json" in check_error(answer, 400, "response_format")["message"]
 
 
 def test_a_missing_prompt_is_named(flux_app: Any) -> None:
@@ -102,6 +112,42 @@ def test_a_body_that_is_no_json_object_is_a_400(flux_app: Any, wan_app: Any, bod
 def test_a_wrong_form_is_a_400(wan_app: Any, content_type: str, body: str, param: str | None) -> None:
     answer = wan_app.client.post("/v1/videos/sync", content=body, headers={"content-type": content_type})
     assert check_error(answer, 400, param)["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("content_type", [None, "text/plain", "application/x-www-form-urlencoded"])
+def test_json_that_is_not_called_json_is_refused_by_naming_the_header(
+    flux_app: Any, wan_app: Any, content_type: str | None
+) -> None:
+    """The last is what curl says unless told otherwise."""
+    headers = {"content-type": content_type} if content_type else {}
+    asked = [(flux_app, "/v1/images/generations")]
+    if content_type and "form" in content_type:
+        asked.append((wan_app, "/v1/videos/sync"))
+    for app, path in asked:
+        answer = app.client.post(path, content=json.dumps(PROMPT), headers=headers)
+        message = check_error(answer, 400, None)["message"]
+        assert message.startswith("send JSON with the header Content-Type: application/json, got ")
+
+
+def in_pieces(num_bytes: int) -> Iterator[bytes]:
+    """Without a Content-Length."""
+    for _ in range(num_bytes // 2**16):
+        yield b" " * 2**16
+
+
+@pytest.mark.parametrize("pieces", [False, True], ids=["whole", "in-pieces"])
+def test_a_body_that_is_too_long_is_a_413_that_tells_the_limit(flux_app: Any, wan_app: Any, pieces: bool) -> None:
+    headers = {"content-type": "application/json"}
+    for app, path in ((flux_app, "/v1/images/generations"), (wan_app, "/v1/videos/sync")):
+        content = in_pieces(2**20) if pieces else b" " * 2**20
+        answer = app.client.post(path, content=content, headers=headers)
+        assert f"the limit is {2**18 + 24 * 4000} bytes" in check_error(answer, 413, None)["message"]
+
+
+def test_the_longest_prompts_are_read_whatever_json_makes_of_them(flux_app: Any) -> None:
+    fields = {"prompt": "\N{GRINNING FACE}" * 4000, "negative_prompt": "\N{GRINNING FACE}" * 4000}
+    answer = flux_app.client.post("/v1/images/generations", json=fields | {"size": "65x64"})
+    check_error(answer, 400, "size")
 
 
 def test_a_file_is_no_prompt(wan_app: Any) -> None:
@@ -152,6 +198,16 @@ def test_unknown_paths_and_methods_answer_in_the_same_form(flux_app: Any) -> Non
         assert check_error(flux_app.client.get(path), status, None)["type"] == "invalid_request_error"
 
 
+def test_what_openai_has_and_is_not_here_says_what_to_do_instead(wan_app: Any) -> None:
+    with OpenAI(base_url=f"{wan_app.url}/v1", api_key="none", max_retries=0) as client:
+        with pytest.raises(NotFoundError, match="POST the same fields to /v1/videos/sync"):
+            client.post("/videos", cast_to=object, body={"prompt": "waves"})
+        with pytest.raises(NotFoundError, match="from text alone: POST to /v1/images/generations"):
+            client.images.edit(image=b"", prompt="a cat")
+        with pytest.raises(NotFoundError, match="from text alone: POST to /v1/images/generations"):
+            client.post("/images/variations", cast_to=object)
+
+
 def test_the_openai_client_raises_its_own_errors(flux_app: Any) -> None:
     with OpenAI(base_url=f"{flux_app.url}/v1", api_key="none", max_retries=0) as client:
         with pytest.raises(BadRequestError) as wrong:
@@ -175,6 +231,7 @@ def test_a_stage_that_raises_is_a_500_that_names_it_and_harms_nobody(
     error = check_error(answer, 500, None)
     assert (error["type"], error["code"]) == ("server_error", "stage_failed")
     assert error["message"].startswith("the denoise stage failed: TypeError")
+    assert answer.headers["x-should-retry"] == "false"
     assert flux_app.client.post("/v1/images/generations", json=PROMPT).status_code == 200
 
 
@@ -184,6 +241,49 @@ def test_health_is_a_503_that_names_the_stage_that_cannot_serve(start_ingress: C
     stages = answer.json()["stages"]
     assert not answer.json()["ok"]
     assert [name for name, state in stages.items() if state != "ok"] == ["vae"]
+
+
+def test_a_stage_whose_replicas_are_full_is_healthy(flux_app: Any, start_ingress: Callable[..., Any]) -> None:
+    app = start_ingress("crowded", max_num_inference_steps=ENDLESS)
+    fields = {"prompt": "a cat", "n": 10, "num_inference_steps": ENDLESS}
+    running = [app.handle.generate.remote(**fields) for _ in range(4)]
+    try:
+        told = wait_until_full(app)
+        assert told["transformer"]["message"].startswith(
+            "1 did not answer: as many requests as max_ongoing_requests"
+        )
+        assert told["num_in_progress"] == len(running)
+        assert len(told["vae"]["replicas"]) == 1
+        assert app.client.get("/health").json()["stages"] == dict.fromkeys(["encoder", "transformer", "vae"], "ok")
+    finally:
+        for response in running:
+            response.cancel()
+    flux_app.wait_for_seats(0)
+
+
+def wait_until_full(app: Any) -> dict[str, Any]:
+    """Until the transformer has no room for the question how it goes; what is told then."""
+    deadline = time.monotonic() + PATIENCE_S
+    while (status := app.client.get("/v1/status")).json()["transformer"]["replicas"]:
+        assert time.monotonic() < deadline, "there never were too many requests for the transformer"
+    assert status.status_code == 200
+    told: dict[str, Any] = status.json()
+    return told
+
+
+def test_a_redeploy_leaves_no_moment_without_an_ingress(start_ingress: Callable[..., Any]) -> None:
+    app = start_ingress("redeployed", max_pixels=64 * 64)
+    with ThreadPoolExecutor(1) as pool:
+        redeployed = pool.submit(start_ingress, "redeployed", max_pixels=32 * 32)
+        seen = []
+        while not redeployed.done():
+            assert app.client.get("/v1/models").status_code == 200
+            ingress = serve.status().applications["redeployed"].deployments["Ingress"]
+            seen.append(dict(ingress.replica_states))
+    assert all(states.get("RUNNING") for states in seen), seen
+    assert any(states.get("STARTING") for states in seen), seen
+    [model] = app.client.get("/v1/models").json()["data"]
+    assert model["limits"]["max_pixels"] == 32 * 32
 
 
 def test_a_stage_that_sleeps_is_healthy_and_is_not_woken_to_say_so(start_ingress: Callable[..., Any]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostError, RayTaskError
 from ray.serve._private.common import DeploymentID
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 
 from deployments.refusal import NeverFits, ShardGroupLost
 from deployments.request import (
@@ -26,7 +26,7 @@ from deployments.request import (
     StreamOptions,
 )
 from serve_app import losses
-from serve_app.errors import BadRequest, DeadlineExceeded, Overloaded, StageFailed, Unavailable
+from serve_app.errors import BadRequest, DeadlineExceeded, StageFailed, Unavailable
 from serve_app.generation import News, Picture, Stages, generate
 from serve_app.losses import MAX_LOSSES
 from serve_app.partials import PartialImage
@@ -322,10 +322,3 @@ def test_an_error_of_the_stage_itself_is_not_repeated() -> None:
     with pytest.raises(StageFailed, match=r"denoise stage failed: ValueError.*bad shape"):
         run(EncodeHandle(), transformer, DecodeHandle())
     assert len(transformer.arguments) == 1
-
-
-def test_a_full_queue_is_not_waited_for() -> None:
-    vae = DecodeHandle(*[BackPressureError(num_queued_requests=9, max_queued_requests=8)] * 2)
-    with pytest.raises(Overloaded, match="decode stage's queue is full"):
-        run(EncodeHandle(), DenoiseHandle(), vae)
-    assert len(vae.arguments) == 1

@@ -1,8 +1,11 @@
 """Errors say the same on the other side of a process."""
 
 import pickle
+import time
 
+import httpx2
 import pytest
+from openai import APIStatusError, DefaultHttpxClient, OpenAI
 from ray.exceptions import RayTaskError
 
 from serve_app.errors import (
@@ -60,6 +63,25 @@ def test_what_ray_raises_for_an_error_says_what_the_error_says(
     assert isinstance(raised, type(error))
     assert raised.body() == error.body()
     assert raised.headers() == error.headers()
+
+
+@every_error
+def test_openais_client_repeats_what_will_pass_and_nothing_else(
+    error: RelayError, status: int, param: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+
+    def answer(_: httpx2.Request) -> httpx2.Response:
+        return httpx2.Response(status, json=error.body(), headers=error.headers())
+
+    http_client = DefaultHttpxClient(transport=httpx2.MockTransport(answer))
+    with (
+        OpenAI(base_url="http://relay/v1", api_key="none", http_client=http_client) as client,
+        pytest.raises(APIStatusError),
+    ):
+        client.images.generate(prompt="a cat")
+    assert waits == ([5, 5] if status in (429, 503) else [])
 
 
 @pytest.mark.parametrize("error", [Overloaded("too many"), Unavailable("it is lost")])

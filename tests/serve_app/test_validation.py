@@ -1,8 +1,10 @@
 """Bodies become requests, or an error that names the field. Over HTTP: test_errors.py."""
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, get_args, get_type_hints
 
 import pytest
+from openai.types.image_generate_params import ImageGenerateParamsBase
 
 from deployments.config import DefaultsConfig, ModelConfig
 from deployments.families import FAMILIES
@@ -10,6 +12,7 @@ from deployments.request import GenerationRequest, Prompt
 from serve_app.app import build_app
 from serve_app.config import AppConfig, ConfigError, LimitsConfig
 from serve_app.errors import BadRequest, UnknownModel
+from serve_app.openai_api import ImageBody
 from serve_app.validation import Validator
 
 NEVER_GUIDED_ALONE = {"flux", "qwen-image"}
@@ -148,6 +151,28 @@ def test_null_stands_for_a_field_left_out(family: str) -> None:
     nulls = dict.fromkeys(["model", "size", "user", "seed", "negative_prompt", "num_inference_steps"])
     assert one(family, **nulls, **({} if family == "wan" else {"n": None, "output_format": None})).width
     assert refusal(family, prompt=None).message == "prompt: Field required"
+
+
+def test_what_openais_types_let_an_app_say_is_taken() -> None:
+    """But for GIF, SVG, transparency and URLs."""
+    fields = get_type_hints(ImageGenerateParamsBase)
+    assert fields.keys() - ImageBody.model_fields.keys() == {
+        "complexity",
+        "frame_count",
+        "frame_duration_ms",
+        "svg",
+    }
+    plain = one("flux", seed=1)
+    for name in ("quality", "style", "moderation"):
+        for value in choices(fields[name]):
+            assert one("flux", seed=1, **{name: value}) == plain
+    assert one("flux", seed=1, user="me", safety_identifier="me") == plain
+
+
+def choices(hint: Any) -> Iterator[str]:
+    """What the Literals in a type allow."""
+    for part in get_args(hint):
+        yield from choices(part) if get_args(part) else [part] if isinstance(part, str) else []
 
 
 def test_an_error_repeats_no_more_of_the_input_than_one_can_read() -> None:
