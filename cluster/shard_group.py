@@ -5,7 +5,6 @@ replica goes. The actor class given here is plain and has the methods `place`, `
 `alive`, which never answers: its error is the notice of death.
 """
 
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.place import Place, Rendezvous
 from cluster.resources import ResourceConfig
-from cluster.serve_options import STAGE_ENV
+from cluster.serve_options import stage_environment
 
 CONNECT_TIMEOUT_S = 600.0
 """Longer than any of its parts waits; NCCL's would wait for ever."""
@@ -38,16 +37,6 @@ def this_address() -> str:
     return str(ray.util.get_node_ip_address())
 
 
-def load_kernels_early() -> None:
-    """Has CUDA load every kernel of a library with it, in the calling process. Before torch is asked for a device.
-
-    Else a kernel's first use may wait until the GPU is idle, which NCCL leaves it only when the neighbour has
-    come, and that may wait in the same way: round the ring for ever. NVIDIA names the hazard (CUDA Programming
-    Guide, Lazy Loading, Potential Hazards). It takes a few hundred MB of the GPU. What the environment says wins.
-    """
-    os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
-
-
 class ShardGroup:
     """Ranks 1 to num_ranks - 1 of the calling replica."""
 
@@ -59,7 +48,7 @@ class ShardGroup:
                 num_cpus=resources.num_cpus,
                 num_gpus=resources.num_gpus,
                 max_restarts=0,
-                runtime_env={"env_vars": dict(STAGE_ENV)},
+                runtime_env=stage_environment(resources),
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
                     get_current_placement_group(), placement_group_bundle_index=rank
                 ),

@@ -5,7 +5,7 @@ import logging
 import os
 
 from cluster.place import Place, Rendezvous
-from cluster.shard_group import load_kernels_early, this_place
+from cluster.shard_group import this_place
 from deployments.config import ModelConfig, TransformerConfig
 from deployments.stages import load_stage
 from deployments.stats import RankStats
@@ -17,7 +17,6 @@ class Rank:
     """Holds consecutive blocks of the denoiser. Dies with its group: a ring with a gap serves nobody."""
 
     def __init__(self, rank: int, model: ModelConfig, family: str, config: TransformerConfig) -> None:
-        load_kernels_early()
         self._stage = load_stage("follow", model, family, config, rank)
 
     async def place(self) -> Place:

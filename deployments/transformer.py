@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.autoscaling import LOAD
 from cluster.metrics import StageMetrics, export_regularly
 from cluster.place import num_nodes
-from cluster.shard_group import ShardGroup, load_kernels_early, this_address
+from cluster.shard_group import ShardGroup, this_address
 from deployments.config import ModelConfig, TransformerConfig
 from deployments.rank import Rank, exit_replica
 from deployments.request import (
@@ -52,7 +52,6 @@ class Transformer:
         self._stage: Any = None
         if config.num_ranks > 1:  # first of all: the children start while this process imports torch
             self._group = ShardGroup(Rank, config.num_ranks, config, model, family, config)
-            load_kernels_early()
         self._stage = load_stage("denoise", model, family, config)
         self._connect()
         self._stage.warm_up(warm_up)

@@ -55,12 +55,6 @@ import sys
 from pathlib import Path
 import yaml
 from ray.serve.schema import ServeDeploySchema
-from cluster.inventory import parse_gpus
-from deployments.families import FAMILIES
-from deployments.plan.describe import Description
-from deployments.plan.place import place
-from deployments.plan.plan import Stages, demands_of
-from deployments.plan.sizes import default_size
 from serve_app.app import build_app
 from serve_app.config import load_app_config
 

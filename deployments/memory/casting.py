@@ -11,6 +11,9 @@ from deployments.memory.config import LayerwiseCastingConfig
 T5_OUTPUT = r"\.wo$"
 """transformers' T5 casts activations to this layer's dtype as stored, before a hook could cast its weight."""
 
+TEXT_EMBEDDINGS = (r"^shared$", "embed_tokens", "token_embedding")
+"""A model's first weights, whose dtype transformers takes for the model's, and pipelines for the embeddings'."""
+
 
 def cast_layers(model: nn.Module, config: LayerwiseCastingConfig, compute_dtype: torch.dtype) -> None:
     """In place; the planner casts models on the meta device by it too."""
@@ -20,4 +23,5 @@ def cast_layers(model: nn.Module, config: LayerwiseCastingConfig, compute_dtype:
     elif isinstance(model, ModelMixin):
         model.enable_layerwise_casting(**dtypes)
     else:
-        apply_layerwise_casting(model, skip_modules_pattern=(*DEFAULT_SKIP_MODULES_PATTERN, T5_OUTPUT), **dtypes)
+        skipped = (*DEFAULT_SKIP_MODULES_PATTERN, T5_OUTPUT, *TEXT_EMBEDDINGS)
+        apply_layerwise_casting(model, skip_modules_pattern=skipped, **dtypes)

@@ -64,6 +64,11 @@ class CompileConfig(Technique):
     dynamic: bool | None = Field(None, description="true: one graph for all sizes; None: torch decides")
     backend: str = Field("inductor", description="as torch.compile's; eager: only trace")
 
+    @property
+    def has_graphs(self) -> bool:
+        """Whether inductor records CUDA graphs."""
+        return self.mode in {"reduce-overhead", "max-autotune"}
+
 
 class OffloadConfig(Technique):
     """Where weights wait while they are not at work."""

@@ -38,6 +38,12 @@ ASKED: dict[str, Callable[[Any], bool]] = {
         and not c.offload.use_stream
         and c.offload.folder is None
     ),
+    "offload: group by blocks": lambda c: (
+        c.offload is not None
+        and c.offload.kind == "group"
+        and c.offload.level == "block"
+        and c.offload.folder is None
+    ),
     "offload: group with folder": lambda c: (
         c.offload is not None and c.offload.kind == "group" and c.offload.folder
     ),
@@ -45,9 +51,8 @@ ASKED: dict[str, Callable[[Any], bool]] = {
     "vram_limit_gib": lambda c: c.vram_limit_gib is not None,
     "compile": lambda c: c.compile is not None,
     "compile.fullgraph": lambda c: c.compile is not None and c.compile.fullgraph,
-    "compile.mode with CUDA graphs": lambda c: (
-        c.compile is not None and c.compile.mode in {"reduce-overhead", "max-autotune"}
-    ),
+    "compile: blocks": lambda c: c.compile is not None and c.compile.scope == "blocks",
+    "compile.mode with CUDA graphs": lambda c: c.compile is not None and c.compile.has_graphs,
     "trace": lambda c: c.trace,
     "device_map": lambda c: getattr(c, "device_map", None) is not None,
     "shards": lambda c: _num_ranks(c) > 1,
@@ -78,6 +83,11 @@ CONFLICTS: tuple[Conflict, ...] = (
         "quantization: nf4 or fp4",
         "offload: group without use_stream",
         "the scales of 4-bit weights leave the GPU with them and do not come back: use use_stream: true",
+    ),
+    Conflict(
+        "quantization: nf4 or fp4",
+        "offload: group by blocks",
+        "what belongs to no block moves without a stream, and without its scales: use level: leaf",
     ),
     Conflict("quantization: int8", "offload: sequential or disk", _HELD_TWICE),
     Conflict("quantization: int8", "offload: group", _HELD_TWICE),
@@ -121,8 +131,13 @@ CONFLICTS: tuple[Conflict, ...] = (
         _FIXED,
     ),
     Conflict("compile.mode with CUDA graphs", "on_demand", _FIXED),
+    Conflict(
+        "compile.mode with CUDA graphs",
+        "compile: blocks",
+        "a block's graph takes back the memory of the one before, which it reads: use scope: model",
+    ),
     Conflict("trace", "compile", "one compiler is enough: leave out trace"),
-    Conflict("trace", "offload: sequential, group or disk", _NO_HOOKS),
+    Conflict("trace", "offload", _NO_HOOKS),
     Conflict("trace", "vram_limit_gib", _NO_HOOKS),
     Conflict("trace", "layerwise_casting", _NO_HOOKS),
     Conflict("trace", "quantization", "bitsandbytes' layers cannot be traced: use compile: blocks"),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from deployments.memory.limit import Limit, gib
+from deployments.memory.limit import WORKSPACE_BYTES, Limit, gib
 from deployments.refusal import NeverFits
 from deployments.stats import NeedStats
 
@@ -23,18 +23,22 @@ class Need:
     weights_bytes: int
     working_bytes: int
     """Foreseen, of one call."""
+    reserve_bytes: int = 0
+    """Of torch's own, where nothing was measured yet."""
     measured: dict[int, int] = field(default_factory=dict)
     """Bytes of weights and tensors, by how many calls were merged."""
 
     def num_bytes(self, num_calls: int) -> int:
         """Of so many merged: from the nearest measurement up, each more by what is foreseen of one."""
-        nearest = max((number for number in self.measured if number <= num_calls), default=0)
-        return self.measured.get(nearest, self.weights_bytes) + (num_calls - nearest) * self.working_bytes
+        measured = {0: self.weights_bytes + self.reserve_bytes} | self.measured.copy()
+        nearest = max(number for number in measured if number <= num_calls)
+        return measured[nearest] + (num_calls - nearest) * self.working_bytes
 
     def stats(self) -> tuple[NeedStats, ...]:
         foreseen = NeedStats(self.label, 1, self.num_bytes(1), is_measured=False)
-        measured = [NeedStats(self.label, n, size, is_measured=True) for n, size in sorted(self.measured.items())]
-        return tuple(measured) if 1 in self.measured else (foreseen, *measured)
+        found = sorted(self.measured.copy().items())
+        measured = tuple(NeedStats(self.label, number, size, is_measured=True) for number, size in found)
+        return measured if 1 in self.measured else (foreseen, *measured)
 
 
 class Needs:
@@ -44,6 +48,7 @@ class Needs:
         self._limit, self._device = limit, device
         self._needs: dict[Hashable, Need] = {}
         self._foreseeing = threading.Lock()
+        self._reserve_bytes = WORKSPACE_BYTES if device.type == "cuda" else 0
         self._peaks = (0, 0)
 
     @property
@@ -61,7 +66,7 @@ class Needs:
         need = self._needs.get(kind)
         if need is None:
             with self._foreseeing:
-                need = self._needs.get(kind) or Need(label, *foresee())
+                need = self._needs.get(kind) or Need(label, *foresee(), self._reserve_bytes)
                 self._needs[kind] = need
         if need.num_bytes(1) > limit.num_bytes:
             raise NeverFits(
@@ -72,15 +77,24 @@ class Needs:
 
     @contextmanager
     def measured(self, kind: Hashable, num_calls: int = 1) -> Iterator[None]:
-        """Around merged calls of a kind that was admitted. On CUDA their peak replaces what was foreseen."""
-        need = self._needs.get(kind)
-        if need is None or self._device.type != "cuda":
+        """Around merged calls of a kind that was admitted. On CUDA their peak replaces what was foreseen.
+
+        Of calls that ran out of memory so many are not merged again. What has fitted, fits: a peak above the
+        limit, where nothing enforces that, is no reason to refuse the same call the next time.
+        """
+        need, limit = self._needs.get(kind), self._limit
+        if need is None or limit is None or self._device.type != "cuda":
             yield
             return
         self._peaks = self.peaks()
         torch.cuda.reset_peak_memory_stats(self._device)
-        yield
-        peak_bytes = torch.cuda.max_memory_allocated(self._device)
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            if num_calls > 1:
+                need.measured[num_calls] = limit.num_bytes + 1
+            raise
+        peak_bytes = min(torch.cuda.max_memory_allocated(self._device), limit.num_bytes)
         need.measured[num_calls] = max(peak_bytes, need.measured.get(num_calls, 0))
 
     def peaks(self) -> tuple[int, int]:

@@ -4,6 +4,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -91,8 +92,7 @@ def open_turn(config: StageConfig, device: torch.device, guests: Sequence[Guest]
     def leave() -> None:
         for guest in guests:
             guest.leave()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()  # what torch keeps for later, no other process can use
+        give_back(device)
 
     return Turn(_path(device), arrive=arrive, leave=leave, turn_s=config.on_demand.turn_s)
 
@@ -101,7 +101,13 @@ def turn_to_load(config: StageConfig, device: torch.device) -> AbstractContextMa
     """Weights are quantised on the GPU: with `on_demand`, by one stage at a time."""
     if config.on_demand is None or config.quantization is None:
         return nullcontext()
-    return Turn(_path(device)).work()
+    return Turn(_path(device), leave=partial(give_back, device)).work()
+
+
+def give_back(device: torch.device) -> None:
+    """What torch keeps for later, no other process can use."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _path(device: torch.device) -> Path:

@@ -19,6 +19,7 @@ import torch
 from diffusers import ModelMixin
 from diffusers.hooks import apply_group_offloading
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from cluster.turn import Turn
 from deployments.config import StageConfig
@@ -34,7 +35,7 @@ from deployments.memory.conflicts import find_conflict
 from deployments.memory.mapped import check_mapped, mapped_bytes
 from deployments.memory.movable import make_movable
 from deployments.memory.needs import Needs
-from deployments.memory.on_demand import Guest, open_guest, open_turn
+from deployments.memory.on_demand import Guest, give_back, open_guest, open_turn
 from deployments.memory.share import Share
 from deployments.memory.trace import TracedForward
 from deployments.memory.vram_limit import VramLimit
@@ -85,6 +86,7 @@ class Keeper:
             self._check_mapped()
         if device_map is None:
             self._place()
+            give_back(device)  # quantised weights may have been there and gone
         else:
             self._applied.append(f"device_map: {device_map}")
         if config.compile is not None:
@@ -103,7 +105,9 @@ class Keeper:
 
         Raises OutOfShare.
         """
-        with self._share.naming(), nullcontext() if self._turn is None else self._turn.work():
+        turn = nullcontext() if self._turn is None else self._turn.work()
+        # Named again before the turn ends: an error's frames hold tensors, which must not outlast it.
+        with self._share.naming(), turn, self._share.naming():
             yield
 
     def release(self) -> None:
@@ -112,8 +116,8 @@ class Keeper:
             self._turn.rest()
         for hook in self._leaving:
             hook.offload()
-        if self._leaving and self._device.type == "cuda":
-            torch.cuda.empty_cache()  # what torch keeps for later, no other process can use
+        if self._leaving:
+            give_back(self._device)
 
     def stats(self) -> MemoryStats:
         """Of this process, which holds nothing but these models."""
@@ -218,6 +222,7 @@ class Keeper:
                     record_stream=config.record_stream,
                     low_cpu_mem_usage=config.low_cpu_memory,
                     offload_to_disk_path=config.folder and _folder(model, config.folder),
+                    block_modules=_vae_blocks(model),
                 )
         self._applied.append(f"offload: {config.kind}")
 
@@ -233,7 +238,8 @@ class Keeper:
             parts = repeated_blocks(model) if config.scope == "blocks" else [getattr(model, "decoder", model)]
             for part in parts:
                 part.compile(**options)
-                part._compiled_call_impl = _in_any_thread(part._compiled_call_impl)
+                call = _in_any_thread(part._compiled_call_impl)
+                part._compiled_call_impl = copied(call) if config.has_graphs else call
         self._applied.append(f"compile: {config.scope}")
 
     def _trace(self) -> None:
@@ -273,6 +279,16 @@ def _in_any_thread(compiled: Any) -> Any:
     return call
 
 
+def copied(compiled: Any) -> Any:
+    """A CUDA graph gives the same tensors at every call, and the next call may come before they are read."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        return tree_map_only(torch.Tensor, torch.clone, compiled(*args, **kwargs))
+
+    return call
+
+
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     """What `compile_repeated_blocks` would compile, where the class says; else entries of its outermost lists."""
     names = getattr(model, "_repeated_blocks", None)
@@ -282,6 +298,13 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     for child in model.children():
         blocks += list(child) if isinstance(child, nn.ModuleList) else repeated_blocks(child)
     return [block for block in blocks if any(True for _ in block.parameters())]  # a shard's stubs have none
+
+
+def _vae_blocks(model: nn.Module) -> list[str] | None:
+    """Of a VAE whose class does not say: hooks elsewhere would wait for its forward, which nobody calls."""
+    if not hasattr(model, "decoder") or hasattr(model, "_group_offload_block_modules"):
+        return None
+    return [name for name in ("quant_conv", "post_quant_conv", "encoder", "decoder") if hasattr(model, name)]
 
 
 def _set_attention_backend(name: str, model: Any, backend: str) -> None:

@@ -69,9 +69,9 @@ def _model(skeleton: nn.Module, config: MemoryConfig) -> Any:
 
 
 def _working(model: nn.Module, run: Callable[[], Any]) -> int:
-    """A model that reads its tensors' values cannot run without them: nothing is foreseen, the cap remains."""
+    """What cannot run without its tensors' values, or off its GPU, is not foreseen: the cap remains."""
     try:
         return working_bytes(model, run)
-    except RuntimeError as error:
+    except Exception as error:  # kernels of other packages raise what they like
         log.warning("the working memory of %s is not known before it runs: %s", type(model).__name__, error)
         return 0

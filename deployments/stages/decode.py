@@ -66,10 +66,11 @@ class Decoding:
     def decode(self, latents: torch.Tensor, request: GenerationRequest) -> Frames:
         """Latents as the pipeline returns them -> uint8 [F, H, W, 3], F = 1 for a picture. Raises NeverFits."""
         self.check(request)
-        with self.keeper.at_work(), self.keeper.needs.measured(_size(request)):
-            frames = self._decode(latents, request)
-        self.keeper.release()
-        return frames
+        try:
+            with self.keeper.at_work(), self.keeper.needs.measured(_size(request)):
+                return self._decode(latents, request)
+        finally:
+            self.keeper.release()
 
     def _decode(self, latents: torch.Tensor, request: GenerationRequest) -> Frames:
         """What lay on the device for it is free again; frames leave it one by one, for float pixels are large."""

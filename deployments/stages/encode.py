@@ -38,8 +38,15 @@ class TextEncoding:
     @torch.no_grad()
     def encode(self, prompt: Prompt) -> Embeds:
         """CPU tensors, named as the pipeline's call spells them."""
-        with self.keeper.at_work():
-            embeds = self._family.encode(self._pipe, prompt, self._max_sequence_length)
-            embeds = {name: None if value is None else value.cpu().contiguous() for name, value in embeds.items()}
-        self.keeper.release()
-        return embeds
+        try:
+            with self.keeper.at_work():
+                embeds = self._family.encode(self._pipe, prompt, self._max_sequence_length)
+                return {
+                    name: value if value is None else value.cpu().contiguous() for name, value in embeds.items()
+                }
+        finally:
+            self.keeper.release()
+
+
+def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.cpu().contiguous()

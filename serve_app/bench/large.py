@@ -79,17 +79,21 @@ def write_large(family: str, folder: Path, sizes: Mapping[str, Settings], device
     """A checkpoint in diffusers' layout: 34 GB for FLUX, 57 GB for Qwen-Image. Weights are drawn on `device`."""
     tiny = fetch_checkpoint(f"tiny://{family}", ())
     shutil.copytree(tiny, folder)
-    index = json.loads((tiny / "model_index.json").read_text())
     for name, settings in sizes.items():
         shutil.rmtree(folder / name)
-        library, class_name = index[name]
         with _in_bf16(), device:
-            build = _build_diffusers if library == "diffusers" else _build_transformers
-            model = build(class_name, tiny / name, settings)
+            model = build_model(tiny, name, settings)
         model.save_pretrained(folder / name)
         del model
         if device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def build_model(tiny: Path, name: str, settings: Settings) -> Any:
+    """One component of a tiny checkpoint, with other settings and random weights."""
+    library, class_name = json.loads((tiny / "model_index.json").read_text())[name]
+    build = _build_diffusers if library == "diffusers" else _build_transformers
+    return build(class_name, tiny / name, settings)
 
 
 @contextmanager
@@ -113,4 +117,6 @@ def _build_transformers(class_name: str, tiny: Path, settings: Settings) -> Any:
     values = model_class.config_class.from_pretrained(tiny).to_dict()
     for key, value in settings.items():
         values[key] = {**values[key], **value} if isinstance(value, Mapping) else value
+        if isinstance(value, Mapping):
+            values[key].pop("layer_types", None)  # one per layer, derived from their number
     return model_class(model_class.config_class.from_dict(values))

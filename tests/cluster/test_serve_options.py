@@ -91,10 +91,14 @@ def test_a_stage_may_be_bound_to_an_accelerator_and_to_labels() -> None:
 
 
 def test_tensors_travel_without_a_copy_in_an_environment_that_no_two_stages_share() -> None:
-    one, other = (plan()["ray_actor_options"]["runtime_env"]["env_vars"] for _ in range(2))
+    one, other = (plan(num_gpus=0.5)["ray_actor_options"]["runtime_env"]["env_vars"] for _ in range(2))
     assert one["RAY_ENABLE_ZERO_COPY_TORCH_TENSORS"] == "1"
     one.clear()
     assert other == STAGE_ENV != {}
+
+
+def test_who_asks_for_no_gpu_sees_none() -> None:
+    assert plan()["ray_actor_options"]["runtime_env"]["env_vars"] == STAGE_ENV | {"CUDA_VISIBLE_DEVICES": ""}
 
 
 @pytest.mark.parametrize(

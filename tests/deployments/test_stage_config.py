@@ -1,5 +1,9 @@
 """What a stage may be told, and what follows from it."""
 
+import logging
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -60,13 +64,40 @@ def test_auto_is_the_cpu_where_there_is_no_gpu() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_auto_is_cuda_only_where_ray_gives_the_replica_a_gpu() -> None:
-    assert resolve_device(StageConfig(num_gpus=0.5)) == torch.device("cuda")
+    assert resolve_device(StageConfig(num_gpus=0.5)) == torch.device("cuda", 0)
+    assert resolve_device(StageConfig(device="cuda", num_gpus=1)) == torch.device("cuda", 0)
     assert resolve_device(StageConfig()) == torch.device("cpu")
 
 
-def test_a_named_device_is_taken_at_its_word() -> None:
+def test_a_named_cpu_is_taken_at_its_word() -> None:
     assert resolve_device(StageConfig(device="cpu", num_gpus=1)) == torch.device("cpu")
-    assert resolve_device(StageConfig(device="cuda", num_gpus=1)) == torch.device("cuda")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_missing_is_told() -> None:
+    with pytest.raises(RuntimeError, match=r"num_gpus is 1, and torch .* sees no GPU.*nvidia-smi"):
+        resolve_device(StageConfig(device="cuda", num_gpus=1))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_a_name_only_is_the_cpu_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("ray.serve").addHandler(caplog.handler)
+    try:
+        assert resolve_device(StageConfig(num_gpus=0.5)) == torch.device("cpu")
+    finally:
+        logging.getLogger("ray.serve").removeHandler(caplog.handler)
+    assert "there is no GPU here: the stage runs on the CPU" in caplog.text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_torch_cannot_use_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rather than a model on the CPU while Ray holds the GPU."""
+    driver = tmp_path / "nvidia-smi"
+    driver.write_text("#!/bin/sh\necho 24564\n")
+    driver.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(RuntimeError, match="sees no GPU"):
+        resolve_device(StageConfig(num_gpus=0.5))
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])

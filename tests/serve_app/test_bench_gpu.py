@@ -8,9 +8,10 @@ import pytest
 import torch
 from diffusers import ModelMixin
 
+from deployments.checkpoints.source import fetch_checkpoint
 from deployments.config import EncoderConfig, TransformerConfig, VaeConfig
 from serve_app.bench.gpu import WAYS, Way, judge
-from serve_app.bench.large import PUBLISHED, write_large
+from serve_app.bench.large import PUBLISHED, Settings, build_model, write_large
 
 GIB = 1024.0
 
@@ -34,6 +35,18 @@ def test_sizes_are_the_published_ones(family: str, class_name: str, num_paramete
     with torch.device("meta"):
         model: ModelMixin = getattr(diffusers, class_name)(**own, **PUBLISHED[family]["transformer"])
     assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(num_parameters, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "settings"),
+    [(family, name, settings) for family, parts in PUBLISHED.items() for name, settings in parts.items()],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_every_model_of_published_size_can_be_built(family: str, name: str, settings: Settings) -> None:
+    """Text encoders and VAEs too, each from the tiny checkpoint's config."""
+    with torch.device("meta"):
+        model = build_model(fetch_checkpoint(f"tiny://{family}", ()), name, settings)
+    assert sum(parameter.numel() for parameter in model.parameters()) > 5e7
 
 
 def test_a_checkpoint_of_other_sizes_is_written_in_bf16(tmp_path: Path) -> None:

@@ -60,6 +60,23 @@ def test_what_was_measured_counts_and_more_is_told_from_the_nearest_below() -> N
     assert need.stats() == (NeedStats("a forward", 1, 150, True), NeedStats("a forward", 4, 170, True))
 
 
+def test_what_torch_needs_besides_counts_until_it_is_part_of_a_measurement() -> None:
+    need = Need("a forward", 100, 10, reserve_bytes=5)
+    assert need.num_bytes(2) == 125
+    need.measured[1] = 111
+    assert need.num_bytes(2) == 121
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_so_many_calls_as_ran_out_of_memory_are_not_merged_again() -> None:
+    needs = Needs(Limit(2**40, False, ""), torch.device("cuda"))
+    assert needs.at_most("x", "a call", foresee(0, 1), up_to=8) == 8
+    with pytest.raises(torch.OutOfMemoryError), needs.measured("x", 4):
+        raise torch.OutOfMemoryError("as torch does")
+    assert needs.at_most("x", "a call", never, up_to=8) == 3
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_the_peak_of_a_call_replaces_what_was_foreseen() -> None:
