@@ -1,8 +1,11 @@
 """The files in cluster/launch: Ray's own readers take them, and their nodes have room for the app they start."""
 
 import copy
+import json
+import os
 import re
 import shlex
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from ray._private import ray_constants
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from ray.autoscaler._private.resource_demand_scheduler import get_bin_pack_residual
 from ray.autoscaler._private.util import prepare_config, validate_config
@@ -21,6 +25,7 @@ from serve_app.config import AppConfig, load_app_config, parse_app_config
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "cluster" / "launch"
+DRAIN_TIMEOUT = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
 [RAY_VERSION] = re.findall(r"^ray==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
 
 # https://github.com/ray-project/kuberay/blob/master/docs/reference/api.md; `labels`: KubeRay 1.5
@@ -52,8 +57,8 @@ WORKER_GROUP_SPEC = {
     *("suspend", "groupName", "replicas", "minReplicas", "maxReplicas", "idleTimeoutSeconds"),
     *("rayStartParams", "template", "scaleStrategy", "numOfHosts", "labels", "resources"),
 }
-POD_SPEC = {"containers", "tolerations", "volumes"}
-CONTAINER = {"name", "image", "ports", "resources", "volumeMounts"}
+POD_SPEC = {"containers", "tolerations", "volumes", "securityContext", "terminationGracePeriodSeconds"}
+CONTAINER = {"name", "image", "ports", "resources", "volumeMounts", "env", "envFrom"}
 """Of Kubernetes' PodSpec and Container, what is used here."""
 
 
@@ -185,6 +190,25 @@ def test_the_ray_service_has_documented_fields_only() -> None:
         assert mounted == {volume["name"] for volume in pod.get("volumes", [])}
 
 
+def pods() -> list[dict[str, Any]]:
+    cluster = ray_service()["spec"]["rayClusterConfig"]
+    return [group["template"]["spec"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
+
+
+def test_a_pod_lives_until_ray_has_drained_it() -> None:
+    assert float(getattr(ray_constants, DRAIN_TIMEOUT)) > 0  # Ray knows the variable, and drains on SIGTERM
+    for pod in pods():
+        env = {each["name"]: each["value"] for each in pod["containers"][0]["env"]}
+        assert pod["terminationGracePeriodSeconds"] > float(env[DRAIN_TIMEOUT])
+
+
+def test_every_pod_may_have_a_token_and_may_write_to_its_volume() -> None:
+    for pod in pods():
+        assert pod["containers"][0]["envFrom"] == [{"secretRef": {"name": "huggingface", "optional": True}}]
+        claims = [volume for volume in pod.get("volumes", []) if "persistentVolumeClaim" in volume]
+        assert pod.get("securityContext") == ({"fsGroup": 100} if claims else None)
+
+
 def test_every_worker_pod_has_a_limit_of_gpus_equal_to_its_request() -> None:
     for group in ray_service()["spec"]["rayClusterConfig"]["workerGroupSpecs"]:
         resources = group["template"]["spec"]["containers"][0]["resources"]
@@ -220,8 +244,15 @@ def test_the_image_holds_all_packages_and_nothing_that_is_not_there() -> None:
     assert {line.removeprefix("!") for line in ignored if line.startswith("!")} == sources
 
 
-def test_the_images_command_serves_a_config_that_it_holds() -> None:
+def test_the_images_command_serves_the_quickstart_to_the_outside(tmp_path: Path) -> None:
+    """Run as it is, with a `serve` that only shows what it is given."""
+    serve = tmp_path / "serve"
+    serve.write_text('#!/bin/sh\ntest "$1" = run && cat "$2"\n')
+    serve.chmod(0o755)
     [command] = re.findall(r"^CMD (\[.*\])$", (LAUNCH / "Dockerfile").read_text(), re.MULTILINE)
-    *serve, config = yaml.safe_load(command)
-    assert serve == ["serve", "run"]
-    load_app_config(ROOT / config)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    words = [word.replace("/tmp/serve.yaml", str(tmp_path / "serve.yaml")) for word in json.loads(command)]
+    served = yaml.safe_load(subprocess.run(words, cwd=ROOT, env=env, capture_output=True, check=True).stdout)
+    assert served["http_options"]["host"] == "0.0.0.0"
+    quickstart = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
+    assert served["applications"] == quickstart["applications"]
