@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-Backend = Literal["nccl", "gloo"]
+Backend = Literal["nccl", "gloo", "object_store"]
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,13 @@ class Place:
 class Rendezvous:
     """What a rank must know to join the others."""
 
-    host: str
-    """Rank 0's address."""
-    port: int
     num_ranks: int
     backend: Backend
+    host: str = ""
+    """Rank 0's address; of nccl and gloo."""
+    port: int = 0
+    mailboxes: tuple[Any, ...] = ()
+    """Ray's queues; of object_store."""
 
 
 def num_nodes(places: Sequence[Place]) -> int:

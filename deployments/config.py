@@ -130,6 +130,11 @@ class TransformerConfig(StageConfig):
     max_memory: dict[str, str] | None = Field(
         None, description='of device_map: memory per device, such as {"0": "14GiB", "cpu": "30GiB"}'
     )
+    transport: Literal["auto", "object_store"] = Field(
+        "auto",
+        description="how shards hand on: NCCL or gloo, by where they lie; or Ray's object store, several times "
+        "slower, where shards cannot open connections to each other",
+    )
     stuck_after_s: float = Field(
         120.0,
         gt=0,

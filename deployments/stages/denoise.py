@@ -11,9 +11,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from cluster.object_store_transport import open_mailboxes
+from cluster.open_transport import open_transport
 from cluster.place import Place, Rendezvous, plan_backend
-from cluster.transport import GroupTransport, open_store
+from cluster.transport import open_store
 from deployments.config import ModelConfig, TransformerConfig
 from deployments.engine.blocks import shape_only_inputs
 from deployments.engine.engine import Engine
@@ -45,6 +48,7 @@ class Denoising:
         self._family, self._config = FAMILIES[family], config
         self._denoiser = open_denoiser(model, self._family, config)
         self.loaded = load_rank(self._denoiser, model, config, rank=0)
+        self._store: TCPStore | None = None
         self._pipe = load_pipeline(
             self._denoiser.folder,
             self._denoiser.index,
@@ -54,18 +58,19 @@ class Denoising:
         )
 
     def open_rendezvous(self, host: str, places: Sequence[Place]) -> Rendezvous:
-        """Where the other ranks are to meet this one, at an address of its node that they can reach."""
-        self._store = open_store(host, len(places))
+        """Where the other ranks are to meet this one. host: an address of its node that they can reach."""
+        num_ranks = len(places)
+        if self._config.transport == "object_store":
+            return Rendezvous(num_ranks, "object_store", mailboxes=open_mailboxes(num_ranks))
+        self._store = open_store(host, num_ranks)
         backend = plan_backend(places) if self._denoiser.device.type == "cuda" else "gloo"
-        return Rendezvous(host, self._store.port, len(places), backend)
+        return Rendezvous(num_ranks, backend, host, self._store.port)
 
     def connect(self, rendezvous: Rendezvous | None, on_lost: Callable[[BaseException], None]) -> None:
         """Meet the other ranks, if there are any, and begin to work. on_lost: the group is no more."""
         transport, device = None, self._denoiser.device
         if rendezvous is not None:
-            transport = GroupTransport(
-                0, rendezvous.num_ranks, self._store, backend=rendezvous.backend, device=device
-            )
+            transport = open_transport(0, rendezvous, device=device, store=self._store)
         merger = Merger(self._denoiser.model_class.__name__)
         outliner = Outliner(shape_only_inputs(self._denoiser.skeleton))
         needs = self.loaded.keeper.needs

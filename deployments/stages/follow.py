@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 import torch
 
+from cluster.open_transport import open_transport
 from cluster.place import Rendezvous
 from cluster.ring import Ring, RingStats
-from cluster.transport import GroupTransport, join_store
 from deployments.config import ModelConfig, TransformerConfig
 from deployments.engine.load import Denoiser, LoadedRank, load_rank, open_denoiser
 from deployments.engine.merge import Merger
@@ -28,14 +28,13 @@ class Following:
 
     def connect(self, rendezvous: Rendezvous, on_lost: Callable[[BaseException], None]) -> None:
         """Meet the other ranks and begin to work. on_lost: the group is no more."""
-        device, num_ranks = self._denoiser.device, rendezvous.num_ranks
-        store = join_store(rendezvous.host, rendezvous.port, num_ranks)
+        device = self._denoiser.device
         merger = Merger(self._denoiser.model_class.__name__)
         follower = Follower(self._loaded, merger, Holder(device), self._loaded.keeper.release)
         self._ring = Ring(
             follower.run,
             rank=self._rank,
-            transport=GroupTransport(self._rank, num_ranks, store, backend=rendezvous.backend, device=device),
+            transport=open_transport(self._rank, rendezvous, device=device),
             on_failure=on_lost,
             device=device,
         )

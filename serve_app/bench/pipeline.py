@@ -22,11 +22,12 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from rich.progress import Progress
 
+from cluster.open_transport import open_transport
 from cluster.place import Rendezvous, plan_backend
 from cluster.resources import ResourceConfig
 from cluster.ring import Ring
 from cluster.shard_group import ShardGroup, this_address, this_place
-from cluster.transport import GroupTransport, join_store, open_store
+from cluster.transport import open_store
 from deployments.config import TransformerConfig
 from deployments.engine.cut import Boundary
 from deployments.engine.engine import Engine
@@ -129,9 +130,7 @@ class PacedRank:
         return this_place()
 
     def connect(self, rendezvous: Rendezvous) -> None:
-        num_ranks = rendezvous.num_ranks
-        store = join_store(rendezvous.host, rendezvous.port, num_ranks)
-        transport = GroupTransport(self._rank, num_ranks, store, backend=rendezvous.backend, device=CPU)
+        transport = open_transport(self._rank, rendezvous, device=CPU)
         self._ring = Ring(
             self._follower.run, rank=self._rank, transport=transport, on_failure=exit_replica, device=CPU
         )
@@ -152,8 +151,8 @@ class PacedReplica:
             self._group = group = ShardGroup(PacedRank, num_shards, RESOURCES, num_shards)
             places = group.places()
             store = open_store(this_address(), num_shards)
-            rendezvous = Rendezvous(this_address(), store.port, num_shards, plan_backend(places))
-            connect = partial(GroupTransport, 0, num_shards, store, backend=rendezvous.backend, device=CPU)
+            rendezvous = Rendezvous(num_shards, plan_backend(places), this_address(), store.port)
+            connect = partial(open_transport, 0, rendezvous, device=CPU, store=store)
             transport = group.connect(rendezvous, connect, exit_replica)
         shard: Any = PacedShard(is_last=num_shards == 1)
         self._engine = Engine(

@@ -53,7 +53,7 @@ class Replica:
             raise RuntimeError(repr(lost.get(timeout=SOON_S)))
 
         try:
-            self._group.connect(Rendezvous("127.0.0.1", 1, 2, "gloo"), connect_here, lost.put, timeout_s)
+            self._group.connect(Rendezvous(2, "gloo", "127.0.0.1", 1), connect_here, lost.put, timeout_s)
         except RuntimeError as told:
             return str(told)
 

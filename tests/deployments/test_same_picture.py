@@ -80,13 +80,15 @@ class Processes:
         rank = actor.options(num_gpus=num_gpus, max_concurrency=48)
         self.ranks = [rank.remote() for _ in range(2 if num_gpus else 3)]
         self._num_gpus = num_gpus
-        self._connected: set[tuple[str, int]] = set()
+        self._connected: list[tuple[str, TransformerConfig]] = []
 
-    def draw(self, family: str, request: GenerationRequest, shards: int = 1) -> tuple[torch.Tensor, Any]:
-        """(latents, frames)"""
+    def draw(
+        self, family: str, request: GenerationRequest, shards: int = 1, **settings: Any
+    ) -> tuple[torch.Tensor, Any]:
+        """(latents, frames); settings: of the transformer."""
         tokens = 64 if FAMILIES[family].max_sequence_length else None
-        encode, denoise, decode = EncoderConfig(max_sequence_length=tokens), self.config(shards), VaeConfig()
-        self.connect(family, shards)
+        encode, decode = EncoderConfig(max_sequence_length=tokens), VaeConfig()
+        denoise = self.connect(family, shards, **settings)
         ray.get(
             [self.encoder.load.remote("encode", family, encode), self.vae.load.remote("decode", family, decode)]
         )
@@ -95,10 +97,10 @@ class Processes:
         frames = self.vae.call.remote("decode", family, decode, "decode", latents, request)
         return latents, ray.get(frames)
 
-    def connect(self, family: str, shards: int) -> None:
-        if (family, shards) in self._connected:
-            return
-        config, (leader, *followers) = self.config(shards), self.ranks[:shards]
+    def connect(self, family: str, shards: int, **settings: Any) -> TransformerConfig:
+        config, (leader, *followers) = self.config(shards, **settings), self.ranks[:shards]
+        if (family, config) in self._connected:
+            return config
         loads = [leader.load.remote("denoise", family, config)]
         loads += [rank.load.remote("follow", family, config, i + 1) for i, rank in enumerate(followers)]
         ray.get(loads)
@@ -109,14 +111,15 @@ class Processes:
             rendezvous = ray.get(opened)
         joining = [rank.connect.remote("follow", family, config, rendezvous) for rank in followers]
         ray.get([leader.connect.remote("denoise", family, config, rendezvous), *joining])
-        self._connected.add((family, shards))
+        self._connected.append((family, config))
+        return config
 
     def end(self) -> None:
         for process in (self.encoder, self.vae, *self.ranks):
             ray.kill(process)
 
-    def config(self, shards: int) -> TransformerConfig:
-        return TransformerConfig(shards=shards, num_gpus=self._num_gpus)
+    def config(self, shards: int, **settings: Any) -> TransformerConfig:
+        return TransformerConfig(shards=shards, num_gpus=self._num_gpus, **settings)
 
     def stats(self, family: str, shards: int) -> list[Any]:
         """RankStats of each rank."""
@@ -204,13 +207,15 @@ def check_same_picture(
     np.testing.assert_array_equal(frames, (expected * 255).round().astype(np.uint8))
 
 
-@pytest.mark.parametrize("shards", [2, 3])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "shards", "transport"),
+    [*((family, shards, "auto") for family in FAMILIES for shards in (2, 3)), ("flux", 3, "object_store")],
+)
 def test_shards_in_separate_processes_draw_what_the_plain_pipeline_draws(
-    processes: Processes, plain: Callable[..., Any], family: str, shards: int
+    processes: Processes, plain: Callable[..., Any], family: str, shards: int, transport: str
 ) -> None:
     request = build_request(family, guided=True)
-    latents, _ = processes.draw(family, request, shards)
+    latents, _ = processes.draw(family, request, shards, transport=transport)
     expected = plain(family, "a red cat", seed=3, output_type="latent", **build_settings(family, request))
     assert torch.equal(latents, expected)
 
