@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import av
+import httpx
 import numpy as np
 import psutil
 import pytest
@@ -123,6 +124,13 @@ def test_a_video_over_http_is_the_plain_pipelines(wan_app: Any, plain: Plain, bo
     assert frames.shape == (5, 64, 64, 3)
     # H.264 halves the colour resolution, and these pictures are noise: brightness is what must agree
     assert np.abs(frames.mean(axis=3) - expected.mean(axis=3)).mean() < 12
+
+
+def test_the_openai_client_gets_a_video_as_the_readme_tells(wan_app: Any) -> None:
+    fields = {"prompt": "waves", "size": "64x64", "num_frames": 5, "seed": 9}
+    with OpenAI(base_url=f"{wan_app.url}/v1", api_key="none", max_retries=0) as client:
+        answer = client.post("/videos/sync", cast_to=httpx.Response, body=fields)
+    assert answer.content == wan_app.client.post("/v1/videos/sync", json=fields).content
 
 
 def test_seconds_are_rounded_to_a_number_of_frames_the_model_can_make(wan_app: Any) -> None:
