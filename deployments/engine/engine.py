@@ -15,15 +15,17 @@ from deployments.engine.merge import Inputs, Merger, num_samples, num_tokens
 from deployments.engine.step_queue import Seat, StepQueue
 from deployments.engine.work import Leader
 from deployments.memory.needs import Needs
-from deployments.refusal import ShardGroupLost
+from deployments.refusal import OutOfShare, ShardGroupLost
+
+OUT_OF_MEMORY = (OutOfShare, torch.OutOfMemoryError)
+"""Of a rank's own work; of what it received."""
 
 
 @dataclass(frozen=True)
 class _Flight:
     """What is known of a micro-batch until it is back."""
 
-    num_samples: tuple[int, ...]
-    """Of each forward."""
+    payloads: tuple[Inputs, ...]
     released: tuple[int, ...]
     """Keys that the other ranks are to let go of."""
 
@@ -117,15 +119,20 @@ class Engine:
 
     def _take(self) -> Message:
         batch = self.queue.take()
-        flight = _Flight(tuple(map(num_samples, batch.payloads)), self._leader.take_released())
+        flight = _Flight(batch.payloads, self._leader.take_released())
         self._flights[batch.id] = flight
         return Message(batch.id, (batch.payloads, flight.released))
 
     def _land(self, message: Message) -> None:
         flight = self._flights.pop(message.batch_id)
-        sizes = flight.num_samples
-        if message.error is not None:
-            self._leader.release_again(flight.released)
-            self.queue.fail(message.batch_id, message.error)
-        else:
+        if message.error is None:
+            sizes = [num_samples(inputs) for inputs in flight.payloads]
             self.queue.finish(message.batch_id, message.body.split_with_sizes(sizes) if sizes else ())
+            return
+        self._leader.release_again(flight.released)
+        if len(flight.payloads) > 1 and isinstance(message.error, OUT_OF_MEMORY):
+            for inputs in flight.payloads:
+                self._leader.send_again(inputs)
+            self.queue.part(message.batch_id)
+        else:
+            self.queue.fail(message.batch_id, message.error)

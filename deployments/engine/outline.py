@@ -4,8 +4,8 @@ A pipeline passes the same embeddings, ids and masks at every step of a request.
 identity and sends it once, under a key; when the request ends and the tensor is freed, so is its key, and the
 next micro-batch tells the other ranks to let go of theirs. Micro-batches keep their order around the ring, so
 a key arrives before its first use and its release after the last. Nothing here knows which inputs are constant.
-A micro-batch that fails on the way ends all of its requests, so no key it failed to deliver is used again; the
-releases it had with it go with a later one.
+A micro-batch that fails on the way may have reached no rank, some or all: the releases it had with it go with a
+later one, and what flies once more is forgotten first, so that its tensors go with it again.
 """
 
 import weakref
@@ -63,6 +63,15 @@ class Outliner:
     def release(self, keys: Iterable[int]) -> None:
         """Let the next `take_released` return them. From any thread."""
         self._released.extend(keys)
+
+    def forget(self, inputs: Inputs) -> None:
+        """Send these tensors again, under other keys. From any thread, while none of them is outlined."""
+        _map_tensors(inputs, self._forget)
+
+    def _forget(self, tensor: torch.Tensor) -> None:
+        held: tuple[int, int] | None = self._held.pop(tensor, None)  # type: ignore[no-untyped-call]
+        if held is not None:
+            self.release(held[:1])
 
     def _hold(self, tensor: torch.Tensor) -> Held:
         held: tuple[int, int] | None = self._held.get(tensor)  # type: ignore[no-untyped-call]

@@ -7,8 +7,8 @@ A request runs diffusers' pipeline in a thread of its own and has one seat here,
                └──────────────────────┘                   BETWEEN: its thread is in the scheduler step
 
 That thread calls `forward` and sleeps until its result is there. Rank 0's compute thread calls `take` when it
-has nothing to do, so that the choice falls as late as possible. Who hears from the last rank calls `finish`
-or `fail`. Payloads are opaque: nothing here knows tensors, shards or Ray.
+has nothing to do, so that the choice falls as late as possible. Who hears from the last rank calls `finish`,
+`fail` or `part`. Payloads are opaque: nothing here knows tensors, shards or Ray.
 """
 
 import math
@@ -17,7 +17,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from itertools import count
 from typing import Any
@@ -204,6 +204,16 @@ class StepQueue:
         with self._changed:
             for _, forward in self._land(batch_id):
                 forward.result.set_exception(error)
+
+    def part(self, batch_id: int) -> None:
+        """Together these forwards were too much: let each fly once more, alone."""
+        with self._changed:
+            for forward in self._flights.pop(batch_id):
+                if self._open.get(forward.seat) is forward:
+                    self._open[forward.seat] = replace(forward, at_most=1)  # in its place in the order
+                    forward.seat.state, forward.seat.since = SeatState.WAITING, self._clock()
+                    forward.seat.at_most = 1
+            self._changed.notify_all()
 
     def close(self, error: BaseException) -> None:
         """Let every open forward, any later one, and `take` raise the error. Only the first call counts."""

@@ -62,6 +62,10 @@ class Leader:
         """Their micro-batch failed, and not every rank may have seen them."""
         self._outliner.release(keys)
 
+    def send_again(self, inputs: Inputs) -> None:
+        """Their micro-batch failed, and not every rank may have them."""
+        self._outliner.forget(inputs)
+
 
 class Follower:
     """Any other rank's part."""

@@ -21,13 +21,14 @@ from deployments.engine.merge import Merger
 from deployments.engine.outline import Holder, Outliner
 from deployments.engine.work import Blocks, Follower, Leader
 from deployments.families import FAMILIES
-from deployments.refusal import ShardGroupLost
+from deployments.refusal import OutOfShare, ShardGroupLost
 from deployments.request import Prompt
 from deployments.stages import load_stage
 
 CPU = torch.device("cpu")
 MODEL = ModelConfig(name="tiny", checkpoint="tiny://flux")
 UNMERGED = Merger("a class without a rule")
+BY_SHAPE = Merger("WanTransformer3DModel")
 SOON_S = 20.0
 
 
@@ -90,6 +91,8 @@ class Part:
         time.sleep(inputs.get("sleep_s", 0.0))
         if inputs.get("fails_on") == self._rank:
             raise ValueError("no such block")
+        if inputs.get("is_much_on") == self._rank and len(inputs["hidden_states"]) > 1:
+            raise OutOfShare("out of memory")
         is_last = self._rank == self._num_ranks - 1
         return inputs["hidden_states"] if is_last else {"block": inputs["hidden_states"]}
 
@@ -103,7 +106,9 @@ def open_engine() -> Iterator[Open]:
     engines: list[Engine] = []
     followers: list[Ring] = []
 
-    def open_one(parts: Sequence[Blocks], *, on_lost: Any = pytest.fail, **settings: Any) -> Engine:
+    def open_one(
+        parts: Sequence[Blocks], *, merger: Merger = UNMERGED, on_lost: Any = pytest.fail, **settings: Any
+    ) -> Engine:
         num_ranks = len(parts)
         store = open_store("127.0.0.1", num_ranks)
 
@@ -114,12 +119,12 @@ def open_engine() -> Iterator[Open]:
         with ThreadPoolExecutor(num_ranks) as threads:
             transport, *others = threads.map(connect, range(num_ranks))
         for rank, other in enumerate(others, start=1):
-            follower = Follower(parts[rank], UNMERGED, Holder(CPU))
+            follower = Follower(parts[rank], merger, Holder(CPU))
             followers.append(Ring(follower.run, rank=rank, transport=other, on_failure=print, device=CPU))
             followers[-1].start()
         config = TransformerConfig(shards=num_ranks, **settings)
-        leader = Leader(parts[0], UNMERGED, Outliner(frozenset()))
-        engines.append(Engine(leader, UNMERGED, config, device=CPU, transport=transport, on_lost=on_lost))
+        leader = Leader(parts[0], merger, Outliner(frozenset()))
+        engines.append(Engine(leader, merger, config, device=CPU, transport=transport, on_lost=on_lost))
         return engines[-1]
 
     yield open_one
@@ -147,6 +152,25 @@ def test_tensors_are_let_go_though_the_micro_batch_that_said_so_failed_on_the_wa
     assert of_rank_2() is not None
     forward(engine)
     assert of_rank_2() is None
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_what_merged_runs_out_of_memory_runs_alone_and_no_request_fails_for_it(
+    open_engine: Open, rank: int
+) -> None:
+    """Its embeddings reach the ranks that the merged one never came to."""
+    parts = [Part(rank, 3) for rank in range(3)]
+    engine = open_engine(parts, merger=BY_SHAPE, batch_wait_ms=1000)
+    begin = threading.Barrier(8)
+
+    def request(value: float) -> torch.Tensor:
+        begin.wait(SOON_S)
+        return forward(engine, hidden_states=torch.full((1, 4, 2), value), is_much_on=rank)
+
+    with ThreadPoolExecutor(8) as threads:
+        for value, answer in enumerate(threads.map(request, range(8))):
+            assert torch.equal(answer, torch.full((1, 4, 2), float(value)))
+    assert max(engine.queue.stats().batch_sizes) > 1
 
 
 @pytest.mark.parametrize("settings", [{"compile": "blocks"}, {}], ids=["compiled", "not compiled"])

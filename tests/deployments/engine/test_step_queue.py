@@ -760,3 +760,24 @@ def test_no_more_forwards_fly_as_one_than_fit_the_memory() -> None:
             if seat.state is SeatState.BETWEEN:
                 rig.queue.leave(seat)
     assert sizes == [2, 2, 1]
+
+
+def test_what_was_too_much_together_flies_again_each_alone_and_before_what_came_later(
+    build_rig: Callable[..., Rig],
+) -> None:
+    rig = build_rig()
+    first, second, third, fourth = rig.seats(4)
+    sent = [rig.send(seat, payload) for seat, payload in ((first, "a"), (second, "b"), (third, "c"))]
+    batch = rig.take()
+    assert batch.payloads == ("a", "b", "c")
+    rig.queue.leave(second)
+    sent.append(rig.send(fourth, "d"))
+    rig.queue.part(batch.id)
+    for seat, payload in ((first, "a"), (third, "c"), (fourth, "d")):
+        alone = rig.take()
+        assert alone.payloads == (payload,)
+        rig.land(alone)
+        rig.queue.leave(seat)
+    with pytest.raises(Cancelled):
+        sent.pop(1).result(timeout=1)
+    assert [answer.result(timeout=1) for answer in sent] == ["a done", "c done", "d done"]
