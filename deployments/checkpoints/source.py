@@ -193,8 +193,8 @@ def _hub(checkpoint: str) -> Iterator[None]:
     except GatedRepoError as error:
         raise FileNotFoundError(
             f"checkpoint {checkpoint!r} is gated on the hub: accept its licence at https://huggingface.co/"
-            f"{checkpoint}, and set HF_TOKEN to a token of that account on every node; to plan only, give relay plan "
-            "a folder of its config files by --configs"
+            f"{checkpoint}, and set HF_TOKEN to a token of that account on every node; to plan only, give "
+            "relay plan a folder of its config files by --configs"
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise FileNotFoundError(
