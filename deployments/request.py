@@ -27,6 +27,19 @@ class Prompt:
     """Whether a negative (or empty) prompt is to be encoded as well."""
 
 
+@dataclass(frozen=True, order=True)
+class MediaSize:
+    """Of a picture or video that is asked for."""
+
+    width: int
+    height: int
+    num_frames: int = 1
+
+    def __str__(self) -> str:
+        frames = f"x{self.num_frames}" if self.num_frames > 1 else ""
+        return f"{self.width}x{self.height}{frames}"
+
+
 @dataclass(frozen=True)
 class GenerationRequest:
     """One picture or video, every default filled in. Sizes are in pixels."""
@@ -44,6 +57,10 @@ class GenerationRequest:
     output_compression: int
     """Quality from 0 to 100 for JPEG and WebP (100: lossless WebP); PNG and MP4 ignore it."""
     fps: int
+
+    @property
+    def size(self) -> MediaSize:
+        return MediaSize(self.width, self.height, self.num_frames)
 
 
 @dataclass(frozen=True)

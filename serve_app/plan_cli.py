@@ -20,7 +20,8 @@ from deployments.plan.plan import SizesOf, Stages, plan
 from deployments.plan.profile import Profile, read_profile, write_profile
 from deployments.plan.propose import propose
 from deployments.plan.report import plan_as_json, print_plan
-from deployments.plan.sizes import MediaSize, default_size, largest
+from deployments.plan.sizes import default_size, largest
+from deployments.request import MediaSize
 from serve_app.app import find_family
 from serve_app.config import APP_NAME, AppConfig, ConfigError, LimitsConfig, load_app_config
 

@@ -9,7 +9,8 @@ from cluster.nodes import cluster_gpus, is_connected, may_grow, run_apart
 from deployments.families import FAMILIES
 from deployments.plan.plan import Stages
 from deployments.plan.room import find_lack
-from deployments.plan.sizes import MediaSize, ModelSizes, default_size
+from deployments.plan.sizes import ModelSizes, default_size
+from deployments.request import MediaSize
 from serve_app.config import AppConfig, ConfigError
 
 log = logging.getLogger("ray.serve")

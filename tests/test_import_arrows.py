@@ -11,6 +11,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("serve_app", "deployments", "cluster")
 MAY_IMPORT = {"serve_app": set(PACKAGES), "deployments": {"deployments", "cluster"}, "cluster": {"cluster"}}
+LAYERS = ("memory", "families", "checkpoints", "engine", "stages", "plan")
+"""Of deployments: each imports itself and those before it."""
 RAY_FILES = {
     "cluster/autoscaling.py",
     "cluster/metrics.py",
@@ -41,6 +43,17 @@ def test_imports_point_one_way(path: Path) -> None:
     package = path.relative_to(ROOT).parts[0]
     ours = {name.partition(".")[0] for name in imports(ast.parse(path.read_text()))} & set(PACKAGES)
     assert ours <= MAY_IMPORT[package]
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_layers_of_the_deployments_know_none_above_them(layer: str) -> None:
+    found = {
+        name.split(".")[1]
+        for path in (ROOT / "deployments" / layer).rglob("*.py")
+        for name in imports(ast.parse(path.read_text()))
+        if name.startswith("deployments.")
+    }
+    assert found & set(LAYERS) <= set(LAYERS[: LAYERS.index(layer) + 1])
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

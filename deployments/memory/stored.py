@@ -128,3 +128,10 @@ def _quantized_bytes(module: "Linear4bit | Linear8bitLt") -> int:
     else:
         scales = 4 * num_scales
     return math.ceil(num_weights / 2) + scales + table + bias
+
+
+def dequantized_bytes(model: nn.Module, config: MemoryConfig) -> int:
+    """bitsandbytes makes one layer's weights whole for its call."""
+    if config.quantization is None:
+        return 0
+    return max((layer.weight.nbytes for layer in model.modules() if isinstance(layer, nn.Linear)), default=0)

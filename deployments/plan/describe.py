@@ -24,13 +24,14 @@ from deployments.engine.blocks import BlockBytes, block_bytes, build_skeleton
 from deployments.engine.cut import Cut, CutReached
 from deployments.engine.load import Denoiser, cut_ranks, open_denoiser
 from deployments.families import Family
-from deployments.memory.config import MemoryConfig
 from deployments.memory.resident import device_bytes
-from deployments.memory.stored import as_stored, stored_bytes
+from deployments.memory.stored import as_stored, dequantized_bytes, stored_bytes
 from deployments.memory.tiling import set_tiles
-from deployments.plan.inputs import META, denoiser_inputs, latents, merged_inputs, to_meta
-from deployments.plan.sizes import BlockSizes, ComponentSizes, MediaSize, ModelSizes, RankSizes, StageSizes
-from deployments.plan.working import on_meta, working_bytes
+from deployments.memory.working import META, on_meta, to_meta, working_bytes
+from deployments.plan.inputs import denoiser_inputs, merged_inputs
+from deployments.plan.sizes import BlockSizes, ComponentSizes, ModelSizes, RankSizes, StageSizes
+from deployments.request import MediaSize
+from deployments.stages.foresee import decode_inputs
 
 BUFFERED_BOUNDARIES = 2
 """A rank of a ring holds what crosses the cut three times: one comes, one is worked on, one goes."""
@@ -143,9 +144,8 @@ class Description:
         if config.tiling is not None:
             set_tiles(model, config.tiling)
         dtype = resolve_dtype(config.dtype)
-        peak = max(
-            working_bytes(model, partial(model.decode, latents(skeleton.config, size, dtype))) for size in sizes
-        )
+        calls = [partial(model.decode, decode_inputs(skeleton.config, size, dtype)) for size in sizes]
+        peak = max(working_bytes(model, call) for call in calls)
         return {"vae": as_stored(skeleton, config)}, peak
 
     def _build_skeletons(self, stage: Stage) -> dict[str, nn.Module]:
@@ -200,13 +200,6 @@ def _component(name: str, stored: nn.Module) -> ComponentSizes:
 def _key(config: StageConfig) -> str:
     """What of a config weights and working memory hang on: the rest says where they go."""
     return config.model_dump_json(include=_WEIGHTS)
-
-
-def dequantized_bytes(model: nn.Module, config: MemoryConfig) -> int:
-    """bitsandbytes makes one layer's weights whole for its call."""
-    if config.quantization is None:
-        return 0
-    return max((layer.weight.nbytes for layer in model.modules() if isinstance(layer, nn.Linear)), default=0)
 
 
 def _boundary_bytes(names: tuple[str, ...], model: nn.Module, run: Callable[[], Any]) -> int:

@@ -1,7 +1,6 @@
 """What the models of a checkpoint are called with for a picture of some size: tensors on the meta device."""
 
-from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 
@@ -10,11 +9,8 @@ from deployments.engine.load import Denoiser
 from deployments.engine.merge import RULES, Inputs, Merger, num_tokens
 from deployments.engine.stand_in import StandIn
 from deployments.families import Family
-from deployments.plan.sizes import MediaSize
-from deployments.request import GenerationRequest, Prompt
+from deployments.request import GenerationRequest, MediaSize, Prompt
 from deployments.stages.pipeline import load_pipeline
-
-META = torch.device("meta")
 
 
 class _Called(Exception):
@@ -70,28 +66,6 @@ def merged_inputs(denoiser: Denoiser, config: TransformerConfig, inputs: Inputs)
         batch_size = min(batch_size, config.max_batch_tokens // tokens)
     batch_size = max(1, batch_size)
     return Merger(class_name).merge([inputs] * batch_size), batch_size
-
-
-def to_meta(value: Any) -> Any:
-    """The same nest of shapes, on the meta device."""
-    if isinstance(value, torch.Tensor):
-        return value.to(META)
-    if isinstance(value, Mapping):
-        return {name: to_meta(entry) for name, entry in value.items()}
-    return value
-
-
-def latents(vae_config: Mapping[str, Any], size: MediaSize, dtype: torch.dtype) -> torch.Tensor:
-    """What `vae.decode` takes: [1, C, H, W], or [1, C, F, H, W] of the VAEs that know time."""
-    if "z_dim" in vae_config:
-        space = 2 ** len(vae_config["temperal_downsample"])
-        time = 2 ** sum(vae_config["temperal_downsample"])
-        frames = (size.num_frames - 1) // time + 1
-        shape = (1, vae_config["z_dim"], frames, size.height // space, size.width // space)
-        return torch.empty(shape, dtype=dtype, device=META)
-    space = 2 ** (len(vae_config["block_out_channels"]) - 1)
-    shape_2d = (1, vae_config["latent_channels"], size.height // space, size.width // space)
-    return torch.empty(shape_2d, dtype=dtype, device=META)
 
 
 def default_request(

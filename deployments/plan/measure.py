@@ -16,7 +16,7 @@ from deployments.families import FAMILIES
 from deployments.plan.inputs import default_request
 from deployments.plan.plan import Stages
 from deployments.plan.profile import Times
-from deployments.plan.sizes import MediaSize
+from deployments.request import MediaSize
 from deployments.stages import load_stage
 
 _FORWARD = "the whole forward"

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from deployments.plan.sizes import MediaSize
+from deployments.request import MediaSize
 
 
 @dataclass(frozen=True)

@@ -7,22 +7,10 @@ from deployments.checkpoints.components import Stage
 from deployments.config import ModelConfig
 from deployments.families import Family
 from deployments.memory.limit import OVERHEAD_BYTES
+from deployments.request import MediaSize
 
 STAGES: tuple[Stage, ...] = ("encode", "denoise", "decode")
 """In the order in which a request meets them."""
-
-
-@dataclass(frozen=True, order=True)
-class MediaSize:
-    """Of a picture or video that is asked for."""
-
-    width: int
-    height: int
-    num_frames: int = 1
-
-    def __str__(self) -> str:
-        frames = f"x{self.num_frames}" if self.num_frames > 1 else ""
-        return f"{self.width}x{self.height}{frames}"
 
 
 @dataclass(frozen=True)

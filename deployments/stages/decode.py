@@ -13,9 +13,8 @@ from deployments.memory.on_demand import turn_to_load
 from deployments.memory.prepare import Keeper
 from deployments.memory.share import take_share
 from deployments.memory.tiling import set_tiles
-from deployments.plan.foresee import DecodeForesight
-from deployments.plan.sizes import MediaSize
 from deployments.request import GenerationRequest
+from deployments.stages.foresee import DecodeForesight
 from deployments.stages.media import MEDIA_TYPES, Frames, encode_media
 from deployments.stages.pipeline import load_pipeline, loaded_models
 from deployments.warm_up import WarmUp
@@ -59,7 +58,7 @@ class Decoding:
     def check(self, request: GenerationRequest) -> None:
         """Raises NeverFits. Thread-safe; takes up to seconds the first time for a size."""
         if self._foresee is not None:
-            size = _size(request)
+            size = request.size
             self.keeper.needs.at_most(size, f"decoding {size}", partial(self._foresee, size))
 
     @torch.no_grad()
@@ -67,7 +66,7 @@ class Decoding:
         """Latents as the pipeline returns them -> uint8 [F, H, W, 3], F = 1 for a picture. Raises NeverFits."""
         self.check(request)
         try:
-            with self.keeper.at_work(), self.keeper.needs.measured(_size(request)):
+            with self.keeper.at_work(), self.keeper.needs.measured(request.size):
                 return self._decode(latents, request)
         finally:
             self.keeper.release()
@@ -95,7 +94,3 @@ class Decoding:
             fps=request.fps,
         )
         return data, MEDIA_TYPES[request.output_format]
-
-
-def _size(request: GenerationRequest) -> MediaSize:
-    return MediaSize(request.width, request.height, request.num_frames)

@@ -28,9 +28,9 @@ from deployments.engine.step_queue import Seat
 from deployments.engine.work import Leader
 from deployments.families import FAMILIES
 from deployments.families.family import Embeds
-from deployments.plan.foresee import ForwardForesight
 from deployments.request import GenerationRequest
 from deployments.stages.follow import rank_stats
+from deployments.stages.foresee import ForwardForesight
 from deployments.stages.partial import OnPartial, PartialLatents
 from deployments.stages.pipeline import load_pipeline
 from deployments.stats import TransformerStats

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cluster.nodes import cluster_gpus, driver_memory_bytes, may_grow, run_apart
-from deployments.plan.sizes import MediaSize
+from deployments.request import MediaSize
 from serve_app.app import build_app
 from serve_app.config import AppConfig, ConfigError, parse_app_config
 from serve_app.room import describe

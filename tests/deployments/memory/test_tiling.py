@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, AutoencoderKLQwenImage, AutoencoderKLWan
 from deployments.config import ModelConfig, VaeConfig
 from deployments.memory.config import TilingConfig
 from deployments.memory.tiling import set_tiles
-from deployments.plan.working import working_bytes
+from deployments.memory.working import working_bytes
 from deployments.stages import load_stage
 
 KINDS: dict[str, Any] = {

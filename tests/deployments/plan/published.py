@@ -8,7 +8,8 @@ from deployments.config import ModelConfig
 from deployments.families import FAMILIES
 from deployments.plan.describe import Description
 from deployments.plan.plan import SizesOf, Stages
-from deployments.plan.sizes import MediaSize, ModelSizes
+from deployments.plan.sizes import ModelSizes
+from deployments.request import MediaSize
 
 FOLDER = Path(__file__).parents[2] / "data" / "published"
 

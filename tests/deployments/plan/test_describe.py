@@ -11,9 +11,10 @@ from deployments.checkpoints.components import Stage, fetch_stage, stage_compone
 from deployments.config import EncoderConfig, ModelConfig, StageConfig, TransformerConfig, VaeConfig
 from deployments.engine.load import load_rank, open_denoiser
 from deployments.families import FAMILIES
+from deployments.memory.working import on_meta, working_bytes
 from deployments.plan.describe import Description
-from deployments.plan.sizes import MediaSize, ModelSizes
-from deployments.plan.working import on_meta, working_bytes
+from deployments.plan.sizes import ModelSizes
+from deployments.request import MediaSize
 from deployments.stages.pipeline import load_pipeline, loaded_models
 from serve_app.bench.models import bench_model
 

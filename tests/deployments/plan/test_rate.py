@@ -6,7 +6,8 @@ from cluster.inventory import parse_gpus
 from deployments.plan.place import Demand, place
 from deployments.plan.profile import Profile, Times, read_profile, write_profile
 from deployments.plan.rate import bound_rate
-from deployments.plan.sizes import MediaSize, RankSizes
+from deployments.plan.sizes import RankSizes
+from deployments.request import MediaSize
 
 TIMES = Times(encode_s=0.1, head_s=0.01, blocks_s=(0.1, 0.1, 0.1, 0.2), tail_s=0.04, num_forwards=10, decode_s=0.2)
 

@@ -15,7 +15,8 @@ from deployments.plan.picture import draw_placement
 from deployments.plan.plan import Plan, Stages, plan
 from deployments.plan.profile import Profile, Times
 from deployments.plan.report import plan_as_json, print_plan
-from deployments.plan.sizes import BlockSizes, ComponentSizes, MediaSize, ModelSizes, RankSizes, StageSizes
+from deployments.plan.sizes import BlockSizes, ComponentSizes, ModelSizes, RankSizes, StageSizes
+from deployments.request import MediaSize
 
 GIB = 2**30
 SIZES = ModelSizes(

@@ -10,7 +10,8 @@ from cluster.inventory import Gpu, parse_gpus
 from deployments.config import EncoderConfig, TransformerConfig, VaeConfig
 from deployments.plan.plan import Stages
 from deployments.plan.room import find_lack
-from deployments.plan.sizes import MediaSize, ModelSizes, RankSizes, StageSizes
+from deployments.plan.sizes import ModelSizes, RankSizes, StageSizes
+from deployments.request import MediaSize
 
 GIB = 2**30
 NAMES_ONLY = (Gpu(0, 0, 0), Gpu(0, 1, 0))

@@ -6,7 +6,7 @@ and what the allocator rounds up is not counted.
 """
 
 import weakref
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple, Self
@@ -16,6 +16,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+META = torch.device("meta")
 
 
 def working_bytes(model: nn.Module, call: Callable[[], Any]) -> int:
@@ -34,6 +36,15 @@ def on_meta() -> "Iterator[_LiveTensors]":
     """Calls on the meta device run fast here."""
     with torch.no_grad(), _FusedAttention(), _LiveTensors() as live:
         yield live
+
+
+def to_meta(value: Any) -> Any:
+    """The same nest of shapes, on the meta device."""
+    if isinstance(value, torch.Tensor):
+        return value.to(META)
+    if isinstance(value, Mapping):
+        return {name: to_meta(entry) for name, entry in value.items()}
+    return value
 
 
 class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]

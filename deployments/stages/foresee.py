@@ -1,11 +1,12 @@
 """What a loaded stage's next call will need, told by the same call on the meta device: no weights, no GPU."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from deployments.config import TransformerConfig, VaeConfig
@@ -15,12 +16,10 @@ from deployments.engine.load import Denoiser, cut_ranks
 from deployments.engine.merge import Inputs
 from deployments.memory.config import MemoryConfig
 from deployments.memory.resident import device_bytes
-from deployments.memory.stored import as_stored
+from deployments.memory.stored import as_stored, dequantized_bytes
 from deployments.memory.tiling import set_tiles
-from deployments.plan.describe import dequantized_bytes
-from deployments.plan.inputs import META, latents, to_meta
-from deployments.plan.sizes import MediaSize
-from deployments.plan.working import working_bytes
+from deployments.memory.working import META, to_meta, working_bytes
+from deployments.request import MediaSize
 
 log = logging.getLogger("ray.serve")
 
@@ -60,8 +59,21 @@ class DecodeForesight:
 
     def __call__(self, size: MediaSize) -> tuple[int, int]:
         """(bytes of weights on the device, bytes of tensors in the decode of one picture or video)"""
-        run = partial(self._model.decode, latents(self._model.config, size, self._dtype))
+        run = partial(self._model.decode, decode_inputs(self._model.config, size, self._dtype))
         return self._weights, _working(self._model, run)
+
+
+def decode_inputs(vae_config: Mapping[str, Any], size: MediaSize, dtype: torch.dtype) -> torch.Tensor:
+    """What `vae.decode` takes: [1, C, H, W], or [1, C, F, H, W] of the VAEs that know time."""
+    if "z_dim" in vae_config:
+        space = 2 ** len(vae_config["temperal_downsample"])
+        time = 2 ** sum(vae_config["temperal_downsample"])
+        frames = (size.num_frames - 1) // time + 1
+        shape = (1, vae_config["z_dim"], frames, size.height // space, size.width // space)
+        return torch.empty(shape, dtype=dtype, device=META)
+    space = 2 ** (len(vae_config["block_out_channels"]) - 1)
+    shape_2d = (1, vae_config["latent_channels"], size.height // space, size.width // space)
+    return torch.empty(shape_2d, dtype=dtype, device=META)
 
 
 def _model(skeleton: nn.Module, config: MemoryConfig) -> Any:
