@@ -26,10 +26,6 @@ class DefaultsConfig(Config):
     num_frames: int | None = Field(None, ge=1)
     fps: int | None = Field(None, ge=1, le=120)
 
-    def over(self, family: Family) -> Defaults:
-        """What is said here, and the family's own where nothing is."""
-        return replace(family.defaults, **{name: value for name, value in self if value is not None})
-
 
 class ModelConfig(Config):
     """A diffusers checkpoint and the name it is served under."""
@@ -49,6 +45,17 @@ class ModelConfig(Config):
         description="sizes that every stage runs through before it is ready, so that no user waits for compiling: "
         "1024x1024, or with the frames of a video 832x480x81",
     )
+
+    @property
+    def architecture(self) -> Family:
+        """Of the family, which must be said here (checkpoints/source.py: with_family)."""
+        assert self.family is not None
+        return FAMILIES[self.family]
+
+    @property
+    def request_defaults(self) -> Defaults:
+        """What is said here, and the family's own where nothing is."""
+        return replace(self.architecture.defaults, **self.defaults.model_dump(exclude_none=True))
 
     @field_validator("family")
     @classmethod

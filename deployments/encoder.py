@@ -21,12 +21,10 @@ if TYPE_CHECKING:
 class Encoder:
     """Serves `encode`. One thread encodes: tokenizers are not thread-safe."""
 
-    def __init__(
-        self, model: ModelConfig, family: str, config: EncoderConfig, warm_up: WarmUp = NO_WARM_UP
-    ) -> None:
+    def __init__(self, model: ModelConfig, config: EncoderConfig, warm_up: WarmUp = NO_WARM_UP) -> None:
         began = time.perf_counter()
         self._lane = Lane("encode")
-        self._stage = load_stage("encode", model, family, config)
+        self._stage = load_stage("encode", model, config)
         self._lane.run_first(self._stage.warm_up, warm_up)
         self._cache = EmbeddingCache(int(config.cache_mib * 2**20))
         self._running: dict[Prompt, asyncio.Future[Embeds]] = {}

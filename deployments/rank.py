@@ -16,8 +16,8 @@ log = logging.getLogger("ray.serve")
 class Rank:
     """Holds consecutive blocks of the denoiser. Dies with its group: a ring with a gap serves nobody."""
 
-    def __init__(self, rank: int, model: ModelConfig, family: str, config: TransformerConfig) -> None:
-        self._stage = load_stage("follow", model, family, config, rank)
+    def __init__(self, rank: int, model: ModelConfig, config: TransformerConfig) -> None:
+        self._stage = load_stage("follow", model, config, rank)
 
     async def place(self) -> Place:
         return this_place()

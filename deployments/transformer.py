@@ -43,16 +43,14 @@ class Transformer:
     With several shards this process is rank 0, and its children, in its placement group, are the others.
     """
 
-    def __init__(
-        self, model: ModelConfig, family: str, config: TransformerConfig, warm_up: WarmUp = NO_WARM_UP
-    ) -> None:
+    def __init__(self, model: ModelConfig, config: TransformerConfig, warm_up: WarmUp = NO_WARM_UP) -> None:
         began = time.perf_counter()
         self._threads = ThreadPoolExecutor(config.max_ongoing_requests, thread_name_prefix="denoise")
         self._group: ShardGroup | None = None
         self._stage: Any = None
         if config.num_ranks > 1:  # first of all: the children start while this process imports torch
-            self._group = ShardGroup(Rank, config.num_ranks, config, model, family, config)
-        self._stage = load_stage("denoise", model, family, config)
+            self._group = ShardGroup(Rank, config.num_ranks, config, model, config)
+        self._stage = load_stage("denoise", model, config)
         self._connect()
         self._stage.warm_up(warm_up)
         self._answered_bytes = 0

@@ -23,14 +23,14 @@ class Vae:
     A picture waits for at most one partial picture, the one that is being decoded.
     """
 
-    def __init__(self, model: ModelConfig, family: str, config: VaeConfig, warm_up: WarmUp = NO_WARM_UP) -> None:
+    def __init__(self, model: ModelConfig, config: VaeConfig, warm_up: WarmUp = NO_WARM_UP) -> None:
         began = time.perf_counter()
         self._lane = Lane("decode")
         self._num_pictures = self._num_partial = 0
         self._max_partial = config.max_ongoing_requests // 2
         self._no_picture_waits, self._partial_turn = asyncio.Event(), asyncio.Lock()
         self._no_picture_waits.set()
-        self._stage = load_stage("decode", model, family, config)
+        self._stage = load_stage("decode", model, config)
         self._lane.run_first(self._stage.warm_up, warm_up)
         self._num_decoded = self._answered_bytes = 0
         self._metrics = StageMetrics(stage="decode", rank=0, model=model.name)

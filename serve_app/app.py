@@ -5,8 +5,8 @@ from ray import serve
 from ray.serve import Application, Deployment
 
 from cluster.serve_options import HEAD_NODE, plan_serve_options
-from deployments.checkpoints.source import detect_family
-from deployments.config import ModelConfig, StageConfig
+from deployments.checkpoints.source import with_family
+from deployments.config import StageConfig
 from deployments.encoder import Encoder
 from deployments.transformer import Transformer
 from deployments.vae import Vae
@@ -22,11 +22,11 @@ def build_app(config: AppConfig) -> Application:
 
     Raises ConfigError, also if the cluster has too few GPUs or too small ones.
     """
+    config = resolve_family(config)
     model, timeout_s = config.model, config.limits.request_timeout_s
-    family = find_family(model)
-    check_defaults(model, family, config.limits)
-    check_room(config, family)
-    warm_up = WarmUp(plan_warm_up(model, family, config.limits), config.encoder.max_sequence_length)
+    check_defaults(model, config.limits)
+    check_room(config)
+    warm_up = WarmUp(plan_warm_up(model, config.limits), config.encoder.max_sequence_length)
 
     def stage(deployment: type, stage_config: StageConfig) -> Application:
         options = plan_serve_options(
@@ -35,11 +35,10 @@ def build_app(config: AppConfig) -> Application:
             num_shards=stage_config.num_ranks,
             reports_load=stage_config.reports_load,
         )
-        return serve.deployment(deployment).options(**options).bind(model, family, stage_config, warm_up)
+        return serve.deployment(deployment).options(**options).bind(model, stage_config, warm_up)
 
     return build_ingress(config).bind(
         model,
-        family,
         config.limits,
         stage(Encoder, config.encoder),
         stage(Transformer, config.transformer),
@@ -64,12 +63,12 @@ def build_ingress(config: AppConfig) -> Deployment:
 
 def build_validator(config: AppConfig) -> Validator:
     """What this app's ingress will judge requests by."""
-    return Validator(config.model, find_family(config.model), config.limits)
+    return Validator(resolve_family(config).model, config.limits)
 
 
-def find_family(model: ModelConfig) -> str:
-    """As configured, or as the checkpoint says. Raises ConfigError if there is no such checkpoint."""
+def resolve_family(config: AppConfig) -> AppConfig:
+    """The same, the model's family as said or as the checkpoint says. Raises ConfigError if there is none such."""
     try:
-        return model.family or detect_family(model.checkpoint, model.revision)
+        return config.model_copy(update={"model": with_family(config.model)})
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(f"model.checkpoint: {error}") from error

@@ -12,8 +12,8 @@ import yaml
 from rich.console import Console
 
 from cluster.inventory import parse_gpus
+from deployments.checkpoints.source import with_family
 from deployments.config import ModelConfig
-from deployments.families import FAMILIES, Family
 from deployments.plan.advice import Admitted
 from deployments.plan.picture import draw_placement
 from deployments.plan.plan import SizesOf, Stages, plan
@@ -22,8 +22,8 @@ from deployments.plan.propose import propose
 from deployments.plan.report import plan_as_json, print_plan
 from deployments.plan.sizes import default_size, largest
 from deployments.request import MediaSize
-from serve_app.app import find_family
-from serve_app.config import APP_NAME, AppConfig, ConfigError, LimitsConfig, load_app_config
+from serve_app.app import resolve_family
+from serve_app.config import APP_NAME, IMPORT_PATH, AppConfig, ConfigError, LimitsConfig, load_app_config
 
 WIDTH = 110
 """Columns of a plan that goes into a file or a pipe."""
@@ -54,11 +54,10 @@ def plan_command(
     """What fits where: bytes, working memory, cuts, placement, throughput. Reads configs, no weights."""
     try:
         inventory = parse_gpus(gpus) if gpus else ()
-        app = _app_config(config, model, str(configs_dir or ""))
-        family = FAMILIES[find_family(app.model)]
-        sizes = _sizes(size, app.model, family)
+        app = resolve_family(_app_config(config, model, str(configs_dir or "")))
+        sizes = _sizes(size, app.model)
         measured = None if profile is None else read_profile(profile)
-        sizes_of = _sizes_of(app.model, family, configs_dir, sizes)
+        sizes_of = _sizes_of(app.model, configs_dir, sizes)
         stages = Stages(app.encoder, app.transformer, app.vae)
         if config is None:
             if not inventory:
@@ -99,13 +98,12 @@ def profile_command(
     steps: Annotated[int, typer.Option(min=2, help="denoising steps to measure")] = 4,
 ) -> None:
     """Measure encode, every block and decode on this machine, for `relay plan --profile`. Loads the weights."""
-    app = load_app_config(config)
-    family = find_family(app.model)
-    sizes = _sizes(size, app.model, FAMILIES[family])
+    app = resolve_family(load_app_config(config))
+    sizes = _sizes(size, app.model)
     stages = Stages(app.encoder, app.transformer, app.vae)
     measure = importlib.import_module("deployments.plan.measure").measure
     machine = importlib.import_module("cluster.machine").describe_machine()
-    times = measure(app.model, family, stages, sizes, num_steps=steps)
+    times = measure(app.model, stages, sizes, num_steps=steps)
     write_profile(Profile(machine, app.model.checkpoint, times), out)
     for name, found in times.items():
         seconds = found.rank_s(0, len(found.blocks_s))
@@ -124,15 +122,15 @@ def _app_config(path: Path | None, model: str | None, configs_dir: str) -> AppCo
     if model is None:
         raise ConfigError("nothing to plan: name a config, or a checkpoint by --model")
     name = re.sub(r"[^a-z0-9]+", "-", model.rpartition("/")[2].lower()).strip("-")
-    found = ModelConfig(name=name, checkpoint=model)
+    family = None
     if configs_dir:
-        found = found.model_copy(update={"family": find_family(ModelConfig(name=name, checkpoint=configs_dir))})
-    return AppConfig(model=found)
+        family = with_family(ModelConfig(name=name, checkpoint=configs_dir)).family
+    return AppConfig(model=ModelConfig(name=name, checkpoint=model, family=family))
 
 
-def _sizes(asked: list[str] | None, model: ModelConfig, family: Family) -> tuple[MediaSize, ...]:
+def _sizes(asked: list[str] | None, model: ModelConfig) -> tuple[MediaSize, ...]:
     """As asked, or the one a request gets by default."""
-    default = default_size(model, family)
+    default, multiple = default_size(model), model.architecture.size_multiple
     if not asked:
         return (default,)
     found = []
@@ -141,8 +139,8 @@ def _sizes(asked: list[str] | None, model: ModelConfig, family: Family) -> tuple
         if match is None:
             raise ConfigError(f"--size {text!r} is no size: write 1024x1024, or 832x480x81 for a video")
         width, height = int(match[1]), int(match[2])
-        if width % family.size_multiple or height % family.size_multiple:
-            raise ConfigError(f"--size {text}: width and height must be multiples of {family.size_multiple}")
+        if width % multiple or height % multiple:
+            raise ConfigError(f"--size {text}: width and height must be multiples of {multiple}")
         found.append(MediaSize(width, height, int(match[3] or default.num_frames)))
     return tuple(found)
 
@@ -157,10 +155,8 @@ def _admitted(limits: LimitsConfig) -> Admitted:
     return Admitted(limits.max_concurrent_requests, limits.max_pixels, limits.max_num_frames)
 
 
-def _sizes_of(
-    model: ModelConfig, family: Family, configs_dir: Path | None, sizes: tuple[MediaSize, ...]
-) -> SizesOf:
-    description = importlib.import_module("deployments.plan.describe").Description(model, family, configs_dir)
+def _sizes_of(model: ModelConfig, configs_dir: Path | None, sizes: tuple[MediaSize, ...]) -> SizesOf:
+    description = importlib.import_module("deployments.plan.describe").Description(model, configs_dir)
 
     def sizes_of(stages: Stages) -> Any:
         return description.sizes(stages.encoder, stages.transformer, stages.vae, sizes)
@@ -180,7 +176,7 @@ def _render(app: AppConfig, stages: Stages, gpus: str) -> str:
     application = {
         "name": APP_NAME,
         "route_prefix": "/",
-        "import_path": "serve_app.app:build_app",
+        "import_path": IMPORT_PATH,
         "args": args,
     }
     served = {

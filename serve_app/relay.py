@@ -26,7 +26,6 @@ class Relay:
     def __init__(
         self,
         model: ModelConfig,
-        family: str,
         limits: LimitsConfig,
         encoder: Any,
         transformer: Any,
@@ -34,7 +33,7 @@ class Relay:
     ) -> None:
         self._model, self._limits = model, limits
         self._stages = Stages(encoder, transformer, vae)
-        self.validator = Validator(model, family, limits)
+        self.validator = Validator(model, limits)
         self._created = int(time.time())
         self._metrics = StageMetrics(stage="ingress", rank=0, model=model.name)
         export_regularly(self._metrics.export_requests)

@@ -6,7 +6,6 @@ import logging
 from ray.exceptions import RayError
 
 from cluster.nodes import cluster_gpus, is_connected, may_grow, run_apart
-from deployments.families import FAMILIES
 from deployments.plan.plan import Stages
 from deployments.plan.room import find_lack
 from deployments.plan.sizes import ModelSizes, default_size
@@ -16,7 +15,7 @@ from serve_app.config import AppConfig, ConfigError
 log = logging.getLogger("ray.serve")
 
 
-def check_room(config: AppConfig, family: str) -> None:
+def check_room(config: AppConfig) -> None:
     """Warns of what may be too little, and costs nothing where no stage asks for a GPU.
 
     Raises ConfigError where what is lacking is sure and no nodes may come that have it.
@@ -28,7 +27,7 @@ def check_room(config: AppConfig, family: str) -> None:
     sizes = None
     if gpus and all(gpu.memory_bytes for gpu in gpus):
         try:
-            sizes = run_apart(describe, config, family, default_size(config.model, FAMILIES[family]))
+            sizes = run_apart(describe, config, default_size(config.model))
         except RayError as error:  # what cannot be planned may still run
             log.warning("memory was not planned: %s", error)
     lack = find_lack(stages, sizes, gpus)
@@ -40,8 +39,8 @@ def check_room(config: AppConfig, family: str) -> None:
         raise ConfigError("; ".join(lack.surely))
 
 
-def describe(config: AppConfig, family: str, size: MediaSize) -> ModelSizes:
+def describe(config: AppConfig, size: MediaSize) -> ModelSizes:
     """On the meta device, so in a process that may import torch."""
-    description = importlib.import_module("deployments.plan.describe").Description(config.model, FAMILIES[family])
+    description = importlib.import_module("deployments.plan.describe").Description(config.model)
     sizes: ModelSizes = description.sizes(config.encoder, config.transformer, config.vae, (size,))
     return sizes

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from deployments.config import WARM_UP_SIZE, DefaultsConfig, ModelConfig
-from deployments.families import FAMILIES, Family
 from deployments.request import GenerationRequest, Prompt, StreamOptions
 from serve_app.config import ConfigError, LimitsConfig
 from serve_app.errors import BadRequest, UnknownModel
@@ -23,10 +22,9 @@ SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 class Validator:
     """Judges bodies for one served model."""
 
-    def __init__(self, model: ModelConfig, family: str, limits: LimitsConfig) -> None:
+    def __init__(self, model: ModelConfig, limits: LimitsConfig) -> None:
         self._model, self._limits = model, limits
-        self.family: Family = FAMILIES[family]
-        self.defaults = model.defaults.over(self.family)
+        self.family, self.defaults = model.architecture, model.request_defaults
 
     def requests(self, fields: Mapping[str, Any]) -> list[GenerationRequest]:
         """The fields of an image's or a video's body, whichever this model makes.
@@ -171,23 +169,23 @@ class Validator:
         return scales[0], scales[1]
 
 
-def check_defaults(model: ModelConfig, family: str, limits: LimitsConfig) -> None:
+def check_defaults(model: ModelConfig, limits: LimitsConfig) -> None:
     """Judges the defaults like a request that spells them out. Raises ConfigError."""
-    defaults = model.defaults.over(FAMILIES[family])
+    defaults = model.request_defaults
     given = model.defaults.model_dump(exclude_none=True, exclude={"width", "height"})
     fields = {"num_inference_steps": defaults.num_inference_steps, "size": f"{defaults.width}x{defaults.height}"}
-    if FAMILIES[family].media == "video":
+    if model.architecture.media == "video":
         fields["num_frames"] = defaults.num_frames
-    judge = Validator(model.model_copy(update={"defaults": DefaultsConfig()}), family, limits)
+    judge = Validator(model.model_copy(update={"defaults": DefaultsConfig()}), limits)
     try:
         judge.requests({"prompt": "-"} | fields | given)
     except BadRequest as error:
         raise ConfigError(f"model.defaults, or the family's where it says nothing: {error}") from error
 
 
-def plan_warm_up(model: ModelConfig, family: str, limits: LimitsConfig) -> tuple[GenerationRequest, ...]:
+def plan_warm_up(model: ModelConfig, limits: LimitsConfig) -> tuple[GenerationRequest, ...]:
     """A guided request of two steps for each size in `model.warm_up`. Raises ConfigError."""
-    judge = Validator(model, family, limits)
+    judge = Validator(model, limits)
     steps = min(2, limits.max_num_inference_steps)  # a second, for what is recorded or fetched ahead by then
     blank = {"prompt": "-", "negative_prompt": "", "num_inference_steps": steps}
     requests: list[GenerationRequest] = []

@@ -23,7 +23,7 @@ from ray.serve.schema import TracingConfig
 from deployments.checkpoints.source import fetch_checkpoint
 from deployments.config import ModelConfig
 from deployments.families import FAMILIES
-from serve_app.app import build_app, build_ingress
+from serve_app.app import build_app, build_ingress, resolve_family
 from serve_app.config import AppConfig, LimitsConfig, parse_app_config
 
 torch.set_num_threads(1)
@@ -154,8 +154,8 @@ def start_ingress(flux_app: App) -> Iterator[Callable[..., App]]:
             stages_of.deployment(stage) if isinstance(stage, str) else stage
             for stage in ("Encoder", "Transformer", vae)
         ]
-        config = AppConfig(model=model, limits=LimitsConfig(**limits))
-        app = build_ingress(config).bind(model, family, config.limits, *stages)
+        config = resolve_family(AppConfig(model=model, limits=LimitsConfig(**limits)))
+        app = build_ingress(config).bind(config.model, config.limits, *stages)
         handle = serve.run(app, name=name, route_prefix=f"/{name}")
         apps.append(App(flux_app.url.rpartition("/")[0], name, handle, family))
         return apps[-1]

@@ -15,7 +15,6 @@ import pytest
 import yaml
 
 from cluster.inventory import parse_gpus
-from deployments.families import FAMILIES
 from deployments.plan.describe import Description
 from deployments.plan.place import place
 from deployments.plan.plan import Stages, demands_of
@@ -91,11 +90,10 @@ def test_every_config_is_in_the_readme() -> None:
 def test_a_gpu_config_fits_the_cards_it_is_for(name: str, gpus: str) -> None:
     """A request by the defaults included, from the published architecture."""
     config = load_app_config(ROOT / "configs" / name)
-    assert config.model.family is not None
-    family, stages = FAMILIES[config.model.family], Stages(config.encoder, config.transformer, config.vae)
+    stages = Stages(config.encoder, config.transformer, config.vae)
     folder = PUBLISHED / next(folder for key, folder in FOLDERS.items() if name.startswith(key))
-    description = Description(config.model, family, folder)
-    sizes = description.sizes(*stages.by_stage().values(), (default_size(config.model, family),))
+    description = Description(config.model, folder)
+    sizes = description.sizes(*stages.by_stage().values(), (default_size(config.model),))
     assert not place(demands_of(stages, sizes), parse_gpus(gpus)).shortfalls()
 
 

@@ -15,11 +15,11 @@ ModelIndex = Mapping[str, Any]
 """A checkpoint's model_index.json: component names with [library, class], and settings."""
 
 
-def fetch_stage(model: ModelConfig, family: Family, stage: Stage) -> tuple[Path, ModelIndex]:
+def fetch_stage(model: ModelConfig, stage: Stage) -> tuple[Path, ModelIndex]:
     """The checkpoint's folder, holding at least what `stage` needs, and its model_index.json."""
     source = {"revision": model.revision, "variant": model.variant}
     index = json.loads((fetch_checkpoint(model.checkpoint, (), **source) / "model_index.json").read_text())
-    folder = fetch_checkpoint(model.checkpoint, stage_components(index, family, stage), **source)
+    folder = fetch_checkpoint(model.checkpoint, stage_components(index, model.architecture, stage), **source)
     return folder, index
 
 

@@ -27,14 +27,10 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-FAMILY_BY_PIPELINE: dict[str, str] = {
-    "FluxPipeline": "flux",
-    "StableDiffusionPipeline": "sd15",
-    "StableDiffusionXLPipeline": "sdxl",
-    "StableDiffusion3Pipeline": "sd3",
-    "QwenImagePipeline": "qwen-image",
-    "WanPipeline": "wan",
-}
+from deployments.config import ModelConfig
+from deployments.families import FAMILIES
+
+FAMILY_BY_PIPELINE = {family.pipeline_class: name for name, family in FAMILIES.items()}
 """`_class_name` in a checkpoint's model_index.json to the family that runs it."""
 
 _EMBEDDED_PREFIX = "embedded://"
@@ -45,6 +41,12 @@ _TINY_FORMAT = 1
 """Raise it whenever the bytes that `write_tiny_checkpoint` writes change, so that caches start anew."""
 
 _MODEL_INDEX = "model_index.json"
+
+
+def with_family(model: ModelConfig) -> ModelConfig:
+    """The same, its family as said, or else as the checkpoint says. Raises as `detect_family`."""
+    family = model.family or detect_family(model.checkpoint, model.revision)
+    return model.model_copy(update={"family": family})
 
 
 def detect_family(checkpoint: str, revision: str | None) -> str:

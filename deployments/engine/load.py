@@ -19,7 +19,6 @@ from deployments.engine.blocks import BlockBytes, block_bytes, block_names, buil
 from deployments.engine.cut import Boundary
 from deployments.engine.merge import Inputs
 from deployments.engine.shard import Shard, load_shard
-from deployments.families import Family
 from deployments.memory.on_demand import turn_to_load
 from deployments.memory.prepare import Keeper
 from deployments.memory.quantize import plan_quantization
@@ -68,10 +67,10 @@ class LoadedRank:
             return self.shard.run(inputs, boundary)
 
 
-def open_denoiser(model: ModelConfig, family: Family, config: TransformerConfig) -> Denoiser:
+def open_denoiser(model: ModelConfig, config: TransformerConfig) -> Denoiser:
     """Fetches the checkpoint if need be; reads configs only."""
-    folder, index = fetch_stage(model, family, "denoise")
-    name = family.denoiser
+    folder, index = fetch_stage(model, "denoise")
+    name = model.architecture.denoiser
     model_class = getattr(diffusers, index[name][1])
     skeleton = build_skeleton(model_class, folder, name)
     return Denoiser(

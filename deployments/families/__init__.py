@@ -1,4 +1,5 @@
-"""One file per architecture. A new one costs an entry here, a YAML in configs/ and a row in the tests.
+"""One file per architecture. A new one costs an entry here, a YAML in configs/ and a row in the tests; of a denoiser's
+class that merges its forwards or has a tail, a rule in engine/ (merge.RULES, blocks.TAIL).
 
 Nothing here imports torch: the ingress reads sizes and defaults from these entries.
 """

@@ -23,7 +23,6 @@ from deployments.device import resolve_dtype
 from deployments.engine.blocks import BlockBytes, block_bytes, build_skeleton
 from deployments.engine.cut import Cut, CutReached
 from deployments.engine.load import Denoiser, cut_ranks, open_denoiser
-from deployments.families import Family
 from deployments.memory.resident import device_bytes
 from deployments.memory.stored import as_stored, dequantized_bytes, stored_bytes
 from deployments.memory.tiling import set_tiles
@@ -54,11 +53,11 @@ class Working:
 class Description:
     """One checkpoint; tells what its stages need under any settings. Needs its configs and no weights."""
 
-    def __init__(self, model: ModelConfig, family: Family, configs_dir: Path | None = None) -> None:
+    def __init__(self, model: ModelConfig, configs_dir: Path | None = None) -> None:
         """configs_dir: a folder in diffusers' layout to read instead of the checkpoint; weights may be missing."""
         folder = configs_dir or fetch_configs(model.checkpoint, revision=model.revision)
         self._model = model.model_copy(update={"checkpoint": str(folder), "variant": None})
-        self._family = family
+        self._family = model.architecture
         self._folder = folder
         self._index = json.loads((folder / "model_index.json").read_text())
         self._encoder = cache(self._describe_encoder)
@@ -109,7 +108,7 @@ class Description:
         self, key: str, sizes: tuple[MediaSize, ...], num_text_tokens: int
     ) -> tuple[Denoiser, nn.Module, BlockBytes, Working]:
         config = TransformerConfig.model_validate_json(key)
-        denoiser = open_denoiser(self._model, self._family, config)
+        denoiser = open_denoiser(self._model, config)
         stored = as_stored(denoiser.skeleton, config)
         blocks = block_bytes(stored) if denoiser.block_names else BlockBytes(stored_bytes(stored), (), 0)
         model, working = self._working(
@@ -123,13 +122,11 @@ class Description:
     ) -> tuple[nn.Module, Working]:
         """The denoiser on the meta device, not quantised, and what its most expensive size takes."""
         config = TransformerConfig.model_validate_json(key)
-        denoiser = open_denoiser(self._model, self._family, config)
+        denoiser = open_denoiser(self._model, config)
         model = as_stored(denoiser.skeleton, config, is_quantized=False).to(META)
         found = []
         for size in sizes:
-            inputs = denoiser_inputs(
-                denoiser, self._model, self._family, config, size, num_text_tokens=num_text_tokens
-            )
+            inputs = denoiser_inputs(denoiser, self._model, config, size, num_text_tokens=num_text_tokens)
             merged, batch_size = merged_inputs(denoiser, config, inputs)
             run = partial(model, **to_meta(merged), return_dict=False)
             boundary_bytes = _boundary_bytes(denoiser.block_names, model, run)

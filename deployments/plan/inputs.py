@@ -8,7 +8,6 @@ from deployments.config import ModelConfig, TransformerConfig
 from deployments.engine.load import Denoiser
 from deployments.engine.merge import RULES, Inputs, Merger, num_tokens
 from deployments.engine.stand_in import StandIn
-from deployments.families import Family
 from deployments.request import GenerationRequest, MediaSize, Prompt
 from deployments.stages.pipeline import load_pipeline
 
@@ -24,7 +23,6 @@ class _Called(Exception):
 def denoiser_inputs(
     denoiser: Denoiser,
     model: ModelConfig,
-    family: Family,
     config: TransformerConfig,
     size: MediaSize,
     *,
@@ -39,14 +37,14 @@ def denoiser_inputs(
     device = torch.device("cpu")
     stand_in = StandIn(denoiser.skeleton, dtype=denoiser.dtype, device=device, submit=submit)
     setattr(pipe, denoiser.name, stand_in)
-    request = default_request(model, family, size)
-    shapes = family.embed_shapes(denoiser.config, num_text_tokens)
+    request = default_request(model, size)
+    shapes = model.architecture.embed_shapes(denoiser.config, num_text_tokens)
     if request.prompt.is_guided:
         shapes = {**shapes, **{f"negative_{name}": shape for name, shape in shapes.items()}}
     try:
         pipe(
             **{name: torch.zeros(shape, dtype=denoiser.dtype) for name, shape in shapes.items()},
-            **family.call(request),
+            **model.architecture.call(request),
             height=size.height,
             width=size.width,
             num_inference_steps=request.num_inference_steps,
@@ -69,10 +67,10 @@ def merged_inputs(denoiser: Denoiser, config: TransformerConfig, inputs: Inputs)
 
 
 def default_request(
-    model: ModelConfig, family: Family, size: MediaSize, num_inference_steps: int | None = None
+    model: ModelConfig, size: MediaSize, num_inference_steps: int | None = None
 ) -> GenerationRequest:
     """What somebody gets who asks for this size and nothing else."""
-    defaults = model.defaults.over(family)
+    family, defaults = model.architecture, model.request_defaults
     negative = defaults.negative_prompt
     is_guided = family.is_guided(defaults.guidance_scale, defaults.true_cfg_scale, negative is not None)
     return GenerationRequest(

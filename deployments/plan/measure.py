@@ -12,7 +12,6 @@ from torch import nn
 
 from deployments.config import ModelConfig, StageConfig
 from deployments.engine.blocks import block_names, tail_names
-from deployments.families import FAMILIES
 from deployments.plan.inputs import default_request
 from deployments.plan.plan import Stages
 from deployments.plan.profile import Times
@@ -24,13 +23,13 @@ Config = TypeVar("Config", bound=StageConfig)
 
 
 def measure(
-    model: ModelConfig, family: str, stages: Stages, sizes: tuple[MediaSize, ...], *, num_steps: int
+    model: ModelConfig, stages: Stages, sizes: tuple[MediaSize, ...], *, num_steps: int
 ) -> Mapping[str, Times]:
     """By `str(size)`. Each size is drawn twice in `num_steps` steps, and the second time counts.
 
     The denoiser is loaded whole, however config cuts it: it must fit here, if need be by `vram_limit_gib`.
     """
-    loaded = _Loaded(model, family, stages)
+    loaded = _Loaded(model, stages)
     try:
         return {str(size): [loaded.draw(size, num_steps) for _ in range(2)][1] for size in sizes}
     finally:
@@ -40,20 +39,20 @@ def measure(
 class _Loaded:
     """All three stages, in this process."""
 
-    def __init__(self, model: ModelConfig, family: str, stages: Stages) -> None:
-        self._model, self._family = model, FAMILIES[family]
+    def __init__(self, model: ModelConfig, stages: Stages) -> None:
+        self._model = model
         whole = {"shards": 1, "cuts": None, "compile": None}
-        self._encoding = load_stage("encode", model, family, _alone(stages.encoder))
-        self.denoising = load_stage("denoise", model, family, _alone(stages.transformer.model_copy(update=whole)))
-        self._decoding = load_stage("decode", model, family, _alone(stages.vae))
+        self._encoding = load_stage("encode", model, _alone(stages.encoder))
+        self.denoising = load_stage("denoise", model, _alone(stages.transformer.model_copy(update=whole)))
+        self._decoding = load_stage("decode", model, _alone(stages.vae))
         self._holds_still = not any(map(_moves, stages.by_stage().values()))
         self.denoising.connect(None, _raise)
         self._stopwatch = _Stopwatch(self.denoising.loaded.shard.model)
 
     def draw(self, size: MediaSize, num_steps: int) -> Times:
         """One picture, and how long every part of it took."""
-        request = default_request(self._model, self._family, size, num_steps)
-        usual = default_request(self._model, self._family, size).num_inference_steps
+        request = default_request(self._model, size, num_steps)
+        usual = default_request(self._model, size).num_inference_steps
         watch, working = self._stopwatch, dict[str, int]()
         watch.clear()
         embeds, encode_s = _timed("encode", working, partial(self._encoding.encode, request.prompt))

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 
 from deployments.checkpoints.components import Stage
 from deployments.config import ModelConfig
-from deployments.families import Family
 from deployments.memory.limit import OVERHEAD_BYTES
 from deployments.request import MediaSize
 
@@ -95,9 +94,9 @@ class ModelSizes:
         return {"encode": self.encode, "denoise": self.denoise, "decode": self.decode}[stage]
 
 
-def default_size(model: ModelConfig, family: Family) -> MediaSize:
+def default_size(model: ModelConfig) -> MediaSize:
     """What a request gets that asks for none."""
-    defaults = model.defaults.over(family)
+    defaults = model.request_defaults
     return MediaSize(defaults.width, defaults.height, defaults.num_frames)
 
 

@@ -19,8 +19,8 @@ STAGES = {
 }
 
 
-def load_stage(stage: str, model: ModelConfig, family: str, config: StageConfig, *args: Any) -> Any:
+def load_stage(stage: str, model: ModelConfig, config: StageConfig, *args: Any) -> Any:
     """Build a stage by name. Looked up late: a replica does everything of Ray before it imports torch."""
     skip_unneeded(model, config)
     module, _, name = STAGES[stage].partition(":")
-    return getattr(importlib.import_module(module), name)(model, family, config, *args)
+    return getattr(importlib.import_module(module), name)(model, config, *args)

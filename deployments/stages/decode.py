@@ -8,7 +8,6 @@ import torch
 from deployments.checkpoints.components import fetch_stage, stage_components
 from deployments.config import ModelConfig, VaeConfig
 from deployments.device import resolve_device, resolve_dtype
-from deployments.families import FAMILIES
 from deployments.memory.on_demand import turn_to_load
 from deployments.memory.prepare import Keeper
 from deployments.memory.share import take_share
@@ -23,10 +22,10 @@ from deployments.warm_up import WarmUp
 class Decoding:
     """The checkpoint's VAE."""
 
-    def __init__(self, model: ModelConfig, family: str, config: VaeConfig) -> None:
+    def __init__(self, model: ModelConfig, config: VaeConfig) -> None:
         torch.set_num_threads(config.num_threads)
-        self._family = FAMILIES[family]
-        folder, index = fetch_stage(model, self._family, "decode")
+        self._family = model.architecture
+        folder, index = fetch_stage(model, "decode")
         keep = stage_components(index, self._family, "decode")
         self._device = resolve_device(config)
         share = take_share(config, self._device)

@@ -26,7 +26,6 @@ from deployments.engine.outline import Outliner
 from deployments.engine.stand_in import StandIn
 from deployments.engine.step_queue import Seat
 from deployments.engine.work import Leader
-from deployments.families import FAMILIES
 from deployments.families.family import Embeds
 from deployments.request import GenerationRequest
 from deployments.stages.follow import rank_stats
@@ -43,10 +42,10 @@ OnStep = Callable[[int, torch.Tensor], None]
 class Denoising:
     """The checkpoint's scheduler and rank 0's shard of its denoiser. Thread-safe once connected."""
 
-    def __init__(self, model: ModelConfig, family: str, config: TransformerConfig) -> None:
+    def __init__(self, model: ModelConfig, config: TransformerConfig) -> None:
         torch.set_num_threads(config.num_threads)
-        self._family, self._config = FAMILIES[family], config
-        self._denoiser = open_denoiser(model, self._family, config)
+        self._family, self._config = model.architecture, config
+        self._denoiser = open_denoiser(model, config)
         self.loaded = load_rank(self._denoiser, model, config, rank=0)
         self._store: TCPStore | None = None
         self._pipe = load_pipeline(

@@ -5,7 +5,6 @@ import torch
 from deployments.checkpoints.components import fetch_stage, stage_components
 from deployments.config import EncoderConfig, ModelConfig
 from deployments.device import resolve_device
-from deployments.families import FAMILIES
 from deployments.families.family import Embeds
 from deployments.memory.on_demand import turn_to_load
 from deployments.memory.prepare import Keeper
@@ -18,11 +17,11 @@ from deployments.warm_up import WarmUp
 class TextEncoding:
     """The checkpoint's text encoders and tokenizers. Not thread-safe: tokenizers keep their padding state."""
 
-    def __init__(self, model: ModelConfig, family: str, config: EncoderConfig) -> None:
+    def __init__(self, model: ModelConfig, config: EncoderConfig) -> None:
         torch.set_num_threads(config.num_threads)
-        self._family = FAMILIES[family]
+        self._family = model.architecture
         self._max_sequence_length = config.max_sequence_length or self._family.max_sequence_length
-        folder, index = fetch_stage(model, self._family, "encode")
+        folder, index = fetch_stage(model, "encode")
         keep = stage_components(index, self._family, "encode")
         device = resolve_device(config)
         share = take_share(config, device)

@@ -13,17 +13,16 @@ from deployments.engine.load import Denoiser, LoadedRank, load_rank, open_denois
 from deployments.engine.merge import Merger
 from deployments.engine.outline import Holder
 from deployments.engine.work import Follower
-from deployments.families import FAMILIES
 from deployments.stats import RankStats
 
 
 class Following:
     """Rank `rank` of a shard group."""
 
-    def __init__(self, model: ModelConfig, family: str, config: TransformerConfig, rank: int) -> None:
+    def __init__(self, model: ModelConfig, config: TransformerConfig, rank: int) -> None:
         torch.set_num_threads(config.num_threads)
         self._rank = rank
-        self._denoiser = open_denoiser(model, FAMILIES[family], config)
+        self._denoiser = open_denoiser(model, config)
         self._loaded = load_rank(self._denoiser, model, config, rank)
 
     def connect(self, rendezvous: Rendezvous, on_lost: Callable[[BaseException], None]) -> None:

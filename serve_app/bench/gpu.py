@@ -121,8 +121,9 @@ def _write(family: str, folder: Path, *, is_quick: bool) -> ModelConfig:
         raise OSError(f"{folder.parent} {free_gb:.0f} GB free, and {family} takes {DISK_GB[family]}: set TMPDIR")
     write_large(family, folder, sizes, torch.device("cuda" if HAS_GPU else "cpu"))
     pixels = 64 if is_quick else 1024
+    defaults = {"width": pixels, "height": pixels}
     return ModelConfig.model_validate(
-        {"name": family, "checkpoint": str(folder), "defaults": {"width": pixels, "height": pixels}}
+        {"name": family, "checkpoint": str(folder), "family": family, "defaults": defaults}
     )
 
 

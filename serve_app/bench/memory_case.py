@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from deployments.checkpoints.source import detect_family, fetch_checkpoint
+from deployments.checkpoints.source import fetch_checkpoint
 from deployments.config import EncoderConfig, ModelConfig, TransformerConfig, VaeConfig
-from deployments.families import FAMILIES
 from deployments.stages import load_stage
 from deployments.stats import MemoryStats
 from serve_app.bench.models import bench_request, fail
@@ -65,20 +64,19 @@ class _Relay:
     """The three stages in this process, as their replicas run them."""
 
     def __init__(self, model: ModelConfig, stages: Mapping[str, Any], num_steps: int) -> None:
-        family = model.family or detect_family(model.checkpoint, model.revision)
         shared = {"num_gpus": 1 if HAS_GPU else 0, "torch_threads": os.cpu_count()}
-        tokens = None if FAMILIES[family].max_sequence_length is None else NUM_TEXT_TOKENS
+        tokens = None if model.architecture.max_sequence_length is None else NUM_TEXT_TOKENS
         encoder = EncoderConfig(**shared | {"max_sequence_length": tokens} | stages.get("encoder", {}))
         transformer = TransformerConfig(
             **shared | {"stuck_after_s": STUCK_AFTER_S} | stages.get("transformer", {})
         )
         vae = VaeConfig(**shared | stages.get("vae", {}))
-        self._encoding = load_stage("encode", model, family, encoder)
-        self._denoising = load_stage("denoise", model, family, transformer)
-        self._decoding = load_stage("decode", model, family, vae)
+        self._encoding = load_stage("encode", model, encoder)
+        self._denoising = load_stage("denoise", model, transformer)
+        self._decoding = load_stage("decode", model, vae)
         self._denoising.connect(None, fail)
         self._leaves_when_idle = transformer.leaves_when_idle
-        self._request = bench_request(model, family, num_steps)
+        self._request = bench_request(model, num_steps)
         self._num_pictures = 0
 
     def __call__(self) -> None:
@@ -118,14 +116,13 @@ class _Plain:
     """diffusers' own pipeline, all of it on the device."""
 
     def __init__(self, model: ModelConfig, _stages: None, num_steps: int) -> None:
-        family = model.family or detect_family(model.checkpoint, model.revision)
         folder = Path(fetch_checkpoint(model.checkpoint, (), revision=model.revision, variant=model.variant))
         self._pipe: Any = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, variant=model.variant)
         self._pipe.to("cuda" if HAS_GPU else "cpu")
         self._pipe.set_progress_bar_config(disable=True)
-        self._request = bench_request(model, family, num_steps)
-        tokens = {} if FAMILIES[family].max_sequence_length is None else {"max_sequence_length": NUM_TEXT_TOKENS}
-        self._settings = {**FAMILIES[family].call(self._request), **tokens}
+        self._request = bench_request(model, num_steps)
+        tokens = {} if model.architecture.max_sequence_length is None else {"max_sequence_length": NUM_TEXT_TOKENS}
+        self._settings = {**model.architecture.call(self._request), **tokens}
 
     def __call__(self) -> None:
         self._pipe(

@@ -5,9 +5,8 @@ from pathlib import Path
 
 from diffusers import FluxPipeline, FluxTransformer2DModel
 
-from deployments.checkpoints.source import fetch_checkpoint
+from deployments.checkpoints.source import fetch_checkpoint, with_family
 from deployments.config import ModelConfig
-from deployments.families import FAMILIES
 from deployments.plan.inputs import default_request
 from deployments.plan.sizes import default_size
 from deployments.request import GenerationRequest, Prompt
@@ -20,14 +19,13 @@ def bench_model(name: str, folder: Path) -> ModelConfig:
         checkpoint, size = "tiny://flux", 64
     elif name == "100M":
         checkpoint, size = str(_write_medium_flux(folder / name)), 256
-    return ModelConfig.model_validate(
-        {"name": name, "checkpoint": checkpoint, "defaults": {"width": size, "height": size}}
-    )
+    defaults = {"width": size, "height": size}
+    return with_family(ModelConfig.model_validate({"name": name, "checkpoint": checkpoint, "defaults": defaults}))
 
 
-def bench_request(model: ModelConfig, family: str, num_steps: int) -> GenerationRequest:
+def bench_request(model: ModelConfig, num_steps: int) -> GenerationRequest:
     """One unguided picture or video by the model's and the family's defaults."""
-    request = default_request(model, FAMILIES[family], default_size(model, FAMILIES[family]), num_steps)
+    request = default_request(model, default_size(model), num_steps)
     return replace(request, prompt=Prompt("a red circle", None, is_guided=False))
 
 

@@ -56,10 +56,10 @@ def run(*, loads: Mapping[str, tuple[int, int]], json_file: Path | None) -> None
 
 def _ways(model: ModelConfig, num_steps: int) -> dict[str, Callable[[], torch.Tensor]]:
     """By design, one denoise, to latents."""
-    request = bench_request(model, FAMILY, num_steps)
-    encoding = load_stage("encode", model, FAMILY, EncoderConfig(max_sequence_length=NUM_TEXT_TOKENS))
+    request = bench_request(model, num_steps)
+    encoding = load_stage("encode", model, EncoderConfig(max_sequence_length=NUM_TEXT_TOKENS))
     embeds = encoding.encode(request.prompt)
-    stage = load_stage("denoise", model, FAMILY, TransformerConfig())
+    stage = load_stage("denoise", model, TransformerConfig())
     stage.connect(None, fail)
     absent: dict[str, Any] = dict.fromkeys(("text_encoder", "text_encoder_2", "vae"))
     pipe: Any = DiffusionPipeline.from_pretrained(fetch_checkpoint(model.checkpoint, ()), **absent)

@@ -11,13 +11,13 @@ from deployments.families import FAMILIES
 from deployments.request import Prompt
 from deployments.stats import EncoderStats
 
-MODEL = ModelConfig(name="tiny", checkpoint="tiny://sd15")
+MODEL = ModelConfig(name="tiny", checkpoint="tiny://sd15", family="sd15")
 CAT = Prompt("a cat", "blurry", is_guided=True)
 
 
 @pytest.fixture
 def encoder() -> Encoder:
-    return Encoder(MODEL, "sd15", EncoderConfig())
+    return Encoder(MODEL, EncoderConfig())
 
 
 def stats(encoder: Encoder) -> EncoderStats:
@@ -77,7 +77,7 @@ def test_a_client_that_leaves_takes_nothing_from_the_others(encoder: Encoder) ->
 
 
 def test_without_a_cache_every_prompt_is_encoded() -> None:
-    encoder = Encoder(MODEL, "sd15", EncoderConfig(cache_mib=0))
+    encoder = Encoder(MODEL, EncoderConfig(cache_mib=0))
     one, other = (asyncio.run(encoder.encode(CAT)) for _ in range(2))
     assert stats(encoder).num_forwards == 2
     assert torch.equal(one.embeds["prompt_embeds"], other.embeds["prompt_embeds"])
@@ -85,8 +85,8 @@ def test_without_a_cache_every_prompt_is_encoded() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_embeddings_are_cpu_tensors_that_can_be_sent_without_a_copy(family: str) -> None:
-    model = ModelConfig(name="tiny", checkpoint=f"tiny://{family}")
-    conditioning = asyncio.run(Encoder(model, family, EncoderConfig()).encode(CAT))
+    model = ModelConfig(name="tiny", checkpoint=f"tiny://{family}", family=family)
+    conditioning = asyncio.run(Encoder(model, EncoderConfig()).encode(CAT))
     tensors = [value for value in conditioning.embeds.values() if value is not None]
     assert tensors
     assert all(value.device.type == "cpu" and value.is_contiguous() for value in tensors)
@@ -94,6 +94,6 @@ def test_embeddings_are_cpu_tensors_that_can_be_sent_without_a_copy(family: str)
 
 
 def test_max_sequence_length_bounds_the_text_tokens() -> None:
-    model = ModelConfig(name="tiny", checkpoint="tiny://flux")
-    encoder = Encoder(model, "flux", EncoderConfig(max_sequence_length=24))
+    model = ModelConfig(name="tiny", checkpoint="tiny://flux", family="flux")
+    encoder = Encoder(model, EncoderConfig(max_sequence_length=24))
     assert asyncio.run(encoder.encode(CAT)).embeds["prompt_embeds"].shape[:2] == (1, 24)

@@ -11,7 +11,7 @@ from deployments.refusal import NeverFits
 from deployments.request import GenerationRequest, Prompt
 from deployments.stages import load_stage
 
-MODEL = ModelConfig(name="tiny", checkpoint="tiny://flux")
+MODEL = ModelConfig(name="tiny", checkpoint="tiny://flux", family="flux")
 TRANSFORMER_GIB = 15.8e6 / 2**30
 """14.2 MB of weights, and 0.66 MB for each forward of 64 x 64, 2.6 MB for one of 256 x 256: two small ones fit."""
 
@@ -25,7 +25,7 @@ def build_request(side: int, seed: int = 0) -> GenerationRequest:
 
 def test_forwards_that_do_not_fit_now_wait_and_those_that_never_fit_are_refused() -> None:
     config = TransformerConfig(memory_limit_gib=TRANSFORMER_GIB, batch_wait_ms=50)
-    stage = load_stage("denoise", MODEL, "flux", config)
+    stage = load_stage("denoise", MODEL, config)
     shapes = stage._family.embed_shapes(stage._denoiser.config, 64)
     embeds = {name: torch.zeros(shape) for name, shape in shapes.items()}
     stage.connect(None, pytest.fail)
@@ -53,7 +53,7 @@ def test_forwards_that_do_not_fit_now_wait_and_those_that_never_fit_are_refused(
 
 
 def test_a_vae_refuses_what_it_could_never_decode_and_goes_on() -> None:
-    stage = load_stage("decode", MODEL, "flux", VaeConfig(memory_limit_gib=2e6 / 2**30))
+    stage = load_stage("decode", MODEL, VaeConfig(memory_limit_gib=2e6 / 2**30))
     with pytest.raises(NeverFits, match="decoding 128x128 needs"):
         stage.decode(torch.zeros(1, 64, 64), build_request(128))
     assert stage.decode(torch.zeros(1, 16, 64), build_request(64)).shape == (1, 64, 64, 3)

@@ -41,8 +41,8 @@ class StageProcess:
     def load(self, stage: str, family: str, config: Any, *args: Any) -> None:
         key = _key(stage, family, config)
         if key not in self._stages:
-            model = ModelConfig(name="tiny", checkpoint=f"tiny://{family}")
-            self._stages[key] = load_stage(stage, model, family, config, *args)
+            model = ModelConfig(name="tiny", checkpoint=f"tiny://{family}", family=family)
+            self._stages[key] = load_stage(stage, model, config, *args)
 
     def call(self, stage: str, family: str, config: Any, method: str, *args: Any) -> Any:
         return getattr(self._stages[_key(stage, family, config)], method)(*args)
@@ -257,8 +257,8 @@ def test_forty_mixed_requests_are_neither_swapped_nor_lost(
 def test_the_ranks_together_hold_the_model_and_the_embedders_once_more_each(
     processes: Processes, family: str
 ) -> None:
-    model = ModelConfig(name="tiny", checkpoint=f"tiny://{family}")
-    weights = block_bytes(open_denoiser(model, FAMILIES[family], processes.config(3)).skeleton)
+    model = ModelConfig(name="tiny", checkpoint=f"tiny://{family}", family=family)
+    weights = block_bytes(open_denoiser(model, processes.config(3)).skeleton)
     processes.connect(family, 3)
     held = [sum(rank.memory.weights_bytes.values()) for rank in processes.stats(family, 3)]
     assert sum(held) == 3 * weights.head + sum(weights.blocks) + weights.tail

@@ -22,7 +22,7 @@ from deployments.request import (
 from deployments.stages import load_stage
 from deployments.transformer import Transformer
 
-MODEL = ModelConfig(name="tiny", checkpoint="tiny://flux")
+MODEL = ModelConfig(name="tiny", checkpoint="tiny://flux", family="flux")
 PROMPT = Prompt("a red fox", None, is_guided=False)
 PROGRESS = StreamOptions(wants_progress=True)
 NUM_THREADS = 4
@@ -48,12 +48,12 @@ def build_request(num_inference_steps: int = 3, seed: int = 5) -> GenerationRequ
 
 @pytest.fixture(scope="module")
 def transformer() -> Transformer:
-    return Transformer(MODEL, "flux", TransformerConfig(max_ongoing_requests=NUM_THREADS))
+    return Transformer(MODEL, TransformerConfig(max_ongoing_requests=NUM_THREADS))
 
 
 @pytest.fixture(scope="module")
 def conditioning() -> Conditioning:
-    encoding = load_stage("encode", MODEL, "flux", EncoderConfig(max_sequence_length=32))
+    encoding = load_stage("encode", MODEL, EncoderConfig(max_sequence_length=32))
     return Conditioning(encoding.encode(PROMPT), 1.0, False)
 
 

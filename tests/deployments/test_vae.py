@@ -20,7 +20,7 @@ LATENTS = {"flux": (1, 12, 64), "sd15": (1, 4, 6, 8), "wan": (1, 16, 2, 6, 8)}
 
 
 def build_model(family: str) -> ModelConfig:
-    return ModelConfig(name="tiny", checkpoint=f"tiny://{family}")
+    return ModelConfig(name="tiny", checkpoint=f"tiny://{family}", family=family)
 
 
 def build_request(output_format: OutputFormat, output_compression: int = 100) -> GenerationRequest:
@@ -34,7 +34,7 @@ def build_latents(family: str) -> torch.Tensor:
 
 def decode(family: str, request: GenerationRequest) -> tuple[Media, Any]:
     """What the deployment makes of some latents, and the frames in it before they became a file."""
-    vae, stage = Vae(build_model(family), family, VaeConfig()), Decoding(build_model(family), family, VaeConfig())
+    vae, stage = Vae(build_model(family), VaeConfig()), Decoding(build_model(family), VaeConfig())
     latents = build_latents(family)
     return asyncio.run(vae.decode(latents, request)), stage.decode(latents, request)
 
@@ -65,7 +65,7 @@ def test_a_video_is_an_mp4_of_the_decoded_frames() -> None:
 
 def test_latents_that_may_not_be_written_to_are_left_as_they_are() -> None:
     """So they come from Ray: as views of shared memory."""
-    vae, latents = Vae(build_model("sd15"), "sd15", VaeConfig()), build_latents("sd15")
+    vae, latents = Vae(build_model("sd15"), VaeConfig()), build_latents("sd15")
     before = latents.clone()
     asyncio.run(vae.decode(latents, build_request("png")))
     assert torch.equal(latents, before)
@@ -78,7 +78,7 @@ def test_the_vae_tells_how_long_it_took() -> None:
 
 def test_a_partial_picture_is_decoded_like_a_picture() -> None:
     vae, latents, request = (
-        Vae(build_model("sd15"), "sd15", VaeConfig()),
+        Vae(build_model("sd15"), VaeConfig()),
         build_latents("sd15"),
         build_request("png"),
     )
@@ -90,7 +90,7 @@ def test_a_partial_picture_is_decoded_like_a_picture() -> None:
 def test_pictures_go_before_partial_pictures_that_came_first() -> None:
     """As long as there are any: each comes while another waits."""
     vae, latents, request = (
-        Vae(build_model("sd15"), "sd15", VaeConfig()),
+        Vae(build_model("sd15"), VaeConfig()),
         build_latents("sd15"),
         build_request("png"),
     )
@@ -117,7 +117,7 @@ def test_pictures_go_before_partial_pictures_that_came_first() -> None:
 
 
 def test_partial_pictures_never_fill_the_places_of_pictures() -> None:
-    vae = Vae(build_model("sd15"), "sd15", VaeConfig(max_ongoing_requests=4))
+    vae = Vae(build_model("sd15"), VaeConfig(max_ongoing_requests=4))
     latents, request = build_latents("sd15"), build_request("png")
 
     async def run() -> list[Media | None]:

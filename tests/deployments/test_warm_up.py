@@ -26,23 +26,23 @@ TOKENS = 32
 def build_model(family: str, size: str | None = None) -> ModelConfig:
     if size is None:
         size = "64x48x5" if FAMILIES[family].media == "video" else "64x48"
-    return ModelConfig(name="tiny", checkpoint=f"tiny://{family}", warm_up=(size,))
+    return ModelConfig(name="tiny", checkpoint=f"tiny://{family}", family=family, warm_up=(size,))
 
 
 def build_warm_up(family: str) -> WarmUp:
-    return WarmUp(plan_warm_up(build_model(family), family, LimitsConfig()), TOKENS)
+    return WarmUp(plan_warm_up(build_model(family), LimitsConfig()), TOKENS)
 
 
 def build_request(family: str) -> GenerationRequest:
     """A user's, of the size that is warm."""
     frames = {"num_frames": 5} if FAMILIES[family].media == "video" else {}
     fields = {"prompt": "a red fox in the snow", "size": "64x48", "num_inference_steps": 3, "seed": 5} | frames
-    [request] = Validator(build_model(family), family, LimitsConfig()).requests(fields)
+    [request] = Validator(build_model(family), LimitsConfig()).requests(fields)
     return request
 
 
 def build_stage(stage: str, family: str, config: Any) -> Any:
-    return load_stage(stage, build_model(family), family, config)
+    return load_stage(stage, build_model(family), config)
 
 
 def encoder_config(family: str, **settings: Any) -> EncoderConfig:
@@ -114,7 +114,7 @@ def test_a_replica_is_warm_once_it_is_built(graphs: Any) -> None:
     family = "flux"
     request = build_request(family)
     embeds = build_stage("encode", family, encoder_config(family)).encode(request.prompt)
-    transformer = Transformer(build_model(family), family, TransformerConfig(**COMPILE), build_warm_up(family))
+    transformer = Transformer(build_model(family), TransformerConfig(**COMPILE), build_warm_up(family))
     before = graphs()
 
     async def draw() -> list[Any]:
@@ -136,7 +136,7 @@ def test_a_replica_is_warm_once_it_is_built(graphs: Any) -> None:
 )
 def test_a_size_that_nobody_may_ask_for_is_refused(family: str, size: str, message: str) -> None:
     with pytest.raises(ConfigError, match=f"model.warm_up, {size}: .*{message}"):
-        plan_warm_up(build_model(family, size), family, LimitsConfig())
+        plan_warm_up(build_model(family, size), LimitsConfig())
 
 
 def test_what_is_no_size_is_refused() -> None:

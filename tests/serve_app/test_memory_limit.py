@@ -27,7 +27,7 @@ def app(flux_app: App) -> Iterator[App]:
 
     def stage(deployment: type, config: Any) -> Any:
         options = {"max_ongoing_requests": 32, "ray_actor_options": {"num_cpus": 0.1}}
-        return serve.deployment(deployment).options(**options).bind(MODEL, "flux", config)
+        return serve.deployment(deployment).options(**options).bind(MODEL, config)
 
     stages = (
         flux_app.deployment("Encoder"),
@@ -35,7 +35,7 @@ def app(flux_app: App) -> Iterator[App]:
         stage(Vae, VaeConfig(memory_limit_gib=VAE_GIB)),
     )
     ingress = serve.deployment(serve.ingress()(Ingress)).options(ray_actor_options={"num_cpus": 0})
-    handle = serve.run(ingress.bind(MODEL, "flux", LimitsConfig(), *stages), name="tight", route_prefix="/tight")
+    handle = serve.run(ingress.bind(MODEL, LimitsConfig(), *stages), name="tight", route_prefix="/tight")
     app = App(flux_app.url.rpartition("/")[0], "tight", handle, "flux")
     yield app
     app.client.close()
@@ -47,7 +47,7 @@ def roomy_app(app: App, flux_app: App) -> Iterator[App]:
     """The same transformer before a VAE without a limit."""
     stages = (flux_app.deployment("Encoder"), app.deployment("Transformer"), flux_app.deployment("Vae"))
     ingress = serve.deployment(serve.ingress()(Ingress)).options(ray_actor_options={"num_cpus": 0})
-    handle = serve.run(ingress.bind(MODEL, "flux", LimitsConfig(), *stages), name="roomy", route_prefix="/roomy")
+    handle = serve.run(ingress.bind(MODEL, LimitsConfig(), *stages), name="roomy", route_prefix="/roomy")
     roomy = App(flux_app.url.rpartition("/")[0], "roomy", handle, "flux")
     yield roomy
     roomy.client.close()

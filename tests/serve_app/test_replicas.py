@@ -38,14 +38,12 @@ NUM_WARM_UP_STEPS = 2
 def app(flux_app: App) -> Iterator[App]:
     """Two transformers between the encoder and the VAE of `flux_app`."""
     config = TransformerConfig(num_cpus=0.1, min_replicas=2, max_replicas=2, on_demand={"turn_s": 0.2})
-    warm_up = WarmUp(plan_warm_up(MODEL, "flux", LimitsConfig()), TEXT_TOKENS)
+    warm_up = WarmUp(plan_warm_up(MODEL, LimitsConfig()), TEXT_TOKENS)
     options = plan_serve_options(config, graceful_shutdown_timeout_s=5.0)
-    transformer = serve.deployment(Transformer).options(**options).bind(MODEL, "flux", config, warm_up)
+    transformer = serve.deployment(Transformer).options(**options).bind(MODEL, config, warm_up)
     stages = [flux_app.deployment("Encoder"), transformer, flux_app.deployment("Vae")]
     ingress = serve.deployment(serve.ingress()(Ingress)).options(ray_actor_options={"num_cpus": 0})
-    handle = serve.run(
-        ingress.bind(MODEL, "flux", LimitsConfig(), *stages), name="replicas", route_prefix="/replicas"
-    )
+    handle = serve.run(ingress.bind(MODEL, LimitsConfig(), *stages), name="replicas", route_prefix="/replicas")
     served = App(flux_app.url.rpartition("/")[0], "replicas", handle, "flux")
     yield served
     served.client.close()

@@ -20,8 +20,9 @@ NEVER_GUIDED_ALONE = {"flux", "qwen-image"}
 
 
 def build_validator(family: str, *, limits: dict[str, Any] | None = None, **defaults: Any) -> Validator:
-    model = ModelConfig(name="m", checkpoint=f"tiny://{family}", defaults=DefaultsConfig(**defaults))
-    return Validator(model, family, LimitsConfig(**limits or {}))
+    own = DefaultsConfig(**defaults)
+    model = ModelConfig(name="m", checkpoint=f"tiny://{family}", family=family, defaults=own)
+    return Validator(model, LimitsConfig(**limits or {}))
 
 
 def one(family: str, **fields: Any) -> GenerationRequest:
@@ -200,7 +201,8 @@ def test_the_served_models_name_may_be_left_out_but_not_wrong() -> None:
 def test_a_default_that_a_request_could_not_ask_for_is_refused_before_anything_starts(
     family: str, defaults: dict[str, Any], limits: dict[str, Any], message: str
 ) -> None:
-    model = ModelConfig(name="m", checkpoint=f"tiny://{family}", defaults=DefaultsConfig(**defaults))
+    own = DefaultsConfig(**defaults)
+    model = ModelConfig(name="m", checkpoint=f"tiny://{family}", family=family, defaults=own)
     with pytest.raises(ConfigError, match=r"model\.defaults") as refused:
         build_app(AppConfig(model=model, limits=LimitsConfig(**limits)))
     assert message in str(refused.value)

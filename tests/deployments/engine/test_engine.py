@@ -20,13 +20,12 @@ from deployments.engine.load import load_rank, open_denoiser
 from deployments.engine.merge import Merger
 from deployments.engine.outline import Holder, Outliner
 from deployments.engine.work import Blocks, Follower, Leader
-from deployments.families import FAMILIES
 from deployments.refusal import OutOfShare, ShardGroupLost
 from deployments.request import Prompt
 from deployments.stages import load_stage
 
 CPU = torch.device("cpu")
-MODEL = ModelConfig(name="tiny", checkpoint="tiny://flux")
+MODEL = ModelConfig(name="tiny", checkpoint="tiny://flux", family="flux")
 UNMERGED = Merger("a class without a rule")
 BY_SHAPE = Merger("WanTransformer3DModel")
 SOON_S = 20.0
@@ -34,7 +33,7 @@ SOON_S = 20.0
 
 @pytest.fixture
 def inputs() -> dict[str, Any]:
-    encoding = load_stage("encode", MODEL, "flux", EncoderConfig(max_sequence_length=16))
+    encoding = load_stage("encode", MODEL, EncoderConfig(max_sequence_length=16))
     embeds = encoding.encode(Prompt("a red cat", None, is_guided=False))
     return {
         "hidden_states": torch.randn(1, 16, 64),
@@ -52,7 +51,7 @@ def test_room_is_made_when_the_last_request_has_left(
     inputs: dict[str, Any], settings: dict[str, Any], makes_room: bool
 ) -> None:
     config = TransformerConfig(**settings)
-    denoiser = open_denoiser(MODEL, FAMILIES["flux"], config)
+    denoiser = open_denoiser(MODEL, config)
     merger, idle = Merger(denoiser.model_class.__name__), threading.Semaphore(0)
     shard = load_rank(denoiser, MODEL, config, rank=0).shard
     leader = Leader(shard, merger, Outliner(frozenset()), on_idle=idle.release)

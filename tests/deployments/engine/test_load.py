@@ -12,7 +12,7 @@ from deployments.config import EncoderConfig, ModelConfig, TransformerConfig
 from deployments.request import GenerationRequest, Prompt
 from deployments.stages import load_stage
 
-MODEL = ModelConfig(name="tiny", checkpoint="tiny://flux")
+MODEL = ModelConfig(name="tiny", checkpoint="tiny://flux", family="flux")
 PROMPT = Prompt("a red cat", None, is_guided=False)
 REQUEST = GenerationRequest(PROMPT, 64, 64, 1, 2, 3.5, 1.0, 7, "png", 100, 16)
 
@@ -28,8 +28,8 @@ def test_a_device_map_draws_what_the_plain_pipeline_draws(
     devices: set[str],
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    stage = load_stage("denoise", MODEL, "flux", TransformerConfig(device_map=device_map, max_memory=max_memory))
-    embeds = load_stage("encode", MODEL, "flux", EncoderConfig(max_sequence_length=64)).encode(PROMPT)
+    stage = load_stage("denoise", MODEL, TransformerConfig(device_map=device_map, max_memory=max_memory))
+    embeds = load_stage("encode", MODEL, EncoderConfig(max_sequence_length=64)).encode(PROMPT)
     stage.connect(None, pytest.fail)
     latents = stage.denoise(stage.join(), embeds, REQUEST, on_step=lambda *_: None)
     assert torch.equal(latents, plain("flux", "a red cat", seed=7, num_inference_steps=2, output_type="latent"))

@@ -34,8 +34,8 @@ def private_bytes() -> int:
 
 
 def open_stage(checkpoint: Path, **settings: Any) -> Any:
-    model = ModelConfig(name="m", checkpoint=str(checkpoint))
-    stage = load_stage("denoise", model, "sd15", TransformerConfig(**settings))
+    model = ModelConfig(name="m", checkpoint=str(checkpoint), family="sd15")
+    stage = load_stage("denoise", model, TransformerConfig(**settings))
     stage.connect(None, pytest.fail)
     return stage
 

@@ -27,11 +27,11 @@ class Pipeline:
     """The three stages of a tiny checkpoint in this process, with settings for all of them."""
 
     def __init__(self, family: str, **settings: Any) -> None:
-        self.family, model = family, ModelConfig(name="tiny", checkpoint=f"tiny://{family}")
-        self.encoding = load_stage("encode", model, family, EncoderConfig(**settings))
-        self.denoising = load_stage("denoise", model, family, TransformerConfig(**settings))
+        self.family, model = family, ModelConfig(name="tiny", checkpoint=f"tiny://{family}", family=family)
+        self.encoding = load_stage("encode", model, EncoderConfig(**settings))
+        self.denoising = load_stage("denoise", model, TransformerConfig(**settings))
         self.denoising.connect(None, pytest.fail)
-        self.decoding = load_stage("decode", model, family, VaeConfig(**settings))
+        self.decoding = load_stage("decode", model, VaeConfig(**settings))
 
     def draw(self) -> Any:
         request = build_request(self.family)

@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.usefixtures("own_turns"),
 ]
 
-MODEL = ModelConfig(name="tiny", checkpoint="tiny://flux")
+MODEL = ModelConfig(name="tiny", checkpoint="tiny://flux", family="flux")
 STREAMED = {"kind": "group", "use_stream": True}
 WAYS: tuple[dict[str, Any], ...] = (
     {"offload": "model"},
@@ -51,7 +51,7 @@ class Stage:
 
     def __init__(self, **settings: Any) -> None:
         config = TransformerConfig(num_gpus=1, dtype="bfloat16", **settings)
-        self.denoising = load_stage("denoise", MODEL, "flux", config)
+        self.denoising = load_stage("denoise", MODEL, config)
         self.denoising.connect(None, pytest.fail)
 
     def draw(self) -> torch.Tensor:
@@ -68,7 +68,7 @@ class Stage:
 @cache
 def embeds() -> Any:
     config = EncoderConfig(max_sequence_length=64)
-    return load_stage("encode", MODEL, "flux", config).encode(build_request("flux").prompt)
+    return load_stage("encode", MODEL, config).encode(build_request("flux").prompt)
 
 
 @pytest.mark.parametrize("settings", WAYS, ids=str)

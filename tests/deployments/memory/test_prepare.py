@@ -15,14 +15,14 @@ pytestmark = pytest.mark.usefixtures("own_turns")
 
 
 def model(family: str) -> ModelConfig:
-    return ModelConfig(name="tiny", checkpoint=f"tiny://{family}")
+    return ModelConfig(name="tiny", checkpoint=f"tiny://{family}", family=family)
 
 
 @pytest.mark.parametrize("family", ["flux", "sd3", "qwen-image", "wan"])
 def test_an_encoder_with_weights_in_8_bits_gives_embeddings_in_its_own_dtype(family: str) -> None:
     """transformers tells a model's dtype by its first weight, and pipelines cast what they return to that."""
     config = EncoderConfig(layerwise_casting=True, dtype="bfloat16", max_sequence_length=64)
-    stage = load_stage("encode", model(family), family, config)
+    stage = load_stage("encode", model(family), config)
     assert any("float8" in place for place in stage.keeper.stats().weights_bytes)
     found = {value.dtype for value in stage.encode(build_request(family).prompt).values() if value is not None}
     assert torch.bfloat16 in found
@@ -32,7 +32,7 @@ def test_an_encoder_with_weights_in_8_bits_gives_embeddings_in_its_own_dtype(fam
 @pytest.mark.parametrize("family", ["flux", "qwen-image", "wan"])
 def test_a_vae_that_moves_by_blocks_is_hooked_where_it_is_called(family: str) -> None:
     """Its decode calls the decoder; nobody calls its forward."""
-    stage = load_stage("decode", model(family), family, VaeConfig(offload={"kind": "group", "level": "block"}))
+    stage = load_stage("decode", model(family), VaeConfig(offload={"kind": "group", "level": "block"}))
     decoder = stage._pipe.vae.decoder
     assert HookRegistry.check_if_exists_or_initialize(decoder).get_hook("group_offloading") is not None
 
@@ -40,7 +40,7 @@ def test_a_vae_that_moves_by_blocks_is_hooked_where_it_is_called(family: str) ->
 def test_a_stage_that_has_failed_gives_its_turn_up() -> None:
     """Or the next would wait for as long as a turn may last."""
     config = VaeConfig(on_demand={"turn_s": 600})
-    failing, waiting = (load_stage("decode", model("flux"), "flux", config) for _ in range(2))
+    failing, waiting = (load_stage("decode", model("flux"), config) for _ in range(2))
     with pytest.raises(RuntimeError):
         failing.decode(torch.zeros(1, 7, 64), build_request("flux"))
     with ThreadPoolExecutor(1) as thread:

@@ -25,9 +25,9 @@ def test_every_rank_holds_what_its_skeleton_weighs(
     quantize_on_cpu: None, family: str, technique: dict[str, Any]
 ) -> None:
     """Exactly, but for the notes that bitsandbytes keeps beside each layer: under 1 % of tiny layers."""
-    model = ModelConfig(name="tiny", checkpoint=f"tiny://{family}")
+    model = ModelConfig(name="tiny", checkpoint=f"tiny://{family}", family=family)
     config = TransformerConfig(dtype="bfloat16", shards=2, **technique)
-    denoiser = open_denoiser(model, FAMILIES[family], config)
+    denoiser = open_denoiser(model, config)
     weights = block_bytes(as_stored(denoiser.skeleton, config))
     for rank, blocks in enumerate(plan_ranks(denoiser, config)):
         held = sum(load_rank(denoiser, model, config, rank).keeper.stats().weights_bytes.values())
@@ -36,8 +36,8 @@ def test_every_rank_holds_what_its_skeleton_weighs(
 
 
 def test_the_skeleton_itself_stays_as_it_was() -> None:
-    model = ModelConfig(name="tiny", checkpoint="tiny://sd3")
-    skeleton = open_denoiser(model, FAMILIES["sd3"], TransformerConfig()).skeleton
+    model = ModelConfig(name="tiny", checkpoint="tiny://sd3", family="sd3")
+    skeleton = open_denoiser(model, TransformerConfig()).skeleton
     before = block_bytes(skeleton)
     smaller = block_bytes(as_stored(skeleton, MemoryConfig(dtype="bfloat16", layerwise_casting=True)))
     assert block_bytes(skeleton) == before

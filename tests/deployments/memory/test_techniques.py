@@ -88,8 +88,9 @@ def config(technique: str) -> TransformerConfig:
 
 def draw(family: str, model: ModelConfig | None = None, **settings: Any) -> torch.Tensor:
     """Latents of the denoise stage."""
-    request, model = build_request(family), model or ModelConfig(name="tiny", checkpoint=f"tiny://{family}")
-    stage = load_stage("denoise", model, family, TransformerConfig(**settings))
+    request = build_request(family)
+    model = model or ModelConfig(name="tiny", checkpoint=f"tiny://{family}", family=family)
+    stage = load_stage("denoise", model, TransformerConfig(**settings))
     stage.connect(None, pytest.fail)
     try:
         latents: torch.Tensor = stage.denoise(stage.join(), embeds(family), request, on_step=lambda *_: None)
@@ -100,8 +101,8 @@ def draw(family: str, model: ModelConfig | None = None, **settings: Any) -> torc
 
 @cache
 def embeds(family: str) -> Any:
-    model = ModelConfig(name="tiny", checkpoint=f"tiny://{family}")
-    return load_stage("encode", model, family, build_encoder_config(family)).encode(build_request(family).prompt)
+    model = ModelConfig(name="tiny", checkpoint=f"tiny://{family}", family=family)
+    return load_stage("encode", model, build_encoder_config(family)).encode(build_request(family).prompt)
 
 
 def build_encoder_config(family: str, **settings: Any) -> EncoderConfig:
@@ -249,10 +250,10 @@ def test_a_checkpoint_that_is_stored_quantised_needs_no_config(kind: str, tmp_pa
     """And is refused what a config of the same would be refused."""
     folder = tmp_path / "quantised"
     shutil.copytree(fetch_checkpoint("tiny://flux", ()), folder)
-    stage = load_stage("denoise", ModelConfig(name="m", checkpoint=str(folder)), "flux", config(kind))
+    stage = load_stage("denoise", ModelConfig(name="m", checkpoint=str(folder), family="flux"), config(kind))
     shutil.rmtree(folder / "transformer")
     stage.loaded.shard.model.save_pretrained(folder / "transformer")
-    model = ModelConfig(name="m", checkpoint=str(folder))
+    model = ModelConfig(name="m", checkpoint=str(folder), family="flux")
     assert torch.equal(draw("flux", model), plain_latents("flux", kind))
     with pytest.raises(ValueError, match="transformer is stored quantised, and quantization and vram_limit_gib"):
         draw("flux", model, vram_limit_gib=1)
@@ -261,7 +262,7 @@ def test_a_checkpoint_that_is_stored_quantised_needs_no_config(kind: str, tmp_pa
 @pytest.mark.parametrize("has_run", [False, True])
 def test_an_8_bit_model_that_moves_takes_all_its_layers_hold_along(has_run: bool) -> None:
     """Or what leaves a GPU would stay there. Here another place in memory stands for another device."""
-    stage = load_stage("denoise", ModelConfig(name="m", checkpoint="tiny://flux"), "flux", config("int8"))
+    stage = load_stage("denoise", ModelConfig(name="m", checkpoint="tiny://flux", family="flux"), config("int8"))
     stage.connect(None, pytest.fail)
     model, request = stage.loaded.shard.model, build_request("flux")
     if has_run:
@@ -289,10 +290,10 @@ def held_by_8_bit_layers(model: torch.nn.Module) -> list[torch.Tensor]:
 )
 def test_it_saves_memory(settings: dict[str, Any], ratio: float) -> None:
     """Bytes held, as status tells them, over those of float32."""
-    model = ModelConfig(name="tiny", checkpoint="tiny://flux")
+    model = ModelConfig(name="tiny", checkpoint="tiny://flux", family="flux")
     held = []
     for config in (TransformerConfig(**settings), TransformerConfig()):
-        stage = load_stage("denoise", model, "flux", config)
+        stage = load_stage("denoise", model, config)
         held.append(sum(stage.loaded.keeper.stats().weights_bytes.values()))
     assert held[0] < ratio * held[1]
 
@@ -301,10 +302,10 @@ def test_it_saves_memory(settings: dict[str, Any], ratio: float) -> None:
 @pytest.mark.parametrize("technique", ["nf4", "int8", "fp8"])
 def test_a_shard_quantised_holds_what_the_whole_holds(technique: str, shards: int) -> None:
     """A shard reads only its blocks and quantises them alike: the blocks' state is equal, key by key."""
-    model = ModelConfig(name="tiny", checkpoint="tiny://flux")
-    whole = load_stage("denoise", model, "flux", TransformerConfig(**TECHNIQUES[technique]))
+    model = ModelConfig(name="tiny", checkpoint="tiny://flux", family="flux")
+    whole = load_stage("denoise", model, TransformerConfig(**TECHNIQUES[technique]))
     state = whole.loaded.shard.model.state_dict()
-    part = load_stage("denoise", model, "flux", TransformerConfig(shards=shards, **TECHNIQUES[technique]))
+    part = load_stage("denoise", model, TransformerConfig(shards=shards, **TECHNIQUES[technique]))
     part_state = part.loaded.shard.model.state_dict()
     assert 0 < len(part_state) < len(state)
     for key, value in part_state.items():
@@ -324,8 +325,9 @@ def test_a_shard_quantised_holds_what_the_whole_holds(technique: str, shards: in
 )
 @pytest.mark.parametrize("family", ["flux", "qwen-image"])
 def test_the_encoder_gives_the_same_embeddings(family: str, settings: dict[str, Any]) -> None:
-    model, prompt = ModelConfig(name="tiny", checkpoint=f"tiny://{family}"), build_request(family).prompt
-    stage = load_stage("encode", model, family, build_encoder_config(family, **settings))
+    model = ModelConfig(name="tiny", checkpoint=f"tiny://{family}", family=family)
+    prompt = build_request(family).prompt
+    stage = load_stage("encode", model, build_encoder_config(family, **settings))
     for _ in range(2):
         for name, value in stage.encode(prompt).items():
             torch.testing.assert_close(value, embeds(family)[name], atol=1e-5, rtol=1e-5)
@@ -334,9 +336,9 @@ def test_the_encoder_gives_the_same_embeddings(family: str, settings: dict[str, 
 @pytest.mark.parametrize("components", [None, ("text_encoder_2",)])
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_the_encoder_quantises_the_models_it_is_told_to(kind: str, components: tuple[str, ...] | None) -> None:
-    model = ModelConfig(name="tiny", checkpoint="tiny://flux")
+    model = ModelConfig(name="tiny", checkpoint="tiny://flux", family="flux")
     config = build_encoder_config("flux", quantization={"kind": kind, "components": components})
-    stage = load_stage("encode", model, "flux", config)
+    stage = load_stage("encode", model, config)
     got, whole = stage.encode(build_request("flux").prompt), embeds("flux")
     assert not torch.equal(got["prompt_embeds"], whole["prompt_embeds"])  # T5's
     assert torch.equal(got["pooled_prompt_embeds"], whole["pooled_prompt_embeds"]) == (components is not None)
@@ -344,10 +346,10 @@ def test_the_encoder_quantises_the_models_it_is_told_to(kind: str, components: t
 
 
 def test_an_unknown_component_is_named() -> None:
-    model = ModelConfig(name="tiny", checkpoint="tiny://flux")
+    model = ModelConfig(name="tiny", checkpoint="tiny://flux", family="flux")
     config = build_encoder_config("flux", quantization={"kind": "nf4", "components": ["text_encoder_3"]})
     with pytest.raises(ValueError, match="no text_encoder_3 in this stage; it has text_encoder, text_encoder_2"):
-        load_stage("encode", model, "flux", config)
+        load_stage("encode", model, config)
 
 
 @pytest.mark.parametrize(
@@ -364,9 +366,9 @@ def test_an_unknown_component_is_named() -> None:
 def test_what_does_not_suit_the_model_is_refused_at_start(
     family: str, settings: dict[str, Any], message: str
 ) -> None:
-    model = ModelConfig(name="tiny", checkpoint=f"tiny://{family}")
+    model = ModelConfig(name="tiny", checkpoint=f"tiny://{family}", family=family)
     with pytest.raises(ValueError, match=message):
-        load_stage("denoise", model, family, TransformerConfig(**settings))
+        load_stage("denoise", model, TransformerConfig(**settings))
 
 
 @pytest.mark.parametrize("family", ["flux", "wan"])
@@ -384,22 +386,22 @@ def test_what_does_not_suit_the_model_is_refused_at_start(
 )
 def test_the_vae_decodes_the_same_pixels(family: str, settings: dict[str, Any]) -> None:
     """A picture of one tile is not tiled."""
-    model, request = ModelConfig(name="tiny", checkpoint=f"tiny://{family}"), build_request(family)
+    model, request = ModelConfig(name="tiny", checkpoint=f"tiny://{family}", family=family), build_request(family)
     latents = plain_latents(family, None)
-    whole = load_stage("decode", model, family, VaeConfig()).decode(latents, request)
-    stage = load_stage("decode", model, family, VaeConfig(**settings))
+    whole = load_stage("decode", model, VaeConfig()).decode(latents, request)
+    stage = load_stage("decode", model, VaeConfig(**settings))
     frames = stage.decode(latents, request)
     assert abs(frames.astype(int) - whole.astype(int)).max() <= 1
 
 
 def test_the_vae_in_fp8_decodes_what_diffusers_decodes_in_fp8() -> None:
-    model, request = ModelConfig(name="tiny", checkpoint="tiny://sd15"), build_request("sd15")
+    model, request = ModelConfig(name="tiny", checkpoint="tiny://sd15", family="sd15"), build_request("sd15")
     latents = plain_latents("sd15", None)
     vae: Any = diffusers.AutoencoderKL.from_pretrained(fetch_checkpoint("tiny://sd15", ()), subfolder="vae")
     vae.enable_layerwise_casting(torch.float8_e4m3fn, compute_dtype=torch.float32)
     with torch.no_grad():
         pixels = vae.decode(latents / vae.config.scaling_factor).sample
-    frames = load_stage("decode", model, "sd15", VaeConfig(layerwise_casting=True)).decode(latents, request)
+    frames = load_stage("decode", model, VaeConfig(layerwise_casting=True)).decode(latents, request)
     expected_frames = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1)
     assert torch.equal(torch.from_numpy(frames).float(), expected_frames)
 
@@ -408,7 +410,7 @@ def test_the_vae_in_fp8_decodes_what_diffusers_decodes_in_fp8() -> None:
 @pytest.mark.parametrize("family", ["flux", "sd15", "wan", "qwen-image"])
 def test_tiles_make_the_whole_picture_without_seams(family: str, overlap: float) -> None:
     """Of its shape; and where tiles meet, neighbouring columns differ no more than elsewhere."""
-    model = ModelConfig(name="tiny", checkpoint=f"tiny://{family}")
+    model = ModelConfig(name="tiny", checkpoint=f"tiny://{family}", family=family)
     request = build_request(family)
     request = GenerationRequest(**(vars(request) | {"width": 176, "height": 144}))
     frames = 2 if family == "wan" else 1
@@ -417,7 +419,7 @@ def test_tiles_make_the_whole_picture_without_seams(family: str, overlap: float)
         latents = latents.unsqueeze(2).repeat(1, 1, frames, 1, 1)
     if family in {"flux", "qwen-image"}:
         latents = pack(latents)
-    stage = load_stage("decode", model, family, VaeConfig(tiling={"tile_size": 64, "overlap": overlap}))
+    stage = load_stage("decode", model, VaeConfig(tiling={"tile_size": 64, "overlap": overlap}))
     tiled = stage.decode(latents, request).astype(int)
     assert tiled.shape[1:] == (144, 176, 3)
     steps = abs(tiled[:, :, 1:] - tiled[:, :, :-1]).mean(axis=(0, 1, 3))

@@ -61,7 +61,7 @@ def test_a_larger_picture_takes_no_more_than_its_own_pixels(kind: str, direction
 
 def test_status_names_slices_and_tiles_among_the_techniques() -> None:
     config = VaeConfig(slicing=True, tiling=128, channels_last=True)
-    stage = load_stage("decode", ModelConfig(name="tiny", checkpoint="tiny://flux"), "flux", config)
+    stage = load_stage("decode", ModelConfig(name="tiny", checkpoint="tiny://flux", family="flux"), config)
     assert stage.keeper.stats().applied == ("slicing", "tiling: 128", "channels_last", "device: cpu")
 
 

@@ -119,8 +119,8 @@ def test_leaving_empties_the_device_and_the_next_forward_fills_it(model: Model) 
 
 
 def build_stage(family: str, **settings: Any) -> Any:
-    model = ModelConfig(name="tiny", checkpoint=f"tiny://{family}")
-    stage = load_stage("denoise", model, family, TransformerConfig(**settings))
+    model = ModelConfig(name="tiny", checkpoint=f"tiny://{family}", family=family)
+    stage = load_stage("denoise", model, TransformerConfig(**settings))
     stage.connect(None, pytest.fail)
     return stage
 
@@ -131,8 +131,8 @@ def build_stage(family: str, **settings: Any) -> Any:
 def test_every_family_draws_the_same_under_a_limit(family: str, casting: dict[str, Any]) -> None:
     request = build_request(family)
     tokens = 64 if FAMILIES[family].max_sequence_length else None
-    model = ModelConfig(name="tiny", checkpoint=f"tiny://{family}")
-    encoding = load_stage("encode", model, family, EncoderConfig(max_sequence_length=tokens))
+    model = ModelConfig(name="tiny", checkpoint=f"tiny://{family}", family=family)
+    encoding = load_stage("encode", model, EncoderConfig(max_sequence_length=tokens))
     embeds = encoding.encode(request.prompt)
 
     def draw(stage: Any) -> torch.Tensor:
@@ -153,11 +153,11 @@ def test_every_family_draws_the_same_under_a_limit(family: str, casting: dict[st
 
 @pytest.mark.parametrize("family", ["flux", "qwen-image"])
 def test_text_encoders_under_a_limit(family: str) -> None:
-    model, tokens = ModelConfig(name="tiny", checkpoint=f"tiny://{family}"), 64
+    model, tokens = ModelConfig(name="tiny", checkpoint=f"tiny://{family}", family=family), 64
     prompt = Prompt("a red cat", None, is_guided=False)
     config = EncoderConfig(max_sequence_length=tokens)
-    expected = load_stage("encode", model, family, config).encode(prompt)
-    limited = load_stage("encode", model, family, EncoderConfig(max_sequence_length=tokens, vram_limit_gib=1e-4))
+    expected = load_stage("encode", model, config).encode(prompt)
+    limited = load_stage("encode", model, EncoderConfig(max_sequence_length=tokens, vram_limit_gib=1e-4))
     for _ in range(2):
         got = limited.encode(prompt)
         for name, value in expected.items():
@@ -166,11 +166,11 @@ def test_text_encoders_under_a_limit(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["flux", "wan"])
 def test_a_vae_under_a_limit(family: str) -> None:
-    model, request = ModelConfig(name="tiny", checkpoint=f"tiny://{family}"), build_request(family)
+    model, request = ModelConfig(name="tiny", checkpoint=f"tiny://{family}", family=family), build_request(family)
     shape = (1, 16, 64) if family == "flux" else (1, 16, 2, 8, 8)
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    expected = load_stage("decode", model, family, VaeConfig()).decode(latents, request)
-    frames = load_stage("decode", model, family, VaeConfig(vram_limit_gib=1e-4)).decode(latents, request)
+    expected = load_stage("decode", model, VaeConfig()).decode(latents, request)
+    frames = load_stage("decode", model, VaeConfig(vram_limit_gib=1e-4)).decode(latents, request)
     assert (frames == expected).all()
 
 

@@ -5,7 +5,6 @@ from functools import cache
 from pathlib import Path
 
 from deployments.config import ModelConfig
-from deployments.families import FAMILIES
 from deployments.plan.describe import Description
 from deployments.plan.plan import SizesOf, Stages
 from deployments.plan.sizes import ModelSizes
@@ -32,11 +31,11 @@ MODELS = {
 
 @cache
 def description(name: str) -> Description:
-    return Description(model_config(name), FAMILIES[MODELS[name].family])
+    return Description(model_config(name))
 
 
 def model_config(name: str) -> ModelConfig:
-    return ModelConfig(name=name, checkpoint=str(FOLDER / MODELS[name].folder))
+    return ModelConfig(name=name, checkpoint=str(FOLDER / MODELS[name].folder), family=MODELS[name].family)
 
 
 def sizes_of(name: str) -> SizesOf:

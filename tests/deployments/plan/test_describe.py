@@ -19,23 +19,23 @@ from deployments.stages.pipeline import load_pipeline, loaded_models
 from serve_app.bench.models import bench_model
 
 
-def described(model: ModelConfig, family: str, size: int = 64, **transformer: Any) -> ModelSizes:
-    media = MediaSize(size, size, 5 if FAMILIES[family].media == "video" else 1)
-    return Description(model, FAMILIES[family]).sizes(
+def described(model: ModelConfig, size: int = 64, **transformer: Any) -> ModelSizes:
+    media = MediaSize(size, size, 5 if model.architecture.media == "video" else 1)
+    return Description(model).sizes(
         EncoderConfig(max_sequence_length=64), TransformerConfig(**transformer), VaeConfig(), (media,)
     )
 
 
-def held_by_ranks(model: ModelConfig, family: str, config: TransformerConfig) -> list[int]:
+def held_by_ranks(model: ModelConfig, config: TransformerConfig) -> list[int]:
     """As every rank's process tells of itself."""
-    denoiser = open_denoiser(model, FAMILIES[family], config)
+    denoiser = open_denoiser(model, config)
     ranks = [load_rank(denoiser, model, config, rank) for rank in range(config.num_ranks)]
     return [sum(rank.keeper.stats().weights_bytes.values()) for rank in ranks]
 
 
-def held_by_stage(model: ModelConfig, family: str, stage: Stage, config: StageConfig) -> int:
-    folder, index = fetch_stage(model, FAMILIES[family], stage)
-    parts = stage_components(index, FAMILIES[family], stage)
+def held_by_stage(model: ModelConfig, stage: Stage, config: StageConfig) -> int:
+    folder, index = fetch_stage(model, stage)
+    parts = stage_components(index, model.architecture, stage)
     models = loaded_models(load_pipeline(folder, index, parts, config, variant=None)).values()
     tensors = {value.data_ptr(): value.nbytes for model in models for value in model.state_dict().values()}
     return sum(tensors.values())
@@ -43,35 +43,33 @@ def held_by_stage(model: ModelConfig, family: str, stage: Stage, config: StageCo
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_process_holds_what_was_planned(family: str) -> None:
-    model = ModelConfig(name="tiny", checkpoint=f"tiny://{family}")
-    planned = described(model, family, shards=2)
-    held = held_by_ranks(model, family, TransformerConfig(shards=2))
+    model = ModelConfig(name="tiny", checkpoint=f"tiny://{family}", family=family)
+    planned = described(model, shards=2)
+    held = held_by_ranks(model, TransformerConfig(shards=2))
     assert [rank.weights_bytes for rank in planned.denoise.ranks] == held
-    assert planned.encode.ranks[0].weights_bytes == held_by_stage(model, family, "encode", EncoderConfig())
-    assert planned.decode.ranks[0].weights_bytes == held_by_stage(model, family, "decode", VaeConfig())
+    assert planned.encode.ranks[0].weights_bytes == held_by_stage(model, "encode", EncoderConfig())
+    assert planned.decode.ranks[0].weights_bytes == held_by_stage(model, "decode", VaeConfig())
 
 
 def test_a_larger_model_holds_what_was_planned(tmp_path: Path) -> None:
     model = bench_model("100M", tmp_path)
-    planned = described(model, "flux", shards=3, dtype="bfloat16")
-    held = held_by_ranks(model, "flux", TransformerConfig(shards=3, dtype="bfloat16"))
+    planned = described(model, shards=3, dtype="bfloat16")
+    held = held_by_ranks(model, TransformerConfig(shards=3, dtype="bfloat16"))
     assert [rank.weights_bytes for rank in planned.denoise.ranks] == pytest.approx(held, rel=0.03)
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_quantised_text_encoders_hold_what_was_planned(kind: str) -> None:
-    model = ModelConfig(name="tiny", checkpoint="tiny://flux")
+    model = ModelConfig(name="tiny", checkpoint="tiny://flux", family="flux")
     encoder = EncoderConfig(dtype="bfloat16", quantization=kind, max_sequence_length=64)
-    sizes = Description(model, FAMILIES["flux"]).sizes(
-        encoder, TransformerConfig(), VaeConfig(), (MediaSize(64, 64),)
-    )
-    held = held_by_stage(model, "flux", "encode", encoder)
+    sizes = Description(model).sizes(encoder, TransformerConfig(), VaeConfig(), (MediaSize(64, 64),))
+    held = held_by_stage(model, "encode", encoder)
     assert sizes.encode.ranks[0].weights_bytes == pytest.approx(held, rel=0.03)
 
 
 def test_larger_pictures_and_merged_forwards_need_more_working_memory() -> None:
-    model = ModelConfig(name="tiny", checkpoint="tiny://flux")
-    description = Description(model, FAMILIES["flux"])
+    model = ModelConfig(name="tiny", checkpoint="tiny://flux", family="flux")
+    description = Description(model)
 
     def working(size: int, max_batch_size: int) -> int:
         transformer = TransformerConfig(max_batch_size=max_batch_size)
@@ -85,8 +83,8 @@ def test_larger_pictures_and_merged_forwards_need_more_working_memory() -> None:
 
 
 def test_a_budget_or_offloading_leaves_less_on_the_device() -> None:
-    model = ModelConfig(name="tiny", checkpoint="tiny://flux")
-    description = Description(model, FAMILIES["flux"])
+    model = ModelConfig(name="tiny", checkpoint="tiny://flux", family="flux")
+    description = Description(model)
 
     def on_device(**transformer: Any) -> list[int]:
         sizes = description.sizes(

@@ -11,7 +11,6 @@ from accelerate.utils import compute_module_sizes, get_balanced_memory
 from cluster.inventory import parse_gpus
 from deployments.config import EncoderConfig, TransformerConfig, VaeConfig
 from deployments.engine.load import open_denoiser
-from deployments.families import FAMILIES
 from deployments.memory.config import MemoryConfig
 from deployments.memory.stored import as_stored, stored_bytes
 from deployments.plan.place import blocked_by_order, place
@@ -44,7 +43,7 @@ BF16 = Stages(EncoderConfig(dtype="bfloat16"), TransformerConfig(dtype="bfloat16
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_transformer_weighs_what_is_known_in_every_format(name: str) -> None:
-    denoiser = open_denoiser(model_config(name), FAMILIES[MODELS[name].family], BF16.transformer)
+    denoiser = open_denoiser(model_config(name), BF16.transformer)
     for technique, expected in zip(TECHNIQUES, TRANSFORMERS[name], strict=True):
         stored = as_stored(denoiser.skeleton, MemoryConfig.model_validate({"dtype": "bfloat16", **technique}))
         assert stored_bytes(stored) / GIB == pytest.approx(expected, rel=0.015), technique
@@ -106,7 +105,7 @@ def test_what_cannot_fit_says_what_is_missing() -> None:
 def test_the_fullest_rank_holds_less_than_by_accelerates_automatic_map(name: str, num_gpus: int) -> None:
     """Every rank has the embedders, a device map has them once: at 2 GPUs that may be the whole difference."""
     sizes = sizes_of(name)(Stages(BF16.encoder, TransformerConfig(dtype="bfloat16", shards=num_gpus), BF16.vae))
-    skeleton = open_denoiser(model_config(name), FAMILIES[MODELS[name].family], BF16.transformer).skeleton
+    skeleton = open_denoiser(model_config(name), BF16.transformer).skeleton
     whole = dict.fromkeys(range(num_gpus), 2**40)
     options = {"no_split_module_classes": skeleton._no_split_modules, "dtype": torch.bfloat16}
     device_map = infer_auto_device_map(skeleton, get_balanced_memory(skeleton, whole, **options), **options)

@@ -30,7 +30,7 @@ def test_a_vae_in_float16_decodes_in_what_its_pipeline_decodes_in(family: str, d
         return pipe("a cat", output_type=output_type, **size).images
 
     latents = draw("latent")
-    stage = Decoding(ModelConfig(name="t", checkpoint=checkpoint), family, VaeConfig(dtype="float16"))
+    stage = Decoding(ModelConfig(name="t", checkpoint=checkpoint, family=family), VaeConfig(dtype="float16"))
     [weights] = stage.keeper.stats().weights_bytes
     assert weights.endswith(str(decodes_in).removeprefix("torch."))
     expected = (np.asarray(draw("np")) * 255).round().astype(np.uint8)
