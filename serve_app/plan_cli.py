@@ -16,7 +16,7 @@ from deployments.checkpoints.source import with_family
 from deployments.config import ModelConfig
 from deployments.plan.advice import Admitted
 from deployments.plan.picture import draw_placement
-from deployments.plan.plan import SizesOf, Stages, plan
+from deployments.plan.plan import SizesOf, StageConfigs, plan
 from deployments.plan.profile import Profile, read_profile, write_profile
 from deployments.plan.propose import propose
 from deployments.plan.report import plan_as_json, print_plan
@@ -58,7 +58,7 @@ def plan_command(
         sizes = _sizes(size, app.model)
         measured = None if profile is None else read_profile(profile)
         sizes_of = _sizes_of(app.model, configs_dir, sizes)
-        stages = Stages(app.encoder, app.transformer, app.vae)
+        stages = StageConfigs(app.encoder, app.transformer, app.vae)
         if config is None:
             if not inventory:
                 raise ConfigError("a config is proposed for GPUs: say which by --gpus, such as 2x16GiB")
@@ -100,7 +100,7 @@ def profile_command(
     """Measure encode, every block and decode on this machine, for `relay plan --profile`. Loads the weights."""
     app = resolve_family(load_app_config(config))
     sizes = _sizes(size, app.model)
-    stages = Stages(app.encoder, app.transformer, app.vae)
+    stages = StageConfigs(app.encoder, app.transformer, app.vae)
     measure = importlib.import_module("deployments.plan.measure").measure
     machine = importlib.import_module("cluster.machine").describe_machine()
     times = measure(app.model, stages, sizes, num_steps=steps)
@@ -158,13 +158,13 @@ def _admitted(limits: LimitsConfig) -> Admitted:
 def _sizes_of(model: ModelConfig, configs_dir: Path | None, sizes: tuple[MediaSize, ...]) -> SizesOf:
     description = importlib.import_module("deployments.plan.describe").Description(model, configs_dir)
 
-    def sizes_of(stages: Stages) -> Any:
+    def sizes_of(stages: StageConfigs) -> Any:
         return description.sizes(stages.encoder, stages.transformer, stages.vae, sizes)
 
     return sizes_of
 
 
-def _render(app: AppConfig, stages: Stages, gpus: str) -> str:
+def _render(app: AppConfig, stages: StageConfigs, gpus: str) -> str:
     """A Serve YAML file."""
     args = {
         "model": app.model.model_dump(exclude_defaults=True, mode="json"),

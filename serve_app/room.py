@@ -6,7 +6,7 @@ import logging
 from ray.exceptions import RayError
 
 from cluster.nodes import cluster_gpus, is_connected, may_grow, run_apart
-from deployments.plan.plan import Stages
+from deployments.plan.plan import StageConfigs
 from deployments.plan.room import find_lack
 from deployments.plan.sizes import ModelSizes, default_size
 from deployments.request import MediaSize
@@ -20,7 +20,7 @@ def check_room(config: AppConfig) -> None:
 
     Raises ConfigError where what is lacking is sure and no nodes may come that have it.
     """
-    stages = Stages(config.encoder, config.transformer, config.vae)
+    stages = StageConfigs(config.encoder, config.transformer, config.vae)
     if not is_connected() or not any(stage.num_gpus for stage in stages.by_stage().values()):
         return
     gpus = cluster_gpus()

@@ -17,7 +17,7 @@ import yaml
 from cluster.inventory import parse_gpus
 from deployments.plan.describe import Description
 from deployments.plan.place import place
-from deployments.plan.plan import Stages, demands_of
+from deployments.plan.plan import StageConfigs, demands_of
 from deployments.plan.sizes import default_size
 from serve_app.app import build_app, build_validator
 from serve_app.config import ConfigError, load_app_config, parse_app_config
@@ -90,7 +90,7 @@ def test_every_config_is_in_the_readme() -> None:
 def test_a_gpu_config_fits_the_cards_it_is_for(name: str, gpus: str) -> None:
     """A request by the defaults included, from the published architecture."""
     config = load_app_config(ROOT / "configs" / name)
-    stages = Stages(config.encoder, config.transformer, config.vae)
+    stages = StageConfigs(config.encoder, config.transformer, config.vae)
     folder = PUBLISHED / next(folder for key, folder in FOLDERS.items() if name.startswith(key))
     description = Description(config.model, folder)
     sizes = description.sizes(*stages.by_stage().values(), (default_size(config.model),))

@@ -1,5 +1,7 @@
-"""One file per architecture. A new one costs an entry here, a YAML in configs/ and a row in the tests; of a denoiser's
-class that merges its forwards or has a tail, a rule in engine/ (merge.RULES, blocks.TAIL).
+"""One file per architecture. A new one costs an entry here, a YAML in configs/ and a row in the tests.
+
+If its denoiser's forwards are to merge, a rule in engine/merge.py; if modules come after its blocks, their names
+in engine/blocks.py.
 
 Nothing here imports torch: the ingress reads sizes and defaults from these entries.
 """

@@ -13,7 +13,7 @@ from torch import nn
 from deployments.config import ModelConfig, StageConfig
 from deployments.engine.blocks import block_names, tail_names
 from deployments.plan.inputs import default_request
-from deployments.plan.plan import Stages
+from deployments.plan.plan import StageConfigs
 from deployments.plan.profile import Times
 from deployments.request import MediaSize
 from deployments.stages import load_stage
@@ -23,7 +23,7 @@ Config = TypeVar("Config", bound=StageConfig)
 
 
 def measure(
-    model: ModelConfig, stages: Stages, sizes: tuple[MediaSize, ...], *, num_steps: int
+    model: ModelConfig, stages: StageConfigs, sizes: tuple[MediaSize, ...], *, num_steps: int
 ) -> Mapping[str, Times]:
     """By `str(size)`. Each size is drawn twice in `num_steps` steps, and the second time counts.
 
@@ -39,7 +39,7 @@ def measure(
 class _Loaded:
     """All three stages, in this process."""
 
-    def __init__(self, model: ModelConfig, stages: Stages) -> None:
+    def __init__(self, model: ModelConfig, stages: StageConfigs) -> None:
         self._model = model
         whole = {"shards": 1, "cuts": None, "compile": None}
         self._encoding = load_stage("encode", model, _alone(stages.encoder))

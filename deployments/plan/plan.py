@@ -14,7 +14,7 @@ from deployments.plan.sizes import ModelSizes, largest
 
 
 @dataclass(frozen=True)
-class Stages:
+class StageConfigs:
     """How the three stages are to run."""
 
     encoder: EncoderConfig
@@ -25,7 +25,7 @@ class Stages:
         return {"encode": self.encoder, "denoise": self.transformer, "decode": self.vae}
 
 
-SizesOf = Callable[[Stages], ModelSizes]
+SizesOf = Callable[[StageConfigs], ModelSizes]
 """`Description.sizes`, for some sizes of media."""
 
 
@@ -34,7 +34,7 @@ class Plan:
     """For one model on given GPUs."""
 
     name: str
-    stages: Stages
+    stages: StageConfigs
     sizes: ModelSizes
     placement: Placement
     rate: Rate | None
@@ -44,7 +44,7 @@ class Plan:
     advice: tuple[str, ...]
 
 
-def demands_of(stages: Stages, sizes: ModelSizes) -> dict[Stage, Demand]:
+def demands_of(stages: StageConfigs, sizes: ModelSizes) -> dict[Stage, Demand]:
     """What the three stages ask of the GPUs."""
     return {
         stage: Demand(sizes.stage(stage).ranks, config.num_gpus, config.min_replicas, config.max_replicas)
@@ -54,7 +54,7 @@ def demands_of(stages: Stages, sizes: ModelSizes) -> dict[Stage, Demand]:
 
 def plan(
     name: str,
-    stages: Stages,
+    stages: StageConfigs,
     sizes: ModelSizes,
     gpus: tuple[Gpu, ...],
     *,

@@ -14,7 +14,7 @@ from deployments.config import EncoderConfig, TransformerConfig, VaeConfig
 from deployments.memory.config import QuantizationConfig, TilingConfig
 from deployments.memory.limit import OVERHEAD_BYTES
 from deployments.plan.place import GIB, blocked_by_order, place
-from deployments.plan.plan import SizesOf, Stages, demands_of
+from deployments.plan.plan import SizesOf, StageConfigs, demands_of
 from deployments.plan.profile import Times
 from deployments.plan.sizes import RankSizes
 
@@ -30,7 +30,7 @@ class DoesNotFit(ValueError):
     """None of these configs fits the GPUs; says what the smallest one lacks."""
 
 
-def propose(sizes_of: SizesOf, gpus: tuple[Gpu, ...], times: Times | None = None) -> Stages:
+def propose(sizes_of: SizesOf, gpus: tuple[Gpu, ...], times: Times | None = None) -> StageConfigs:
     """Raises DoesNotFit."""
     memory = min(gpu.memory_bytes for gpu in gpus)
     sizes = sizes_of(_stages())
@@ -53,21 +53,21 @@ def propose(sizes_of: SizesOf, gpus: tuple[Gpu, ...], times: Times | None = None
 
 def _stages(
     quantization: QuantizationConfig | None = None, shards: int = 1, tiling: TilingConfig | None = None
-) -> Stages:
-    return Stages(
+) -> StageConfigs:
+    return StageConfigs(
         EncoderConfig(dtype="bfloat16"),
         TransformerConfig(dtype="bfloat16", shards=shards, quantization=quantization),
         VaeConfig(dtype="bfloat16", tiling=tiling),
     )
 
 
-def _shared(stages: Stages, sizes_of: SizesOf, memory: int) -> Stages:
+def _shared(stages: StageConfigs, sizes_of: SizesOf, memory: int) -> StageConfigs:
     """With shares that cover what each process needs; at most a whole GPU, which may be too little."""
     sizes = sizes_of(stages)
     transformer = _share(sizes.denoise.ranks, memory)
     if stages.transformer.shards * stages.transformer.max_replicas > 1:
         transformer = max(transformer, MORE_THAN_HALF)
-    return Stages(
+    return StageConfigs(
         stages.encoder.model_copy(update={"num_gpus": _share(sizes.encode.ranks, memory)}),
         stages.transformer.model_copy(update={"num_gpus": transformer}),
         stages.vae.model_copy(update={"num_gpus": _share(sizes.decode.ranks, memory)}),
@@ -78,7 +78,7 @@ def _share(ranks: tuple[RankSizes, ...], memory: int) -> float:
     return min(1.0, math.ceil(1000 * max(rank.need_bytes for rank in ranks) / memory) / 1000)
 
 
-def _budgets(stages: Stages, sizes_of: SizesOf, gpus: tuple[Gpu, ...], memory: int) -> list[float]:
+def _budgets(stages: StageConfigs, sizes_of: SizesOf, gpus: tuple[Gpu, ...], memory: int) -> list[float]:
     """GiB of the text encoders' weights on a GPU: what transformer and VAE leave of some GPU, or both of one."""
     demands = demands_of(stages, sizes_of(stages))
     [rank] = demands.pop("encode").ranks
@@ -89,7 +89,7 @@ def _budgets(stages: Stages, sizes_of: SizesOf, gpus: tuple[Gpu, ...], memory: i
     return [max(_STEP_GIB, math.floor(budget / _STEP_GIB) * _STEP_GIB) for budget in budgets]
 
 
-def _filled(stages: Stages, sizes_of: SizesOf, gpus: tuple[Gpu, ...], memory: int) -> Stages:
+def _filled(stages: StageConfigs, sizes_of: SizesOf, gpus: tuple[Gpu, ...], memory: int) -> StageConfigs:
     """As many replicas as the GPUs hold, then as many shards: replicas serve as much, and a request sooner."""
     shards = stages.transformer.shards
     for num_replicas in range(len(gpus) // shards, 0, -1):
@@ -102,12 +102,12 @@ def _filled(stages: Stages, sizes_of: SizesOf, gpus: tuple[Gpu, ...], memory: in
     return stages
 
 
-def _most_shards(stages: Stages, sizes_of: SizesOf, num_gpus: int) -> int:
+def _most_shards(stages: StageConfigs, sizes_of: SizesOf, num_gpus: int) -> int:
     sizes = sizes_of(stages)
     return 1 if sizes.is_unet or not sizes.blocks else min(num_gpus, len(sizes.blocks))
 
 
-def _balanced(stages: Stages, sizes_of: SizesOf, times: Times | None) -> Stages:
+def _balanced(stages: StageConfigs, sizes_of: SizesOf, times: Times | None) -> StageConfigs:
     """Cut by measured times, where the fullest rank still fits its share."""
     shards = stages.transformer.shards
     if times is None or shards == 1:
@@ -118,7 +118,7 @@ def _balanced(stages: Stages, sizes_of: SizesOf, times: Times | None) -> Stages:
     return cut if heaviest <= max(rank.need_bytes for rank in sizes_of(stages).denoise.ranks) else stages
 
 
-def _fits(stages: Stages, sizes_of: SizesOf, gpus: tuple[Gpu, ...]) -> bool:
+def _fits(stages: StageConfigs, sizes_of: SizesOf, gpus: tuple[Gpu, ...]) -> bool:
     """In whatever order Ray starts the stages."""
     demands = demands_of(stages, sizes_of(stages))
     return not place(demands, gpus).shortfalls() and blocked_by_order(demands, gpus) is None

@@ -7,7 +7,7 @@ from cluster.inventory import Gpu
 from deployments.checkpoints.components import Stage
 from deployments.memory.limit import plan_limit
 from deployments.plan.place import Demand, Placement, gib, place, share_for
-from deployments.plan.plan import Stages
+from deployments.plan.plan import StageConfigs
 from deployments.plan.sizes import ModelSizes, RankSizes
 
 
@@ -21,7 +21,7 @@ class Lack:
     """Further replicas have none, or it is close: working memory and what CUDA takes are estimates."""
 
 
-def find_lack(stages: Stages, sizes: ModelSizes | None, gpus: Sequence[Gpu]) -> Lack:
+def find_lack(stages: StageConfigs, sizes: ModelSizes | None, gpus: Sequence[Gpu]) -> Lack:
     """sizes: None where the GPUs' memory is not known; then shares and shard groups are all that is looked at.
 
     A stage that chooses its nodes by labels is left out: only Ray knows where it may go.
@@ -86,7 +86,7 @@ def _too_heavy(placement: Placement) -> Iterator[str]:
             )
 
 
-def _over_limit(stages: Stages, placement: Placement) -> Iterator[str]:
+def _over_limit(stages: StageConfigs, placement: Placement) -> Iterator[str]:
     """A fraction of a GPU is a cap that loading would run into."""
     for process in placement.processes:
         config, held = stages.by_stage()[process.stage], process.sizes.device_bytes

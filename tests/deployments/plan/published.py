@@ -6,7 +6,7 @@ from pathlib import Path
 
 from deployments.config import ModelConfig
 from deployments.plan.describe import Description
-from deployments.plan.plan import SizesOf, Stages
+from deployments.plan.plan import SizesOf, StageConfigs
 from deployments.plan.sizes import ModelSizes
 from deployments.request import MediaSize
 
@@ -39,7 +39,7 @@ def model_config(name: str) -> ModelConfig:
 
 
 def sizes_of(name: str) -> SizesOf:
-    def sizes(stages: Stages) -> ModelSizes:
+    def sizes(stages: StageConfigs) -> ModelSizes:
         return description(name).sizes(stages.encoder, stages.transformer, stages.vae, (MODELS[name].size,))
 
     return sizes

@@ -14,7 +14,7 @@ from deployments.engine.load import open_denoiser
 from deployments.memory.config import MemoryConfig
 from deployments.memory.stored import as_stored, stored_bytes
 from deployments.plan.place import blocked_by_order, place
-from deployments.plan.plan import Stages, demands_of
+from deployments.plan.plan import StageConfigs, demands_of
 from deployments.plan.propose import DoesNotFit, propose
 from tests.deployments.plan.published import FOLDER, MODELS, model_config, sizes_of
 
@@ -38,7 +38,9 @@ TECHNIQUES = (
     {"quantization": "int8"},
     {"quantization": "nf4"},
 )
-BF16 = Stages(EncoderConfig(dtype="bfloat16"), TransformerConfig(dtype="bfloat16"), VaeConfig(dtype="bfloat16"))
+BF16 = StageConfigs(
+    EncoderConfig(dtype="bfloat16"), TransformerConfig(dtype="bfloat16"), VaeConfig(dtype="bfloat16")
+)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -104,7 +106,9 @@ def test_what_cannot_fit_says_what_is_missing() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_the_fullest_rank_holds_less_than_by_accelerates_automatic_map(name: str, num_gpus: int) -> None:
     """Every rank has the embedders, a device map has them once: at 2 GPUs that may be the whole difference."""
-    sizes = sizes_of(name)(Stages(BF16.encoder, TransformerConfig(dtype="bfloat16", shards=num_gpus), BF16.vae))
+    sizes = sizes_of(name)(
+        StageConfigs(BF16.encoder, TransformerConfig(dtype="bfloat16", shards=num_gpus), BF16.vae)
+    )
     skeleton = open_denoiser(model_config(name), BF16.transformer).skeleton
     whole = dict.fromkeys(range(num_gpus), 2**40)
     options = {"no_split_module_classes": skeleton._no_split_modules, "dtype": torch.bfloat16}

@@ -12,7 +12,7 @@ from cluster.inventory import parse_gpus
 from deployments.config import EncoderConfig, TransformerConfig, VaeConfig
 from deployments.plan.advice import Admitted
 from deployments.plan.picture import draw_placement
-from deployments.plan.plan import Plan, Stages, plan
+from deployments.plan.plan import Plan, StageConfigs, plan
 from deployments.plan.profile import Profile, Times
 from deployments.plan.report import plan_as_json, print_plan
 from deployments.plan.sizes import BlockSizes, ComponentSizes, ModelSizes, RankSizes, StageSizes
@@ -33,14 +33,14 @@ SIZES = ModelSizes(
     batch_size=1,
     sizes=(MediaSize(1024, 1024),),
 )
-TWO_SHARDS = Stages(
+TWO_SHARDS = StageConfigs(
     EncoderConfig(num_gpus=0.18, dtype="bfloat16"),
     TransformerConfig(num_gpus=0.69, dtype="bfloat16", shards=2),
     VaeConfig(num_gpus=0.12, dtype="bfloat16"),
 )
 
 
-def planned(gpus: str, stages: Stages = TWO_SHARDS, sizes: ModelSizes = SIZES, **options: object) -> Plan:
+def planned(gpus: str, stages: StageConfigs = TWO_SHARDS, sizes: ModelSizes = SIZES, **options: object) -> Plan:
     return plan(
         "a model", stages, sizes, parse_gpus(gpus), **{"admitted": Admitted(256, 1024 * 1024, 1)} | options
     )

@@ -8,7 +8,7 @@ import pytest
 
 from cluster.inventory import Gpu, parse_gpus
 from deployments.config import EncoderConfig, TransformerConfig, VaeConfig
-from deployments.plan.plan import Stages
+from deployments.plan.plan import StageConfigs
 from deployments.plan.room import find_lack
 from deployments.plan.sizes import ModelSizes, RankSizes, StageSizes
 from deployments.request import MediaSize
@@ -31,8 +31,8 @@ FLUX = ModelSizes(
 TWICE_FLUX = replace(FLUX, denoise=StageSizes((), (RankSizes(40 * GIB, 40 * GIB, GIB // 2),)))
 
 
-def stages(encoder: float = 0, vae: float = 0, **transformer: Any) -> Stages:
-    return Stages(
+def stages(encoder: float = 0, vae: float = 0, **transformer: Any) -> StageConfigs:
+    return StageConfigs(
         EncoderConfig(num_gpus=encoder, dtype="bfloat16"),
         TransformerConfig(dtype="bfloat16", **transformer),
         VaeConfig(num_gpus=vae, dtype="bfloat16"),
