@@ -38,12 +38,11 @@ class Encoder:
         start = time.perf_counter()
         with self._metrics.request():
             embeds = self._cache.get(prompt)
-            is_cached = embeds is not None
+            self._num_cache_hits += embeds is not None
             if embeds is None:
                 embeds = await self._encode_once(prompt)
-        self._num_cache_hits += is_cached
         self._answered_bytes += num_bytes(embeds)
-        return Conditioning(embeds, (time.perf_counter() - start) * 1e3, is_cached)
+        return Conditioning(embeds, (time.perf_counter() - start) * 1e3)
 
     async def _encode_once(self, prompt: Prompt) -> "Embeds":
         future = self._running.get(prompt)

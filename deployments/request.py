@@ -70,7 +70,6 @@ class Conditioning:
     embeds: "Mapping[str, torch.Tensor | None]"
     """CPU tensors, named as the pipeline's call spells them: `prompt_embeds` [1, S, D], and so on."""
     encode_ms: float
-    is_cached: bool
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,6 @@ class Denoised:
     """What the ingress learns of a finished denoise; the latents follow it, by reference."""
 
     encode_ms: float
-    is_cached: bool
     queue_ms: float
     """From the arrival in the replica to the start of the loop."""
     denoise_ms: float

@@ -130,7 +130,6 @@ class Transformer:
         self._answered_bytes += latents.nbytes
         yield Denoised(
             encode_ms=conditioning.encode_ms,
-            is_cached=conditioning.is_cached,
             queue_ms=(times["started"] - arrived) * 1e3,
             denoise_ms=(time.perf_counter() - times["started"]) * 1e3,
         )

@@ -14,6 +14,7 @@ from deployments.request import (
     Denoised,
     GenerationRequest,
     Media,
+    MediaSize,
     PartialDenoised,
     Progress,
     Prompt,
@@ -29,7 +30,7 @@ class Stages:
 
     def __init__(self, encoder: Any, transformer: Any, vae: Any) -> None:
         self.encoder, self.transformer, self.vae = encoder, transformer, vae
-        self._decodable: set[tuple[int, int, int]] = set()
+        self._decodable: set[MediaSize] = set()
 
     @property
     def by_name(self) -> dict[str, Any]:
@@ -37,13 +38,12 @@ class Stages:
 
     async def refuse_early(self, request: GenerationRequest) -> None:
         """Raises BadRequest for what the VAE could never decode, not after the whole denoise but beside it."""
-        size = request.width, request.height, request.num_frames
-        if size in self._decodable:
+        if request.size in self._decodable:
             return
         try:
             with naming("decode", param=_size_param(request)):
                 await self.vae.check.remote(request)
-            self._decodable.add(size)
+            self._decodable.add(request.size)
         except BadRequest:
             raise
         except (RelayError, StageLost):  # the decode itself will tell, or will not

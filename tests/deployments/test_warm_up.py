@@ -118,7 +118,7 @@ def test_a_replica_is_warm_once_it_is_built(graphs: Any) -> None:
     before = graphs()
 
     async def draw() -> list[Any]:
-        return [item async for item in transformer.denoise(Conditioning(embeds, 1.0, False), request)]
+        return [item async for item in transformer.denoise(Conditioning(embeds, 1.0), request)]
 
     assert len(asyncio.run(draw())) == 2
     assert graphs() == before > 0
