@@ -9,7 +9,7 @@ from cluster.partition import plan_cuts
 from deployments.checkpoints.components import Stage
 from deployments.config import StageConfig, TransformerConfig
 from deployments.memory.limit import OVERHEAD_BYTES
-from deployments.plan.place import Demand, Placement, blocked_by_order, gib
+from deployments.plan.place import Demand, Placement, blocked_by_order, gib, share
 from deployments.plan.profile import Times
 from deployments.plan.sizes import ModelSizes, RankSizes, largest
 
@@ -59,6 +59,7 @@ def advise(
             f"if Ray happens to start {', then '.join(order)}, some process finds no GPU, and waits for good: "
             "choose num_gpus so that all three stages' sum to 1 at most, or give one a GPU of its own"
         )
+    found += _on_fragments(demands, placement)
     for replica in placement.split_groups():
         found.append(f"the shards of denoise {replica} lie on several nodes: every step crosses the network")
     idle = [str(gpu) for gpu in placement.gpus if not placement.on(gpu)]
@@ -121,6 +122,21 @@ def _on_limits(sizes: ModelSizes, admitted: Admitted) -> Iterator[str]:
             f"videos of up to {admitted.max_num_frames} frames are let in, and this is planned for "
             f"{most.num_frames}: plan for more (--size), or lower limits.max_num_frames"
         )
+
+
+def _on_fragments(demands: Mapping[Stage, Demand], placement: Placement) -> Iterator[str]:
+    """Ray chooses a node by the sum of what its GPUs have left: https://github.com/ray-project/ray/issues/39987"""
+    for stage, demand in demands.items():
+        if not 0 < demand.num_gpus < 1 or placement.num_replicas(stage) >= demand.max_replicas:
+            continue
+        for node in sorted({gpu.node for gpu in placement.gpus}):
+            left = [placement.left(gpu) for gpu in placement.gpus if gpu.node == node]
+            if max(left) < demand.num_gpus <= sum(left):
+                yield (
+                    f"for a further {stage}, {share(demand.num_gpus)}, Ray takes node {node}, whose GPUs have "
+                    f"{sum(left):.2g} left in all and none has enough: it waits there, and no node is added; "
+                    "ask for whole GPUs, or lower max_replicas"
+                )
 
 
 def _on_cuts(sizes: ModelSizes, times: Times) -> Iterator[str]:

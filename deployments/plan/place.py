@@ -62,6 +62,10 @@ class Placement:
     def on(self, gpu: Gpu) -> list[Process]:
         return [process for process in self.processes if gpu in process.gpus]
 
+    def left(self, gpu: Gpu) -> float:
+        """Of its shares, those that nobody has."""
+        return 1.0 - sum(min(1.0, process.num_gpus) for process in self.on(gpu))
+
     def used_bytes(self, gpu: Gpu) -> int:
         """Of those that take turns the largest counts, and of the others their CUDA contexts."""
         steady = sum(process.bytes_on(gpu) for process in self.on(gpu) if not process.sizes.takes_turns)

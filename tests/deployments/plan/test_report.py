@@ -94,6 +94,18 @@ def test_the_picture_is_the_same_each_time_and_has_every_process() -> None:
         assert any(text.startswith(process) for text in texts), process
 
 
+@pytest.mark.parametrize("max_replicas", [2, 3])
+def test_it_tells_where_ray_would_send_a_further_replica_to_wait(max_replicas: int) -> None:
+    """Two GPUs with a third left each have no room for two thirds."""
+    whole = TransformerConfig(num_gpus=0.66, dtype="bfloat16", max_replicas=max_replicas, min_replicas=2)
+    small = dict.fromkeys(("encode", "decode"), StageSizes((), (RankSizes(0, 0, 0),)))
+    denoise = StageSizes((), (RankSizes(9 * GIB, 9 * GIB, GIB // 4),))
+    sizes = replace(SIZES, denoise=denoise, **small)
+    stages = StageConfigs(EncoderConfig(dtype="bfloat16"), whole, VaeConfig(dtype="bfloat16"))
+    advice = " ".join(planned("1x(2x16GiB)", stages, sizes).advice)
+    assert ("Ray takes node 0, whose GPUs have 0.68 left in all" in advice) == (max_replicas == 3)
+
+
 @pytest.mark.parametrize(
     ("gpus", "stages", "sizes", "advice"),
     [
