@@ -104,13 +104,23 @@ def simulate(
 def streaming(
     config: Annotated[Path, typer.Option(help="Serve YAML to measure")] = Path("configs/quickstart.yaml"),
     port: Annotated[int, typer.Option(help="free port to serve on")] = 8765,
+    model: Annotated[str | None, typer.Option(help="100M, or a checkpoint, in place of the config's")] = None,
     steps: Annotated[int | None, typer.Option(help="denoising steps; the model's default")] = None,
+    requests: Annotated[int, typer.Option(help="of each kind")] = 30,
     json_file: JsonFile = None,
     quick: Quick = False,
 ) -> None:
     """What partial pictures and progress cost a lone request."""
-    num_requests = 5 if quick else 30
-    _run("streaming", config, port=port, num_steps=steps, num_requests=num_requests, json_file=json_file)
+    num_requests = 5 if quick else requests
+    _run(
+        "streaming",
+        config,
+        model=model,
+        port=port,
+        num_steps=steps,
+        num_requests=num_requests,
+        json_file=json_file,
+    )
 
 
 @bench.command()

@@ -6,14 +6,17 @@ its last byte.
 
 import json
 import statistics
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import httpx
+import yaml
 from rich.progress import track
 
 from serve_app.bench.latency import serving
+from serve_app.bench.models import bench_model
 from serve_app.bench.report import Row, report
 
 DESIGNS: dict[str, dict[str, Any]] = {
@@ -25,8 +28,16 @@ DESIGNS: dict[str, dict[str, Any]] = {
 }
 
 
-def run(config_file: Path, *, port: int, num_steps: int | None, num_requests: int, json_file: Path | None) -> None:
-    """num_steps: None for the model's default.
+def run(
+    config_file: Path,
+    *,
+    model: str | None,
+    port: int,
+    num_steps: int | None,
+    num_requests: int,
+    json_file: Path | None,
+) -> None:
+    """model: of `bench_model`, in place of the config's; num_steps: None for the model's default.
 
     Rows of `design`, `partials` (that came, on average), `p50_s` and `ratio` (the median of the ratios to the
     plain answer, request by request).
@@ -35,7 +46,11 @@ def run(config_file: Path, *, port: int, num_steps: int | None, num_requests: in
     partials: dict[str, list[int]] = {design: [] for design in DESIGNS}
     body = {"prompt": "a red circle"} | ({} if num_steps is None else {"num_inference_steps": num_steps})
     url = f"http://127.0.0.1:{port}"
-    with serving(config_file, port), httpx.Client(base_url=url, timeout=600) as client:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        serving(_with_model(config_file, model, Path(folder)), port),
+        httpx.Client(base_url=url, timeout=600) as client,
+    ):
         for i in track(range(-2, num_requests), description="requests"):
             for design, wishes in DESIGNS.items():
                 start = time.perf_counter()
@@ -53,7 +68,20 @@ def run(config_file: Path, *, port: int, num_steps: int | None, num_requests: in
         }
         for design, of in times.items()
     ]
-    report(f"a lone request that is watched, {config_file.stem}", rows, json_file)
+    report(f"a lone request that is watched, {model or config_file.stem}", rows, json_file)
+
+
+def _with_model(config_file: Path, model: str | None, folder: Path) -> Path:
+    """The config, or one in the folder that serves this model in its place."""
+    if model is None:
+        return config_file
+    document = yaml.safe_load(config_file.read_text())
+    [application] = document["applications"]
+    served = bench_model(model, folder).model_dump(mode="json", exclude_defaults=True)
+    application["args"] = {**application["args"], "model": served}
+    changed = folder / "serve.yaml"
+    changed.write_text(yaml.safe_dump(document))
+    return changed
 
 
 def _ask(client: httpx.Client, body: dict[str, Any]) -> int:
