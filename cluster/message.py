@@ -124,6 +124,8 @@ def unpack(packed: Packed, device: torch.device) -> Message:
             # Allocated on a stream for copies, it may be used again when the default stream is done with it.
             payload.record_stream(torch.cuda.default_stream(payload.device))
         body, error = _Unpickler(io.BytesIO(meta.numpy().data), host, payload).load()
+    except torch.OutOfMemoryError as reason:
+        body, error = None, torch.OutOfMemoryError(str(reason))  # without the frames
     except Exception as reason:
         body = None
         error = RuntimeError(f"micro-batch {header.batch_id} cannot be read on another rank: {reason!r}")

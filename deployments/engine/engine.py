@@ -17,9 +17,6 @@ from deployments.engine.work import Leader
 from deployments.memory.needs import Needs
 from deployments.refusal import OutOfShare, ShardGroupLost
 
-OUT_OF_MEMORY = (OutOfShare, torch.OutOfMemoryError)
-"""Of a rank's own work; of what it received."""
-
 
 @dataclass(frozen=True)
 class _Flight:
@@ -130,9 +127,12 @@ class Engine:
             self.queue.finish(message.batch_id, message.body.split_with_sizes(sizes) if sizes else ())
             return
         self._leader.release_again(flight.released)
-        if len(flight.payloads) > 1 and isinstance(message.error, OUT_OF_MEMORY):
+        error: BaseException = message.error
+        if isinstance(error, torch.OutOfMemoryError):  # of what a rank received; its own work says OutOfShare
+            error = OutOfShare(f"a rank has no room for what the one before hands on: {error}")
+        if len(flight.payloads) > 1 and isinstance(error, OutOfShare):
             for inputs in flight.payloads:
                 self._leader.send_again(inputs)
             self.queue.part(message.batch_id)
         else:
-            self.queue.fail(message.batch_id, message.error)
+            self.queue.fail(message.batch_id, error)

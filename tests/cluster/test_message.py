@@ -249,7 +249,7 @@ def test_a_message_that_finds_no_room_on_the_gpu_arrives_as_an_error() -> None:
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert (message.batch_id, message.body) == (3, None)
-    assert "OutOfMemoryError" in str(message.error)
+    assert isinstance(message.error, torch.OutOfMemoryError)
 
 
 @pytest.mark.gpu

@@ -92,6 +92,8 @@ class Part:
             raise ValueError("no such block")
         if inputs.get("is_much_on") == self._rank and len(inputs["hidden_states"]) > 1:
             raise OutOfShare("out of memory")
+        if inputs.get("no_room_on") == self._rank:
+            raise torch.OutOfMemoryError("tried to allocate")
         is_last = self._rank == self._num_ranks - 1
         return inputs["hidden_states"] if is_last else {"block": inputs["hidden_states"]}
 
@@ -170,6 +172,12 @@ def test_what_merged_runs_out_of_memory_runs_alone_and_no_request_fails_for_it(
         for value, answer in enumerate(threads.map(request, range(8))):
             assert torch.equal(answer, torch.full((1, 4, 2), float(value)))
     assert max(engine.queue.stats().batch_sizes) > 1
+
+
+def test_a_rank_without_room_for_what_it_receives_is_told_as_out_of_memory(open_engine: Open) -> None:
+    engine = open_engine([Part(rank, 2) for rank in range(2)])
+    with pytest.raises(OutOfShare, match="no room for what the one before hands on: tried to allocate"):
+        forward(engine, no_room_on=1)
 
 
 @pytest.mark.parametrize("settings", [{"compile": "blocks"}, {}], ids=["compiled", "not compiled"])
