@@ -48,8 +48,9 @@ class ModelConfig(Config):
 
     @property
     def architecture(self) -> Family:
-        """Of the family, which must be said here (checkpoints/source.py: with_family)."""
-        assert self.family is not None
+        """Raises ValueError where the family is not said; `with_family` (checkpoints/source.py) reads it."""
+        if self.family is None:
+            raise ValueError(f"the family of {self.checkpoint!r} is not known here: one of {', '.join(FAMILIES)}")
         return FAMILIES[self.family]
 
     @property

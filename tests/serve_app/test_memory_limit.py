@@ -14,7 +14,9 @@ from serve_app.ingress import Ingress
 from tests.conftest import App
 
 DEFAULTS = {"width": 64, "height": 64, "num_inference_steps": 4}
-MODEL = ModelConfig.model_validate({"name": "tiny-flux", "checkpoint": "tiny://flux", "defaults": DEFAULTS})
+MODEL = ModelConfig.model_validate(
+    {"name": "tiny-flux", "checkpoint": "tiny://flux", "family": "flux", "defaults": DEFAULTS}
+)
 TRANSFORMER_GIB = 15.8e6 / 2**30
 """14.2 MB of weights, and 0.66 MB for each forward of 64 x 64, 2.6 MB for one of 256 x 256: two small ones fit."""
 VAE_GIB = 2e6 / 2**30

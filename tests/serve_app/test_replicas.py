@@ -27,6 +27,7 @@ MODEL = ModelConfig.model_validate(
     {
         "name": "tiny-flux",
         "checkpoint": "tiny://flux",
+        "family": "flux",
         "defaults": {"width": 64, "height": 64, "num_inference_steps": 4},
         "warm_up": ["64x64"],
     }

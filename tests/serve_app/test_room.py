@@ -16,7 +16,8 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
 def config(**transformer: Any) -> AppConfig:
-    return parse_app_config({"model": {"name": "t", "checkpoint": "tiny://flux"}, "transformer": transformer})
+    model = {"name": "t", "checkpoint": "tiny://flux", "family": "flux"}
+    return parse_app_config({"model": model, "transformer": transformer})
 
 
 def test_an_app_that_finds_no_gpus_is_refused_before_it_starts() -> None:

@@ -14,7 +14,7 @@ PROGRAM = """
 import sys
 from deployments.config import EncoderConfig, ModelConfig
 from deployments.stages import load_stage
-load_stage("encode", ModelConfig(name="t", checkpoint="tiny://flux"), "flux", EncoderConfig())
+load_stage("encode", ModelConfig(name="t", checkpoint="tiny://flux", family="flux"), EncoderConfig())
 print(sys.modules["bitsandbytes"])
 """
 
