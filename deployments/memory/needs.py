@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from deployments.memory.limit import WORKSPACE_BYTES, Limit, gib
-from deployments.refusal import NeverFits
+from deployments.refusal import NeverFits, OutOfShare
 from deployments.stats import NeedStats
 
 Foresee = Callable[[], tuple[int, int]]
@@ -83,19 +83,22 @@ class Needs:
         limit, where nothing enforces that, is no reason to refuse the same call the next time.
         """
         need, limit = self._needs.get(kind), self._limit
-        if need is None or limit is None or self._device.type != "cuda":
+        if need is None or limit is None:
             yield
             return
-        self._peaks = self.peaks()
-        torch.cuda.reset_peak_memory_stats(self._device)
+        is_cuda = self._device.type == "cuda"
+        if is_cuda:
+            self._peaks = self.peaks()
+            torch.cuda.reset_peak_memory_stats(self._device)
         try:
             yield
-        except torch.OutOfMemoryError:
+        except OutOfShare:
             if num_calls > 1:
                 need.measured[num_calls] = limit.num_bytes + 1
             raise
-        peak_bytes = min(torch.cuda.max_memory_allocated(self._device), limit.num_bytes)
-        need.measured[num_calls] = max(peak_bytes, need.measured.get(num_calls, 0))
+        if is_cuda:
+            peak_bytes = min(torch.cuda.max_memory_allocated(self._device), limit.num_bytes)
+            need.measured[num_calls] = max(peak_bytes, need.measured.get(num_calls, 0))
 
     def peaks(self) -> tuple[int, int]:
         """(allocated, reserved) at most on CUDA since the start of the process."""
