@@ -89,6 +89,7 @@ QWEN_IMAGE: Mapping[str, Way] = {
 WAYS = {"flux": FLUX, "qwen-image": QWEN_IMAGE}
 NUM_STEPS = {"flux": 8, "qwen-image": 4}
 NUM_PICTURES = {"flux": 2, "qwen-image": 1}
+WRITING = "writing the checkpoint"
 DISK_GB = {"flux": 34, "qwen-image": 57}
 SHARES = {"flux": 0.45, "qwen-image": 0.55}
 """Of the time, where both run. Much of it goes into writing checkpoints, loading them, and one run to warm up."""
@@ -106,7 +107,7 @@ def run(families: tuple[str, ...], *, is_quick: bool, limit_s: float, json_file:
             try:
                 model = _write(family, Path(folder) / family, is_quick=is_quick)
             except (OSError, RuntimeError, ValueError) as error:  # the other's rows are not lost for it
-                rows.append({"model": family, "way": "writing the checkpoint", "error": str(error)})
+                rows.append(_row(family, WRITING, Way({}), {WRITING: {"error": str(error)}}))
                 continue
             rows += _run_family(model, family, is_quick=is_quick, deadline=began + share * limit_s)
             if json_file is not None:
@@ -118,7 +119,7 @@ def _write(family: str, folder: Path, *, is_quick: bool) -> ModelConfig:
     sizes = {"transformer": {}} if is_quick else PUBLISHED[family]
     free_gb = shutil.disk_usage(folder.parent).free / 1e9
     if not is_quick and free_gb < DISK_GB[family]:
-        raise OSError(f"{folder.parent} {free_gb:.0f} GB free, and {family} takes {DISK_GB[family]}: set TMPDIR")
+        raise OSError(f"{folder.parent}: {free_gb:.0f} GB free, and {family} takes {DISK_GB[family]}: set TMPDIR")
     write_large(family, folder, sizes, torch.device("cuda" if HAS_GPU else "cpu"))
     pixels = 64 if is_quick else 1024
     defaults = {"width": pixels, "height": pixels}

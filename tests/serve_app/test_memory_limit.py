@@ -1,6 +1,7 @@
 """Limits of memory over HTTP: what never fits gets a 400."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -23,6 +24,17 @@ VAE_GIB = 2e6 / 2**30
 """64 x 64 fits and 128 x 128, whose forward the transformer takes, does not."""
 
 
+@contextmanager
+def ingress_over(flux_app: App, name: str, stages: Sequence[Any]) -> Iterator[App]:
+    """An application of its own on the server of `flux_app`."""
+    ingress = serve.deployment(serve.ingress()(Ingress)).options(ray_actor_options={"num_cpus": 0})
+    handle = serve.run(ingress.bind(MODEL, LimitsConfig(), *stages), name=name, route_prefix=f"/{name}")
+    app = App(flux_app.url.rpartition("/")[0], name, handle, "flux")
+    yield app
+    app.client.close()
+    serve.delete(name)
+
+
 @pytest.fixture(scope="module")
 def app(flux_app: App) -> Iterator[App]:
     """Over the encoder of `flux_app`."""
@@ -36,24 +48,16 @@ def app(flux_app: App) -> Iterator[App]:
         stage(Transformer, TransformerConfig(memory_limit_gib=TRANSFORMER_GIB, batch_wait_ms=50)),
         stage(Vae, VaeConfig(memory_limit_gib=VAE_GIB)),
     )
-    ingress = serve.deployment(serve.ingress()(Ingress)).options(ray_actor_options={"num_cpus": 0})
-    handle = serve.run(ingress.bind(MODEL, LimitsConfig(), *stages), name="tight", route_prefix="/tight")
-    app = App(flux_app.url.rpartition("/")[0], "tight", handle, "flux")
-    yield app
-    app.client.close()
-    serve.delete("tight")
+    with ingress_over(flux_app, "tight", stages) as app:
+        yield app
 
 
 @pytest.fixture(scope="module")
 def roomy_app(app: App, flux_app: App) -> Iterator[App]:
     """The same transformer before a VAE without a limit."""
     stages = (flux_app.deployment("Encoder"), app.deployment("Transformer"), flux_app.deployment("Vae"))
-    ingress = serve.deployment(serve.ingress()(Ingress)).options(ray_actor_options={"num_cpus": 0})
-    handle = serve.run(ingress.bind(MODEL, LimitsConfig(), *stages), name="roomy", route_prefix="/roomy")
-    roomy = App(flux_app.url.rpartition("/")[0], "roomy", handle, "flux")
-    yield roomy
-    roomy.client.close()
-    serve.delete("roomy")
+    with ingress_over(flux_app, "roomy", stages) as roomy:
+        yield roomy
 
 
 def draw(app: App, size: str, seed: int = 0, steps: int = 4) -> Any:
