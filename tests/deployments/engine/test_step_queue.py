@@ -15,6 +15,8 @@ import pytest
 from deployments.engine.step_queue import Cancelled, MicroBatch, Seat, SeatState, StepQueue
 
 FOREVER_S = 60.0
+SOON_S = 10.0
+"""Long enough for a thread on a machine that is busy with other tests."""
 A_MOMENT_S = 0.003
 
 
@@ -47,7 +49,7 @@ class Clock:
 
 
 class Rig:
-    """A step queue, and what requests and rank 0 do with it. Nothing here blocks for longer than a second."""
+    """A step queue, and what requests and rank 0 do with it. Nothing here blocks for longer than `SOON_S`."""
 
     def __init__(self, **options: Any) -> None:
         defaults: dict[str, Any] = {
@@ -71,7 +73,7 @@ class Rig:
         return in_thread(self.queue.take)
 
     def take(self) -> MicroBatch:
-        return self.taking().result(timeout=1)
+        return self.taking().result(timeout=SOON_S)
 
     def land(self, batch: MicroBatch) -> None:
         self.queue.finish(batch.id, [f"{payload} done" for payload in batch.payloads])
@@ -84,7 +86,7 @@ class Rig:
             self.land(self.take())
 
     def until(self, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 1
+        deadline = time.monotonic() + SOON_S
         while not condition():
             assert time.monotonic() < deadline
             time.sleep(0)
@@ -179,7 +181,7 @@ def test_one_shard_has_one_batch_in_flight_and_more_have_one_to_spare(build_rig,
     one_more = rig.taking()
     assert is_blocked(one_more)
     rig.land(batches[0])
-    assert one_more.result(timeout=1).payloads == ("p",)
+    assert one_more.result(timeout=SOON_S).payloads == ("p",)
 
 
 def test_live_seats_are_spread_over_the_depth(build_rig):
@@ -226,7 +228,7 @@ def test_a_batch_waits_for_a_request_between_two_forwards_and_goes_when_it_comes
     taking = rig.taking()
     assert is_blocked(taking)
     rig.send(b, "b")
-    assert taking.result(timeout=1).payloads == ("a", "b")
+    assert taking.result(timeout=SOON_S).payloads == ("a", "b")
 
 
 def test_nobody_waits_for_a_request_that_has_not_forwarded_yet(build_rig):
@@ -261,7 +263,7 @@ def test_the_wait_ends_when_the_awaited_request_does(build_rig, end):
     taking = rig.taking()
     assert is_blocked(taking)
     end(rig.queue, b)
-    assert taking.result(timeout=1).payloads == ("a",)
+    assert taking.result(timeout=SOON_S).payloads == ("a",)
 
 
 def test_the_wait_ends_after_batch_wait_s(build_rig):
@@ -273,7 +275,7 @@ def test_the_wait_ends_after_batch_wait_s(build_rig):
     rig.land(batch)
     rig.send(a, "a")
     assert rig.take().payloads == ("a",)
-    assert 0.01 <= time.monotonic() - landed < 0.5
+    assert time.monotonic() - landed >= 0.01
 
 
 def test_a_forward_that_has_sat_out_a_flight_still_waits_for_those_who_just_landed(build_rig):
@@ -285,11 +287,11 @@ def test_a_forward_that_has_sat_out_a_flight_still_waits_for_those_who_just_land
     rig.send(b, "b")
     clock.now = 100.0
     rig.land(batch)
-    first.result(timeout=1)
+    first.result(timeout=SOON_S)
     taking = rig.taking()
     assert is_blocked(taking)
     rig.send(a, "a")
-    assert taking.result(timeout=1).payloads == ("b", "a")
+    assert taking.result(timeout=SOON_S).payloads == ("b", "a")
 
 
 def test_a_request_that_is_late_is_not_awaited_again(build_rig):
@@ -313,7 +315,7 @@ def test_a_late_request_does_not_cut_short_the_wait_for_another(build_rig):
     taking = rig.taking()
     assert is_blocked(taking)
     rig.send(coming, "b")
-    assert taking.result(timeout=1).payloads == ("a", "b")
+    assert taking.result(timeout=SOON_S).payloads == ("a", "b")
 
 
 def test_take_wakes_for_the_nearest_of_several_deadlines(build_rig):
@@ -330,7 +332,7 @@ def test_take_wakes_for_the_nearest_of_several_deadlines(build_rig):
     taking = rig.taking()
     assert is_blocked(taking)
     clock.now = FOREVER_S
-    assert taking.result(timeout=1).payloads == ("a",)
+    assert taking.result(timeout=SOON_S).payloads == ("a",)
 
 
 # Order
@@ -346,7 +348,7 @@ def rig_with_a_waiting_group(build_rig: Callable[..., Rig], waited_s: float) -> 
     rig.send(old, "old", "x")
     clock.now = waited_s
     rig.land(batch)
-    flown.result(timeout=1)
+    flown.result(timeout=SOON_S)
     for seat in others:
         rig.send(seat, "ready", "y")
     return rig, landing
@@ -362,7 +364,7 @@ def test_nobody_passes_a_forward_that_has_waited_batch_wait_s(build_rig):
     taking = rig.taking()
     assert is_blocked(taking)
     rig.send(landing, "young", "x")
-    assert taking.result(timeout=1).payloads == ("old", "young")
+    assert taking.result(timeout=SOON_S).payloads == ("old", "young")
 
 
 def serve(rig: Rig, seat: Seat) -> int:
@@ -406,7 +408,7 @@ def test_a_request_that_alternates_is_awaited_where_it_comes_next(build_rig):
     taking = rig.taking()
     assert is_blocked(taking)
     rig.send(a, "a", "uncond")
-    assert taking.result(timeout=1).payloads == ("b", "a")
+    assert taking.result(timeout=SOON_S).payloads == ("b", "a")
 
 
 def test_a_request_that_alternates_is_not_awaited_where_it_was_last(build_rig):
@@ -436,7 +438,7 @@ def test_alternating_requests_in_lockstep_merge(build_rig):
     requests = [in_thread(run_request, rig, seat, passes) for seat in rig.seats(4)]
     rig.until(lambda: rig.queue.stats().num_waiting == 4)
     in_thread(run_rank_0, rig)
-    assert not wait(requests, timeout=2).not_done
+    assert not wait(requests, timeout=SOON_S).not_done
     assert len(passes) * 4 / rig.queue.stats().num_micro_batches >= 3
 
 
@@ -445,7 +447,7 @@ def test_a_second_forward_on_a_seat_is_refused_while_the_first_is_open(build_rig
     (seat,) = rig.seats(1)
     rig.send(seat, "cond")
     with pytest.raises(RuntimeError, match="one open forward"):
-        rig.send(seat, "uncond").result(timeout=1)
+        rig.send(seat, "uncond").result(timeout=SOON_S)
 
 
 # Cancelling
@@ -457,7 +459,7 @@ def test_cancelling_a_waiting_forward_takes_it_out_of_the_queue(build_rig):
     cancelled, _ = rig.send(a, "a"), rig.send(b, "b")
     rig.queue.cancel(a)
     with pytest.raises(Cancelled):
-        cancelled.result(timeout=1)
+        cancelled.result(timeout=SOON_S)
     assert rig.take().payloads == ("b",)
 
 
@@ -468,7 +470,7 @@ def test_cancelling_a_flying_forward_wakes_it_before_the_flight_lands(build_rig)
     rig.take()
     rig.queue.cancel(a)
     with pytest.raises(Cancelled):
-        cancelled.result(timeout=1)
+        cancelled.result(timeout=SOON_S)
 
 
 def test_the_others_of_a_flight_get_their_own_results_when_one_is_cancelled(build_rig):
@@ -478,7 +480,7 @@ def test_the_others_of_a_flight_get_their_own_results_when_one_is_cancelled(buil
     batch = rig.take()
     rig.queue.cancel(seats[0])
     rig.land(batch)
-    assert (b.result(timeout=1), c.result(timeout=1)) == ("b done", "c done")
+    assert (b.result(timeout=SOON_S), c.result(timeout=SOON_S)) == ("b done", "c done")
 
 
 def test_cancelling_between_two_forwards_refuses_the_next_one(build_rig):
@@ -487,7 +489,7 @@ def test_cancelling_between_two_forwards_refuses_the_next_one(build_rig):
     rig.fly((a, "x"))
     rig.queue.cancel(a)
     with pytest.raises(Cancelled):
-        rig.send(a, "a").result(timeout=1)
+        rig.send(a, "a").result(timeout=SOON_S)
 
 
 def test_a_seat_that_was_left_takes_no_forward(build_rig):
@@ -495,7 +497,7 @@ def test_a_seat_that_was_left_takes_no_forward(build_rig):
     (a,) = rig.seats(1)
     rig.queue.leave(a)
     with pytest.raises(Cancelled):
-        rig.send(a, "a").result(timeout=1)
+        rig.send(a, "a").result(timeout=SOON_S)
 
 
 # Failing and closing
@@ -508,8 +510,8 @@ def test_an_error_fails_its_own_batch_only(build_rig):
     rig.queue.fail(failing.id, MemoryError("out of memory"))
     rig.land(passing)
     with pytest.raises(MemoryError):
-        a.result(timeout=1)
-    assert b.result(timeout=1) == "b done"
+        a.result(timeout=SOON_S)
+    assert b.result(timeout=SOON_S) == "b done"
 
 
 def test_a_seat_may_go_on_after_a_failed_forward(build_rig):
@@ -517,10 +519,10 @@ def test_a_seat_may_go_on_after_a_failed_forward(build_rig):
     (a,) = rig.seats(1)
     failed = rig.send(a, "a")
     rig.queue.fail(rig.take().id, MemoryError("out of memory"))
-    wait([failed], timeout=1)
+    wait([failed], timeout=SOON_S)
     again = rig.send(a, "again")
     rig.land(rig.take())
-    assert again.result(timeout=1) == "again done"
+    assert again.result(timeout=SOON_S) == "again done"
 
 
 def test_too_few_results_are_refused_and_the_batch_may_still_fail(build_rig):
@@ -530,7 +532,7 @@ def test_too_few_results_are_refused_and_the_batch_may_still_fail(build_rig):
     with pytest.raises(ValueError, match="got 1 results for 2 payloads") as refusal:
         rig.queue.finish(batch.id, ["only one"])
     rig.queue.fail(batch.id, refusal.value)
-    assert all(isinstance(forward.exception(timeout=1), ValueError) for forward in sent)
+    assert all(isinstance(forward.exception(timeout=SOON_S), ValueError) for forward in sent)
 
 
 def test_closing_releases_waiting_and_flying_forwards(build_rig):
@@ -542,14 +544,14 @@ def test_closing_releases_waiting_and_flying_forwards(build_rig):
     rig.queue.close(ConnectionError("rank 1 is gone"))
     for forward in (flying, waiting):
         with pytest.raises(ConnectionError):
-            forward.result(timeout=1)
+            forward.result(timeout=SOON_S)
 
 
 def test_a_closed_queue_takes_no_forward(build_rig):
     rig = build_rig()
     rig.queue.close(ConnectionError("rank 1 is gone"))
     with pytest.raises(ConnectionError):
-        rig.send(rig.queue.join(), "late").result(timeout=1)
+        rig.send(rig.queue.join(), "late").result(timeout=SOON_S)
 
 
 def test_closing_releases_take(build_rig):
@@ -558,7 +560,7 @@ def test_closing_releases_take(build_rig):
     assert is_blocked(taking)
     rig.queue.close(ConnectionError("rank 1 is gone"))
     with pytest.raises(ConnectionError):
-        taking.result(timeout=1)
+        taking.result(timeout=SOON_S)
 
 
 def test_the_first_error_a_queue_is_closed_with_stays(build_rig):
@@ -575,7 +577,7 @@ def test_a_batch_may_land_after_the_queue_was_closed(build_rig):
     batch = rig.take()
     rig.queue.close(ConnectionError("rank 1 is gone"))
     rig.land(batch)
-    assert isinstance(sent.exception(timeout=1), ConnectionError)
+    assert isinstance(sent.exception(timeout=SOON_S), ConnectionError)
 
 
 def test_a_failed_forward_does_not_keep_its_payload_alive(build_rig):
@@ -594,7 +596,7 @@ def test_a_failed_forward_does_not_keep_its_payload_alive(build_rig):
     try:
         request = in_thread(run, rig.queue.join())
         rig.queue.fail(rig.take().id, MemoryError("out of memory"))
-        assert request.result(timeout=1)() is None
+        assert request.result(timeout=SOON_S)() is None
     finally:
         gc.enable()
 
@@ -675,7 +677,7 @@ def test_forty_requests_with_errors_and_cancellations_neither_hang_nor_mix(build
     for seat in chance.sample(seats, 10):
         time.sleep(0.001)
         rig.queue.cancel(seat)
-    assert not wait(requests, timeout=2).not_done
+    assert not wait(requests, timeout=SOON_S).not_done
     assert {"finished", "Cancelled", "MemoryError"} == {request.result() for request in requests}
     assert rig.queue.stats().num_seats == 0
 
@@ -688,16 +690,16 @@ def test_an_empty_micro_batch_follows_the_last_seat_once(build_rig: Callable[...
     rig.queue.leave(one)
     assert not taking.done()
     rig.queue.leave(other)
-    idle = taking.result(timeout=1)
+    idle = taking.result(timeout=SOON_S)
     assert idle.payloads == ()
     rig.land(idle)
     [third] = rig.seats(1)
     taking = rig.taking()
     sent = rig.send(third, "p")
-    batch = taking.result(timeout=1)
+    batch = taking.result(timeout=SOON_S)
     assert batch.payloads == ("p",), "idle is told once"
     rig.land(batch)
-    assert sent.result(timeout=1) == "p done"
+    assert sent.result(timeout=SOON_S) == "p done"
     assert 0 not in rig.queue.stats().batch_sizes
 
 
@@ -779,5 +781,5 @@ def test_what_was_too_much_together_flies_again_each_alone_and_before_what_came_
         rig.land(alone)
         rig.queue.leave(seat)
     with pytest.raises(Cancelled):
-        sent.pop(1).result(timeout=1)
-    assert [answer.result(timeout=1) for answer in sent] == ["a done", "c done", "d done"]
+        sent.pop(1).result(timeout=SOON_S)
+    assert [answer.result(timeout=SOON_S) for answer in sent] == ["a done", "c done", "d done"]
