@@ -19,8 +19,8 @@ from deployments.engine.blocks import BlockBytes, block_bytes, block_names, buil
 from deployments.engine.cut import Boundary
 from deployments.engine.merge import Inputs
 from deployments.engine.shard import Shard, load_shard
+from deployments.memory.keeper import Keeper
 from deployments.memory.on_demand import turn_to_load
-from deployments.memory.prepare import Keeper
 from deployments.memory.quantize import plan_quantization
 from deployments.memory.share import take_share
 from deployments.memory.stored import as_stored

@@ -9,6 +9,14 @@ from torch import nn
 from torch.jit._trace import TracerWarning
 
 
+def trace_unet(name: str, model: nn.Module) -> None:
+    """In place. Raises ValueError for any other model."""
+    if not type(model).__name__.startswith("UNet"):
+        raise ValueError(f"trace is for UNets, and {name} is a {type(model).__name__}: use compile: blocks")
+    model.requires_grad_(False)  # only here: torch then chooses other kernels for some convolutions
+    model.forward = TracedForward(model)
+
+
 class TracedForward:
     """Stands for a UNet's `forward`, and returns what it does with `return_dict=False`.
 

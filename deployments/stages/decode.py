@@ -8,8 +8,8 @@ import torch
 from deployments.checkpoints.components import fetch_stage, stage_components
 from deployments.config import ModelConfig, VaeConfig
 from deployments.device import resolve_device, resolve_dtype
+from deployments.memory.keeper import Keeper
 from deployments.memory.on_demand import turn_to_load
-from deployments.memory.prepare import Keeper
 from deployments.memory.share import take_share
 from deployments.memory.tiling import set_tiles
 from deployments.request import GenerationRequest

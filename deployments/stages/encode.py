@@ -6,8 +6,8 @@ from deployments.checkpoints.components import fetch_stage, stage_components
 from deployments.config import EncoderConfig, ModelConfig
 from deployments.device import resolve_device
 from deployments.families.family import Embeds
+from deployments.memory.keeper import Keeper
 from deployments.memory.on_demand import turn_to_load
-from deployments.memory.prepare import Keeper
 from deployments.memory.share import take_share
 from deployments.request import Prompt
 from deployments.stages.pipeline import load_pipeline, loaded_models

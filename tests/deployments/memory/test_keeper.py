@@ -7,7 +7,7 @@ import torch
 from diffusers.hooks import HookRegistry
 
 from deployments.config import EncoderConfig, ModelConfig, VaeConfig
-from deployments.memory.prepare import copied
+from deployments.memory.compile import copied
 from deployments.stages import load_stage
 from tests.deployments.memory.tiny_request import build_request
 

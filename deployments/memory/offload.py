@@ -1,0 +1,62 @@
+"""The offloading that accelerate and diffusers know: by model, by leaf, by group, to disk."""
+
+import tempfile
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import accelerate
+import torch
+from diffusers.hooks import apply_group_offloading
+from torch import nn
+
+from deployments.memory.config import OffloadConfig
+from deployments.memory.movable import make_movable
+
+
+def offload(models: Iterable[nn.Module], config: OffloadConfig, device: torch.device) -> list[Any]:
+    """In place: weights come to the device when they are called for.
+
+    Returns accelerate's hooks of models that stay there until their `offload()` is called.
+    Raises ValueError where the device cannot do what config asks for.
+    """
+    if config.use_stream and device.type == "cpu":
+        raise ValueError("offload.use_stream needs a GPU, and this stage runs on the CPU: leave it out")
+    staying: list[Any] = []
+    for model in models:
+        if config.kind == "model":
+            make_movable(model)
+            _, hook = accelerate.cpu_offload_with_hook(model, device, staying[-1] if staying else None)
+            staying.append(hook)
+        elif config.kind == "sequential":
+            accelerate.cpu_offload(model, device, offload_buffers=True)
+        elif config.kind == "disk":
+            accelerate.disk_offload(model, _folder(model, config.folder), device, offload_buffers=True)
+        else:
+            apply_group_offloading(
+                model,
+                onload_device=device,
+                offload_type=f"{config.level}_level",
+                num_blocks_per_group=config.blocks_per_group if config.level == "block" else None,
+                non_blocking=config.non_blocking,
+                use_stream=config.use_stream,
+                record_stream=config.record_stream,
+                low_cpu_mem_usage=config.low_cpu_memory,
+                offload_to_disk_path=config.folder and _folder(model, config.folder),
+                block_modules=_vae_blocks(model),
+            )
+    return staying
+
+
+def _vae_blocks(model: nn.Module) -> list[str] | None:
+    """Of a VAE whose class does not say: hooks elsewhere would wait for its forward, which nobody calls."""
+    if not hasattr(model, "decoder") or hasattr(model, "_group_offload_block_modules"):
+        return None
+    return [name for name in ("quant_conv", "post_quant_conv", "encoder", "decoder") if hasattr(model, name)]
+
+
+def _folder(model: nn.Module, parent: str | None) -> str:
+    """A folder of the model's own, gone with it: group offloading would take files it finds for its own."""
+    folder = tempfile.TemporaryDirectory(prefix="latent-relay-", dir=parent)
+    weakref.finalize(model, folder.cleanup)
+    return folder.name
