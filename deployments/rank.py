@@ -23,8 +23,7 @@ class Rank:
         return this_place()
 
     async def stats(self) -> RankStats:
-        stats: RankStats = self._stage.stats()
-        return stats
+        return self._stage.stats()
 
     async def connect(self, rendezvous: Rendezvous) -> None:
         """Meet the other ranks; returns when all have met."""

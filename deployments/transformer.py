@@ -7,13 +7,14 @@ from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cluster.autoscaling import LOAD
 from cluster.metrics import StageMetrics, export_regularly
 from cluster.place import num_nodes
 from cluster.shard_group import ShardGroup, this_address
 from deployments.config import ModelConfig, TransformerConfig
+from deployments.news import News
 from deployments.rank import Rank, exit_replica
 from deployments.request import (
     NO_NEWS,
@@ -31,10 +32,9 @@ from deployments.warm_up import NO_WARM_UP, WarmUp
 if TYPE_CHECKING:
     import torch
 
-log = logging.getLogger("ray.serve")
+    from deployments.engine.step_queue import Seat
 
-PROGRESS_PERIOD_S = 0.2
-"""Least time between two progress items: each costs 2-5 ms of the process that computes (measured)."""
+log = logging.getLogger("ray.serve")
 
 
 class Transformer:
@@ -47,7 +47,6 @@ class Transformer:
         began = time.perf_counter()
         self._threads = ThreadPoolExecutor(config.max_ongoing_requests, thread_name_prefix="denoise")
         self._group: ShardGroup | None = None
-        self._stage: Any = None
         if config.num_ranks > 1:  # first of all: the children start while this process imports torch
             self._group = ShardGroup(Rank, config.num_ranks, config, model, config)
         self._stage = load_stage("denoise", model, config)
@@ -83,57 +82,36 @@ class Transformer:
         hand on their reference without reading them.
         A caller that stops listening cancels the request at its next step.
         """
-        loop = asyncio.get_running_loop()
-        news: asyncio.Queue[tuple[Any, ...] | None] = asyncio.Queue()
-        arrived = time.perf_counter()
-        times = {"started": arrived, "reported": 0.0, "stepped": arrived}
-
-        def tell(*items: Any) -> None:
-            loop.call_soon_threadsafe(news.put_nowait, items)
-
-        def on_step(step: int, _latents: Any = None) -> None:
-            now = time.perf_counter()
-            if step:
-                self._metrics[0].observe("relay_step_seconds", now - times["stepped"])
-            times["stepped"] = now
-            if options.wants_progress and now - times["reported"] >= PROGRESS_PERIOD_S:
-                times["reported"] = now
-                num_steps = request.num_inference_steps
-                eta_s = round((now - times["started"]) / step * (num_steps - step), 3) if step else None
-                tell(Progress(step, num_steps, eta_s))
-
-        def on_partial(index: int, latents: Any) -> None:
-            tell(PartialDenoised(index), latents)
-
-        def run() -> Any:
-            times["started"] = time.perf_counter()
-            on_step(0)
-            return self._stage.denoise(
-                seat, conditioning.embeds, request, on_step, options.num_partial_images, on_partial
-            )
-
-        def on_end(done: "asyncio.Future[Any]") -> None:
-            done.cancelled() or done.exception()  # seen: of a cancelled request nobody else asks for it
-            news.put_nowait(None)
-
+        news = News(request.num_inference_steps, options, partial(self._metrics[0].observe, "relay_step_seconds"))
         seat = self._stage.join()
         try:
             with self._metrics[0].request():
-                running = loop.run_in_executor(self._threads, run)
-                running.add_done_callback(on_end)
-                while (items := await news.get()) is not None:
-                    for item in items:
-                        yield item
+                running = asyncio.get_running_loop().run_in_executor(
+                    self._threads, self._denoise, seat, conditioning, request, options, news
+                )
+                running.add_done_callback(news.on_end)
+                async for item in news:
+                    yield item
                 latents = await running
         finally:
             self._stage.leave(seat)
         self._answered_bytes += latents.nbytes
-        yield Denoised(
-            encode_ms=conditioning.encode_ms,
-            queue_ms=(times["started"] - arrived) * 1e3,
-            denoise_ms=(time.perf_counter() - times["started"]) * 1e3,
-        )
+        yield Denoised(conditioning.encode_ms, queue_ms=news.queue_ms, denoise_ms=news.denoise_ms)
         yield latents
+
+    def _denoise(
+        self,
+        seat: "Seat",
+        conditioning: Conditioning,
+        request: GenerationRequest,
+        options: StreamOptions,
+        news: News,
+    ) -> "torch.Tensor":
+        """In the request's thread."""
+        news.on_start()
+        return self._stage.denoise(
+            seat, conditioning.embeds, request, news.on_step, options.num_partial_images, news.on_partial
+        )
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Serve asks, and gives it to the autoscaling policy."""
@@ -144,7 +122,7 @@ class Transformer:
         return await asyncio.to_thread(self._stats)
 
     def _stats(self) -> TransformerStats:
-        stats: TransformerStats = self._stage.stats()
+        stats = self._stage.stats()
         others = [] if self._group is None else self._group.stats()
         return replace(stats, ranks=(*stats.ranks, *others))
 
@@ -180,5 +158,5 @@ class Transformer:
 
     def __del__(self) -> None:
         """Serve calls it at an orderly end; the ring's goodbye ends the other ranks' part in it."""
-        if self._stage is not None:
+        if hasattr(self, "_stage"):
             self._stage.close()

@@ -6,10 +6,16 @@ Importing this package imports no torch; `load_stage` does, when a replica calls
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
-from deployments.config import ModelConfig, StageConfig
+from deployments.config import EncoderConfig, ModelConfig, StageConfig, TransformerConfig, VaeConfig
 from deployments.stages.imports import skip_unneeded
+
+if TYPE_CHECKING:
+    from deployments.stages.decode import Decoding
+    from deployments.stages.denoise import Denoising
+    from deployments.stages.encode import TextEncoding
+    from deployments.stages.follow import Following
 
 STAGES = {
     "encode": "deployments.stages.encode:TextEncoding",
@@ -17,6 +23,18 @@ STAGES = {
     "follow": "deployments.stages.follow:Following",
     "decode": "deployments.stages.decode:Decoding",
 }
+
+
+@overload
+def load_stage(stage: Literal["encode"], model: ModelConfig, config: EncoderConfig) -> "TextEncoding": ...
+@overload
+def load_stage(stage: Literal["denoise"], model: ModelConfig, config: TransformerConfig) -> "Denoising": ...
+@overload
+def load_stage(
+    stage: Literal["follow"], model: ModelConfig, config: TransformerConfig, rank: int, /
+) -> "Following": ...
+@overload
+def load_stage(stage: Literal["decode"], model: ModelConfig, config: VaeConfig) -> "Decoding": ...
 
 
 def load_stage(stage: str, model: ModelConfig, config: StageConfig, *args: Any) -> Any:
