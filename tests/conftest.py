@@ -40,7 +40,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run in parallel, all tests of the one Ray cluster go to one process, and those of a file stay together."""
+    """Run in parallel, all tests of the one Ray cluster go to one process, and those of a file stay together.
+
+    A test that asks for its app by name (`getfixturevalue`) says `usefixtures("ray_cluster")`.
+    """
     for item in items:
         on_cluster = "ray_cluster" in getattr(item, "fixturenames", ())
         item.add_marker(pytest.mark.xdist_group("ray cluster" if on_cluster else item.path.name))

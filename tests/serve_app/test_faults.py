@@ -13,6 +13,8 @@ pytestmark = pytest.mark.slow
 
 RANKS = ("rank 0", "rank 1")
 VICTIMS = (*RANKS, "encoder", "vae")
+OFTEN = ("rank 1", "encoder", "vae")
+"""Killed in every run of the tests, and only under requests: starting what replaces them takes minutes."""
 Row = dict[str, Any]
 Rows = dict[tuple[str, str], Row]
 
@@ -20,10 +22,10 @@ Rows = dict[tuple[str, str], Row]
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Rows:
     """By what was killed, and when. In a process of its own: one can be connected to one Ray only."""
-    idle_victims = VICTIMS if request.config.getoption("--thorough") else ("rank 1",)
+    busy_victims, idle_victims = (VICTIMS, VICTIMS) if request.config.getoption("--thorough") else (OFTEN, ())
     file = tmp_path_factory.mktemp("recovery") / "rows.json"
     command = [str(Path(sys.executable).with_name("relay")), "bench", "recovery", "--json", str(file)]
-    command += ["--idle", ",".join(idle_victims)]
+    command += ["--busy", ",".join(busy_victims), "--idle", ",".join(idle_victims)]
     run = subprocess.run(
         command,
         env=os.environ | {"RAY_worker_niceness": "0"},
@@ -36,17 +38,21 @@ def rows(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
     return {(row["killed"], row["when"]): row for row in json.loads(file.read_text())["rows"]}
 
 
+def row_of(rows: Rows, victim: str, when: str) -> Row:
+    if (victim, when) not in rows:
+        pytest.skip("takes half a minute each: --thorough")
+    return rows[victim, when]
+
+
 @pytest.mark.parametrize("victim", VICTIMS)
 def test_all_requests_are_answered_when_a_process_is_killed_under_them(rows: Rows, victim: str) -> None:
-    row = rows[victim, "busy"]
+    row = row_of(rows, victim, "busy")
     assert row["answered"] == row["requests"] == 7
 
 
 @pytest.mark.parametrize("victim", VICTIMS)
 def test_the_next_request_is_answered_when_a_process_is_killed_while_idle(rows: Rows, victim: str) -> None:
-    if (victim, "idle") not in rows:
-        pytest.skip("takes half a minute each: --thorough")
-    row = rows[victim, "idle"]
+    row = row_of(rows, victim, "idle")
     assert row["answered"] == row["requests"] == 1
 
 
@@ -56,17 +62,18 @@ def test_repeated_pictures_equal_the_plain_pipelines(rows: Rows) -> None:
 
 @pytest.mark.parametrize("victim", VICTIMS)
 def test_nothing_is_encoded_again(rows: Rows, victim: str) -> None:
-    assert rows[victim, "busy"]["encoded_again"] == 0
+    assert row_of(rows, victim, "busy")["encoded_again"] == 0
 
 
 @pytest.mark.parametrize("victim", ["encoder", "vae"])
 def test_no_step_is_done_again_unless_a_rank_died(rows: Rows, victim: str) -> None:
-    assert rows[victim, "busy"]["steps_again"] == 0
+    assert row_of(rows, victim, "busy")["steps_again"] == 0
 
 
+@pytest.mark.parametrize("when", ["busy", "idle"])
 @pytest.mark.parametrize("victim", RANKS)
-def test_a_dead_rank_takes_its_whole_group_with_it(rows: Rows, victim: str) -> None:
-    assert [row["left_over"] for (killed, _), row in rows.items() if killed == victim] in ([0], [0, 0])
+def test_a_dead_rank_takes_its_whole_group_with_it(rows: Rows, victim: str, when: str) -> None:
+    assert row_of(rows, victim, when)["left_over"] == 0
 
 
 def test_a_client_that_leaves_frees_its_seat_and_disturbs_nobody(rows: Rows) -> None:

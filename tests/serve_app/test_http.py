@@ -31,7 +31,7 @@ def pixels(data: Any) -> np.ndarray:
 
 
 @pytest.fixture(params=["flux_app", "sd15_app"])
-def image_app(request: pytest.FixtureRequest) -> Any:
+def image_app(request: pytest.FixtureRequest, ray_cluster: None) -> Any:
     return request.getfixturevalue(request.param)
 
 

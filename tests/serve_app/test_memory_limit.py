@@ -66,6 +66,7 @@ def draw(app: App, size: str, seed: int = 0, steps: int = 4) -> Any:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize(
     ("serving", "size", "stage"), [("roomy_app", "256x256", "denoise"), ("app", "128x128", "decode")]
 )

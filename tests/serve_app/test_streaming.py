@@ -89,6 +89,7 @@ def forming(pipe: Any, prompt: str, after: list[int], **settings: Any) -> list[P
     return pictures
 
 
+@pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize(("name", "after"), [("flux_app", [4, 8]), ("sd15_app", [5, 9])])
 def test_the_openai_client_sees_the_plain_pipelines_picture_form(
     request: pytest.FixtureRequest, plain: Plain, plain_pipeline: Any, name: str, after: list[int]
@@ -128,6 +129,7 @@ def test_a_stream_without_wishes_is_the_picture_alone(flux_app: Any) -> None:
     assert isinstance(event, ImageGenCompletedEvent)
 
 
+@pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize("name", ["flux_app", "sd15_app"])
 def test_progress_rises_to_the_last_step(request: pytest.FixtureRequest, name: str) -> None:
     app = request.getfixturevalue(name)
