@@ -47,6 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         on_cluster = "ray_cluster" in getattr(item, "fixturenames", ())
         item.add_marker(pytest.mark.xdist_group("ray cluster" if on_cluster else item.path.name))
+    items.sort(key=lambda item: item.path.name != "test_faults.py")  # or one process would wait for it at the end
 
 
 @pytest.fixture(scope="session")

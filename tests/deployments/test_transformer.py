@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from deployments import news
 from deployments.config import EncoderConfig, ModelConfig, TransformerConfig
 from deployments.engine.step_queue import StepQueueStats
 from deployments.request import (
@@ -96,14 +97,19 @@ def test_nobody_gets_progress_who_did_not_ask(transformer: Transformer, conditio
     assert asyncio.run(run()) == [Denoised, torch.Tensor]
 
 
-def test_the_time_left_is_known_once_a_step_is_done(transformer: Transformer, conditioning: Conditioning) -> None:
-    request = build_request(200)
-    first, *later = [
-        item for item in asyncio.run(collect(transformer, conditioning, request)) if isinstance(item, Progress)
+def test_the_time_left_is_known_once_a_step_is_done(
+    transformer: Transformer, conditioning: Conditioning, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(news, "PROGRESS_PERIOD_S", 0.0)
+    first, *later, last = [
+        item
+        for item in asyncio.run(collect(transformer, conditioning, build_request(6)))
+        if isinstance(item, Progress)
     ]
     assert (first.step, first.eta_s) == (0, None)
-    assert later
-    assert all(progress.eta_s > 0 for progress in later if progress.step < 200)
+    assert [progress.step for progress in later] == [1, 2, 3, 4, 5]
+    assert all(progress.eta_s > 0 for progress in later)
+    assert (last.step, last.eta_s) == (6, 0.0)
 
 
 def test_partial_latents_come_announced_and_in_order(transformer: Transformer, conditioning: Conditioning) -> None:

@@ -20,7 +20,7 @@ from PIL import Image
 from ray import serve
 
 from deployments.checkpoints.source import fetch_checkpoint
-from serve_app.cli import choose_file
+from serve_app.cli import choose_file, main
 from serve_app.config import APP_NAME, ConfigError
 
 pytestmark = pytest.mark.slow
@@ -66,11 +66,16 @@ def test_tiny_names_the_families_when_asked_for_another() -> None:
     assert "allowed: flux, sd15, sdxl, sd3, qwen-image, wan" in done.stderr
 
 
-def test_train_shapes_refuses_a_folder_whose_checkpoint_is_complete(tmp_path: Path) -> None:
+def test_train_shapes_refuses_a_folder_whose_checkpoint_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "shapes").mkdir()
-    done = relay("train-shapes", str(tmp_path))
-    assert done.returncode == 2
-    assert done.stderr.strip().endswith("shapes is complete; remove it, or name another folder")
+    monkeypatch.setattr(sys, "argv", ["relay", "train-shapes", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert told.endswith("shapes is complete; remove it, or name another folder")
 
 
 def test_generate_starts_an_app_of_its_own_and_leaves_no_process(tmp_path: Path) -> None:

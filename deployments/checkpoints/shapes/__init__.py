@@ -2,6 +2,6 @@
 
 In order: `scene` (what can be drawn, and its picture), `wording` (sentences for a scene), `text` (tokenizers and
 text encoders), `models` (autoencoder and transformer), `plan` (how much training), `autoencoder` and `flow`
-(their trainings), `sheet` (pictures to look at), `train` (all of it, resumable, into a checkpoint). Trained
-weights belong in `deployments/checkpoints/embedded/shapes`; none have been trained to the end yet.
+(their trainings), `sheet` (pictures to look at), `train` (all of it, resumable, into a checkpoint). What came of
+it is in `deployments/checkpoints/embedded/shapes`.
 """
