@@ -75,8 +75,6 @@ class Shard:
         first, those named by `shape_only_inputs` may be zeros. `boundary` is what the shard before returned.
         The last shard returns the model's prediction.
         """
-        # Not inference_mode: tensors made in it may not be written in place outside of it, which casting and
-        # offloading hooks do to weights, and torch.compile guards on it.
         with torch.no_grad():
             arguments = {**inputs, "return_dict": False}
             if self._cut is None:

@@ -45,7 +45,8 @@ class _Loaded:
         self._encoding = load_stage("encode", model, _alone(stages.encoder))
         self.denoising = load_stage("denoise", model, _alone(stages.transformer.model_copy(update=whole)))
         self._decoding = load_stage("decode", model, _alone(stages.vae))
-        self._holds_still = not any(map(_moves, stages.by_stage().values()))
+        # Else weights that come during a call would be taken for its tensors.
+        self._holds_still = not any(config.moves_weights for config in stages.by_stage().values())
         self.denoising.connect(None, _raise)
         self._stopwatch = _Stopwatch(self.denoising.loaded.shard.model)
 
@@ -116,11 +117,6 @@ def _alone(config: Config) -> Config:
     """With the whole GPU: torch's cap is the process's, and this one has all three stages."""
     num_gpus = 1 if 0 < config.num_gpus < 1 else config.num_gpus
     return config.model_copy(update={"num_gpus": num_gpus, "memory_limit_gib": None})
-
-
-def _moves(config: StageConfig) -> bool:
-    """Whether weights come and go during a call, and would be taken for its tensors."""
-    return config.offload is not None or config.vram_limit_gib is not None or config.on_demand is not None
 
 
 def _timed(stage: str, working: dict[str, int], run: Callable[[], Any]) -> tuple[Any, float]:

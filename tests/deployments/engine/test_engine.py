@@ -67,6 +67,33 @@ def test_room_is_made_when_the_last_request_has_left(
         engine.close()
 
 
+@pytest.mark.parametrize(
+    ("settings", "is_inference"),
+    [
+        ({}, True),
+        ({"dtype": "bfloat16", "attention_backend": "native"}, True),
+        ({"layerwise_casting": True, "dtype": "bfloat16"}, False),
+        ({"offload": "sequential"}, False),
+        ({"vram_limit_gib": 0.001}, False),
+        ({"compile": {"scope": "blocks", "backend": "eager"}}, False),
+        ({"device_map": "auto"}, False),
+    ],
+)
+def test_torch_watches_tensors_only_where_a_technique_writes_to_them(
+    inputs: dict[str, Any], settings: dict[str, Any], is_inference: bool
+) -> None:
+    config = TransformerConfig(**settings)
+    denoiser = open_denoiser(MODEL, config)
+    rank = load_rank(denoiser, MODEL, config, rank=0)
+    seen: list[bool] = []
+    rank.shard.model.norm_out.register_forward_hook(lambda *_: seen.append(torch.is_inference_mode_enabled()))
+    typed = {k: v.to(denoiser.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+    with torch.no_grad():
+        prediction = rank.run(typed)
+        prediction.add_(1)  # as a scheduler may
+    assert seen == [is_inference]
+
+
 def burst(engine: Engine, inputs: dict[str, Any]) -> torch.Tensor:
     """Two requests, one after the other has begun."""
     seats = [engine.queue.join(), engine.queue.join()]
