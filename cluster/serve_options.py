@@ -7,8 +7,7 @@ from cluster.resources import ResourceConfig
 STAGE_ENV = {
     "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1",
     # Ray warns that tensors received so are read-only views; no stage writes to what it is given.
-    "PYTHONWARNINGS": "ignore::UserWarning:ray._private.tensor_serialization_utils,"
-    "ignore::UserWarning:ray.cloudpickle.cloudpickle",
+    "PYTHONWARNINGS": "ignore::UserWarning:ray._private.tensor_serialization_utils",
 }
 """Set per stage, never job-wide: the first makes a process import torch, which the ingress must not
 (measured: a 100 MB hand-off 350 -> 32 ms; ingress 316 -> 138 MB without it)."""

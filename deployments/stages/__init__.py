@@ -6,6 +6,7 @@ Importing this package imports no torch; `load_stage` does, when a replica calls
 """
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from deployments.config import EncoderConfig, ModelConfig, StageConfig, TransformerConfig, VaeConfig
@@ -39,6 +40,8 @@ def load_stage(stage: Literal["decode"], model: ModelConfig, config: VaeConfig) 
 
 def load_stage(stage: str, model: ModelConfig, config: StageConfig, *args: Any) -> Any:
     """Build a stage by name. Looked up late: a replica does everything of Ray before it imports torch."""
+    # Ray's, of every process that sends tensors: importing Ray puts its own filter before PYTHONWARNINGS.
+    warnings.filterwarnings("ignore", "Zero-copy tensor serialization")
     skip_unneeded(model, config)
     module, _, name = STAGES[stage].partition(":")
     return getattr(importlib.import_module(module), name)(model, config, *args)
