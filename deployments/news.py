@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from deployments.request import PartialDenoised, Progress, StreamOptions
@@ -15,7 +15,7 @@ PROGRESS_PERIOD_S = 0.2
 
 
 class News:
-    """Made on the event loop, told by the thread, heard on the event loop: `async for item in news`."""
+    """Made on the event loop, told by the thread, heard on the event loop."""
 
     def __init__(self, num_steps: int, options: StreamOptions, observe_step_s: Callable[[float], None]) -> None:
         self._num_steps, self._options, self._observe_step_s = num_steps, options, observe_step_s
@@ -59,11 +59,9 @@ class News:
         done.cancelled() or done.exception()  # seen: of a cancelled request nobody else asks for it
         self._items.put_nowait(None)
 
-    async def __aiter__(self) -> "AsyncIterator[Progress | PartialDenoised | torch.Tensor]":
-        """Until the request's thread has ended."""
-        while (items := await self._items.get()) is not None:
-            for item in items:
-                yield item
+    async def next(self) -> "tuple[Progress | PartialDenoised | torch.Tensor, ...] | None":
+        """Items that belong together; None once the request's thread has ended."""
+        return await self._items.get()
 
     def _tell(self, *items: Any) -> None:
         self._loop.call_soon_threadsafe(self._items.put_nowait, items)

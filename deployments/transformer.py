@@ -90,8 +90,9 @@ class Transformer:
                     self._threads, self._denoise, seat, conditioning, request, options, news
                 )
                 running.add_done_callback(news.on_end)
-                async for item in news:
-                    yield item
+                while (items := await news.next()) is not None:
+                    for item in items:
+                        yield item
                 latents = await running
         finally:
             self._stage.leave(seat)

@@ -63,13 +63,12 @@ def ready(json_file: JsonFile = None, quick: Quick = False) -> None:
 def recovery(
     json_file: JsonFile = None,
     quick: Quick = False,
-    busy: Annotated[str, typer.Option(help="what to kill under six requests")] = "rank 0,rank 1,encoder,vae",
     idle: Annotated[str, typer.Option(help="what to kill while nothing runs")] = "rank 0,rank 1,encoder,vae",
 ) -> None:
     """kill -9 of every rank, the encoder and the VAE, busy and idle: who is answered, and when."""
     _run(
         "recovery",
-        busy_victims=("vae",) if quick else tuple(filter(None, busy.split(","))),
+        victims=("vae",) if quick else ("rank 0", "rank 1", "encoder", "vae"),
         idle_victims=("vae",) if quick else tuple(filter(None, idle.split(","))),
         json_file=json_file,
     )

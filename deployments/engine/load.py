@@ -60,15 +60,16 @@ class LoadedRank:
 
     shard: Shard
     keeper: Keeper
-    is_untouched: bool
-    """Nothing moves, casts, quantises or compiles the weights, so torch need not watch what happens to tensors:
-    inference mode (a step of few small matrices takes a tenth less). Its tensors may not be written in place
-    outside of it, which those techniques do to weights, and schedulers may do to a prediction."""
 
     def run(self, inputs: Inputs, boundary: Boundary | None = None) -> Boundary | torch.Tensor:
-        """`Shard.run`, once the weights are there."""
+        """`Shard.run`, once the weights are there.
+
+        In inference mode where no technique touches the weights: torch need not watch what becomes of tensors, and
+        a step of many small operations takes a tenth less. Its tensors may not be written in place outside of it,
+        which those techniques do to weights, and schedulers may do to a prediction.
+        """
         with self.keeper.at_work():
-            with torch.inference_mode(self.is_untouched):
+            with torch.inference_mode(self.keeper.is_untouched):
                 output = self.shard.run(inputs, boundary)
             return output.clone() if isinstance(output, torch.Tensor) and output.is_inference() else output
 
@@ -111,7 +112,7 @@ def load_rank(denoiser: Denoiser, model: ModelConfig, config: TransformerConfig,
             weakref.finalize(shard.model, disk.cleanup)
         models = {denoiser.name: shard.model}
         keeper = Keeper(models, config, denoiser.device, config.device_map, share=share)
-        return LoadedRank(shard, keeper, not (config.rewrites_models or config.device_map))
+        return LoadedRank(shard, keeper)
 
 
 def plan_ranks(denoiser: Denoiser, config: TransformerConfig) -> list[tuple[int, int]]:

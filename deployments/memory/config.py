@@ -164,12 +164,6 @@ class MemoryConfig(Config):
         """Whether weights come to the device and leave it."""
         return self.offload is not None or self.vram_limit_gib is not None or self.on_demand is not None
 
-    @property
-    def rewrites_models(self) -> bool:
-        """Whether models run otherwise than as their classes were written, on weights as they were read."""
-        others = (self.quantization, self.layerwise_casting, self.compile)
-        return self.moves_weights or self.trace or any(technique is not None for technique in others)
-
     @model_validator(mode="after")
     def _check_combination(self) -> Self:
         if self.host_copy == "files" and self.vram_limit_gib is None and self.on_demand is None:

@@ -55,6 +55,7 @@ class Keeper:
         Raises ValueError where a technique does not suit a model or the device; names both.
         """
         self._models, self._config, self._device = models, config, device
+        self._has_device_map = device_map is not None
         self._share = share or Share()
         self.needs = Needs(self._share.limit, device)
         self._staying: list[Any] = []
@@ -80,6 +81,16 @@ class Keeper:
     def applied(self) -> tuple[str, ...]:
         """The techniques, in the order they were applied."""
         return tuple(self._applied)
+
+    @property
+    def is_untouched(self) -> bool:
+        """Nothing moves, casts, traces or compiles the weights, and they are not quantised, nor stored so."""
+        config = self._config
+        if config.moves_weights or config.trace or self._has_device_map:
+            return False
+        if config.layerwise_casting is not None or config.compile is not None:
+            return False
+        return not any(getattr(model, "hf_quantizer", None) for model in self._models.values())
 
     @contextmanager
     def at_work(self) -> Iterator[None]:

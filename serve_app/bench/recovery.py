@@ -34,7 +34,7 @@ MANY_STEPS = 5000
 """So many that a request which is not cancelled outlasts all others."""
 
 
-def run(*, busy_victims: Sequence[str], idle_victims: Sequence[str], json_file: Path | None) -> None:
+def run(*, victims: Sequence[str], idle_victims: Sequence[str], json_file: Path | None) -> None:
     """Rows of `killed`, `when`, `requests`, `answered`, `grey_levels`, `encoded_again`, `steps_again`,
     `left_over` and `recovery_s`, and a last one for clients that leave.
 
@@ -45,7 +45,7 @@ def run(*, busy_victims: Sequence[str], idle_victims: Sequence[str], json_file: 
     """
     config = _config()
     plain = PlainPipeline(config)
-    cases = [(name, "busy") for name in busy_victims] + [(name, "idle") for name in idle_victims]
+    cases = [(name, "busy") for name in victims] + [(name, "idle") for name in idle_victims]
     rows: list[Row] = []
     with _serving(config) as url:
         bench = Recovery(url, Judge(plain))

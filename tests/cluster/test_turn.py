@@ -116,12 +116,14 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "device"
 
 
-def test_while_nobody_asks_the_turn_stays(path: Path) -> None:
+def test_while_nobody_asks_the_turn_stays_and_costs_next_to_nothing(path: Path) -> None:
     turn = Turn(path, turn_s=0.0)
+    began = time.monotonic()
     for _ in range(1000):
         with turn.work():
             pass
         turn.rest()
+    assert time.monotonic() - began < 0.5
     time.sleep(3 * PERIOD_S)
     assert (turn.stats().num_turns, turn.stats().is_here) == (1, True)
 
@@ -134,7 +136,7 @@ def test_who_rests_gives_way_to_who_asks(path: Path) -> None:
     one.rest()
     with other.work():
         assert not one.stats().is_here
-    assert other.stats().waited_s < PATIENCE_S
+    assert other.stats().waited_s < 1
 
 
 def test_works_that_follow_at_once_are_one_turn(path: Path) -> None:
@@ -181,6 +183,6 @@ def test_the_time_of_switching_is_told(path: Path) -> None:
     with other.work():
         pass
     stats = turn.stats()
-    assert stats.arriving_s >= 0.05
-    assert stats.leaving_s >= 0.05
+    assert 0.05 <= stats.arriving_s < 1
+    assert 0.05 <= stats.leaving_s < 1
     assert other.stats().waited_s >= 0.05

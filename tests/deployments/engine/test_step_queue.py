@@ -275,7 +275,7 @@ def test_the_wait_ends_after_batch_wait_s(build_rig):
     rig.land(batch)
     rig.send(a, "a")
     assert rig.take().payloads == ("a",)
-    assert time.monotonic() - landed >= 0.01
+    assert 0.01 <= time.monotonic() - landed < 0.5
 
 
 def test_a_forward_that_has_sat_out_a_flight_still_waits_for_those_who_just_landed(build_rig):

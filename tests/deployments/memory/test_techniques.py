@@ -255,6 +255,7 @@ def test_a_checkpoint_that_is_stored_quantised_needs_no_config(kind: str, tmp_pa
     stage.loaded.shard.model.save_pretrained(folder / "transformer")
     model = ModelConfig(name="m", checkpoint=str(folder), family="flux")
     assert torch.equal(draw("flux", model), plain_latents("flux", kind))
+    assert not load_stage("denoise", model, TransformerConfig()).loaded.keeper.is_untouched
     with pytest.raises(ValueError, match="transformer is stored quantised, and quantization and vram_limit_gib"):
         draw("flux", model, vram_limit_gib=1)
 
