@@ -1,7 +1,8 @@
 """The base of every config class: frozen, and strict about keys."""
 
 import difflib
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
@@ -14,15 +15,57 @@ class Config(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _refuse_unknown_keys(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        allowed = sorted(cls.model_fields)
-        for key in values:
-            if key not in cls.model_fields:
-                near = difflib.get_close_matches(str(key), allowed, n=1)
-                hint = f" (did you mean {near[0]!r}?)" if near else ""
-                raise ValueError(f"unknown key {key!r}{hint}; allowed: {', '.join(allowed)}")
+        if isinstance(values, dict):
+            for key in values:
+                if key not in cls.model_fields:
+                    raise ValueError(_describe_unknown(key, cls))
         return values
+
+
+def find_mistakes(kind: type[BaseModel], values: Any) -> list[str]:
+    """All that is wrong with values, a line each: unknown keys, then what is wrong with the others."""
+    known, lines = without_unknown_keys(kind, values)
+    try:
+        kind.model_validate(known)
+    except ValidationError as error:
+        lines += describe_errors(error).splitlines()
+    return lines
+
+
+def without_unknown_keys(kind: type[BaseModel], values: Any, place: str = "") -> tuple[Any, list[str]]:
+    """Values as far as `kind` knows their keys, at any depth, and a line for each that it does not know."""
+    if not isinstance(values, Mapping):
+        return values, []
+    known, lines = {}, []
+    for key, value in values.items():
+        if key not in kind.model_fields:
+            lines.append(f"{place or 'config'}: {_describe_unknown(key, kind)}")
+            continue
+        inner, inside = _model_in(kind.model_fields[key].annotation), f"{place}.{key}" if place else str(key)
+        if inner is None:
+            known[key] = value
+        elif isinstance(value, Sequence) and not isinstance(value, str):
+            pairs = [without_unknown_keys(inner, each, f"{inside}.{i}") for i, each in enumerate(value)]
+            known[key] = [each for each, _ in pairs]
+            lines += [line for _, more in pairs for line in more]
+        else:
+            known[key], more = without_unknown_keys(inner, value, inside)
+            lines += more
+    return known, lines
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The model of `Model`, `Model | None`, `list[Model]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((model for each in get_args(annotation) if (model := _model_in(each))), None)
+
+
+def _describe_unknown(key: Any, kind: type[BaseModel]) -> str:
+    allowed = sorted(kind.model_fields)
+    near = difflib.get_close_matches(str(key), allowed, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    return f"unknown key {key!r}{hint}; allowed: {', '.join(allowed)}"
 
 
 def describe_errors(error: ValidationError) -> str:
@@ -32,7 +75,7 @@ def describe_errors(error: ValidationError) -> str:
 
 def _describe(mistake: Any) -> str:
     place = ".".join(str(part) for part in mistake["loc"]) or "config"
-    message = mistake["msg"].removeprefix("Value error, ")
+    message = " ".join(mistake["msg"].removeprefix("Value error, ").split())
     if mistake["type"] in {"value_error", "missing"}:
         return f"{place}: {message}"
     return f"{place}: {message}, got {mistake['input']!r}"

@@ -1,7 +1,9 @@
-"""The GPUs that the running Ray cluster has. Ray counts them; how large they are, each node's driver is asked."""
+"""What the running Ray cluster has. Ray counts GPUs; how large they are, each node's driver is asked."""
 
+import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import ray
@@ -16,9 +18,33 @@ _COMMAND = ("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nou
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class Node:
+    """One machine, as Ray counts it."""
+
+    num_cpus: float
+    labels: Mapping[str, str]
+
+    def has_labels(self, selector: Mapping[str, str]) -> bool:
+        """selector: as Ray spells it, `a`, `!a`, `in(a,b)` or `!in(a,b)` for a label's name."""
+        return all(_matches(self.labels.get(name), wanted) for name, wanted in selector.items())
+
+
+def _matches(value: str | None, wanted: str) -> bool:
+    positive = wanted.removeprefix("!")
+    listed = re.fullmatch(r"in\((.*)\)", positive)
+    values = [each.strip() for each in listed[1].split(",")] if listed else [positive]
+    return (value in values) != wanted.startswith("!")
+
+
 def is_connected() -> bool:
     """Whether this process belongs to a Ray cluster."""
     return bool(ray.is_initialized())
+
+
+def cluster_nodes() -> tuple[Node, ...]:
+    """The living ones."""
+    return tuple(Node(node["Resources"].get("CPU", 0.0), node["Labels"]) for node in ray.nodes() if node["Alive"])
 
 
 def cluster_gpus() -> tuple[Gpu, ...]:
@@ -35,6 +61,11 @@ def cluster_gpus() -> tuple[Gpu, ...]:
 def may_grow() -> bool:
     """Whether nodes may come on demand: Ray's launcher and KubeRay label theirs with the groups they come from."""
     return any(node["Alive"] and node["Labels"].get("ray.io/node-group") for node in ray.nodes())
+
+
+def is_alone() -> bool:
+    """Whether the Ray cluster that this process belongs to is this machine, and no other will come."""
+    return is_connected() and sum(node["Alive"] for node in ray.nodes()) == 1 and not may_grow()
 
 
 def run_apart(function: Callable[..., T], *args: Any) -> T:

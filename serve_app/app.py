@@ -1,9 +1,13 @@
-"""Config to Serve application. No `from __future__ import annotations` here: Serve's typed builder looks for
-the class itself in the annotation, and would silently pass a raw dict."""
+"""Config to Serve application."""
+
+from collections.abc import Mapping
+from typing import Any
 
 from ray import serve
 from ray.serve import Application, Deployment
+from ray.serve.exceptions import RayServeException
 
+from cluster.nodes import is_alone
 from cluster.serve_options import HEAD_NODE, plan_serve_options
 from deployments.checkpoints.source import with_family
 from deployments.config import StageConfig
@@ -11,20 +15,39 @@ from deployments.encoder import Encoder
 from deployments.transformer import Transformer
 from deployments.vae import Vae
 from deployments.warm_up import WarmUp
-from serve_app.config import AppConfig, ConfigError
+from serve_app.config import AppConfig, ConfigError, parse_app_config
+from serve_app.files import check_files
 from serve_app.ingress import Ingress
 from serve_app.room import check_room
 from serve_app.validation import Validator, check_defaults, plan_warm_up
 
 
-def build_app(config: AppConfig) -> Application:
-    """The four deployments of one served checkpoint; `import_path: serve_app.app:build_app` in YAML.
+class Refused(RayServeException, ConfigError):  # type: ignore[misc]
+    """What Serve prints as it is; of any other error it prints several tracebacks, and tries four times."""
 
-    Raises ConfigError, also if the cluster has too few GPUs or too small ones.
+
+def build_app(args: AppConfig | Mapping[str, Any]) -> Application:
+    """For Serve: `import_path: serve_app.app:build_app` in YAML, with its `args`.
+
+    The annotation is no class, so Serve gives what the YAML says, and mistakes are told in words of ours.
+    Raises Refused: one line per mistake.
+    """
+    try:
+        return compose_app(args if isinstance(args, AppConfig) else parse_app_config(args))
+    except ConfigError as error:
+        raise Refused("\n".join(f"ConfigError: {line}" for line in str(error).splitlines())) from None
+
+
+def compose_app(config: AppConfig) -> Application:
+    """The four deployments of one served checkpoint.
+
+    Raises ConfigError, also if files are not whole, or the cluster has too few CPUs or GPUs or too small ones.
     """
     config = resolve_family(config)
     model, timeout_s = config.model, config.limits.request_timeout_s
     check_defaults(model, config.limits)
+    if is_alone():
+        check_files(config)
     check_room(config)
     warm_up = WarmUp(plan_warm_up(model, config.limits), config.encoder.max_sequence_length)
 

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from cluster.config import Config, describe_errors
-from deployments.config import EncoderConfig, ModelConfig, TransformerConfig, VaeConfig
+from cluster.config import Config, find_mistakes
+from deployments.config import EncoderConfig, ModelConfig, StageConfig, TransformerConfig, VaeConfig
 
 APP_NAME = "relay"
 IMPORT_PATH = "serve_app.app:build_app"
@@ -47,6 +47,11 @@ class AppConfig(Config):
     ingress: IngressConfig = IngressConfig()
     limits: LimitsConfig = LimitsConfig()
 
+    @property
+    def stages(self) -> dict[str, StageConfig]:
+        """By their names here, in the order in which a request meets them."""
+        return {"encoder": self.encoder, "transformer": self.transformer, "vae": self.vae}
+
 
 class ConfigError(ValueError):
     """A config that cannot be served: one line per mistake."""
@@ -54,23 +59,46 @@ class ConfigError(ValueError):
 
 def load_app_config(path: Path) -> AppConfig:
     """The `args` of the application in a Serve YAML file that serves a checkpoint. Raises ConfigError."""
-    try:
-        applications = yaml.safe_load(path.read_text())["applications"]
-        ours = [each for each in applications if each["import_path"] == IMPORT_PATH]
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path}: not a Ray Serve config with an application: {error}") from error
+    ours = find_our_applications(path, read_serve_file(path))
     if len(ours) != 1:
         names = ", ".join(str(each.get("name")) for each in ours) or "none"
         raise ConfigError(
             f"{path}: one application must have import_path: {IMPORT_PATH}, got {names}; "
             "write the one that is meant into a file of its own"
         )
-    return parse_app_config(ours[0].get("args", {}), source=str(path))
+    return parse_app_config(ours[0].get("args") or {}, source=str(path))
 
 
-def parse_app_config(args: Mapping[str, Any], *, source: str = "config") -> AppConfig:
-    """Raises ConfigError with one line per mistake, each naming the key and what is allowed."""
+def read_serve_file(path: Path) -> dict[str, Any]:
+    """The YAML of a Serve config. Raises ConfigError where there is no such file, or it is no YAML."""
     try:
-        return AppConfig.model_validate(args)
-    except ValidationError as error:
-        raise ConfigError(f"{source}:\n{describe_errors(error)}") from error
+        text = path.read_text(encoding="utf-8-sig")
+        config = yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
+        raise ConfigError(f"{path}{where}: {error.problem or error.context}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        why = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
+        raise ConfigError(f"{path}: {why}") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path}: not a Ray Serve config, for it has no keys such as applications")
+    return config
+
+
+def find_our_applications(path: Path, config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Those that serve a checkpoint. Raises ConfigError where applications are none."""
+    applications = config.get("applications")
+    if not isinstance(applications, list) or not all(isinstance(each, dict) for each in applications):
+        raise ConfigError(
+            f"{path}: not a Ray Serve config with applications, a list of name, import_path and args"
+        )
+    return [each for each in applications if each.get("import_path") == IMPORT_PATH]
+
+
+def parse_app_config(args: Any, *, source: str = "") -> AppConfig:
+    """Raises ConfigError with one line per mistake, each naming the key and what is allowed."""
+    mistakes = find_mistakes(AppConfig, args)
+    if mistakes:
+        raise ConfigError("\n".join(f"{source}: {line}" if source else line for line in mistakes))
+    return AppConfig.model_validate(args)

@@ -8,7 +8,7 @@ import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from serve_app.app import build_app
+from serve_app.app import compose_app
 from serve_app.config import APP_NAME, AppConfig
 
 
@@ -21,7 +21,7 @@ def app_handle(config: AppConfig | None) -> Iterator[DeploymentHandle]:
     """
     if config is not None:
         with private_serve():
-            yield serve.run(build_app(config), name=APP_NAME, route_prefix=None)
+            yield serve.run(compose_app(config), name=APP_NAME, route_prefix=None)
         return
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     ray.init(address="auto", log_to_driver=False, logging_level="ERROR")

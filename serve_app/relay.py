@@ -70,6 +70,10 @@ class Relay:
         judge = self.validator
         return model_card(self._model.name, self._created, judge.family, judge.defaults, self._limits)
 
+    async def num_in_progress(self) -> int:
+        """Requests that this ingress has taken up and not answered."""
+        return self._metrics.num_in_flight
+
     async def health(self) -> dict[str, str]:
         """Per stage OK or ASLEEP, or why it cannot serve now."""
         return await stage_health(self._stages.by_name)

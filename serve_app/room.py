@@ -1,13 +1,14 @@
-"""Whether the app that is being built has room on the cluster's GPUs: asked before any weights are read."""
+"""Whether the app that is being built has room on the cluster: asked before any weights are read."""
 
 import importlib
 import logging
 
 from ray.exceptions import RayError
 
-from cluster.nodes import cluster_gpus, is_connected, may_grow, run_apart
+from cluster.nodes import cluster_gpus, cluster_nodes, is_connected, may_grow, run_apart
+from deployments.plan.cpu_room import find_cpu_lack
 from deployments.plan.plan import StageConfigs
-from deployments.plan.room import find_lack
+from deployments.plan.room import Lack, find_lack
 from deployments.plan.sizes import ModelSizes, default_size
 from deployments.request import MediaSize
 from serve_app.config import AppConfig, ConfigError
@@ -16,12 +17,16 @@ log = logging.getLogger("ray.serve")
 
 
 def check_room(config: AppConfig) -> None:
-    """Warns of what may be too little, and costs nothing where no stage asks for a GPU.
+    """Warns of what may be too little. Takes time only where a stage asks for a GPU.
 
     Raises ConfigError where what is lacking is sure and no nodes may come that have it.
     """
+    if not is_connected():
+        return
+    ingress_cpus = config.ingress.num_replicas * config.ingress.num_cpus
+    _judge("CPUs", find_cpu_lack(config.stages, ingress_cpus, cluster_nodes()))
     stages = StageConfigs(config.encoder, config.transformer, config.vae)
-    if not is_connected() or not any(stage.num_gpus for stage in stages.by_stage().values()):
+    if not any(stage.num_gpus for stage in config.stages.values()):
         return
     gpus = cluster_gpus()
     sizes = None
@@ -30,13 +35,16 @@ def check_room(config: AppConfig) -> None:
             sizes = run_apart(describe, config, default_size(config.model))
         except RayError as error:  # what cannot be planned may still run
             log.warning("memory was not planned: %s", error)
-    lack = find_lack(stages, sizes, gpus)
+    _judge("GPUs", find_lack(stages, sizes, gpus))
+
+
+def _judge(what: str, lack: Lack) -> None:
     for sentence in lack.perhaps:
-        log.warning("GPUs: %s", sentence)
+        log.warning("%s: %s", what, sentence)
     if lack.surely and may_grow():
-        log.warning("GPUs: %s; waiting for nodes that have them", "; ".join(lack.surely))
+        log.warning("%s: %s; waiting for nodes that have them", what, "; ".join(lack.surely))
     elif lack.surely:
-        raise ConfigError("; ".join(lack.surely))
+        raise ConfigError("\n".join(lack.surely))
 
 
 def describe(config: AppConfig, size: MediaSize) -> ModelSizes:

@@ -1,10 +1,10 @@
 """Which components of a checkpoint belong to which stage."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from deployments.checkpoints.json_file import read_json
 from deployments.checkpoints.source import fetch_checkpoint
 from deployments.config import ModelConfig
 from deployments.families import Family
@@ -18,7 +18,7 @@ ModelIndex = Mapping[str, Any]
 def fetch_stage(model: ModelConfig, stage: Stage) -> tuple[Path, ModelIndex]:
     """The checkpoint's folder, holding at least what `stage` needs, and its model_index.json."""
     source = {"revision": model.revision, "variant": model.variant}
-    index = json.loads((fetch_checkpoint(model.checkpoint, (), **source) / "model_index.json").read_text())
+    index = read_json(fetch_checkpoint(model.checkpoint, (), **source) / "model_index.json")
     folder = fetch_checkpoint(model.checkpoint, stage_components(index, model.architecture, stage), **source)
     return folder, index
 

@@ -9,7 +9,6 @@ Imports no torch and no diffusers, so the ingress and the planner can ask too.
 """
 
 import importlib
-import json
 import socket
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -27,6 +26,9 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
+from deployments.checkpoints.byte_order_mark import without_byte_order_marks
+from deployments.checkpoints.json_file import read_json
+from deployments.checkpoints.layout import MODEL_INDEX, describe_other_layout, open_hub_cache
 from deployments.config import ModelConfig
 from deployments.families import FAMILIES
 
@@ -39,8 +41,6 @@ _EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
 _TINY_PREFIX = "tiny://"
 _TINY_FORMAT = 1
 """Raise it whenever the bytes that `write_tiny_checkpoint` writes change, so that caches start anew."""
-
-_MODEL_INDEX = "model_index.json"
 
 
 def with_family(model: ModelConfig) -> ModelConfig:
@@ -58,16 +58,16 @@ def detect_family(checkpoint: str, revision: str | None) -> str:
         FileNotFoundError: a local path that does not exist or has no model_index.json, or a hub id that the hub
             does not give.
     """
-    if checkpoint.startswith(_TINY_PREFIX):
+    if is_tiny(checkpoint):
         return _tiny_family(checkpoint)
-    folder = _local_folder(checkpoint)
+    folder = local_folder(checkpoint, revision)
     if folder is None:
         with _hub(checkpoint):
-            index_file = Path(hf_hub_download(checkpoint, _MODEL_INDEX, revision=revision))
+            index_file = Path(hf_hub_download(checkpoint, MODEL_INDEX, revision=revision))
     else:
         _check_complete(folder, components=())
-        index_file = folder / _MODEL_INDEX
-    pipeline = str(json.loads(index_file.read_text(encoding="utf-8")).get("_class_name"))
+        index_file = folder / MODEL_INDEX
+    pipeline = str(read_json(index_file).get("_class_name"))
     if pipeline not in FAMILY_BY_PIPELINE:
         raise ValueError(
             f"checkpoint {checkpoint!r} is a {pipeline}; supported are {', '.join(FAMILY_BY_PIPELINE)}. "
@@ -85,20 +85,21 @@ def fetch_checkpoint(
 ) -> Path:
     """Returns a local folder that holds model_index.json and every one of `components` (subfolders).
 
-    `revision` and `variant` choose what is downloaded from the hub and mean nothing elsewhere. Processes may
-    ask at once: tiny checkpoints are written under a file lock, huggingface_hub locks its own downloads.
+    `revision` and `variant` choose what is downloaded from the hub, `revision` also a snapshot in a folder of its
+    cache. Processes may ask at once: tiny checkpoints are written under a file lock, huggingface_hub locks its own
+    downloads.
 
     Raises:
         ValueError: an embedded checkpoint or a tiny family that does not exist.
         FileNotFoundError: a local path that does not exist, a component that the checkpoint lacks, or a hub id
             that the hub does not give.
     """
-    if checkpoint.startswith(_TINY_PREFIX):
+    if is_tiny(checkpoint):
         folder = _fetch_tiny(_tiny_family(checkpoint))
     else:
-        folder = _local_folder(checkpoint) or _download(checkpoint, components, revision, variant)
+        folder = local_folder(checkpoint, revision) or _download(checkpoint, components, revision, variant)
     _check_complete(folder, components)
-    return folder
+    return without_byte_order_marks(folder)
 
 
 def fetch_configs(checkpoint: str, *, revision: str | None = None) -> Path:
@@ -106,15 +107,36 @@ def fetch_configs(checkpoint: str, *, revision: str | None = None) -> Path:
 
     Raises as `detect_family`.
     """
-    if checkpoint.startswith(_TINY_PREFIX):
+    if is_tiny(checkpoint):
         return _fetch_tiny(_tiny_family(checkpoint))
-    folder = _local_folder(checkpoint)
+    folder = local_folder(checkpoint, revision)
     if folder is None:
-        patterns = [_MODEL_INDEX, "*/config.json", "scheduler/*.json"]
+        patterns = [MODEL_INDEX, "*/config.json", "scheduler/*.json"]
         with _hub(checkpoint):
             folder = Path(snapshot_download(checkpoint, revision=revision, allow_patterns=patterns))
     _check_complete(folder, ())
-    return folder
+    return without_byte_order_marks(folder)
+
+
+def local_folder(checkpoint: str, revision: str | None = None) -> Path | None:
+    """The folder that `checkpoint` names, embedded or by path, or None if it must be a hub id, or is tiny.
+
+    Raises:
+        ValueError: an embedded checkpoint that does not exist.
+        FileNotFoundError: a path that does not exist, or a hub's cache without that revision.
+    """
+    if is_tiny(checkpoint):
+        return None
+    if checkpoint.startswith(_EMBEDDED_PREFIX):
+        return _embedded_folder(checkpoint)
+    path = Path(checkpoint).expanduser()
+    if path.exists():
+        return open_hub_cache(path, revision)
+    if checkpoint in (".", "..") or checkpoint.startswith(("/", "./", "../", "~")):
+        raise FileNotFoundError(
+            f"checkpoint {checkpoint!r} looks like a path, but {path.absolute()} does not exist on {_node()}"
+        )
+    return None
 
 
 def plan_hub_patterns(components: Collection[str], variant: str | None) -> tuple[list[str], list[str]]:
@@ -132,9 +154,14 @@ def plan_hub_patterns(components: Collection[str], variant: str | None) -> tuple
         endings += [f"*.{variant}.safetensors", f"*.{variant}-*.safetensors"]
         ignore = []
     return [
-        _MODEL_INDEX,
+        MODEL_INDEX,
         *(f"{component}/{ending}" for component in components for ending in endings),
     ], ignore
+
+
+def is_tiny(checkpoint: str) -> bool:
+    """Whether its weights are random, and written on first use."""
+    return checkpoint.startswith(_TINY_PREFIX)
 
 
 def _tiny_family(checkpoint: str) -> str:
@@ -160,24 +187,10 @@ def _fetch_tiny(family: str) -> Path:
 
 def _embedded_folder(checkpoint: str) -> Path:
     name = checkpoint.removeprefix(_EMBEDDED_PREFIX)
-    names = sorted(index.parent.name for index in _EMBEDDED_FOLDER.glob(f"*/{_MODEL_INDEX}"))
+    names = sorted(index.parent.name for index in _EMBEDDED_FOLDER.glob(f"*/{MODEL_INDEX}"))
     if name not in names:
         raise ValueError(f"checkpoint {checkpoint!r} is not embedded; choose one of: {', '.join(names)}")
     return _EMBEDDED_FOLDER / name
-
-
-def _local_folder(checkpoint: str) -> Path | None:
-    """Returns the folder that `checkpoint` names, embedded or by path, or None if it must be a hub id."""
-    if checkpoint.startswith(_EMBEDDED_PREFIX):
-        return _embedded_folder(checkpoint)
-    path = Path(checkpoint).expanduser()
-    if path.exists():
-        return path
-    if checkpoint in (".", "..") or checkpoint.startswith(("/", "./", "../", "~")):
-        raise FileNotFoundError(
-            f"checkpoint {checkpoint!r} looks like a path, but {path.absolute()} does not exist on {_node()}"
-        )
-    return None
 
 
 def _download(checkpoint: str, components: Collection[str], revision: str | None, variant: str | None) -> Path:
@@ -214,8 +227,8 @@ def _node() -> str:
 
 
 def _check_complete(folder: Path, components: Collection[str]) -> None:
-    if not (folder / _MODEL_INDEX).is_file():
-        raise FileNotFoundError(f"{folder} has no {_MODEL_INDEX}; it must be a folder in diffusers' layout")
+    if not (folder / MODEL_INDEX).is_file():
+        raise FileNotFoundError(describe_other_layout(folder))
     missing = sorted(component for component in components if not (folder / component).is_dir())
     if missing:
         present = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())

@@ -2,7 +2,6 @@
 
 import copy
 import importlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -17,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, PreTrainedModel
 
 from deployments.checkpoints.components import Stage, stage_components
+from deployments.checkpoints.json_file import read_json
 from deployments.checkpoints.source import fetch_configs
 from deployments.config import EncoderConfig, ModelConfig, StageConfig, TransformerConfig, VaeConfig
 from deployments.device import resolve_dtype
@@ -59,7 +59,7 @@ class Description:
         self._model = model.model_copy(update={"checkpoint": str(folder), "variant": None})
         self._family = model.architecture
         self._folder = folder
-        self._index = json.loads((folder / "model_index.json").read_text())
+        self._index = read_json(folder / "model_index.json")
         self._encoder = cache(self._describe_encoder)
         self._denoiser = cache(self._describe_denoiser)
         self._working = cache(self._run_denoiser)

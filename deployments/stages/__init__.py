@@ -9,6 +9,8 @@ import importlib
 import warnings
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+from deployments.checkpoints.components import Stage
+from deployments.checkpoints.integrity import check_stage
 from deployments.config import EncoderConfig, ModelConfig, StageConfig, TransformerConfig, VaeConfig
 from deployments.stages.imports import skip_unneeded
 
@@ -39,7 +41,23 @@ def load_stage(stage: Literal["decode"], model: ModelConfig, config: VaeConfig) 
 
 
 def load_stage(stage: str, model: ModelConfig, config: StageConfig, *args: Any) -> Any:
-    """Build a stage by name. Looked up late: a replica does everything of Ray before it imports torch."""
+    """Build a stage by name. Looked up late: a replica does everything of Ray before it imports torch.
+
+    What torch, diffusers and transformers raise gets a note, which Python prints last: which stage it was, and of
+    several lines the first. Raises BrokenCheckpoint before anything is imported.
+    """
+    checkpoint_stage: Stage = "denoise" if stage == "follow" else stage  # type: ignore[assignment]
+    check_stage(model, checkpoint_stage, config)
+    try:
+        return _load(stage, model, config, *args)
+    except Exception as error:
+        first = str(error).strip().partition("\n")[0]
+        if first != str(error) or not isinstance(error, ValueError):
+            error.add_note(f"{model.checkpoint}, {checkpoint_stage} stage: {type(error).__name__}: {first}")
+        raise
+
+
+def _load(stage: str, model: ModelConfig, config: StageConfig, *args: Any) -> Any:
     # Ray's, of every process that sends tensors: importing Ray puts its own filter before PYTHONWARNINGS.
     warnings.filterwarnings("ignore", "Zero-copy tensor serialization")
     skip_unneeded(model, config)

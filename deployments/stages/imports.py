@@ -1,8 +1,8 @@
 """What a replica that is about to import diffusers can do without."""
 
-import json
 import sys
 
+from deployments.checkpoints.json_file import read_json
 from deployments.checkpoints.source import fetch_configs
 from deployments.config import ModelConfig, StageConfig
 
@@ -20,4 +20,4 @@ def skip_unneeded(model: ModelConfig, config: StageConfig) -> None:
 def is_stored_quantized(model: ModelConfig) -> bool:
     """Whether some component's own config says so."""
     configs = fetch_configs(model.checkpoint, revision=model.revision).glob("*/config.json")
-    return any("quantization_config" in json.loads(path.read_text()) for path in configs)
+    return any("quantization_config" in read_json(path) for path in configs)

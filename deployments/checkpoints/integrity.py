@@ -1,0 +1,229 @@
+"""What of a checkpoint's files would keep a stage from loading, told before it imports anything: a sentence each.
+
+Looks at headers and small files only, and at nothing that the stage does not read. Imports no torch.
+"""
+
+import importlib.util
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from deployments.checkpoints.components import ModelIndex, Stage, component_names, fetch_stage, stage_components
+from deployments.checkpoints.json_file import read_json
+from deployments.checkpoints.weights import (
+    find_file_faults,
+    find_variants,
+    find_weight_faults,
+    find_weights,
+    plain_name,
+    stored_dtypes,
+)
+from deployments.config import ModelConfig, StageConfig, TransformerConfig
+
+LIBRARIES = ("diffusers", "transformers")
+_SENTENCEPIECE = ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
+_OTHER_WEIGHTS = {".safetensors", ".bin", ".gguf", ".pt", ".pth", ".ckpt", ".msgpack", ".onnx", ".h5"}
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", *_SENTENCEPIECE)
+
+
+class BrokenCheckpoint(ValueError):
+    """Files that cannot be loaded: one line per fault."""
+
+
+def check_stage(model: ModelConfig, stage: Stage, config: StageConfig) -> None:
+    """Fetches what the stage needs, if need be. Raises BrokenCheckpoint, or as `fetch_checkpoint`."""
+    faults = [*find_offload_faults(stage, config), *find_stage_faults(model, stage, config)]
+    if faults:
+        raise BrokenCheckpoint("\n".join(faults))
+
+
+def find_stage_faults(model: ModelConfig, stage: Stage, config: StageConfig) -> Iterator[str]:
+    """Of the checkpoint's files. Raises as `fetch_checkpoint`."""
+    folder, index = fetch_stage(model, stage)
+    variant_faults = list(_find_variant_faults(model, folder, index))
+    yield from variant_faults
+    for name in sorted(stage_components(index, model.architecture, stage)) if not variant_faults else ():
+        entry = index.get(name)
+        if isinstance(entry, list) and len(entry) == 2:
+            yield from _find_component_faults(folder / name, entry, model, config)
+        else:
+            yield f"{folder / 'model_index.json'} does not say of which class {name} is: fetch it again"
+
+
+def find_offload_faults(stage: Stage, config: StageConfig) -> Iterator[str]:
+    """Of the folder that offloaded weights are written to."""
+    folder = None if config.offload is None or config.offload.folder is None else Path(config.offload.folder)
+    if folder is None:
+        return
+    name = {"encode": "encoder", "denoise": "transformer", "decode": "vae"}[stage]
+    if not folder.is_dir():
+        what = "is no folder" if folder.exists() else "does not exist"
+        yield f"{name}.offload.folder: {folder} {what}: make the folder, or leave it out"
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        yield f"{name}.offload.folder: nothing can be written to the folder {folder}: mend its permissions"
+
+
+def _find_variant_faults(model: ModelConfig, folder: Path, index: ModelIndex) -> Iterator[str]:
+    """A variant that no component has; where only some lack it, diffusers takes their plain weights."""
+    if model.variant is None:
+        return
+    found: set[str] = set()
+    for name in component_names(index):
+        if index[name][0] in LIBRARIES and (folder / name).is_dir():
+            found |= set(find_variants(folder / name, index[name][0]))
+    if model.variant not in found:
+        yield (
+            f"model.variant: {folder} has no weights of the variant {model.variant!r}; it has "
+            f"{', '.join(sorted(found)) or 'none'}: leave out variant{' or choose one of these' if found else ''}"
+        )
+
+
+def _find_component_faults(
+    folder: Path, entry: Sequence[str], model: ModelConfig, config: StageConfig
+) -> Iterator[str]:
+    library, class_name = entry
+    if not any(folder.iterdir()):
+        yield f"{folder} is empty: fetch the checkpoint again"
+        return
+    if library not in LIBRARIES:
+        yield f"{folder}: its class {class_name} is of {library}; only diffusers and transformers are loaded here"
+        return
+    yield from _find_class_faults(folder, library, class_name)
+    if folder.name.startswith("tokenizer"):
+        yield from _find_tokenizer_faults(folder)
+    elif folder.name == "scheduler":
+        yield from _find_config_faults(folder / "scheduler_config.json")
+    else:
+        faults = list(_find_config_faults(folder / "config.json"))
+        yield from faults
+        if not faults:
+            stored = read_json(folder / "config.json")
+            yield from _find_quantization_faults(folder, stored)
+            yield from _find_cut_faults(stored, config)
+        yield from _find_model_faults(folder, library, class_name, model, config)
+
+
+def _find_config_faults(path: Path) -> list[str]:
+    if not path.exists() and not path.is_symlink():
+        return [f"{path} is missing: fetch it"]
+    return find_file_faults(path)
+
+
+def _find_class_faults(folder: Path, library: str, class_name: str) -> Iterator[str]:
+    """Of transformers' classes no file has all names, and loading them tells of a missing one well enough."""
+    if library == "diffusers" and f'"{class_name}"' not in _names_of_diffusers():
+        yield (
+            f"{folder}: diffusers {version('diffusers')} has no class {class_name}: install a newer diffusers, or "
+            "mend model_index.json"
+        )
+
+
+@cache
+def _names_of_diffusers() -> str:
+    """The source that lists its public names; not imported, for that takes seconds."""
+    spec = importlib.util.find_spec("diffusers")
+    return "" if spec is None or spec.origin is None else Path(spec.origin).read_text(encoding="utf-8")
+
+
+def _find_cut_faults(stored: Mapping[str, Any], config: StageConfig) -> Iterator[str]:
+    """More shards than blocks. Exactly how they are cut, engine/blocks.py finds out when the model is built."""
+    if not isinstance(config, TransformerConfig) or config.num_ranks == 1:
+        return
+    if "down_block_types" in stored:
+        num_blocks = len(stored["down_block_types"]) + 1 + len(stored.get("up_block_types", ()))
+    elif "num_layers" in stored:
+        num_blocks = stored["num_layers"] + stored.get("num_single_layers", 0)
+    else:
+        return
+    if config.cuts is not None and config.cuts[-1] >= num_blocks:
+        yield f"transformer.cuts: must be below {num_blocks}, the number of blocks, got {config.cuts[-1]}"
+    elif config.num_ranks > num_blocks:
+        yield f"transformer.shards: each needs a block, and the model has {num_blocks}, got {config.num_ranks}"
+
+
+def _find_quantization_faults(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
+    stored = config.get("quantization_config")
+    if not isinstance(stored, Mapping):
+        return
+    method = str(stored.get("quant_method") or "")
+    is_bitsandbytes = stored.get("load_in_4bit") or stored.get("load_in_8bit")
+    if not method.startswith("bitsandbytes") and not (method == "" and is_bitsandbytes):
+        yield (
+            f"{folder} is stored quantised by {method or 'a method that its config.json does not name'}, which is "
+            "not loaded here: weights may be stored by bitsandbytes (nf4, fp4, int8) or unquantised; take the "
+            f"unquantised {folder.name}, and set `quantization:` if it is to be small"
+        )
+
+
+def _find_tokenizer_faults(folder: Path) -> Iterator[str]:
+    names = {path.name for path in folder.iterdir() if not path.is_dir()}
+    has_whole = "tokenizer.json" in names
+    for name in sorted(names):
+        if not (has_whole and name in _SENTENCEPIECE):
+            yield from find_file_faults(folder / name)
+    if has_whole:
+        return
+    found = [name for name in _VOCABULARIES if name in names]
+    if not found:
+        yield f"{folder} has no vocabulary ({', '.join(_VOCABULARIES)}): fetch it again"
+    elif found == ["vocab.json"] and "merges.txt" not in names:
+        yield f"{folder / 'merges.txt'} is missing, without which vocab.json is of no use: fetch it"
+    elif found[0] in _SENTENCEPIECE and importlib.util.find_spec("sentencepiece") is None:
+        yield (
+            f"{folder} has {found[0]} and no tokenizer.json, and reading it takes sentencepiece, which is not "
+            "installed: `pip install sentencepiece`"
+        )
+
+
+def _find_model_faults(
+    folder: Path, library: str, class_name: str, model: ModelConfig, config: StageConfig
+) -> Iterator[str]:
+    variant = model.variant
+    weights = find_weights(folder, library, variant)
+    if weights is None and variant is not None and folder.name != model.architecture.denoiser:
+        weights = find_weights(folder, library, None)  # as diffusers' pipelines do
+    if weights is None:
+        yield _no_weights(folder, library, variant)
+        return
+    faults = list(find_weight_faults(weights))
+    yield from faults
+    is_pickled = ".bin" in weights.name
+    if is_pickled and weights.suffix == ".json" and library == "diffusers":
+        yield (
+            f"{weights} is an index of pickled weights in parts, which diffusers does not find: convert them to "
+            f"safetensors, `python -c \"import diffusers; diffusers.{class_name}.from_pretrained('{folder}', "
+            f"use_safetensors=False).save_pretrained('{folder}')\"`"
+        )
+    if config.host_copy == "files" and not faults:
+        yield from _find_mapping_faults(weights, is_pickled, config)
+
+
+def _find_mapping_faults(weights: Path, is_pickled: bool, config: StageConfig) -> Iterator[str]:
+    if is_pickled:
+        yield f"{weights} is pickled, and host_copy: files needs safetensors: convert it, or leave out host_copy"
+        return
+    dtypes = stored_dtypes(weights)
+    if config.dtype not in dtypes:
+        stored = ", ".join(sorted(dtypes))
+        yield (
+            f"{weights} is stored as {stored}, and host_copy: files needs dtype {config.dtype} to be that of the "
+            "files: set dtype so, or leave out host_copy"
+        )
+
+
+def _no_weights(folder: Path, library: str, variant: str | None) -> str:
+    variants = find_variants(folder, library)
+    wanted = "plain weights" if variant is None else f"weights of the variant {variant!r}"
+    if variants:
+        return (
+            f"{folder} has no {wanted}, only those of the variant {' and '.join(variants)}: set "
+            f"`variant: {variants[0]}` under model"
+        )
+    if variant is not None and find_weights(folder, library, None) is not None:
+        return f"{folder} has no {wanted}, only plain ones: leave out variant"
+    others = ", ".join(sorted(path.name for path in folder.iterdir() if path.suffix in _OTHER_WEIGHTS))
+    seen = f"; it has {others}, of a name or a format that {library} does not read" if others else ""
+    return f"{folder} has no weights ({plain_name(library)}){seen}: fetch them"

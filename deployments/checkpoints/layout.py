@@ -1,0 +1,148 @@
+"""Folders and files that are no checkpoint in diffusers' layout: which one is meant, or what they are instead."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from deployments.checkpoints.weights import find_lora, read_header
+
+MODEL_INDEX = "model_index.json"
+_WEIGHTS = {".safetensors", ".ckpt", ".pt", ".pth", ".bin"}
+_PIPELINES = {
+    "joint_blocks.": "StableDiffusion3Pipeline",
+    "double_blocks.": "FluxPipeline",
+    "conditioner.embedders.": "StableDiffusionXLPipeline",
+    "cond_stage_model.": "StableDiffusionPipeline",
+}
+"""By what the names of a single file's tensors contain."""
+
+
+def open_hub_cache(folder: Path, revision: str | None) -> Path:
+    """The snapshot in a folder of the hub's cache (`models--OWNER--NAME`); any other folder as it is.
+
+    Raises FileNotFoundError if it has no such snapshot.
+    """
+    snapshots = folder / "snapshots"
+    if (folder / MODEL_INDEX).exists() or not snapshots.is_dir():
+        return folder
+    commits = sorted(path.name for path in snapshots.iterdir() if path.is_dir())
+    ref = folder / "refs" / (revision or "main")
+    commit = ref.read_text().strip() if ref.is_file() else revision
+    if commit is None and len(commits) == 1:
+        commit = commits[0]
+    if commit not in commits:
+        raise FileNotFoundError(
+            f"{folder} is a folder of the hub's cache without a snapshot of {revision or 'main'}; it has "
+            f"{', '.join(commits) or 'none'}: set `revision` under model to one of them, or fetch it again"
+        )
+    return snapshots / str(commit)
+
+
+def describe_other_layout(path: Path) -> str:
+    """What a file or folder without model_index.json is, and how to come from it to a checkpoint."""
+    layouts = _FILES if path.is_file() else _FOLDERS
+    return next(tell(path) for is_it, tell in layouts if is_it(path))
+
+
+def _has(*patterns: str) -> Callable[[Path], bool]:
+    return lambda folder: any(any(folder.glob(pattern)) for pattern in patterns)
+
+
+def _conversion(file: Path) -> str:
+    """The command for a single file; its class is told by the tensors where they can be seen."""
+    try:
+        names = "\n".join(read_header(file)) if file.suffix == ".safetensors" else ""
+    except (OSError, ValueError):
+        names = ""
+    pipeline = next((pipeline for mark, pipeline in _PIPELINES.items() if mark in names), "PIPELINE")
+    which = f" (PIPELINE: {', '.join(_PIPELINES.values())})" if pipeline == "PIPELINE" else ""
+    return (
+        f"`python -c \"import diffusers; diffusers.{pipeline}.from_single_file('{file}')"
+        f".save_pretrained('NEW_FOLDER')\"`{which}, and serve NEW_FOLDER"
+    )
+
+
+def _is_lora(file: Path) -> bool:
+    try:
+        return file.suffix == ".safetensors" and find_lora(read_header(file)) is not None
+    except (OSError, ValueError):
+        return False
+
+
+def _tell_lora(path: Path) -> str:
+    return (
+        f"{path} is a LoRA, not a checkpoint. Fuse it into one: load its base model by diffusers' "
+        f"DiffusionPipeline.from_pretrained, then load_lora_weights('{path}'), fuse_lora(), unload_lora_weights() "
+        "and save_pretrained('NEW_FOLDER'), and serve NEW_FOLDER"
+    )
+
+
+def _tell_weights(folder: Path) -> str:
+    file = next(file for file in sorted(folder.iterdir()) if file.suffix in _WEIGHTS)
+    return (
+        f"{folder} holds files of weights and no {MODEL_INDEX}, so it is not in diffusers' layout. Fetch the "
+        f"whole repository, or convert the file that holds the whole checkpoint: {_conversion(file)}"
+    )
+
+
+Layouts = tuple[tuple[Callable[[Path], bool], Callable[[Path], str]], ...]
+"""The first that is true of a path tells what it is."""
+
+_FILES: Layouts = (
+    (lambda file: file.name == MODEL_INDEX, lambda file: f"{file} is a file of a checkpoint: name its folder"),
+    (
+        lambda file: file.suffix == ".gguf",
+        lambda file: (
+            f"{file} is a GGUF file, which is not loaded here: take the model in diffusers' layout, and "
+            "`quantization: nf4` to make it as small"
+        ),
+    ),
+    (_is_lora, _tell_lora),
+    (
+        lambda file: file.suffix in _WEIGHTS,
+        lambda file: (
+            f"{file} is a single file of weights, not a folder in diffusers' layout. If it holds a whole "
+            f"checkpoint, convert it once: {_conversion(file)}"
+        ),
+    ),
+    (Path.is_file, lambda file: f"{file} is a file; a checkpoint is a folder in diffusers' layout"),
+)
+_FOLDERS: Layouts = (
+    (
+        lambda folder: not any(folder.iterdir()),
+        lambda folder: f"{folder} is an empty folder: fetch the checkpoint into it, or mount what it should hold",
+    ),
+    (
+        lambda folder: (folder.parent / MODEL_INDEX).is_file(),
+        lambda folder: (
+            f"{folder} is one component of a checkpoint: name the folder that it is in, {folder.parent}"
+        ),
+    ),
+    (_has("pytorch_lora_weights*", "adapter_model*", "adapter_config.json", "*lora*.safetensors"), _tell_lora),
+    (
+        _has("Wan*_VAE*.pth", "models_t5_umt5*.pth"),
+        lambda folder: (
+            f"{folder} is Wan's original layout, not diffusers'. Fetch the repository on the hub whose "
+            "name ends in -Diffusers"
+        ),
+    ),
+    (
+        _has(f"*/{MODEL_INDEX}"),
+        lambda folder: (
+            f"{folder} has no {MODEL_INDEX}, and a folder in it has: name that one, "
+            f"{next(iter(sorted(folder.glob(f'*/{MODEL_INDEX}')))).parent}"
+        ),
+    ),
+    (
+        _has("config.json"),
+        lambda folder: (
+            f"{folder} holds one model, not a pipeline: it has a config.json and no {MODEL_INDEX}. Name "
+            "the folder of a whole checkpoint in diffusers' layout"
+        ),
+    ),
+    (_has(*(f"*{ending}" for ending in _WEIGHTS)), _tell_weights),
+    (
+        _has("*/config.json"),
+        lambda folder: f"{folder} has components and no {MODEL_INDEX}: fetch that file too",
+    ),
+    (Path.exists, lambda folder: f"{folder} has no {MODEL_INDEX}; it must be a folder in diffusers' layout"),
+)

@@ -1,0 +1,229 @@
+"""Ray and Serve for one command, which tells how they start, stays with them, and ends them."""
+
+import contextlib
+import io
+import logging
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from http import HTTPStatus
+from types import FrameType
+from typing import Any
+
+import httpx
+import ray
+from ray import serve
+from ray._private import worker as ray_worker
+from ray.exceptions import RayError
+from ray.serve._private.api import serve_start
+from ray.serve.config import gRPCOptions
+from ray.serve.schema import ApplicationStatus, ReplicaState, ServeDeploySchema, ServeInstanceDetails
+from rich.console import Console
+
+from serve_app.port import url_of
+from serve_app.start_progress import READY, StartProgress
+
+LOOPBACK = "127.0.0.1"
+LOOK_EVERY_S = 0.5
+_ESSENTIAL = ("raylet", "gcs_server")
+"""Processes of Ray without which nothing goes on, as its node names them."""
+_CONSTRUCTOR_FAILED = "failed to start with exception"
+_MODULE = re.compile(r"^(?:\w+\.)+(?=\w+: )")
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+
+console = Console(stderr=True, soft_wrap=True)
+
+
+class CannotServe(Exception):
+    """The app cannot start, or what serves it is gone; says why."""
+
+
+def run_server(deployment: ServeDeploySchema, models: Mapping[str, str], *, address: str, grace_s: float) -> int:
+    """Serves until SIGINT or SIGTERM, then ends what it started; the exit code.
+
+    Args:
+        models: names of the models by application, of those that serve a checkpoint.
+        address: "local", or that of a Ray cluster to join, whose Serve is shut down at the end.
+        grace_s: what running requests get. A second signal ends at once.
+    """
+    server = Server(deployment, models, address)
+    _on_signals(_interrupt)
+    try:
+        server.start()
+        server.wait_until_ready()
+        server.watch()
+    except KeyboardInterrupt:
+        return 0
+    except CannotServe as error:
+        console.print(f"relay: {error}", style="red", highlight=False)
+        return 1
+    finally:
+        with contextlib.suppress(KeyboardInterrupt):
+            server.drain(grace_s)
+        _on_signals(lambda _signal, _frame: server.kill())
+        server.end()
+
+
+class Server:
+    """One Serve, with HTTP, and the applications of one file on it."""
+
+    def __init__(self, deployment: ServeDeploySchema, models: Mapping[str, str], address: str) -> None:
+        self._deployment, self._models, self._address = deployment, models, address
+        self._is_local = address == "local"
+        self._client: Any = None
+        self._is_ready = False
+
+    def start(self) -> None:
+        """Returns before anything is ready."""
+        own = {"_node_ip_address": LOOPBACK} if self._is_local else {}
+        ray.init(address=self._address, namespace="serve", **own)
+        _on_signals(_interrupt)  # ray.init has put its own in the place
+        self._client = serve_start(
+            http_options=self._deployment.http_options.model_dump(),
+            proxy_location=self._deployment.proxy_location,
+            grpc_options=gRPCOptions(**self._deployment.grpc_options.model_dump()),
+            controller_options=self._deployment.controller_options,
+        )
+        self._client.deploy_apps(self._deployment)
+
+    def wait_until_ready(self) -> None:
+        """Shows what is loading; then the addresses. Raises CannotServe."""
+        with StartProgress(console) as progress:
+            while not self._is_ready:
+                self._check_ray()
+                applications = self._applications()
+                _check_failed(applications)
+                progress.update(_states(applications))
+                is_running = [each.status == ApplicationStatus.RUNNING for each in applications.values()]
+                self._is_ready = len(is_running) == len(self._deployment.applications) and all(is_running)
+                self._is_ready = self._is_ready and all(map(_is_healthy, self._urls().values()))
+                time.sleep(LOOK_EVERY_S)
+        for name, url in self._urls().items():
+            console.print(f"relay: {self._models[name]} is ready: {url}/  (Ctrl-C ends it)", style="bold green")
+
+    def watch(self) -> None:
+        """Never returns. Raises CannotServe once Ray is gone."""
+        while True:
+            time.sleep(LOOK_EVERY_S)
+            self._check_ray()
+
+    def drain(self, grace_s: float) -> None:
+        """Until no request is in progress, or the time is over. They are cut by what ends the processes."""
+        deadline = time.monotonic() + grace_s
+        while self._is_ready and time.monotonic() < deadline:
+            num_running = self._num_in_progress()
+            if not num_running:
+                return
+            console.print(
+                f"relay: {num_running} requests in progress, {deadline - time.monotonic():.0f} s are left"
+            )
+            time.sleep(min(LOOK_EVERY_S, grace_s))
+
+    def end(self) -> None:
+        """Nothing of a local Ray is left; of a cluster that was joined, its Serve ends."""
+        with _silence():
+            if not self._is_local and self._client is not None:
+                self._client.shutdown()
+            ray.shutdown()
+
+    def kill(self) -> None:
+        """At once, this process too."""
+        node = ray_worker._global_node
+        if self._is_local and node is not None:
+            node.kill_all_processes(check_alive=False, allow_graceful=False)
+        os._exit(128 + signal.SIGINT)
+
+    def _urls(self) -> dict[str, str]:
+        """By application, of those that serve a checkpoint over HTTP."""
+        http = self._deployment.http_options
+        routes = {each.name: each.route_prefix for each in self._deployment.applications}
+        return {
+            name: url_of(http.host, http.port) + str(routes[name]).rstrip("/")
+            for name in self._models
+            if routes[name] is not None and self._deployment.proxy_location != "Disabled"
+        }
+
+    def _applications(self) -> Mapping[str, Any]:
+        try:
+            return ServeInstanceDetails(**self._client.get_serve_details()).applications
+        except RayError as error:
+            raise CannotServe(f"Serve's controller does not answer: {_last_line(str(error))}") from error
+
+    def _check_ray(self) -> None:
+        node = ray_worker._global_node
+        for name, process in node.dead_processes() if self._is_local and node is not None else ():
+            if name in _ESSENTIAL:
+                logs = f"{node.get_session_dir_path()}/logs"
+                raise CannotServe(
+                    f"Ray's {name} has ended (code {process.poll()}), so nothing is served; see {logs}"
+                )
+
+    def _num_in_progress(self) -> int:
+        count = 0
+        for name in self._models:
+            with contextlib.suppress(Exception):  # whoever does not answer cannot be waited for
+                handle = serve.get_app_handle(name)
+                count += sum(handle.broadcast("num_in_progress").results(timeout_s=1.0))
+        return count
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _on_signals(handler: Callable[[int, FrameType | None], None]) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """What Ray says of processes that are meant to end."""
+    logging.disable(logging.CRITICAL)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+def _check_failed(applications: Mapping[str, Any]) -> None:
+    """Raises CannotServe at the first constructor that raised, for it would again; who died is started once more."""
+    for application in applications.values():
+        for name, deployment in application.deployments.items():
+            if _CONSTRUCTOR_FAILED in deployment.message and "Traceback" in deployment.message:
+                raise CannotServe(f"{name.lower()}: {_last_line(deployment.message)}")
+        if application.status == ApplicationStatus.DEPLOY_FAILED:
+            refused = [line for line in application.message.splitlines() if line.startswith("ConfigError: ")]
+            said = [line.removeprefix("ConfigError: ") for line in refused]
+            raise CannotServe("\n".join(said) or _last_line(application.message))
+
+
+def _last_line(message: str) -> str:
+    lines = [line.strip() for line in _COLOURS.sub("", message).splitlines() if line.strip()]
+    return _MODULE.sub("", lines[-1]) if lines else "no reason was given"
+
+
+def _states(applications: Mapping[str, Any]) -> dict[str, str]:
+    """Of every deployment: what it is at."""
+    found = {}
+    for app_name, application in applications.items():
+        for name, deployment in application.deployments.items():
+            label = name.lower() if len(applications) == 1 else f"{app_name} {name.lower()}"
+            found[label] = _state(deployment)
+    return found or dict.fromkeys(applications, "being built")
+
+
+def _state(deployment: Any) -> str:
+    replicas = deployment.replicas
+    if any(replica.state == ReplicaState.RUNNING for replica in replicas):
+        return READY
+    if any(replica.pid for replica in replicas):
+        return "loading"
+    return " ".join(deployment.message.split()) or "starting"
+
+
+def _is_healthy(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=5, trust_env=False).status_code == HTTPStatus.OK
+    except httpx.TransportError:
+        return False
