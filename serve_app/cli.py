@@ -58,7 +58,7 @@ def main() -> None:
         cli()
     except (ConfigError, RelayError, NoStatus, FileExistsError, FileNotFoundError) as error:
         message = error.message if isinstance(error, RelayError) else str(error)
-        console.print(f"relay: {message}", style="red", highlight=False)
+        console.print(f"relay: {message}", style="red", highlight=False, soft_wrap=True)
         raise SystemExit(2) from error
 
 

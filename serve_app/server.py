@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from http import HTTPStatus
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import httpx
 import ray
@@ -22,6 +22,7 @@ from ray.serve.config import gRPCOptions
 from ray.serve.schema import ApplicationStatus, ReplicaState, ServeDeploySchema, ServeInstanceDetails
 from rich.console import Console
 
+from cluster.processes import find_descendants, kill_all
 from serve_app.port import url_of
 from serve_app.start_progress import READY, StartProgress
 
@@ -33,11 +34,15 @@ _CONSTRUCTOR_FAILED = "failed to start with exception"
 _MODULE = re.compile(r"^(?:\w+\.)+(?=\w+: )")
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
-console = Console(stderr=True, soft_wrap=True)
+console = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
 class CannotServe(Exception):
     """The app cannot start, or what serves it is gone; says why."""
+
+
+class RayGone(CannotServe):
+    """Nothing can be ended in order any more."""
 
 
 def run_server(deployment: ServeDeploySchema, models: Mapping[str, str], *, address: str, grace_s: float) -> int:
@@ -48,22 +53,38 @@ def run_server(deployment: ServeDeploySchema, models: Mapping[str, str], *, addr
         address: "local", or that of a Ray cluster to join, whose Serve is shut down at the end.
         grace_s: what running requests get. A second signal ends at once.
     """
-    server = Server(deployment, models, address)
+    server, code = Server(deployment, models, address), 0
     _on_signals(_interrupt)
     try:
         server.start()
         server.wait_until_ready()
         server.watch()
     except KeyboardInterrupt:
-        return 0
-    except CannotServe as error:
-        console.print(f"relay: {error}", style="red", highlight=False)
-        return 1
-    finally:
         with contextlib.suppress(KeyboardInterrupt):
             server.drain(grace_s)
-        _on_signals(lambda _signal, _frame: server.kill())
-        server.end()
+    except CannotServe as error:
+        console.print(f"relay: {error}", style="red")
+        code = 1
+        if isinstance(error, RayGone):
+            kill(code)
+    _on_signals(lambda number, _frame: kill(128 + number))
+    server.end()
+    return code
+
+
+def kill(code: int) -> NoReturn:
+    """This process and all that came of it, at once."""
+    kill_all(find_descendants())
+    os._exit(code)
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _on_signals(handler: Callable[[int, FrameType | None], None]) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
 
 
 class Server:
@@ -90,50 +111,49 @@ class Server:
 
     def wait_until_ready(self) -> None:
         """Shows what is loading; then the addresses. Raises CannotServe."""
+        urls = self._urls()
         with StartProgress(console) as progress:
             while not self._is_ready:
+                time.sleep(LOOK_EVERY_S)
                 self._check_ray()
                 applications = self._applications()
                 _check_failed(applications)
                 progress.update(_states(applications))
-                is_running = [each.status == ApplicationStatus.RUNNING for each in applications.values()]
-                self._is_ready = len(is_running) == len(self._deployment.applications) and all(is_running)
-                self._is_ready = self._is_ready and all(map(_is_healthy, self._urls().values()))
-                time.sleep(LOOK_EVERY_S)
-        for name, url in self._urls().items():
-            console.print(f"relay: {self._models[name]} is ready: {url}/  (Ctrl-C ends it)", style="bold green")
+                self._is_ready = self._is_running(applications) and all(map(_is_healthy, urls.values()))
+        for name, url in urls.items():
+            console.print(f"relay: {self._models[name]} is ready: {url}/ (Ctrl-C ends it)", style="bold green")
 
-    def watch(self) -> None:
-        """Never returns. Raises CannotServe once Ray is gone."""
+    def watch(self) -> NoReturn:
+        """Raises RayGone once it is."""
         while True:
             time.sleep(LOOK_EVERY_S)
             self._check_ray()
 
     def drain(self, grace_s: float) -> None:
         """Until no request is in progress, or the time is over. They are cut by what ends the processes."""
-        deadline = time.monotonic() + grace_s
-        while self._is_ready and time.monotonic() < deadline:
-            num_running = self._num_in_progress()
-            if not num_running:
-                return
-            console.print(
-                f"relay: {num_running} requests in progress, {deadline - time.monotonic():.0f} s are left"
-            )
+        deadline, told = time.monotonic() + grace_s, False
+        while self._is_ready and time.monotonic() < deadline and (running := self._num_in_progress()):
+            if not told:
+                requests = "1 request" if running == 1 else f"{running} requests"
+                console.print(f"relay: {requests} in progress: {grace_s:g} s more, or Ctrl-C again to end at once")
+                told = True
             time.sleep(min(LOOK_EVERY_S, grace_s))
+        console.print("relay: ending")
 
     def end(self) -> None:
         """Nothing of a local Ray is left; of a cluster that was joined, its Serve ends."""
         with _silence():
-            if not self._is_local and self._client is not None:
-                self._client.shutdown()
+            if not self._is_local:
+                if self._client is not None:
+                    self._client.shutdown()
+                ray.shutdown()
+                return
+            ours, node = find_descendants(), ray_worker._global_node
+            for name, process in node.live_processes() if node is not None else ():
+                if name not in _ESSENTIAL:  # ray.shutdown gives each a second, one after the other
+                    process.terminate()
             ray.shutdown()
-
-    def kill(self) -> None:
-        """At once, this process too."""
-        node = ray_worker._global_node
-        if self._is_local and node is not None:
-            node.kill_all_processes(check_alive=False, allow_graceful=False)
-        os._exit(128 + signal.SIGINT)
+            kill_all(ours)
 
     def _urls(self) -> dict[str, str]:
         """By application, of those that serve a checkpoint over HTTP."""
@@ -145,37 +165,33 @@ class Server:
             if routes[name] is not None and self._deployment.proxy_location != "Disabled"
         }
 
+    def _is_running(self, applications: Mapping[str, Any]) -> bool:
+        names = [each.name for each in self._deployment.applications]
+        found = [applications[name].status for name in names if name in applications]
+        return found == [ApplicationStatus.RUNNING] * len(names)
+
     def _applications(self) -> Mapping[str, Any]:
         try:
-            return ServeInstanceDetails(**self._client.get_serve_details()).applications
+            details = ServeInstanceDetails(**self._client.get_serve_details())
         except RayError as error:
             raise CannotServe(f"Serve's controller does not answer: {_last_line(str(error))}") from error
+        applications: Mapping[str, Any] = details.applications
+        return applications
 
     def _check_ray(self) -> None:
         node = ray_worker._global_node
         for name, process in node.dead_processes() if self._is_local and node is not None else ():
             if name in _ESSENTIAL:
-                logs = f"{node.get_session_dir_path()}/logs"
-                raise CannotServe(
-                    f"Ray's {name} has ended (code {process.poll()}), so nothing is served; see {logs}"
-                )
+                why = f"Ray's {name} has ended (code {process.poll()}), and nothing can be served without it"
+                raise RayGone(f"{why}; its logs: {node.get_session_dir_path()}/logs")
 
     def _num_in_progress(self) -> int:
         count = 0
         for name in self._models:
-            with contextlib.suppress(Exception):  # whoever does not answer cannot be waited for
+            with contextlib.suppress(RayError, TimeoutError):  # whoever does not answer cannot be waited for
                 handle = serve.get_app_handle(name)
                 count += sum(handle.broadcast("num_in_progress").results(timeout_s=1.0))
         return count
-
-
-def _interrupt(_signal: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
-def _on_signals(handler: Callable[[int, FrameType | None], None]) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -187,7 +203,7 @@ def _silence() -> Iterator[None]:
 
 
 def _check_failed(applications: Mapping[str, Any]) -> None:
-    """Raises CannotServe at the first constructor that raised, for it would again; who died is started once more."""
+    """Raises CannotServe at the first constructor that raised, for it would again; who died is started anew."""
     for application in applications.values():
         for name, deployment in application.deployments.items():
             if _CONSTRUCTOR_FAILED in deployment.message and "Traceback" in deployment.message:

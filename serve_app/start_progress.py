@@ -1,4 +1,4 @@
-"""What of an app that starts is ready already: a line for each deployment on a terminal, else a line for each change."""
+"""What of an app that starts is ready: on a terminal a line for each deployment, else a line for each change."""
 
 import time
 from collections.abc import Mapping
