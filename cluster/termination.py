@@ -44,9 +44,9 @@ class ToldToGo(RuntimeError):
 class DrainOnSigterm:
     """Base of every deployment: SIGTERM has the effect of being stopped by Serve.
 
-    Serve takes a replica that is not healthy out of the routing, starts its successor, and ends it when its requests
-    have ended, after `graceful_shutdown_timeout_s` at the latest. Until Serve does so, three health checks later, it
-    serves on: no request is refused.
+    Serve takes a replica that is not healthy out of the routing, starts its successor, and ends it when its
+    requests have ended, after `graceful_shutdown_timeout_s` at the latest. Until Serve does so, three health
+    checks later, it serves on: no request is refused.
     """
 
     _is_told = False

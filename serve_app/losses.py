@@ -28,8 +28,8 @@ from serve_app.suspects import Suspects
 log = logging.getLogger("ray.serve")
 
 LOSSES_TOGETHER = 2
-"""One is an accident, and whoever was there is repeated together with the others. Of those that were there twice, one
-may be the cause: from then on they are repeated alone."""
+"""One is an accident, and whoever was there is repeated together with the others. Of those that were there twice,
+one may be the cause: from then on they are repeated alone."""
 LOSSES_ALONE = 2
 """Then it is the request that kills. The first may be another's fault: of one that is no suspect yet."""
 FIRST_BACKOFF_S = 0.2

@@ -283,7 +283,7 @@ def test_lost_latents_are_denoised_again_from_the_same_embeddings(error: Excepti
 
 def test_a_request_that_kills_replicas_is_given_up() -> None:
     transformer = DenoiseHandle(*[REPLICA_DIED] * 100)
-    with pytest.raises(StageFailed, match="denoise stage was lost.* 4 times"):
+    with pytest.raises(StageFailed, match=r"denoise stage was lost.* 4 times"):
         run(EncodeHandle(), transformer, DecodeHandle())
     assert len(transformer.arguments) == LOSSES_TOGETHER + LOSSES_ALONE
 
