@@ -25,7 +25,7 @@ def on_sigterm(told: Callable[[], None]) -> None:
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)  # it writes in the thread that it interrupts, which must not wait for a reader
-    faulthandler.register(signal.SIGTERM, file=writer, all_threads=True, chain=False)
+    faulthandler.register(signal.SIGTERM, file=writer, all_threads=False, chain=False)
     threading.Thread(target=_wait, args=(reader, told), name="sigterm", daemon=True).start()
 
 
