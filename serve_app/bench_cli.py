@@ -62,7 +62,9 @@ def ready(json_file: JsonFile = None, quick: Quick = False) -> None:
 
 @bench.command()
 def faults(
-    processes: Annotated[str, typer.Option(help="of those that serve; all if left out")] = "",
+    processes: Annotated[
+        str, typer.Option(help="of those that serve; left out, all, and requests that kill or are left")
+    ] = "",
     signals: Annotated[str, typer.Option(help="SIGSTOP ends after 20 s")] = "SIGKILL,SIGTERM,SIGSTOP",
     when: Annotated[str, typer.Option(help="loaded: under eight requests")] = "loaded,idle",
     json_file: JsonFile = None,
@@ -72,7 +74,8 @@ def faults(
     module = importlib.import_module("serve_app.bench.faults")
     names = processes.split(",") if processes else module.PROCESSES
     chosen = product(names, signals.split(","), when.split(","))
-    module.run(cells=module.QUICK if quick else [module.Cell(*cell) for cell in chosen], json_file=json_file)
+    cells = module.QUICK if quick else [module.Cell(*cell) for cell in chosen]
+    module.run(cells=cells, with_requests=not processes, json_file=json_file)
 
 
 @bench.command()
