@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayError
 from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -21,6 +21,8 @@ from cluster.serve_options import stage_environment
 
 CONNECT_TIMEOUT_S = 600.0
 """Longer than any of its parts waits; NCCL's would wait for ever."""
+SILENT_AFTER_S = 30.0
+"""A child that answers nothing for longer hangs or is stopped; of rank 0, Serve waits as long."""
 _ASK_AGAIN_S = 1.0
 
 Connected = TypeVar("Connected")
@@ -67,15 +69,19 @@ class ShardGroup:
         connect_here: Callable[[], Connected],
         on_lost: Callable[[BaseException], None],
         timeout_s: float = CONNECT_TIMEOUT_S,
+        silent_after_s: float = SILENT_AFTER_S,
     ) -> Connected:
         """Meet there, all ranks at once; what connect_here, the caller's part in it, returns.
 
-        on_lost: runs in some thread when a child fails to connect or is gone, then or ever after, at work or
-            idle, or when the time is up. It must end the process: connect_here may wait for what never comes.
+        on_lost: runs in some thread when a child fails to connect, is gone or falls silent, then or ever after, at
+            work or idle, or when the time is up. It must end the process: connect_here may wait for what never
+            comes.
         """
         answers = [rank.connect.remote(rendezvous) for rank in self._ranks]
         for rank, answer in zip(self._ranks, answers, strict=True):
-            threading.Thread(target=_watch, args=(rank, answer, on_lost), name="watch", daemon=True).start()
+            threading.Thread(
+                target=_watch, args=(rank, answer, on_lost, silent_after_s), name="watch", daemon=True
+            ).start()
         too_late = TimeoutError(f"the ranks have not met within {timeout_s:g} s")
         timer = threading.Timer(timeout_s, on_lost, [too_late])
         timer.daemon = True
@@ -92,14 +98,24 @@ class ShardGroup:
         return list(ray.get([rank.stats.remote() for rank in self._ranks]))
 
 
-def _watch(rank: Any, connecting: Any, on_lost: Callable[[BaseException], None]) -> None:
-    """A neighbour's socket tells sooner (0.05 s), but only of a process that it is connected to."""
+def _watch(rank: Any, connecting: Any, on_lost: Callable[[BaseException], None], silent_after_s: float) -> None:
+    """A neighbour's socket tells of a death sooner (0.05 s), but only of one that it is connected to."""
     try:
         ray.get(connecting)
         while True:
             try:
-                ray.get(rank.alive.remote())
+                _wait_for_death(rank, silent_after_s)
             except ActorUnavailableError:  # the network failed, not yet the child
                 time.sleep(_ASK_AGAIN_S)
+    except GetTimeoutError:
+        on_lost(TimeoutError(f"a rank has not answered for {silent_after_s:g} s"))
     except RayError as error:
         on_lost(error)
+
+
+def _wait_for_death(rank: Any, silent_after_s: float) -> None:
+    """Raises its error, or GetTimeoutError."""
+    alive = rank.alive.remote()
+    while not ray.wait([alive], timeout=_ASK_AGAIN_S)[0]:
+        ray.get(rank.place.remote(), timeout=silent_after_s)
+    ray.get(alive)

@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from cluster.metrics import StageMetrics, export_regularly
+from cluster.termination import DrainOnSigterm
 from deployments.config import EncoderConfig, ModelConfig
 from deployments.embedding_cache import EmbeddingCache, num_bytes
 from deployments.lane import Lane
@@ -18,10 +19,11 @@ if TYPE_CHECKING:
     from deployments.families.family import Embeds
 
 
-class Encoder:
+class Encoder(DrainOnSigterm):
     """Serves `encode`. One thread encodes: tokenizers are not thread-safe."""
 
     def __init__(self, model: ModelConfig, config: EncoderConfig, warm_up: WarmUp = NO_WARM_UP) -> None:
+        self.drain_on_sigterm()
         began = time.perf_counter()
         self._lane = Lane("encode")
         self._stage = load_stage("encode", model, config)

@@ -3,9 +3,11 @@
 import asyncio
 import logging
 import os
+from functools import partial
 
 from cluster.place import Place, Rendezvous
 from cluster.shard_group import this_place
+from cluster.termination import on_sigterm
 from deployments.config import ModelConfig, TransformerConfig
 from deployments.stages import load_stage
 from deployments.stats import RankStats
@@ -17,6 +19,7 @@ class Rank:
     """Holds consecutive blocks of the denoiser. Dies with its group: a ring with a gap serves nobody."""
 
     def __init__(self, rank: int, model: ModelConfig, config: TransformerConfig) -> None:
+        on_sigterm(partial(exit_replica, SystemExit("SIGTERM")))
         self._stage = load_stage("follow", model, config, rank)
 
     async def place(self) -> Place:

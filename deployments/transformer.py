@@ -13,6 +13,7 @@ from cluster.autoscaling import LOAD
 from cluster.metrics import StageMetrics, export_regularly
 from cluster.place import num_nodes
 from cluster.shard_group import ShardGroup, this_address
+from cluster.termination import DrainOnSigterm
 from deployments.config import ModelConfig, TransformerConfig
 from deployments.news import News
 from deployments.rank import Rank, exit_replica
@@ -37,13 +38,14 @@ if TYPE_CHECKING:
 log = logging.getLogger("ray.serve")
 
 
-class Transformer:
+class Transformer(DrainOnSigterm):
     """Serves `denoise`: every request in a thread of its own, all on one engine.
 
     With several shards this process is rank 0, and its children, in its placement group, are the others.
     """
 
     def __init__(self, model: ModelConfig, config: TransformerConfig, warm_up: WarmUp = NO_WARM_UP) -> None:
+        self.drain_on_sigterm()
         began = time.perf_counter()
         self._threads = ThreadPoolExecutor(config.max_ongoing_requests, thread_name_prefix="denoise")
         self._group: ShardGroup | None = None

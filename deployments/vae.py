@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from cluster.metrics import StageMetrics, export_regularly
+from cluster.termination import DrainOnSigterm
 from deployments.config import ModelConfig, VaeConfig
 from deployments.lane import Lane
 from deployments.request import GenerationRequest, Media
@@ -17,13 +18,14 @@ if TYPE_CHECKING:
     import torch
 
 
-class Vae:
+class Vae(DrainOnSigterm):
     """Serves `decode` and `decode_partial`, one at a time: a VAE's peak of memory is its own worst neighbour.
 
     A picture waits for at most one partial picture, the one that is being decoded.
     """
 
     def __init__(self, model: ModelConfig, config: VaeConfig, warm_up: WarmUp = NO_WARM_UP) -> None:
+        self.drain_on_sigterm()
         began = time.perf_counter()
         self._lane = Lane("decode")
         self._num_pictures = self._num_partial = 0

@@ -1,6 +1,7 @@
 """`relay bench`: one command per benchmark, looked up when called, for they import torch."""
 
 import importlib
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -60,18 +61,21 @@ def ready(json_file: JsonFile = None, quick: Quick = False) -> None:
 
 
 @bench.command()
-def recovery(
+def faults(
+    processes: Annotated[
+        str, typer.Option(help="of those that serve; left out, all, and requests that kill or are left")
+    ] = "",
+    signals: Annotated[str, typer.Option(help="SIGSTOP ends after 20 s")] = "SIGKILL,SIGTERM,SIGSTOP",
+    when: Annotated[str, typer.Option(help="loaded: under eight requests")] = "loaded,idle",
     json_file: JsonFile = None,
     quick: Quick = False,
-    idle: Annotated[str, typer.Option(help="what to kill while nothing runs")] = "rank 0,rank 1,encoder,vae",
 ) -> None:
-    """kill -9 of every rank, the encoder and the VAE, busy and idle: who is answered, and when."""
-    _run(
-        "recovery",
-        victims=("vae",) if quick else ("rank 0", "rank 1", "encoder", "vae"),
-        idle_victims=("vae",) if quick else tuple(filter(None, idle.split(","))),
-        json_file=json_file,
-    )
+    """Every process killed, told to go and stopped, idle and loaded: who is answered, and when."""
+    module = importlib.import_module("serve_app.bench.faults")
+    names = processes.split(",") if processes else module.PROCESSES
+    chosen = product(names, signals.split(","), when.split(","))
+    cells = module.QUICK if quick else [module.Cell(*cell) for cell in chosen]
+    module.run(cells=cells, with_requests=not processes, json_file=json_file)
 
 
 @bench.command()

@@ -30,7 +30,9 @@ class LimitsConfig(Config):
 class IngressConfig(Config):
     """The deployment that HTTP meets. It holds no tensors: one replica serves many GPUs."""
 
-    num_replicas: int = Field(1, ge=1)
+    num_replicas: int = Field(
+        2, ge=1, description="150 MB each; with a second one the door stays open when the first is lost"
+    )
     num_cpus: float = Field(0.0, ge=0, description="logical CPUs Ray reserves for each replica")
     on_head: bool = Field(
         True, description="on the head node: no other node's death takes an accepted request; false: anywhere"

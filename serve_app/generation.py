@@ -23,13 +23,15 @@ from deployments.request import (
 from serve_app.errors import BadRequest, DeadlineExceeded, RelayError, StageFailed
 from serve_app.losses import StageLost, naming, repeat_when_lost
 from serve_app.partials import PartialImage, Partials
+from serve_app.suspects import Suspects
 
 
 class Stages:
-    """Serve handles of the three deployments, and the sizes that the VAE is known to have room for."""
+    """Serve handles of the three deployments, who may be what kills them, and the sizes known to fit the VAE."""
 
-    def __init__(self, encoder: Any, transformer: Any, vae: Any) -> None:
+    def __init__(self, encoder: Any, transformer: Any, vae: Any, suspects: Suspects) -> None:
         self.encoder, self.transformer, self.vae = encoder, transformer, vae
+        self.suspects = suspects
         self._decodable: set[MediaSize] = set()
 
     @property
@@ -198,7 +200,7 @@ async def _picture(
         reached = None
 
     try:
-        picture = await repeat_when_lost(go_on)
+        picture = await repeat_when_lost(go_on, stages.suspects)
     finally:
         partials.drop()
     tell(picture)

@@ -6,13 +6,18 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from cluster.termination import DrainOnSigterm
 from serve_app.generation import Event, Picture
 from serve_app.relay import Relay
 from serve_app.routes import build_api
 
 
-class Ingress(Relay):
+class Ingress(DrainOnSigterm, Relay):
     """A Relay as Serve sees it."""
+
+    def __init__(self, *args: Any) -> None:
+        self.drain_on_sigterm()
+        super().__init__(*args)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve asks for the HTTP application once this replica is made."""

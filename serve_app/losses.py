@@ -7,7 +7,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import count
 from typing import TypeVar
 
@@ -22,12 +22,16 @@ from ray.exceptions import (
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException, ReplicaUnavailableError
 
 from deployments.refusal import NeverFits, OutOfShare, ShardGroupLost
-from serve_app.errors import BadRequest, OutOfMemory, StageFailed, Unavailable
+from serve_app.errors import BadRequest, OutOfMemory, StageFailed
+from serve_app.suspects import Suspects
 
 log = logging.getLogger("ray.serve")
 
-MAX_LOSSES = 6
-"""A request that has lost so many replicas may be what kills them."""
+LOSSES_TOGETHER = 2
+"""One is an accident, and whoever was there is repeated together with the others. Of those that were there twice,
+one may be the cause: from then on they are repeated alone."""
+LOSSES_ALONE = 2
+"""Then it is the request that kills. The first may be another's fault: of one that is no suspect yet."""
 FIRST_BACKOFF_S = 0.2
 MAX_BACKOFF_S = 2.0
 
@@ -78,16 +82,20 @@ def naming(stage: str, *, param: str, if_input_lost: Callable[[], None] | None =
         raise StageFailed(f"the {stage} stage failed: {_last_line(error)}") from error
 
 
-async def repeat_when_lost(call: Callable[[], Awaitable[Answer]]) -> Answer:
-    """Call until it is answered, or the caller's deadline ends it."""
+async def repeat_when_lost(call: Callable[[], Awaitable[Answer]], suspects: Suspects) -> Answer:
+    """Call until it is answered, or the caller's deadline ends it. Raises StageFailed if it is what kills."""
     num_lost, backoff_s = 0, FIRST_BACKOFF_S
     for attempt in count(2):
         try:
-            return await call()
+            async with nullcontext() if num_lost < LOSSES_TOGETHER else suspects.alone():
+                return await call()
         except StageLost as loss:
             num_lost += loss.was_served
-            if num_lost == MAX_LOSSES:
-                raise Unavailable(f"{loss}, {num_lost} times in all") from loss
+            if num_lost == LOSSES_TOGETHER + LOSSES_ALONE:
+                raise StageFailed(
+                    f"{loss}, {num_lost} times while it served this request, at last with no other in question: "
+                    "the request seems to end it, as one does that needs more memory than there is; ask for less"
+                ) from loss
             log.warning("%s; attempt %d follows", loss, attempt)
         await asyncio.sleep(backoff_s * random.uniform(0.5, 1.5))
         backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)

@@ -15,6 +15,7 @@ from serve_app.errors import Overloaded, Unavailable
 from serve_app.generation import Event, Picture, Stages, generate
 from serve_app.openai_api import ModelCard, model_card
 from serve_app.replicas import stage_health, stage_statuses
+from serve_app.suspects import Suspects
 from serve_app.validation import Validator
 
 STATUS_TIMEOUT_S = 10.0
@@ -32,7 +33,7 @@ class Relay:
         vae: Any,
     ) -> None:
         self._model, self._limits = model, limits
-        self._stages = Stages(encoder, transformer, vae)
+        self._stages = Stages(encoder, transformer, vae, Suspects(model.name))
         self.validator = Validator(model, limits)
         self._created = int(time.time())
         self._metrics = StageMetrics(stage="ingress", rank=0, model=model.name)

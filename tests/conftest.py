@@ -24,7 +24,7 @@ from deployments.checkpoints.source import fetch_checkpoint
 from deployments.config import ModelConfig
 from deployments.families import FAMILIES
 from serve_app.app import build_app, build_ingress, resolve_family
-from serve_app.config import AppConfig, LimitsConfig, parse_app_config
+from serve_app.config import AppConfig, IngressConfig, LimitsConfig, parse_app_config
 
 torch.set_num_threads(1)
 TEXT_TOKENS = 64
@@ -117,6 +117,7 @@ def start_app(serve_url: str) -> Iterator[Callable[..., App]]:
                 "encoder": {"num_cpus": 0.1} | _text_tokens(family),
                 "transformer": {"num_cpus": 0.1, "shards": shards},
                 "vae": {"num_cpus": 0.1},
+                "ingress": {"num_replicas": 1},
                 "limits": {"max_pixels": 512 * 512, "max_num_inference_steps": 50, "max_num_frames": 33} | limits,
             }
         )
@@ -158,7 +159,9 @@ def start_ingress(flux_app: App) -> Iterator[Callable[..., App]]:
             stages_of.deployment(stage) if isinstance(stage, str) else stage
             for stage in ("Encoder", "Transformer", vae)
         ]
-        config = resolve_family(AppConfig(model=model, limits=LimitsConfig(**limits)))
+        config = resolve_family(
+            AppConfig(model=model, limits=LimitsConfig(**limits), ingress=IngressConfig(num_replicas=1))
+        )
         app = build_ingress(config).bind(config.model, config.limits, *stages)
         handle = serve.run(app, name=name, route_prefix=f"/{name}")
         apps.append(App(flux_app.url.rpartition("/")[0], name, handle, family))

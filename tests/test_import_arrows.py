@@ -19,6 +19,7 @@ RAY_FILES = {
     "cluster/nodes.py",
     "cluster/object_store_transport.py",
     "cluster/shard_group.py",
+    "cluster/termination.py",
     "serve_app/app.py",
     "serve_app/local.py",
     "serve_app/losses.py",

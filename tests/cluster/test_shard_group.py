@@ -53,7 +53,8 @@ class Replica:
             raise RuntimeError(repr(lost.get(timeout=SOON_S)))
 
         try:
-            self._group.connect(Rendezvous(2, "gloo", "127.0.0.1", 1), connect_here, lost.put, timeout_s)
+            rendezvous = Rendezvous(2, "gloo", "127.0.0.1", 1)
+            self._group.connect(rendezvous, connect_here, lost.put, timeout_s, silent_after_s=1.0)
         except RuntimeError as told:
             return str(told)
 
@@ -85,6 +86,9 @@ def be_cut_off() -> None:
         pytest.param((die,), SOON_S, "ActorDiedError", id="dies as it connects"),
         pytest.param((wait,), 0.5, "TimeoutError('the ranks have not met within 0.5 s')", id="never connects"),
         pytest.param((go_on, die), SOON_S, "ActorDiedError", id="dies once connected"),
+        pytest.param(
+            (go_on, wait), SOON_S, "a rank has not answered for 1 s", id="answers nothing once connected"
+        ),
         pytest.param((go_on, be_cut_off, die), SOON_S, "ActorDiedError", id="cut off for a while, then dies"),
     ],
 )

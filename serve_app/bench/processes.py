@@ -1,0 +1,67 @@
+"""The processes that a Ray of this process consists of, by what they call themselves."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+TITLES = {
+    "encoder": "ray::ServeReplica:relay:Encoder",
+    "rank 0": "ray::ServeReplica:relay:Transformer",
+    "rank 1": "ray::Rank",
+    "VAE": "ray::ServeReplica:relay:Vae",
+    "ingress": "ray::ServeReplica:relay:Ingress",
+    "HTTP proxy": "ray::ProxyActor",
+    "Serve controller": "ray::ServeController",
+}
+"""How the command lines begin; of two shards each."""
+SHARED_MEMORY = Path("/dev/shm")
+
+
+def find_processes() -> dict[str, list[int]]:
+    """Process ids by the names above, the oldest first; descendants of this process only."""
+    found: dict[str, list[int]] = {name: [] for name in TITLES}
+    for pid in sorted(_descendants()):
+        title = _read(pid, "cmdline").replace("\0", " ")
+        for name, start in TITLES.items():
+            if title.startswith(start):
+                found[name].append(pid)
+    return found
+
+
+def count_zombies() -> int:
+    """Descendants that have ended and that nobody has asked about."""
+    return sum(_status(pid)[0] == "Z" for pid in _descendants())
+
+
+def is_alive(pid: int) -> bool:
+    return _status(pid)[0] not in ("Z", "")
+
+
+def shared_memory_bytes() -> int:
+    """Of all files there, Ray's object store included."""
+    return sum(path.stat().st_size for path in SHARED_MEMORY.iterdir() if path.is_file())
+
+
+def _descendants() -> list[int]:
+    parents = {pid: int(_status(pid)[1] or 0) for pid in _all_pids()}
+    family = {os.getpid()}
+    while more := {pid for pid, parent in parents.items() if parent in family} - family:
+        family |= more
+    return sorted(family - {os.getpid()})
+
+
+def _all_pids() -> Iterator[int]:
+    return (int(entry) for entry in os.listdir("/proc") if entry.isdigit())
+
+
+def _status(pid: int) -> tuple[str, str]:
+    """State and parent of a process; empty if there is no such."""
+    fields = _read(pid, "stat").rpartition(")")[2].split()
+    return (fields[0], fields[1]) if fields else ("", "")
+
+
+def _read(pid: int, name: str) -> str:
+    try:
+        return Path(f"/proc/{pid}/{name}").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
