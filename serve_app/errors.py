@@ -12,9 +12,26 @@ RelayError
 """
 
 import logging
+import reprlib
 from typing import Any, ClassVar
 
 log = logging.getLogger("ray.serve")
+
+MAX_QUOTED_CHARACTERS = 100
+"""Of what a client sent, in an answer or a log line."""
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = _repr.maxlong = MAX_QUOTED_CHARACTERS
+
+
+def quoted(value: Any) -> str:
+    """What a client sent, for a message: on one line, printable, and cut in its middle."""
+    return _repr.repr(value)
+
+
+def named(name: str) -> str:
+    """Like `quoted`, but an ordinary name stays as it is."""
+    is_ordinary = name.isascii() and name.isprintable() and len(name) <= MAX_QUOTED_CHARACTERS
+    return name if is_ordinary else quoted(name)
 
 
 class RelayError(Exception):
