@@ -55,7 +55,8 @@ class RelayError(Exception):
 
     def body(self) -> dict[str, Any]:
         """The error in OpenAI's form."""
-        error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
+        message = self.message.encode(errors="backslashreplace").decode()  # half characters cannot be sent
+        error = {"message": message, "type": self.kind, "param": self.param, "code": self.code}
         return {"error": error}
 
     def headers(self) -> dict[str, str]:

@@ -1,9 +1,10 @@
 """What stands in Serve's HTTP proxies before every application. Imports no torch.
 
-RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve_app.proxy_middleware:build_middlewares (ray_environment.py) loads it.
+RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH (ray_environment.py) names `build_middlewares`, and so loads it.
 
-A request goes on to an ingress once its body is there, so nobody holds a place with half a body. If the ingress dies
-before it answers, the request is repeated on another; what the proxy itself has to say, it says in the API's form.
+A request goes on to an ingress once its body is there, so nobody holds a place with half a body. If the ingress
+dies before it answers, the request is repeated on another; what the proxy itself has to say, it says in the
+API's form.
 """
 
 import asyncio
@@ -135,7 +136,7 @@ class ProxyMiddleware:
         async def hear(message: Message) -> None:
             said.append(message.get("body", b""))
 
-        asked = _copy(scope) | {"method": "GET", "path": "/-/routes", "raw_path": b"/-/routes", "root_path": ""}
+        asked = {**_copy(scope), "method": "GET", "path": "/-/routes", "root_path": ""}
         await self._app(asked, receive, hear)
         return b"".join(said).startswith(b'{"')
 
@@ -231,7 +232,7 @@ def judge_head(scope: Scope) -> tuple[int, RelayError] | None:
 
 def _copy(scope: Scope) -> Scope:
     """Serve changes what it is given."""
-    return scope | {"headers": [header for header in scope["headers"] if header[0] != DETACHES]}
+    return {**scope, "headers": [header for header in scope["headers"] if header[0] != DETACHES]}
 
 
 async def _answer(

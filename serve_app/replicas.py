@@ -125,7 +125,7 @@ def _ask_serve(stages: Mapping[str, DeploymentHandle]) -> dict[str, Told]:
 
 
 def _told(application: Any, handle: DeploymentHandle) -> Told:
-    """After a failed deploy Serve may tell of the application alone, while the replicas of the last one serve on."""
+    """After a failed deploy Serve may tell of the application alone, while the old replicas serve on."""
     if application is None:
         return Told(UNKNOWN, f"Serve knows no application {handle.app_name!r}")
     of = application.deployments.get(handle.deployment_name)

@@ -27,7 +27,7 @@ from serve_app.openai_api import (
     TimingsMs,
     VideoBody,
 )
-from serve_app.page import add_page
+from serve_app.page import add_pages
 from serve_app.relay import Relay
 from serve_app.replicas import SERVING
 from serve_app.sse import HEARTBEAT_S, answer_with_events
@@ -146,7 +146,7 @@ def build_api(relay: Relay) -> FastAPI:
     async def status() -> dict[str, Any]:
         return await relay.status()
 
-    add_page(api)
+    add_pages(api)
     drop_422(api)
     describe_events(api)
     return api
