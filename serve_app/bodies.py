@@ -39,10 +39,7 @@ async def read_json_or_form(request: Request) -> tuple[Mapping[str, Any], bool]:
             parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=100)
         except ValueError as error:
             raise BadRequest(f"the form is not UTF-8 or has over 100 fields: {_first_sentence(error)}") from error
-    try:
-        form = await request.form()
-    except (UnicodeError, LookupError) as error:  # of a charset that the header names
-        raise BadRequest(f"the form cannot be read: {_first_sentence(error)}; send UTF-8") from error
+    form = await request.form()
     if any(name.startswith("{") for name in form):
         raise _not_called_json(kind)
     return dict(form), True

@@ -18,6 +18,7 @@ from serve_app.errors import RelayError
 from serve_app.generation import Picture
 from serve_app.local import app_handle, is_running
 from serve_app.plan_cli import plan_command, profile_command
+from serve_app.ray_environment import RAY_ENVIRONMENT
 from serve_app.status import NoStatus, fetch_status, status_table, watch_status
 
 cli = typer.Typer(
@@ -48,8 +49,9 @@ FORMATS: dict[str, dict[str, dict[str, str]]] = {
 
 
 def main() -> None:
-    """Console script. Ray would start its workers at nice 15, to be starved by any other process."""
-    os.environ.setdefault("RAY_worker_niceness", "0")
+    """Console script."""
+    for name, value in RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     try:
         cli()
     except (ConfigError, RelayError, NoStatus, FileExistsError, FileNotFoundError) as error:
@@ -162,10 +164,15 @@ def _watch(handle: Any, fields: dict[str, Any]) -> Picture:
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("encoding", total=None)
-        for item in handle.options(stream=True).stream.remote(**fields):
-            if isinstance(item.news, Picture):
-                return item.news
-            step = item.news
-            description = {"denoise": "denoising", "decode": "decoding"}[step.phase]
-            progress.update(task, description=description, completed=step.step, total=step.num_steps)
+        stream = handle.options(stream=True).stream.remote(**fields)
+        try:
+            for item in stream:
+                if isinstance(item.news, Picture):
+                    return item.news
+                step = item.news
+                description = {"denoise": "denoising", "decode": "decoding"}[step.phase]
+                progress.update(task, description=description, completed=step.step, total=step.num_steps)
+        except BaseException:  # Ctrl-C and SIGTERM, which Ray makes a SystemExit
+            stream.cancel()
+            raise
     raise AssertionError("the stream ended without a picture")

@@ -36,7 +36,7 @@ def body_schema(kind: type[GenerationBody], model: ModelCard) -> Schema:
     _narrow(fields["num_inference_steps"], maximum=limits.max_num_inference_steps)
     fields["model"] |= {"examples": [model.id]}
     fields["size"]["pattern"] = _sizes(limits.size_multiple, limits.max_pixels)
-    if model.media == "video":
+    if "num_frames" in fields:
         stride, most = limits.frame_stride, limits.max_num_frames
         _narrow(fields["num_frames"], enum=list(range(1, most + 1, stride)))
         schema["allOf"] = [_seconds((most - 1) // stride * stride, defaults.fps or 1)]

@@ -19,13 +19,15 @@ log = logging.getLogger("ray.serve")
 
 MAX_QUOTED_CHARACTERS = 100
 """Of what a client sent, in an answer or a log line."""
+_MAX_REPR = MAX_QUOTED_CHARACTERS + 2
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = _repr.maxlong = MAX_QUOTED_CHARACTERS
 
 
 def quoted(value: Any) -> str:
     """What a client sent, for a message: on one line, printable, and cut in its middle."""
-    return _repr.repr(value)
+    text = _repr.repr(value)
+    return text if len(text) <= _MAX_REPR else f"{text[:_MAX_REPR]}…"
 
 
 def named(name: str) -> str:

@@ -1,8 +1,8 @@
 """Bodies of requests and answers, in OpenAI's shapes; fields beyond OpenAI's are marked."""
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from deployments.families import Defaults, Family
@@ -13,44 +13,22 @@ MAX_N = 10
 """Pictures of one request, as OpenAI allows."""
 
 
-def _check_text(value: Any) -> Any:
-    try:
-        if isinstance(value, str):
-            value.encode()
-    except UnicodeEncodeError as error:
-        raise PydanticCustomError(
-            "half_character",
-            "character {place} is half of one (a lone surrogate): the text was cut inside it",
-            {"place": error.start},
-        ) from error
-    return value
-
-
-def _whole(value: Any) -> Any:
-    """JSON knows one kind of number: 4.0 is an integer."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-Text = Annotated[str, BeforeValidator(_check_text)]
-Integer = Annotated[int, BeforeValidator(_whole)]
-
-
 class GenerationBody(BaseModel):
     """What pictures and videos have in common."""
 
     model_config = ConfigDict(extra="forbid")
 
-    model: Text | None = Field(None, description="the served model's name; may be left out")
-    prompt: Text = Field(min_length=1)
-    size: Text = Field("auto", description='"WIDTHxHEIGHT" in pixels, or "auto" for the model\'s own size')
-    user: Text | None = Field(None, description="accepted, not used")
-    safety_identifier: Text | None = Field(None, description="accepted, not used; OpenAI's successor of `user`")
+    model: str | None = Field(None, description="the served model's name; may be left out")
+    prompt: str = Field(min_length=1)
+    size: str = Field("auto", description='"WIDTHxHEIGHT" in pixels, or "auto" for the model\'s own size')
+    user: str | None = Field(None, description="accepted, not used")
+    safety_identifier: str | None = Field(None, description="accepted, not used; OpenAI's successor of `user`")
 
-    negative_prompt: Text | None = Field(None, description="beyond OpenAI")
-    num_inference_steps: Integer | None = Field(None, ge=1, description="beyond OpenAI")
+    negative_prompt: str | None = Field(None, description="beyond OpenAI")
+    num_inference_steps: int | None = Field(None, ge=1, description="beyond OpenAI")
     guidance_scale: float | None = Field(None, ge=0, le=100, description="beyond OpenAI")
     true_cfg_scale: float | None = Field(None, ge=0, le=100, description="beyond OpenAI")
-    seed: Integer | None = Field(
+    seed: int | None = Field(
         None, ge=0, lt=2**63, description="beyond OpenAI; left out: drawn at random, told in the answer"
     )
 
@@ -62,16 +40,33 @@ class GenerationBody(BaseModel):
             return fields
         return {k: v for k, v in fields.items() if v is not None or k not in cls.model_fields}
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _read(cls, value: Any) -> Any:
+        """JSON may hold half a character, which is no text, and knows one kind of number: 4.0 is an integer."""
+        if isinstance(value, float) and value.is_integer():
+            return int(value)
+        try:
+            if isinstance(value, str):
+                value.encode()
+        except UnicodeEncodeError as error:
+            raise PydanticCustomError(
+                "half_character",
+                "character {place} is half of one (a lone surrogate): the text was cut inside it",
+                {"place": error.start},
+            ) from error
+        return value
+
 
 class ImageBody(GenerationBody):
     """`POST /v1/images/generations`."""
 
-    n: Integer = Field(1, ge=1, le=MAX_N, description="pictures; the i-th uses seed + i")
+    n: int = Field(1, ge=1, le=MAX_N, description="pictures; the i-th uses seed + i")
     response_format: Literal["b64_json"] = Field(
         "b64_json", description="nothing is kept here that a url could name"
     )
     output_format: Literal["png", "jpeg", "webp"] = "png"
-    output_compression: Integer = Field(
+    output_compression: int = Field(
         100, ge=0, le=100, description="quality of jpeg and webp; 100 makes webp lossless"
     )
     quality: Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"] | None = Field(
@@ -83,7 +78,7 @@ class ImageBody(GenerationBody):
         None, description="accepted, without effect: nothing is moderated here"
     )
     stream: bool = Field(False, description="answer with server-sent events")
-    partial_images: Integer = Field(
+    partial_images: int = Field(
         0, ge=0, le=3, description="needs `stream`: pictures that are still forming, at most so many of each"
     )
     progress: bool = Field(False, description="beyond OpenAI; needs `stream`: steps done, time left")
@@ -103,9 +98,9 @@ class ImageBody(GenerationBody):
 class VideoBody(GenerationBody):
     """`POST /v1/videos/sync`."""
 
-    num_frames: Integer | None = Field(None, ge=1, description="beyond OpenAI; goes before `seconds`")
+    num_frames: int | None = Field(None, ge=1, description="beyond OpenAI; goes before `seconds`")
     seconds: float | None = Field(None, gt=0, le=3600)
-    fps: Integer | None = Field(None, ge=1, le=120, description="beyond OpenAI")
+    fps: int | None = Field(None, ge=1, le=120, description="beyond OpenAI")
 
 
 class TimingsMs(BaseModel):

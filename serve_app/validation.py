@@ -16,7 +16,7 @@ from serve_app.openai_api import GenerationBody, ImageBody, VideoBody
 
 Body = TypeVar("Body", bound=GenerationBody)
 
-SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
+SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
 MAX_SIDE = {"jpeg": 65_500, "webp": 16_383, "mp4": 16_384}
 """Pixels; libjpeg, libwebp and x264 (16,384 is the most that H.264 level 6.2 has) encode no more."""
 MAX_FIELD_CHARACTERS = 40
@@ -162,7 +162,7 @@ class Validator:
             raise BadRequest(f'size must be "WIDTHxHEIGHT" or "auto", got {quoted(size)}', "size")
         width, height = int(match[1]), int(match[2])
         multiple, limit = self.family.size_multiple, self._limits.max_pixels
-        if width % multiple or height % multiple or not (width and height):
+        if width % multiple or height % multiple:
             near = "x".join(str(max(multiple, round(v / multiple) * multiple)) for v in (width, height))
             raise BadRequest(
                 f"size: width and height must be multiples of {multiple}, got {size}; nearest: {near}", "size"
