@@ -5,8 +5,9 @@ CONFIG ?= configs/quickstart.yaml
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-# Ray starts its workers at nice 15 unless told otherwise: any other process on the host would starve them.
+# What Ray's processes are to know from whoever starts them (serve_app/ray_environment.py says why).
 export RAY_worker_niceness = 0
+export RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH = serve_app.proxy_middleware:build_middlewares
 
 .DEFAULT_GOAL := help
 .PHONY: help install serve test check format clean

@@ -166,10 +166,15 @@ def _watch(handle: Any, fields: dict[str, Any]) -> Picture:
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("encoding", total=None)
-        for item in handle.options(stream=True).stream.remote(**fields):
-            if isinstance(item.news, Picture):
-                return item.news
-            step = item.news
-            description = {"denoise": "denoising", "decode": "decoding"}[step.phase]
-            progress.update(task, description=description, completed=step.step, total=step.num_steps)
+        stream = handle.options(stream=True).stream.remote(**fields)
+        try:
+            for item in stream:
+                if isinstance(item.news, Picture):
+                    return item.news
+                step = item.news
+                description = {"denoise": "denoising", "decode": "decoding"}[step.phase]
+                progress.update(task, description=description, completed=step.step, total=step.num_steps)
+        except BaseException:  # Ctrl-C and SIGTERM, which Ray makes a SystemExit
+            stream.cancel()
+            raise
     raise AssertionError("the stream ended without a picture")

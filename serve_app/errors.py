@@ -12,9 +12,28 @@ RelayError
 """
 
 import logging
+import reprlib
 from typing import Any, ClassVar
 
 log = logging.getLogger("ray.serve")
+
+MAX_QUOTED_CHARACTERS = 100
+"""Of what a client sent, in an answer or a log line."""
+_MAX_REPR = MAX_QUOTED_CHARACTERS + 2
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = _repr.maxlong = MAX_QUOTED_CHARACTERS
+
+
+def quoted(value: Any) -> str:
+    """What a client sent, for a message: on one line, printable, and cut in its middle."""
+    text = _repr.repr(value)
+    return text if len(text) <= _MAX_REPR else f"{text[:_MAX_REPR]}…"
+
+
+def named(name: str) -> str:
+    """Like `quoted`, but an ordinary name stays as it is."""
+    is_ordinary = name.isascii() and name.isprintable() and len(name) <= MAX_QUOTED_CHARACTERS
+    return name if is_ordinary else quoted(name)
 
 
 class RelayError(Exception):
@@ -38,7 +57,8 @@ class RelayError(Exception):
 
     def body(self) -> dict[str, Any]:
         """The error in OpenAI's form."""
-        error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
+        message = self.message.encode(errors="backslashreplace").decode()  # half characters cannot be sent
+        error = {"message": message, "type": self.kind, "param": self.param, "code": self.code}
         return {"error": error}
 
     def headers(self) -> dict[str, str]:

@@ -36,7 +36,26 @@ class GenerationBody(BaseModel):
     @classmethod
     def _leave_nulls_out(cls, fields: Any) -> Any:
         """In OpenAI's API a null stands for a field left out."""
-        return {k: v for k, v in fields.items() if v is not None} if isinstance(fields, dict) else fields
+        if not isinstance(fields, dict):
+            return fields
+        return {k: v for k, v in fields.items() if v is not None or k not in cls.model_fields}
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _read(cls, value: Any) -> Any:
+        """JSON may hold half a character, which is no text, and knows one kind of number: 4.0 is an integer."""
+        if isinstance(value, float) and value.is_integer():
+            return int(value)
+        try:
+            if isinstance(value, str):
+                value.encode()
+        except UnicodeEncodeError as error:
+            raise PydanticCustomError(
+                "half_character",
+                "character {place} is half of one (a lone surrogate): the text was cut inside it",
+                {"place": error.start},
+            ) from error
+        return value
 
 
 class ImageBody(GenerationBody):

@@ -1,11 +1,11 @@
-"""The page at `/`: one file (page.html), no build step, nothing loaded from anywhere else."""
+"""The pages at `/` and `/docs`: one file each, no build step, nothing loaded from anywhere else."""
 
 from pathlib import Path
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse
 
-PAGE = Path(__file__).with_name("page.html")
+PAGES = {"/": "page.html", "/docs": "docs.html"}
 POLICY = {
     "default-src": "'none'",
     "script-src": "'unsafe-inline'",
@@ -26,9 +26,12 @@ HEADERS = {
 }
 
 
-def add_page(api: FastAPI) -> None:
-    """Answers `GET /` with the page."""
+def add_pages(api: FastAPI) -> None:
+    """Answers `GET` with them."""
+    for path, name in PAGES.items():
+        file = Path(__file__).with_name(name)
 
-    @api.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
-    async def page() -> FileResponse:
-        return FileResponse(PAGE, media_type="text/html", headers=HEADERS)
+        async def page(_: Request, file: Path = file) -> FileResponse:
+            return FileResponse(file, media_type="text/html", headers=HEADERS)
+
+        api.add_route(path, page, include_in_schema=False)

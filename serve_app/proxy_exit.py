@@ -6,7 +6,6 @@ Serve starts a node's next proxy when the one before is dead, so between the two
 import os
 import time
 
-from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cluster.termination import on_sigterm
@@ -18,13 +17,8 @@ FLUSH_S = 0.5
 PERIOD_S = 0.05
 
 
-def middlewares() -> list[Middleware]:
-    """For RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH; called once, in the proxy's process."""
-    return [Middleware(ExitOnSigterm)]
-
-
 class ExitOnSigterm:
-    """Counts the requests in the process, and ends it when there are none any more."""
+    """ASGI middleware: counts the requests in the process, and ends it when there are none any more."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

@@ -1,6 +1,5 @@
 """What an ingress does with a request once it is judged, and what it knows of its stages."""
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -11,14 +10,13 @@ from cluster.metrics import StageMetrics, export_regularly
 from deployments.config import ModelConfig
 from deployments.request import NO_NEWS, GenerationRequest, StreamOptions
 from serve_app.config import LimitsConfig
-from serve_app.errors import Overloaded, Unavailable
+from serve_app.errors import Overloaded
 from serve_app.generation import Event, Picture, Stages, generate
+from serve_app.last_seen import LastSeen, Sight
 from serve_app.openai_api import ModelCard, model_card
-from serve_app.replicas import stage_health, stage_statuses
+from serve_app.replicas import no_statuses, stage_health, stage_statuses
 from serve_app.suspects import Suspects
 from serve_app.validation import Validator
-
-STATUS_TIMEOUT_S = 10.0
 
 
 class Relay:
@@ -37,6 +35,8 @@ class Relay:
         self.validator = Validator(model, limits)
         self._created = int(time.time())
         self._metrics = StageMetrics(stage="ingress", rank=0, model=model.name)
+        self._health = LastSeen(lambda: stage_health(self._stages.by_name))
+        self._statuses = LastSeen(lambda: stage_statuses(self._stages.by_name))
         export_regularly(self._metrics.export_requests)
 
     async def run(self, requests: list[GenerationRequest]) -> list[Picture]:
@@ -75,16 +75,19 @@ class Relay:
         """Requests that this ingress has taken up and not answered."""
         return self._metrics.num_in_flight
 
-    async def health(self) -> dict[str, str]:
-        """Per stage OK or ASLEEP, or why it cannot serve now."""
-        return await stage_health(self._stages.by_name)
+    async def health(self) -> Sight[dict[str, str]]:
+        """Per stage one of replicas.SERVING, or why it cannot serve now; as last seen."""
+        seen = await self._health.get()
+        return seen or Sight(dict.fromkeys(self._stages.by_name, "nothing was heard of it so far"), 0.0)
 
     async def status(self) -> dict[str, Any]:
-        """What every replica of every stage tells of itself, and Serve of them. Raises Unavailable."""
-        try:
-            async with asyncio.timeout(STATUS_TIMEOUT_S):
-                statuses = await stage_statuses(self._stages.by_name)
-        except TimeoutError as error:
-            raise Unavailable(f"a stage did not answer within {STATUS_TIMEOUT_S:g} s; see /health") from error
-        stages = {name: asdict(of) for name, of in statuses.items()}
-        return {"model": self._model.name, "num_in_progress": self._metrics.num_in_flight, **stages}
+        """What every replica of every stage tells of itself, and Serve of them; as last seen."""
+        seen = await self._statuses.get() or Sight(no_statuses(self._stages.by_name), 0.0)
+        stages = {name: asdict(of) for name, of in seen.answer.items()}
+        in_progress = self._metrics.num_in_flight
+        return {
+            "model": self._model.name,
+            "num_in_progress": in_progress,
+            "age_s": round(seen.age_s, 3),
+            **stages,
+        }

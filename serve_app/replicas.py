@@ -1,8 +1,9 @@
-"""What Serve and every replica of a stage tell of it."""
+"""What Serve and every replica of a stage tell of it. Nothing here raises: what is amiss is told."""
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 from ray import serve
@@ -10,9 +11,16 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import DeploymentStatus, ReplicaState
 
-OK, ASLEEP = "ok", "asleep"
+OK, ASLEEP, WAKING = "ok", "asleep", "waking"
+SERVING = (OK, ASLEEP, WAKING)
+"""A request that comes now will be served."""
+UNKNOWN = "UNKNOWN"
 PING_TIMEOUT_S = 1.0
 STATS_TIMEOUT_S = 5.0
+MAX_MESSAGE_CHARACTERS = 400
+
+_threads = ThreadPoolExecutor(8, thread_name_prefix="replicas")
+"""Ray's calls block; the event loop's own threads are for requests."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +28,7 @@ class StageStatus:
     """One stage, now."""
 
     state: str
-    """As Serve calls it: HEALTHY, UPDATING, UPSCALING, DOWNSCALING, UNHEALTHY, …"""
+    """As Serve calls it: HEALTHY, UPDATING, UPSCALING, DOWNSCALING, UNHEALTHY, DEPLOY_FAILED, … or UNKNOWN."""
     message: str
     """What Serve says of it, if it says anything, or how many replicas do not answer."""
     num_replicas: Mapping[str, int]
@@ -29,59 +37,109 @@ class StageStatus:
     """What each replica that answers tells of itself: a class of deployments/stats.py."""
 
 
+@dataclass(frozen=True)
+class Told:
+    """What Serve says of one deployment."""
+
+    state: str
+    message: str = ""
+    num_replicas: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def at_rest(self) -> str | None:
+        """ASLEEP or WAKING of a stage that scales to zero: no replica runs, and none has to."""
+        there = {state for state, number in self.num_replicas.items() if number}
+        if self.state in (DeploymentStatus.HEALTHY, DeploymentStatus.DOWNSCALING):
+            return None if there - {ReplicaState.STOPPING} else ASLEEP
+        wakes = self.state == DeploymentStatus.UPSCALING and ReplicaState.RUNNING not in there
+        return WAKING if wakes and not self.message else None
+
+
 async def stage_statuses(stages: Mapping[str, DeploymentHandle]) -> dict[str, StageStatus]:
     """By the same names. A stage that sleeps is not woken."""
     told, *answers = await asyncio.gather(
-        asyncio.to_thread(_deployments, stages),
-        *(asyncio.to_thread(_ask_all, handle, "stats", STATS_TIMEOUT_S) for handle in stages.values()),
+        _in_thread(_ask_serve, stages),
+        *(_in_thread(_ask_all, handle, "stats", STATS_TIMEOUT_S) for handle in stages.values()),
     )
     return {name: _stage_status(told[name], of) for name, of in zip(stages, answers, strict=True)}
 
 
-def _stage_status(told: Any, answers: list[Any]) -> StageStatus:
+def no_statuses(stages: Mapping[str, DeploymentHandle]) -> dict[str, StageStatus]:
+    """For as long as nothing was heard of any."""
+    return dict.fromkeys(stages, StageStatus(UNKNOWN, "nothing was heard of it so far", {}, ()))
+
+
+def _stage_status(told: Told, answers: list[Any]) -> StageStatus:
     num_silent = sum(isinstance(answer, TimeoutError) for answer in answers)
     silence = f"{num_silent} did not answer: as many requests as max_ongoing_requests, or stuck"
     return StageStatus(
-        told.status.value,
+        told.state,
         told.message or (silence if num_silent else ""),
-        dict(told.replica_states),
+        told.num_replicas,
         tuple(answer for answer in answers if not isinstance(answer, BaseException)),
     )
 
 
 async def stage_health(stages: Mapping[str, DeploymentHandle]) -> dict[str, str]:
-    """By the same names OK, ASLEEP, or why the stage cannot serve now."""
-    told = await asyncio.to_thread(_deployments, stages)
+    """By the same names one of SERVING, or why the stage cannot serve now."""
+    told = await _in_thread(_ask_serve, stages)
     found = await asyncio.gather(*(_health(told[name], handle) for name, handle in stages.items()))
-    return dict(zip(stages, found, strict=True))
+    if all(state in SERVING for state in found):
+        return dict(zip(stages, found, strict=True))
+    now = await _in_thread(_ask_serve, stages)  # a stage may have fallen asleep since
+    return {
+        name: state if state in SERVING else now[name].at_rest or _with_message(state, now[name].message)
+        for name, state in zip(stages, found, strict=True)
+    }
 
 
-async def _health(told: Any, handle: DeploymentHandle) -> str:
+async def _health(told: Told, handle: DeploymentHandle) -> str:
     """Asks the replicas, for Serve is seconds late to see that one died. One that is full has no room for the
     question, and may be silent; whether it is stuck instead, Serve's own checks tell: they need no room.
     """
-    if told is not None and told.status == DeploymentStatus.HEALTHY and not any(told.replica_states.values()):
-        return ASLEEP  # not asked, for a call would wake it
-    answers = await asyncio.to_thread(_ask_all, handle, "ping", PING_TIMEOUT_S)
+    if told.at_rest is not None:
+        return told.at_rest  # not asked, for a call would wake it
+    answers = await _in_thread(_ask_all, handle, "ping", PING_TIMEOUT_S)
     faults = [answer for answer in answers if isinstance(answer, BaseException)]
     if len(faults) < len(answers):
         return OK
     if not faults or isinstance(faults[0], DeploymentUnavailableError):
         return "no replica is ready"
     if any(isinstance(fault, TimeoutError) for fault in faults):
-        runs = told is not None and told.replica_states.get(ReplicaState.RUNNING, 0) > 0
-        is_full = runs and told.status != DeploymentStatus.UNHEALTHY
+        is_full = told.num_replicas.get(ReplicaState.RUNNING, 0) and told.state != DeploymentStatus.UNHEALTHY
         return OK if is_full else f"no answer within {PING_TIMEOUT_S:g} s"
-    return f"{type(faults[0]).__name__}: {faults[0]}".partition("\n")[0]
+    return _last_line(f"{type(faults[0]).__name__}: {faults[0]}".partition("\n")[0])
 
 
-def _deployments(stages: Mapping[str, DeploymentHandle]) -> dict[str, Any]:
-    """What Serve tells of each; None of one that it does not know."""
-    applications = serve.status().applications
-    return {
-        name: applications[handle.app_name].deployments.get(handle.deployment_name)
-        for name, handle in stages.items()
-    }
+def _with_message(state: str, message: str) -> str:
+    return f"{state}: {message}" if message else state
+
+
+def _ask_serve(stages: Mapping[str, DeploymentHandle]) -> dict[str, Told]:
+    try:
+        applications = serve.status().applications
+    except Exception as error:  # whatever it is, Serve tells nothing now
+        unheard = Told(UNKNOWN, _last_line(f"Serve's controller does not answer: {type(error).__name__}: {error}"))
+        return dict.fromkeys(stages, unheard)
+    return {name: _told(applications.get(handle.app_name), handle) for name, handle in stages.items()}
+
+
+def _told(application: Any, handle: DeploymentHandle) -> Told:
+    """After a failed deploy Serve may tell of the application alone, while the old replicas serve on."""
+    if application is None:
+        return Told(UNKNOWN, f"Serve knows no application {handle.app_name!r}")
+    of = application.deployments.get(handle.deployment_name)
+    if of is None:
+        message = application.message or f"Serve knows no deployment {handle.deployment_name!r}"
+        return Told(str(application.status.value), _last_line(message))
+    states = {str(state.value): number for state, number in of.replica_states.items()}
+    return Told(str(of.status.value), _last_line(of.message), states)
+
+
+def _last_line(message: str) -> str:
+    """Where a traceback names its cause; cut."""
+    line = message.strip().rpartition("\n")[2]
+    return line if len(line) <= MAX_MESSAGE_CHARACTERS else line[: MAX_MESSAGE_CHARACTERS - 1] + "…"
 
 
 def _ask_all(handle: DeploymentHandle, method: str, timeout_s: float) -> list[Any]:
@@ -91,3 +149,7 @@ def _ask_all(handle: DeploymentHandle, method: str, timeout_s: float) -> list[An
     except Exception as error:  # whatever it is, no replica answers
         return [error]
     return answers
+
+
+async def _in_thread(call: Any, *args: Any) -> Any:
+    return await asyncio.get_running_loop().run_in_executor(_threads, call, *args)

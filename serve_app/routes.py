@@ -5,35 +5,34 @@ import time
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.sse import EventSourceResponse
-from pydantic import TypeAdapter
 from starlette.exceptions import HTTPException
 
+from serve_app.bodies import read_json, read_json_or_form
 from serve_app.body_limit import BodyLimit
-from serve_app.errors import BadCall, BadRequest, RelayError, as_relay_error
+from serve_app.description import body_schema, describe_events, drop_422
+from serve_app.errors import BadCall, RelayError, as_relay_error, named
 from serve_app.generation import Picture
+from serve_app.head import HeadIsGet
 from serve_app.openai_api import (
-    CompletedEvent,
     ErrorResponse,
+    GenerationBody,
     ImageBody,
     ImageData,
     ImagesResponse,
     ModelCard,
     ModelList,
-    PartialImageEvent,
-    ProgressEvent,
     StageHealth,
     TimingsMs,
     VideoBody,
 )
-from serve_app.page import add_page
+from serve_app.page import add_pages
 from serve_app.relay import Relay
-from serve_app.replicas import ASLEEP, OK
+from serve_app.replicas import SERVING
 from serve_app.sse import HEARTBEAT_S, answer_with_events
 from serve_app.trace_ids import TraceIds
-from serve_app.validation import bad_request, parse_body
+from serve_app.validation import parse_body
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse, "description": text}
@@ -56,14 +55,6 @@ EVENTS: dict[int | str, dict[str, Any]] = {
 VIDEO: dict[int | str, dict[str, Any]] = {
     200: {"content": {"video/mp4": {}}, "description": "MP4; the headers X-Seed and Server-Timing tell more"}
 }
-VIDEO_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            kind: {"schema": VideoBody.model_json_schema()} for kind in ("application/json", "multipart/form-data")
-        },
-    }
-}
 ELSEWHERE = {
     "/v1/videos": "no video is made in the background: POST the same fields to /v1/videos/sync, which waits for "
     "the video and answers with it",
@@ -71,24 +62,36 @@ ELSEWHERE = {
     "/v1/images/variations": "pictures are made from text alone: POST to /v1/images/generations",
 }
 """What OpenAI's clients may ask for and is not there, and what to do instead."""
+WITHOUT_V1 = ("/images/generations", "/videos/sync", "/videos", "/models", "/status", "/images/edits")
+"""Where a client ends up whose base URL is the server's own."""
 
 
 def build_api(relay: Relay) -> FastAPI:
     """The HTTP application of one ingress replica."""
-    api = FastAPI(title="Latent Relay", description="Diffusion models over several GPUs, in OpenAI's shapes.")
+    api = FastAPI(
+        title="Latent Relay",
+        description="Diffusion models over several GPUs, in OpenAI's shapes.",
+        docs_url=None,  # page.py: FastAPI's own pages load their scripts from elsewhere
+        redoc_url=None,
+    )
+    model = relay.model()
     api.add_exception_handler(Exception, _answer_error)
+    api.add_middleware(HeadIsGet)
     api.add_middleware(TraceIds)
     api.add_middleware(BodyLimit, max_bytes=_max_body_bytes(relay))
-    for kind in (RelayError, RequestValidationError, HTTPException):
+    for kind in (RelayError, HTTPException):
         api.add_exception_handler(kind, _answer_error)
 
     @api.post(
         "/v1/images/generations",
         response_model=ImagesResponse,
         responses=ERRORS | EVENTS,
+        openapi_extra=_takes(ImageBody, model, "application/json"),
+        include_in_schema=model.media == "image",
         summary="Make pictures; with `stream`, tell what happens on the way",
     )
-    async def images(body: ImageBody) -> ImagesResponse | EventSourceResponse:
+    async def images(request: Request) -> ImagesResponse | EventSourceResponse:
+        body = parse_body(ImageBody, await read_json(request), is_json=True)
         requests = relay.validator.images(body)
         if body.stream:
             events = relay.events(requests, body.stream_options, heartbeat_s=HEARTBEAT_S)
@@ -105,11 +108,13 @@ def build_api(relay: Relay) -> FastAPI:
         "/v1/videos/sync",
         responses=ERRORS | VIDEO,
         response_class=Response,
-        openapi_extra=VIDEO_BODY,
+        openapi_extra=_takes(VideoBody, model, "application/json", "multipart/form-data"),
+        include_in_schema=model.media == "video",
         summary="Make a video and wait for it",
     )
     async def video(request: Request) -> Response:
-        body = parse_body(VideoBody, await _fields(request))
+        fields, is_form = await read_json_or_form(request)
+        body = parse_body(VideoBody, fields, is_json=not is_form)
         [picture] = await relay.run([relay.validator.video(body)])
         timings = ", ".join(f"{stage};dur={ms}" for stage, ms in picture.timings_ms.items())
         headers = {"X-Seed": str(picture.seed), "Server-Timing": timings}
@@ -120,7 +125,7 @@ def build_api(relay: Relay) -> FastAPI:
         return ModelList(data=[relay.model()])
 
     @api.get("/v1/models/{name:path}", responses={404: ERRORS[404]}, summary="One served model")
-    async def model(name: str) -> ModelCard:
+    async def one_model(name: str) -> ModelCard:
         relay.validator.check_model(name)
         return relay.model()
 
@@ -131,18 +136,19 @@ def build_api(relay: Relay) -> FastAPI:
         summary="Can every stage serve?",
     )
     async def health() -> JSONResponse:
-        stages = await relay.health()
-        is_ok = all(state in (OK, ASLEEP) for state in stages.values())
-        body = StageHealth(ok=is_ok, stages=stages).model_dump()
-        return JSONResponse(body, 200 if is_ok else 503, headers={} if is_ok else {"Retry-After": "5"})
+        seen = await relay.health()
+        is_ok = all(state in SERVING for state in seen.answer.values())
+        body = StageHealth(ok=is_ok, stages=seen.answer).model_dump()
+        headers = {"Age": str(int(seen.age_s))} | ({} if is_ok else {"Retry-After": "5"})
+        return JSONResponse(body, 200 if is_ok else 503, headers=headers)
 
-    @api.get("/v1/status", responses={503: ERRORS[503]}, summary="Replicas, queues, memory and work per stage")
+    @api.get("/v1/status", summary="Replicas, queues, memory and work per stage, and how old that is")
     async def status() -> dict[str, Any]:
         return await relay.status()
 
-    add_page(api)
-    _drop_422(api)
-    _describe_events(api)
+    add_pages(api)
+    drop_422(api)
+    describe_events(api)
     return api
 
 
@@ -159,53 +165,29 @@ def _image_data(picture: Picture) -> ImageData:
     )
 
 
-async def _fields(request: Request) -> dict[str, Any]:
-    """The body's fields, from JSON or from a form, as which OpenAI's own `POST /v1/videos` takes them."""
-    if "form" in request.headers.get("content-type", ""):
-        fields = dict(await request.form())
-        if any(name.startswith("{") for name in fields):
-            raise _not_declared_json(request)
-        return fields
-    try:
-        fields = await request.json()
-    except (ValueError, RecursionError) as error:
-        raise BadRequest(f"the body is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise BadRequest(f"the body must be a JSON object, got {type(fields).__name__}")
-    return fields
-
-
-def _not_declared_json(request: Request) -> BadRequest:
-    """For a body that was not read as JSON: curl calls every body a form unless told otherwise."""
-    kind = request.headers.get("content-type")
-    return BadRequest(f"send JSON with the header Content-Type: application/json, got {kind or 'no such header'}")
+def _takes(kind: type[GenerationBody], model: ModelCard, *media_types: str) -> dict[str, Any]:
+    schema = body_schema(kind, model)
+    content = {media_type: {"schema": schema} for media_type in media_types}
+    return {"requestBody": {"required": True, "content": content}}
 
 
 async def _answer_error(request: Request, error: Exception) -> JSONResponse:
     """Every error in OpenAI's form; what nobody foresaw is logged and told as a 500."""
-    if isinstance(error, RequestValidationError):
-        is_raw = isinstance(error.body, bytes)
-        error = _not_declared_json(request) if is_raw else bad_request(error.errors())
     if isinstance(error, HTTPException):
-        elsewhere = (why for path, why in ELSEWHERE.items() if request.url.path.endswith(path))
-        why = next(elsewhere, error.detail) if error.status_code == 404 else error.detail
-        refused = BadCall(f"{request.method} {request.url.path}: {why}")
+        path = request.url.path
+        refused = BadCall(f"{named(request.method)} {named(path)}: {_why(path, error)}")
         return JSONResponse(refused.body(), error.status_code, dict(error.headers or {}))
     refusal = as_relay_error(error)
     return JSONResponse(refusal.body(), refusal.status, refusal.headers())
 
 
-def _drop_422(api: FastAPI) -> None:
-    """FastAPI documents a 422 for every body; here a bad field is a 400."""
-    for path in api.openapi()["paths"].values():
-        for operation in path.values():
-            operation["responses"].pop("422", None)
-
-
-def _describe_events(api: FastAPI) -> None:
-    """FastAPI describes the models of answers; an event is only a part of one."""
-    adapter: TypeAdapter[Any] = TypeAdapter(ProgressEvent | PartialImageEvent | CompletedEvent)
-    schema = adapter.json_schema(mode="serialization", ref_template="#/components/schemas/{model}")
-    schemas = api.openapi()["components"]["schemas"]
-    schemas |= schema.pop("$defs")
-    schemas["ImageStreamEvent"] = schema
+def _why(path: str, error: HTTPException) -> str:
+    """What to do instead, where that is known."""
+    if error.status_code != 404:
+        return error.detail
+    for elsewhere, instead in ELSEWHERE.items():
+        if path.endswith(elsewhere):
+            return instead
+    if path.endswith(WITHOUT_V1):
+        return "the base URL lacks /v1 at its end: add /v1"
+    return f"{error.detail}; GET /docs lists what there is"

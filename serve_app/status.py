@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping
+from ipaddress import ip_address
 from typing import Any
 
 import httpx
@@ -14,6 +15,8 @@ Json = Mapping[str, Any]
 
 COLUMNS = ("stage", "state", "replicas", "in flight", "waiting", "work since the start", "weights", "peak memory")
 RUNNING = "RUNNING"
+LATE_S = 2.5
+"""Older than an answer is while all is well."""
 
 
 class NoStatus(ConnectionError):
@@ -21,15 +24,31 @@ class NoStatus(ConnectionError):
 
 
 def fetch_status(url: str) -> Json:
-    """Raises NoStatus."""
+    """`http://` may be left out of the url. Raises NoStatus."""
+    url = (url if "://" in url else f"http://{url}").rstrip("/")
     try:
-        answer = httpx.get(f"{url}/v1/status", timeout=30)
+        asks_proxy = not is_loopback(url)  # which cannot know this machine's own addresses
+        answer = httpx.get(f"{url}/v1/status", timeout=30, trust_env=asks_proxy)
+    except httpx.InvalidURL as error:
+        raise NoStatus(f"{url} is no address: {error}") from error
     except httpx.TransportError as error:
         raise NoStatus(f"{url} does not answer: {error}") from error
     if answer.status_code != httpx.codes.OK:
         raise NoStatus(f"{url}/v1/status answers {answer.status_code}: {answer.text[:300]}")
-    status: Json = answer.json()
+    try:
+        status: Json = answer.json()
+    except ValueError as error:
+        raise NoStatus(f"{url}/v1/status answers with something else: {answer.text[:300]}") from error
     return status
+
+
+def is_loopback(url: str) -> bool:
+    """Whether the address is this machine's own."""
+    host = httpx.URL(url).host
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:  # a name
+        return False
 
 
 def watch_status(url: str, console: Console, *, every_s: float = 1.0) -> None:
@@ -54,7 +73,7 @@ def status_table(status: Json) -> Table:
     """One row per process of every stage."""
     table = Table(
         *COLUMNS,
-        title=f"{status['model']}: {status['num_in_progress']} requests in progress",
+        title=f"{status['model']}: {status['num_in_progress']} requests in progress{_age(status['age_s'])}",
         title_justify="left",
     )
     for name, rows_of in (("encoder", _encoder), ("transformer", _transformer), ("vae", _vae)):
@@ -66,6 +85,11 @@ def status_table(status: Json) -> Table:
         if stage["message"]:
             table.add_row("", Text(stage["message"], style="yellow"))
     return table
+
+
+def _age(age_s: float) -> str:
+    """Told only where what the stages say is late."""
+    return f"; the stages as of {age_s:.0f} s ago" if age_s > LATE_S else ""
 
 
 def _count(num_replicas: Mapping[str, int]) -> str:

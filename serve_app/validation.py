@@ -1,9 +1,9 @@
 """Bodies become requests here, with every default filled in; whatever is wrong is refused here, by name."""
 
+import difflib
 import re
-import reprlib
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -11,12 +11,32 @@ from pydantic import ValidationError
 from deployments.config import WARM_UP_SIZE, DefaultsConfig, ModelConfig
 from deployments.request import GenerationRequest, Prompt, StreamOptions
 from serve_app.config import ConfigError, LimitsConfig
-from serve_app.errors import BadRequest, UnknownModel
+from serve_app.errors import BadRequest, UnknownModel, named, quoted
 from serve_app.openai_api import GenerationBody, ImageBody, VideoBody
 
 Body = TypeVar("Body", bound=GenerationBody)
 
-SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
+SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
+MAX_SIDE = {"jpeg": 65_500, "webp": 16_383, "mp4": 16_384}
+"""Pixels; libjpeg, libwebp and x264 (16,384 is the most that H.264 level 6.2 has) encode no more."""
+MAX_FIELD_CHARACTERS = 40
+ELSEWHERE_CALLED = {
+    **dict.fromkeys(("steps", "num_steps", "sample_steps", "inference_steps"), "num_inference_steps"),
+    **dict.fromkeys(("width", "height", "w", "h", "resolution", "image_size", "aspect_ratio"), "size"),
+    **dict.fromkeys(("cfg", "cfg_scale", "guidance", "scale"), "say guidance_scale or true_cfg_scale"),
+    **dict.fromkeys(("negative", "neg_prompt", "prompt_negative"), "negative_prompt"),
+    **dict.fromkeys(("num_images", "num_images_per_prompt", "batch_size", "num_outputs"), "n"),
+    **dict.fromkeys(("frames", "video_length", "length"), "num_frames"),
+    **dict.fromkeys(("duration", "duration_seconds"), "seconds"),
+    **dict.fromkeys(("frame_rate", "framerate"), "fps"),
+    **dict.fromkeys(("format", "image_format"), "output_format"),
+    **dict.fromkeys(("output_quality", "jpeg_quality"), "output_compression"),
+    **dict.fromkeys(("text", "input"), "prompt"),
+    **dict.fromkeys(("generator", "manual_seed", "random_seed"), "seed"),
+    **dict.fromkeys(("scheduler", "sampler", "sampler_name"), "the scheduler is the checkpoint's"),
+    **dict.fromkeys(("image", "images", "mask", "strength"), "pictures are made from text alone"),
+}
+"""Fields of other programs, and what to say here."""
 
 
 class Validator:
@@ -82,7 +102,7 @@ class Validator:
     def check_model(self, name: str | None) -> None:
         """Raises UnknownModel unless `name` is the served one, or left out."""
         if name is not None and name != self._model.name:
-            raise UnknownModel(f"model {name!r} is not served here; served: {self._model.name!r}")
+            raise UnknownModel(f"model {quoted(name)} is not served here; served: {self._model.name!r}")
 
     def _check_media(self, media: str) -> None:
         if self.family.media != media:
@@ -92,7 +112,7 @@ class Validator:
     def _check_frames(self, num_frames: int, param: str) -> None:
         stride, limit = self.family.frame_stride, self._limits.max_num_frames
         if num_frames > limit:
-            raise BadRequest(f"{param} asks for {num_frames} frames; the limit is {limit}", param)
+            raise BadRequest(f"{param} asks for {quoted(num_frames)} frames; the limit is {limit}", param)
         if num_frames % stride != 1:
             low = num_frames // stride * stride + 1
             raise BadRequest(
@@ -108,6 +128,7 @@ class Validator:
         negative = self.defaults.negative_prompt if body.negative_prompt is None else body.negative_prompt
         self._check_length("negative_prompt", negative or "")
         width, height = self._size(body.size)
+        self._check_sides(width, height, own["output_format"])
         guidance_scale, true_cfg_scale = self._guidance(body)
         is_guided = self.family.is_guided(guidance_scale, true_cfg_scale, negative is not None)
         return {
@@ -138,10 +159,10 @@ class Validator:
             return self.defaults.width, self.defaults.height
         match = SIZE.fullmatch(size)
         if match is None:
-            raise BadRequest(f'size must be "WIDTHxHEIGHT" or "auto", got {size!r}', "size")
+            raise BadRequest(f'size must be "WIDTHxHEIGHT" or "auto", got {quoted(size)}', "size")
         width, height = int(match[1]), int(match[2])
         multiple, limit = self.family.size_multiple, self._limits.max_pixels
-        if width % multiple or height % multiple or not (width and height):
+        if width % multiple or height % multiple:
             near = "x".join(str(max(multiple, round(v / multiple) * multiple)) for v in (width, height))
             raise BadRequest(
                 f"size: width and height must be multiples of {multiple}, got {size}; nearest: {near}", "size"
@@ -150,11 +171,21 @@ class Validator:
             raise BadRequest(f"size: {size} has {width * height} pixels; the limit is {limit} pixels", "size")
         return width, height
 
+    def _check_sides(self, width: int, height: int, output_format: str) -> None:
+        limit = MAX_SIDE.get(output_format)
+        if limit is not None and max(width, height) > limit:
+            instead = "" if output_format == "mp4" else "; use a smaller size, or output_format png"
+            raise BadRequest(
+                f"size: {width}x{height} is too long for output_format {output_format}, which has at most "
+                f"{limit} pixels a side{instead}",
+                "size",
+            )
+
     def _steps(self, steps: int | None) -> int:
         limit = self._limits.max_num_inference_steps
         if steps is not None and steps > limit:
             raise BadRequest(
-                f"num_inference_steps must be between 1 and {limit}, got {steps}", "num_inference_steps"
+                f"num_inference_steps must be between 1 and {limit}, got {quoted(steps)}", "num_inference_steps"
             )
         return steps or self.defaults.num_inference_steps
 
@@ -200,23 +231,35 @@ def plan_warm_up(model: ModelConfig, limits: LimitsConfig) -> tuple[GenerationRe
     return tuple(requests)
 
 
-def parse_body(kind: type[Body], fields: Mapping[str, Any]) -> Body:
-    """Raises BadRequest that names the first wrong field."""
+def parse_body(kind: type[Body], fields: Mapping[str, Any], *, is_json: bool = False) -> Body:
+    """Raises BadRequest that names the first wrong field.
+
+    is_json: 5 is not to be written "5", as in a form.
+    """
     try:
-        return kind.model_validate(fields)
+        return kind.model_validate(fields, strict=is_json)
     except ValidationError as error:
-        raise bad_request(error.errors()) from error
+        raise _bad_request(error.errors(include_url=False)[0], sorted(kind.model_fields)) from error
 
 
-def bad_request(mistakes: Any) -> BadRequest:
-    """pydantic's or FastAPI's list of mistakes as one error that names the first."""
-    first = mistakes[0]
-    if first["type"] == "json_invalid":  # whose place is a position in the body
-        return BadRequest(f"the body is not JSON: {first['ctx']['error']}")
-    param = ".".join(str(part) for part in first["loc"] if part != "body") or None
-    got = "" if first["type"] == "missing" else f", got {reprlib.repr(first['input'])}"
-    message = {"extra_forbidden": "this field is not known"}.get(first["type"], first["msg"])
-    return BadRequest(f"{param or 'body'}: {message}{got}", param)
+def _bad_request(mistake: Any, known: Sequence[str]) -> BadRequest:
+    param = named(".".join(str(part) for part in mistake["loc"])) or None
+    if mistake["type"] == "extra_forbidden":
+        return BadRequest(f"{param}: this field is not known{_hint(str(mistake['loc'][-1]), known)}", param)
+    got = "" if mistake["type"] == "missing" else f", got {quoted(mistake['input'])}"
+    return BadRequest(f"{param or 'body'}: {mistake['msg']}{got}", param)
+
+
+def _hint(field: str, known: Sequence[str]) -> str:
+    """What other programs call so, or what is spelled nearly so."""
+    name = field.lower().replace("-", "_")[:MAX_FIELD_CHARACTERS]
+    meant = ELSEWHERE_CALLED.get(name)
+    if meant is None:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+        meant = near[0] if near else None
+    if meant is None:
+        return f"; known: {', '.join(known)}"
+    return f"; did you mean {meant}?" if meant in known else f"; {meant}"
 
 
 def _with_seed(fields: dict[str, Any], seed: int) -> GenerationRequest:

@@ -7,7 +7,10 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
-os.environ.setdefault("RAY_worker_niceness", "0")
+from serve_app.ray_environment import RAY_ENVIRONMENT
+
+for _name, _value in RAY_ENVIRONMENT.items():
+    os.environ.setdefault(_name, _value)
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import httpx

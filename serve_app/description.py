@@ -1,0 +1,109 @@
+"""The API's own description (OpenAPI): exactly what this app's model takes, as far as a schema can say it.
+
+What a schema cannot say is a product: a size is described up to sides whose square the model still takes, and
+longer sides that make no more pixels are taken as well; likewise seconds times fps.
+"""
+
+import math
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import TypeAdapter
+
+from serve_app.openai_api import (
+    CompletedEvent,
+    ErrorResponse,
+    GenerationBody,
+    ModelCard,
+    PartialImageEvent,
+    ProgressEvent,
+)
+
+Schema = dict[str, Any]
+REF = "#/components/schemas/{model}"
+MAX_FPS = 120
+
+
+def body_schema(kind: type[GenerationBody], model: ModelCard) -> Schema:
+    """What is taken of such a body: the class's own schema, within the model's limits."""
+    schema = kind.model_json_schema()
+    fields, limits, defaults = schema["properties"], model.limits, model.defaults
+    for name in ("guidance_scale", "true_cfg_scale"):
+        if getattr(defaults, name) is None:
+            del fields[name]
+    fields["prompt"] |= {"maxLength": limits.max_prompt_characters, "pattern": r"\S"}
+    _narrow(fields["negative_prompt"], maxLength=limits.max_prompt_characters)
+    _narrow(fields["num_inference_steps"], maximum=limits.max_num_inference_steps)
+    fields["model"] |= {"examples": [model.id]}
+    fields["size"]["pattern"] = _sizes(limits.size_multiple, limits.max_pixels)
+    if "num_frames" in fields:
+        stride, most = limits.frame_stride, limits.max_num_frames
+        _narrow(fields["num_frames"], enum=list(range(1, most + 1, stride)))
+        schema["allOf"] = [_seconds((most - 1) // stride * stride, defaults.fps or 1)]
+    else:
+        schema["allOf"] = [
+            _either({"stream": [True]}, {"partial_images": [0, None], "progress": [False, None]}),
+            _either({"output_format": ["jpeg", "webp"]}, {"output_compression": [100, None]}),
+        ]
+    for name in fields.keys() - {"prompt"}:
+        _allow_null(fields, name)
+    return schema
+
+
+def _narrow(field: Schema, **more: Any) -> None:
+    """Of an optional field: its other branch is null."""
+    field["anyOf"][0] |= more
+
+
+def _allow_null(fields: Schema, name: str) -> None:
+    """A null stands for a field left out."""
+    field = fields[name]
+    if "anyOf" not in field:
+        about = {key: field.pop(key) for key in ("title", "description", "default", "examples") if key in field}
+        fields[name] = {"anyOf": [field, {"type": "null"}]} | about
+
+
+def _either(needed: dict[str, list[Any]], without: dict[str, list[Any]]) -> Schema:
+    """The first, or else nothing but the values of the second."""
+    return {
+        "anyOf": [
+            {"properties": {name: {"enum": values} for name, values in needed.items()}, "required": [*needed]},
+            {"properties": {name: {"enum": values} for name, values in without.items()}},
+        ]
+    }
+
+
+def _seconds(num_frames: int, default_fps: int) -> Schema:
+    """`num_frames` goes before seconds; else they must not make too many frames."""
+    return {
+        "anyOf": [
+            {"required": ["num_frames"], "properties": {"num_frames": {"type": "integer"}}},
+            {"properties": {"fps": {"enum": [default_fps, None]}, "seconds": _at_most(num_frames / default_fps)}},
+            {"properties": {"seconds": _at_most(num_frames / MAX_FPS)}},
+        ]
+    }
+
+
+def _at_most(seconds: float) -> Schema:
+    return {"anyOf": [{"type": "number", "maximum": seconds}, {"type": "null"}]}
+
+
+def _sizes(multiple: int, max_pixels: int) -> str:
+    sides = "|".join(str(side) for side in range(multiple, math.isqrt(max_pixels) + 1, multiple))
+    return f"^(auto|({sides})x({sides}))$"
+
+
+def describe_events(api: FastAPI) -> None:
+    """FastAPI describes the models of answers; an event is only a part of one."""
+    adapter: TypeAdapter[Any] = TypeAdapter(ProgressEvent | PartialImageEvent | CompletedEvent | ErrorResponse)
+    schema = adapter.json_schema(mode="serialization", ref_template=REF)
+    schemas = api.openapi()["components"]["schemas"]
+    schemas |= schema.pop("$defs")
+    schemas["ImageStreamEvent"] = schema
+
+
+def drop_422(api: FastAPI) -> None:
+    """FastAPI documents a 422 for every parameter; here what is wrong is a 400 or a 404."""
+    for path in api.openapi()["paths"].values():
+        for operation in path.values():
+            operation["responses"].pop("422", None)

@@ -1,0 +1,249 @@
+"""What stands in Serve's HTTP proxies before every application. Imports no torch.
+
+RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH (ray_environment.py) names `build_middlewares`, and so loads it.
+
+A request goes on to an ingress once its body is there, so nobody holds a place with half a body. If the ingress
+dies before it answers, the request is repeated on another; what the proxy itself has to say, it says in the
+API's form.
+"""
+
+import asyncio
+import json
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import uvicorn.config
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve_app.errors import BadCall, Overloaded, RelayError, Unavailable, named
+from serve_app.proxy_exit import ExitOnSigterm
+
+log = logging.getLogger("ray.serve")
+
+MAX_HEADERS = 100
+MAX_HEAD_BYTES = 32 * 1024
+"""Path, query and headers."""
+MAX_REQUEST_ID_CHARACTERS = 128
+SERVES_HEADERS = (b"x-request-id", b"serve-multiplexed-model-id", b"x-session-id", b"x-request-timeout-seconds")
+"""Serve decodes them as UTF-8, and fails where they are not; `_` may stand for `-`."""
+DETACHES = b"x-request-disconnect-disabled"
+"""Serve would not notice that the client has left: not for clients to say."""
+BODY_TIMEOUT_S = 30.0
+MAX_BUFFERED_BYTES = 2**20
+"""Of a longer body the rest is handed on as it comes; the ingress refuses what is too long for it."""
+MAX_UNFINISHED_BODIES = 128
+REPEATED_POSTS = ("/v1/images/generations", "/v1/videos/sync")
+"""What may be asked twice, because nobody has seen an answer to the first."""
+MAX_REPEATS = 2
+BACKOFF_S = 0.5
+
+Headers = Iterable[tuple[bytes, bytes]]
+
+
+def build_middlewares() -> list[Middleware]:
+    """Serve calls it in every HTTP proxy before uvicorn starts; the last is the outermost."""
+    # `auto` is what Serve lets uvicorn choose by.
+    uvicorn.config.HTTP_PROTOCOLS["auto"] = "serve_app.http_connection:BoundedConnection"
+    return [Middleware(ProxyMiddleware), Middleware(ExitOnSigterm)]
+
+
+class ProxyMiddleware:
+    """ASGI middleware around the whole proxy."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._unfinished: dict[asyncio.Timeout, None] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        refusal = judge_head(scope)
+        if refusal is not None:
+            await _answer(send, *refusal)
+            return
+        client = Client(receive)
+        try:
+            await self._read_body(client)
+        except TimeoutError:
+            late = BadCall(
+                f"the body was not there within {BODY_TIMEOUT_S:g} s, or too many others wait for theirs"
+            )
+            await _answer(send, 408, late)
+            return
+        if not client.has_left:
+            await self._ask(scope, client, send)
+
+    async def _read_body(self, client: "Client") -> None:
+        """Where too many are under way, the oldest is given up. Raises TimeoutError."""
+        async with asyncio.timeout(BODY_TIMEOUT_S) as patience:
+            self._unfinished[patience] = None
+            try:
+                if len(self._unfinished) > MAX_UNFINISHED_BODIES:
+                    oldest = next(iter(self._unfinished))
+                    del self._unfinished[oldest]
+                    if not oldest.expired():
+                        oldest.reschedule(asyncio.get_running_loop().time())
+                await client.read_body()
+            finally:
+                self._unfinished.pop(patience, None)
+
+    async def _ask(self, scope: Scope, client: "Client", send: Send) -> None:
+        may_repeat = client.has_whole_body and (
+            scope["method"] in ("GET", "HEAD") or scope["path"].endswith(REPEATED_POSTS)
+        )
+        for attempt in range(1 + MAX_REPEATS * may_repeat):
+            if attempt:
+                log.warning("an ingress was lost before it answered; attempt %d follows", attempt + 1)
+                await asyncio.sleep(BACKOFF_S * attempt)
+            answer = Answer(send, is_serves_own=scope["path"].startswith("/-/"))
+            try:
+                await self._app(_copy(scope), client.receiver(), answer.send)
+            except Exception:
+                if answer.has_started:
+                    raise
+                log.exception("Serve's proxy failed")
+            if answer.held is not None:
+                await self._say(scope, answer, send)
+            if answer.has_started or client.has_left:
+                return
+        await _answer(send, Unavailable.status, Unavailable("the ingress was lost before it answered; ask again"))
+
+    async def _say(self, scope: Scope, answer: "Answer", send: Send) -> None:
+        """What the proxy itself has to say."""
+        assert answer.held is not None
+        status, text = answer.held["status"], b"".join(answer.text).decode(errors="replace")
+        error: RelayError
+        if status == 404 and not await self._serves_anything(scope):
+            status, error = 503, Unavailable("nothing is served here yet")
+        elif status == 404:
+            path = named(scope["path"])
+            error = BadCall(f"{scope['method']} {path}: no application is served there; GET /-/routes lists them")
+        else:
+            kinds: dict[int, type[RelayError]] = {429: Overloaded, 503: Unavailable}
+            error = kinds.get(status, BadCall)(text.partition("\n")[0])
+        told = [header for header in answer.held["headers"] if header[0].lower() == b"x-request-id"]
+        await _answer(send, status, error, told, ends_connection=False)
+
+    async def _serves_anything(self, scope: Scope) -> bool:
+        """As the proxy's own list of routes says."""
+        said: list[bytes] = []
+
+        async def receive() -> Message:
+            await asyncio.Event().wait()
+            raise AssertionError("unreachable")
+
+        async def hear(message: Message) -> None:
+            said.append(message.get("body", b""))
+
+        asked = {**_copy(scope), "method": "GET", "path": "/-/routes", "root_path": ""}
+        await self._app(asked, receive, hear)
+        return b"".join(said).startswith(b'{"')
+
+
+@dataclass
+class Client:
+    """Who asks: what came of the body, and whether the client is still there."""
+
+    receive: Receive
+    body: bytearray = field(default_factory=bytearray)
+    has_whole_body: bool = False
+    has_left: bool = False
+
+    async def read_body(self) -> None:
+        """Until it is whole, or MAX_BUFFERED_BYTES are there."""
+        while not (self.has_whole_body or self.has_left or len(self.body) > MAX_BUFFERED_BYTES):
+            message = await self._next()
+            self.body += message.get("body", b"")
+            self.has_whole_body = not self.has_left and not message.get("more_body", False)
+
+    def receiver(self) -> Receive:
+        """What an application calls: the body as far as it came, then what follows."""
+        is_given = False
+
+        async def receive() -> Message:
+            nonlocal is_given
+            if not is_given:
+                is_given = True
+                return {"type": "http.request", "body": bytes(self.body), "more_body": not self.has_whole_body}
+            if self.has_whole_body:
+                return await self._next()
+            try:
+                async with asyncio.timeout(BODY_TIMEOUT_S):
+                    return await self._next()
+            except TimeoutError:
+                self.has_left = True
+                return {"type": "http.disconnect"}
+
+        return receive
+
+    async def _next(self) -> Message:
+        message = await self.receive()
+        self.has_left |= message["type"] == "http.disconnect"
+        return message
+
+
+class Answer:
+    """What goes back: sent on, but for what Serve's proxy itself says, which is held."""
+
+    def __init__(self, send: Send, *, is_serves_own: bool) -> None:
+        self._send, self._is_serves_own = send, is_serves_own
+        self.has_started = False
+        self.held: Message | None = None
+        self.text: list[bytes] = []
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start" and not self._is_serves_own and is_proxys(message):
+            self.held = message
+        if self.held is not None:
+            self.text.append(message.get("body", b""))
+        else:
+            await self._send(message)
+        self.has_started = True
+
+
+def is_proxys(start: Message) -> bool:
+    """An error in Serve's own words: a text without a length."""
+    headers = {name.lower(): value for name, value in start["headers"]}
+    is_text = headers.get(b"content-type", b"").startswith(b"text/plain")
+    return start["status"] in (404, 408, 429, 503) and is_text and b"content-length" not in headers
+
+
+def judge_head(scope: Scope) -> tuple[int, RelayError] | None:
+    """Status and error of a request that goes no further."""
+    headers: list[tuple[bytes, bytes]] = scope["headers"]
+    if scope.get("http_version") not in ("1.0", "1.1", "2"):
+        return 505, BadCall("HTTP/1.1 is needed")
+    num_bytes = sum(len(name) + len(value) for name, value in headers)
+    num_bytes += len(scope["raw_path"]) + len(scope["query_string"])
+    if num_bytes > MAX_HEAD_BYTES or len(headers) > MAX_HEADERS:
+        found = f"{len(headers)} headers and {num_bytes} bytes with the path"
+        return 431, BadCall(f"{found}; the limit is {MAX_HEADERS} headers and {MAX_HEAD_BYTES} bytes")
+    for name, value in headers:
+        own = name.replace(b"_", b"-")
+        if own not in SERVES_HEADERS:
+            continue
+        is_printable = value.isascii() and value.decode("ascii").isprintable()
+        if not is_printable or not 1 <= len(value) <= MAX_REQUEST_ID_CHARACTERS:
+            limit = f"1 to {MAX_REQUEST_ID_CHARACTERS} printable ASCII characters"
+            return 400, BadCall(f"the header {own.decode()} must be {limit}")
+    return None
+
+
+def _copy(scope: Scope) -> Scope:
+    """Serve changes what it is given."""
+    return {**scope, "headers": [header for header in scope["headers"] if header[0] != DETACHES]}
+
+
+async def _answer(
+    send: Send, status: int, error: RelayError, headers: Headers = (), *, ends_connection: bool = True
+) -> None:
+    body = json.dumps(error.body()).encode()
+    own = {"content-type": "application/json", "content-length": str(len(body))} | error.headers()
+    if ends_connection:
+        own["connection"] = "close"
+    told = [*headers, *((name.encode(), value.encode()) for name, value in own.items())]
+    await send({"type": "http.response.start", "status": status, "headers": told})
+    await send({"type": "http.response.body", "body": body})

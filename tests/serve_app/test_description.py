@@ -1,0 +1,156 @@
+"""What the API says of itself is what it does: a body fits the description where it is taken, and only there."""
+
+from typing import Any
+
+import pytest
+from jsonschema import Draft202012Validator
+
+from deployments.config import DefaultsConfig, ModelConfig
+from deployments.families import FAMILIES
+from serve_app.config import LimitsConfig
+from serve_app.errors import BadRequest
+from serve_app.openai_api import ImageBody, VideoBody
+from serve_app.relay import Relay
+from serve_app.routes import build_api
+from serve_app.validation import parse_body
+
+LIMITS = LimitsConfig(
+    max_pixels=512 * 512, max_num_inference_steps=20, max_prompt_characters=50, max_num_frames=33
+)
+DEFAULTS = DefaultsConfig(width=64, height=64, num_inference_steps=2, num_frames=5)
+
+
+def build(family: str) -> Relay:
+    model = ModelConfig(name="m", checkpoint=f"tiny://{family}", family=family, defaults=DEFAULTS)
+    return Relay(model, LIMITS, None, None, None)
+
+
+def description(relay: Relay) -> dict[str, Any]:
+    return build_api(relay).openapi()
+
+
+def is_described(api: dict[str, Any], body: Any) -> bool:
+    [path] = [path for path in api["paths"] if "post" in api["paths"][path]]
+    schema = api["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    Draft202012Validator.check_schema(schema)
+    return bool(Draft202012Validator(schema | {"components": api["components"]}).is_valid(body))
+
+
+def is_taken(relay: Relay, body: dict[str, Any]) -> bool:
+    try:
+        if relay.validator.family.media == "video":
+            relay.validator.video(parse_body(VideoBody, body, is_json=True))
+        else:
+            relay.validator.images(parse_body(ImageBody, body, is_json=True))
+    except BadRequest:
+        return False
+    return True
+
+
+ANY: list[dict[str, Any]] = [
+    {},
+    {"prompt": "x" * 50},
+    {"prompt": "x" * 51},
+    {"prompt": ""},
+    {"prompt": " \t\n"},
+    {"prompt": None},
+    {"prompt": 1},
+    {"negative_prompt": "x" * 51},
+    {"negative_prompt": ""},
+    {"size": "auto"},
+    {"size": "64x64"},
+    {"size": "512x512"},
+    {"size": "64x65"},
+    {"size": "0x0"},
+    {"size": "064x064"},
+    {"size": "512x528"},
+    {"size": "64X64"},
+    {"size": ""},
+    {"size": 64},
+    {"num_inference_steps": 20},
+    {"num_inference_steps": 20.0},
+    {"num_inference_steps": 21},
+    {"num_inference_steps": "2"},
+    {"num_inference_steps": True},
+    {"guidance_scale": 100},
+    {"guidance_scale": 100.5},
+    {"guidance_scale": "3"},
+    {"true_cfg_scale": 2},
+    {"seed": 2**63 - 1},
+    {"seed": 2**63},
+    {"seed": 1.5},
+    {"user": "somebody"},
+    {"user": 1},
+    {"colour": "red"},
+    {"colour": None},
+]
+IMAGES: list[dict[str, Any]] = [
+    {"n": 10, "stream": True, "partial_images": 3, "progress": True},
+    {"n": 11},
+    {"n": None, "stream": None, "partial_images": None, "progress": None, "size": None, "output_format": None},
+    {"n": "1"},
+    {"stream": "true"},
+    {"stream": 1},
+    {"partial_images": 1},
+    {"partial_images": 0, "progress": False},
+    {"progress": True},
+    {"progress": True, "stream": False},
+    {"output_compression": 50},
+    {"output_compression": 100},
+    {"output_compression": 50, "output_format": "png"},
+    {"output_compression": 50, "output_format": "jpeg"},
+    {"output_format": "gif"},
+    {"response_format": "url"},
+    {"response_format": "b64_json"},
+    {"background": "transparent"},
+    {"quality": "hd", "style": "vivid", "moderation": "low", "background": "opaque"},
+    {"num_frames": 5},
+]
+VIDEOS: list[dict[str, Any]] = [
+    {"num_frames": 33},
+    {"num_frames": 34},
+    {"num_frames": 37},
+    {"num_frames": 0},
+    {"num_frames": 5, "seconds": 3600},
+    {"seconds": 1},
+    {"seconds": 3000},
+    {"seconds": 0},
+    {"seconds": "1"},
+    {"seconds": 0.2, "fps": 120},
+    {"fps": 120},
+    {"fps": 121},
+    {"n": 1},
+    {"stream": True},
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_body_is_described_where_it_is_taken_and_only_there(family: str) -> None:
+    relay = build(family)
+    api = description(relay)
+    bodies = [*ANY, *(VIDEOS if FAMILIES[family].media == "video" else IMAGES)]
+    for body in ({"prompt": "a cat"} | body for body in bodies):
+        assert is_described(api, body) == is_taken(relay, body), body
+
+
+def test_a_list_or_text_is_no_body() -> None:
+    api = description(build("flux"))
+    assert not is_described(api, ["a cat"])
+    assert not is_described(api, "a cat")
+
+
+@pytest.mark.parametrize(("family", "path"), [("flux", "/v1/images/generations"), ("wan", "/v1/videos/sync")])
+def test_only_what_this_model_makes_is_described(family: str, path: str) -> None:
+    api = description(build(family))
+    assert [path for path in api["paths"] if "post" in api["paths"][path]] == [path]
+    for operations in api["paths"].values():
+        for operation in operations.values():
+            assert "422" not in operation["responses"]
+
+
+def test_an_error_that_ends_a_stream_is_described_as_one_of_its_events() -> None:
+    api = description(build("flux"))
+    events = api["components"]["schemas"]["ImageStreamEvent"] | {"components": api["components"]}
+    error = BadRequest("too large", "size").body()
+    assert Draft202012Validator(events).is_valid(error)
+    assert not Draft202012Validator(events).is_valid({"type": "image_generation.unheard_of"})
