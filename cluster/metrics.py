@@ -30,6 +30,7 @@ COUNTERS = {
     "relay_queue_wait_seconds_total": "Time that all forwards, prompts or latents waited for their stage.",
     "relay_sent_bytes_total": "Bytes a rank sent to the next one.",
     "relay_answered_bytes_total": "Bytes in a stage's answers: embeddings, latents, files.",
+    "relay_not_finite_total": "Answers of a stage that were NaN or infinite, and so were errors instead.",
     "relay_streamed_bytes_total": "Bytes of weights copied to the device for a use, under vram_limit_gib.",
 }
 GAUGES = {

@@ -4,18 +4,19 @@ import re
 from dataclasses import replace
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from cluster.config import Config
 from cluster.resources import ResourceConfig
-from deployments.families import FAMILIES, Defaults, Family
+from deployments.families import FAMILIES, Defaults, Family, Geometry
 from deployments.memory.config import OFF, MemoryConfig, TilingConfig
+from deployments.request import MediaSize
 
 WARM_UP_SIZE = re.compile(r"(\d{1,5}x\d{1,5})(?:x(\d{1,5}))?")
 
 
 class DefaultsConfig(Config):
-    """What a request that leaves a field out gets; None means the family's own default."""
+    """What a request that leaves a field out gets; None means the checkpoint's or the family's own default."""
 
     width: int | None = Field(None, ge=16, description="pixels")
     height: int | None = Field(None, ge=16, description="pixels")
@@ -46,6 +47,8 @@ class ModelConfig(Config):
         "1024x1024, or with the frames of a video 832x480x81",
     )
 
+    _geometry: Geometry | None = PrivateAttr(None)
+
     @property
     def architecture(self) -> Family:
         """Raises ValueError where the family is not said; `with_family` (checkpoints/source.py) reads it."""
@@ -56,7 +59,37 @@ class ModelConfig(Config):
     @property
     def request_defaults(self) -> Defaults:
         """What is said here, and the family's own where nothing is."""
-        return replace(self.architecture.defaults, **self.defaults.model_dump(exclude_none=True))
+        said = self.defaults.model_dump(exclude_none=True, exclude={"width", "height", "num_frames"})
+        return replace(self.architecture.defaults, **said)
+
+    @property
+    def geometry(self) -> Geometry:
+        """Raises ValueError until it was read from the checkpoint: `with_geometry` (checkpoints/geometry.py)."""
+        if self._geometry is None:
+            raise ValueError(f"what sizes {self.checkpoint!r} makes is not known here")
+        return self._geometry
+
+    @property
+    def has_geometry(self) -> bool:
+        return self._geometry is not None
+
+    @property
+    def default_size(self) -> MediaSize:
+        """What is said here, and the checkpoint's own where nothing is. Raises ValueError if that is nothing."""
+        said, own = self.defaults, self.geometry
+        width, height = said.width or own.width, said.height or own.height
+        if width is None or height is None:
+            raise ValueError(
+                f"model.defaults: width and height must be set, for the {self.architecture.denoiser} of "
+                f"{self.checkpoint!r} says no sample_size"
+            )
+        return MediaSize(width, height, said.num_frames or own.num_frames)
+
+    def with_geometry(self, geometry: Geometry) -> Self:
+        """The same, and what sizes its checkpoint makes."""
+        copy = self.model_copy()
+        copy._geometry = geometry
+        return copy
 
     @field_validator("family")
     @classmethod

@@ -10,6 +10,7 @@ from cluster.termination import DrainOnSigterm
 from deployments.config import EncoderConfig, ModelConfig
 from deployments.embedding_cache import EmbeddingCache, num_bytes
 from deployments.lane import Lane
+from deployments.refusal import raised_in
 from deployments.request import Conditioning, Prompt
 from deployments.stages import load_stage
 from deployments.stats import EncoderStats
@@ -38,7 +39,7 @@ class Encoder(DrainOnSigterm):
     async def encode(self, prompt: Prompt) -> Conditioning:
         """The prompt's embeddings. Equal prompts at the same time share one forward."""
         start = time.perf_counter()
-        with self._metrics.request():
+        with raised_in("encode"), self._metrics.request():
             embeds = self._cache.get(prompt)
             self._num_cache_hits += embeds is not None
             if embeds is None:
@@ -66,6 +67,7 @@ class Encoder(DrainOnSigterm):
                 "relay_queue_wait_seconds_total": self._lane.queue_wait_s,
                 "relay_answered_bytes_total": self._answered_bytes,
                 "relay_cached_bytes": self._cache.num_bytes,
+                "relay_not_finite_total": self._stage.finite.num_refused,
                 "relay_cold_start_seconds": self._cold_start_s,
                 **self._stage.keeper.stats().metrics(),
             }

@@ -151,6 +151,7 @@ class Transformer(DrainOnSigterm):
                 "relay_waiting_forwards": queue.num_waiting,
                 "relay_queue_wait_seconds_total": queue.queue_wait_s,
                 "relay_answered_bytes_total": self._answered_bytes,
+                "relay_not_finite_total": self._stage.finite.num_refused,
                 "relay_cold_start_seconds": self._cold_start_s,
             }
         )

@@ -81,6 +81,7 @@ class Vae(DrainOnSigterm):
             {
                 "relay_queue_wait_seconds_total": self._lane.queue_wait_s,
                 "relay_answered_bytes_total": self._answered_bytes,
+                "relay_not_finite_total": self._stage.finite.num_refused,
                 "relay_cold_start_seconds": self._cold_start_s,
                 **self._stage.keeper.stats().metrics(),
             }

@@ -9,6 +9,7 @@ from ray.serve.exceptions import RayServeException
 
 from cluster.nodes import is_alone
 from cluster.serve_options import HEAD_NODE, plan_serve_options
+from deployments.checkpoints.geometry import with_geometry
 from deployments.checkpoints.source import with_family
 from deployments.config import StageConfig
 from deployments.encoder import Encoder
@@ -90,8 +91,8 @@ def build_validator(config: AppConfig) -> Validator:
 
 
 def resolve_family(config: AppConfig) -> AppConfig:
-    """The same, the model's family as said or as the checkpoint says. Raises ConfigError if there is none such."""
+    """The same, the model's family as said or as the checkpoint says, and its sizes. Raises ConfigError."""
     try:
-        return config.model_copy(update={"model": with_family(config.model)})
+        return config.model_copy(update={"model": with_geometry(with_family(config.model))})
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(f"model.checkpoint: {error}") from error

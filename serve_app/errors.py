@@ -6,7 +6,8 @@ RelayError
 ├── UnknownModel      404
 ├── Overloaded        429  too many requests are in progress; Retry-After
 ├── StageFailed       500  a stage raised; not worth repeating
-│   └── OutOfMemory   500  a stage took more than its share of the GPU's memory
+│   ├── OutOfMemory   500  a stage took more than its share of the GPU's memory
+│   └── NonFinite     500  what a stage made is NaN or infinite
 ├── Unavailable       503  a stage cannot serve right now; Retry-After
 └── DeadlineExceeded  504  not done within request_timeout_s
 """
@@ -101,6 +102,10 @@ class StageFailed(RelayError):
 
 class OutOfMemory(StageFailed):
     code = "out_of_memory"
+
+
+class NonFinite(StageFailed):
+    code = "not_finite"
 
 
 class Unavailable(RelayError):

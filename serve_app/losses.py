@@ -21,8 +21,8 @@ from ray.exceptions import (
 )
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException, ReplicaUnavailableError
 
-from deployments.refusal import NeverFits, OutOfShare, ShardGroupLost
-from serve_app.errors import BadRequest, OutOfMemory, StageFailed
+from deployments.refusal import NeverFits, NotFinite, OutOfShare, ShardGroupLost, WrongField
+from serve_app.errors import BadRequest, NonFinite, OutOfMemory, StageFailed
 from serve_app.suspects import Suspects
 
 log = logging.getLogger("ray.serve")
@@ -67,10 +67,14 @@ def naming(stage: str, *, param: str, if_input_lost: Callable[[], None] | None =
     """
     try:
         yield
+    except WrongField as error:
+        raise BadRequest(f"{error.param}: {error.message}", error.param) from error
     except NeverFits as error:
-        raise BadRequest(f"{param}: in the {stage} stage {error.message}", param) from error
+        raise BadRequest(f"{param}: in the {_where(error, stage)} stage {error.message}", param) from error
     except OutOfShare as error:
-        raise OutOfMemory(f"the {stage} stage is {error.message}") from error
+        raise OutOfMemory(f"the {_where(error, stage)} stage is {error.message}") from error
+    except NotFinite as error:
+        raise NonFinite(f"the {_where(error, stage)} stage: {error.message}") from error
     except AWAY as error:
         raise StageLost(stage, error, was_served=False) from error
     except LOST as error:
@@ -79,7 +83,7 @@ def naming(stage: str, *, param: str, if_input_lost: Callable[[], None] | None =
             if_input_lost()
         raise StageLost(stage, error, was_served=True) from error
     except RayError as error:
-        raise StageFailed(f"the {stage} stage failed: {_last_line(error)}") from error
+        raise StageFailed(f"the {_where(error, stage)} stage failed: {_last_line(error)}") from error
 
 
 async def repeat_when_lost(call: Callable[[], Awaitable[Answer]], suspects: Suspects) -> Answer:
@@ -100,6 +104,11 @@ async def repeat_when_lost(call: Callable[[], Awaitable[Answer]], suspects: Susp
         await asyncio.sleep(backoff_s * random.uniform(0.5, 1.5))
         backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
     raise AssertionError("unreachable")
+
+
+def _where(error: BaseException, stage: str) -> str:
+    """The stage in which it was raised: a call that is given another's answer raises what that one raised."""
+    return str(getattr(error, "stage", stage))
 
 
 def _first_line(error: BaseException) -> str:

@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from deployments.families import Defaults, Family
+from deployments.config import ModelConfig
 from deployments.request import StreamOptions
 from serve_app.config import LimitsConfig
 
@@ -199,6 +199,7 @@ class ModelLimits(BaseModel):
     """What a request may ask for."""
 
     size_multiple: int = Field(description="width and height must be multiples of this")
+    max_side: int | None = Field(description="width, and height; null: only their product is limited")
     max_pixels: int = Field(description="width times height")
     max_num_inference_steps: int
     max_prompt_characters: int
@@ -223,30 +224,32 @@ class ModelCard(BaseModel):
     limits: ModelLimits
 
 
-def model_card(name: str, created: int, family: Family, own: Defaults, limits: LimitsConfig) -> ModelCard:
-    """own: the family's defaults, or the config's."""
+def model_card(model: ModelConfig, created: int, limits: LimitsConfig) -> ModelCard:
+    """What its config, its checkpoint and its family say, in this order."""
+    family, own, size, geometry = model.architecture, model.request_defaults, model.default_size, model.geometry
     is_video = family.media == "video"
     return ModelCard(
-        id=name,
+        id=model.name,
         created=created,
         family=family.name,
         media=family.media,
         guidance=family.guidance,
         defaults=ModelDefaults(
-            size=f"{own.width}x{own.height}",
+            size=f"{size.width}x{size.height}",
             num_inference_steps=own.num_inference_steps,
             guidance_scale=own.guidance_scale,
             true_cfg_scale=own.true_cfg_scale,
             negative_prompt=own.negative_prompt,
-            num_frames=own.num_frames if is_video else None,
+            num_frames=size.num_frames if is_video else None,
             fps=own.fps if is_video else None,
         ),
         limits=ModelLimits(
-            size_multiple=family.size_multiple,
+            size_multiple=geometry.size_multiple,
+            max_side=geometry.max_side,
             max_pixels=limits.max_pixels,
             max_num_inference_steps=limits.max_num_inference_steps,
             max_prompt_characters=limits.max_prompt_characters,
-            frame_stride=family.frame_stride,
+            frame_stride=geometry.frame_stride,
             max_num_frames=limits.max_num_frames,
         ),
     )

@@ -12,7 +12,6 @@ import yaml
 from rich.console import Console
 
 from cluster.inventory import parse_gpus
-from deployments.checkpoints.source import with_family
 from deployments.config import ModelConfig
 from deployments.plan.advice import Admitted
 from deployments.plan.picture import draw_placement
@@ -54,7 +53,7 @@ def plan_command(
     """What fits where: bytes, working memory, cuts, placement, throughput. Reads configs, no weights."""
     try:
         inventory = parse_gpus(gpus) if gpus else ()
-        app = resolve_family(_app_config(config, model, str(configs_dir or "")))
+        app = _resolved(_app_config(config, model), configs_dir)
         sizes = _sizes(size, app.model)
         measured = None if profile is None else read_profile(profile)
         sizes_of = _sizes_of(app.model, configs_dir, sizes)
@@ -114,7 +113,16 @@ def profile_command(
         )
 
 
-def _app_config(path: Path | None, model: str | None, configs_dir: str) -> AppConfig:
+def _resolved(app: AppConfig, configs_dir: Path | None) -> AppConfig:
+    """With what the checkpoint's configs say, or those in this folder."""
+    if configs_dir is None:
+        return resolve_family(app)
+    there = app.model.model_copy(update={"checkpoint": str(configs_dir)})
+    found = resolve_family(app.model_copy(update={"model": there})).model
+    return app.model_copy(update={"model": found.model_copy(update={"checkpoint": app.model.checkpoint})})
+
+
+def _app_config(path: Path | None, model: str | None) -> AppConfig:
     if path is not None and model is not None:
         raise ConfigError("a config names its model: leave out --model, or the config")
     if path is not None:
@@ -122,15 +130,12 @@ def _app_config(path: Path | None, model: str | None, configs_dir: str) -> AppCo
     if model is None:
         raise ConfigError("nothing to plan: name a config, or a checkpoint by --model")
     name = re.sub(r"[^a-z0-9]+", "-", model.rpartition("/")[2].lower()).strip("-")
-    family = None
-    if configs_dir:
-        family = with_family(ModelConfig(name=name, checkpoint=configs_dir)).family
-    return AppConfig(model=ModelConfig(name=name, checkpoint=model, family=family))
+    return AppConfig(model=ModelConfig(name=name, checkpoint=model))
 
 
 def _sizes(asked: list[str] | None, model: ModelConfig) -> tuple[MediaSize, ...]:
     """As asked, or the one a request gets by default."""
-    default, multiple = default_size(model), model.architecture.size_multiple
+    default, multiple = default_size(model), model.geometry.size_multiple
     if not asked:
         return (default,)
     found = []

@@ -68,8 +68,7 @@ class Relay:
 
     def model(self) -> ModelCard:
         """What clients may want to know before they ask for a picture."""
-        judge = self.validator
-        return model_card(self._model.name, self._created, judge.family, judge.defaults, self._limits)
+        return model_card(self._model, self._created, self._limits)
 
     async def num_in_progress(self) -> int:
         """Requests that this ingress has taken up and not answered."""

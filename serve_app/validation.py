@@ -45,6 +45,7 @@ class Validator:
     def __init__(self, model: ModelConfig, limits: LimitsConfig) -> None:
         self._model, self._limits = model, limits
         self.family, self.defaults = model.architecture, model.request_defaults
+        self.geometry, self.default_size = model.geometry, model.default_size
 
     def requests(self, fields: Mapping[str, Any]) -> list[GenerationRequest]:
         """The fields of an image's or a video's body, whichever this model makes.
@@ -90,10 +91,10 @@ class Validator:
         self._check_media("video")
         fps = body.fps or self.defaults.fps
         param = "seconds" if body.num_frames is None and body.seconds is not None else "num_frames"
-        num_frames = body.num_frames or self.defaults.num_frames
+        num_frames = body.num_frames or self.default_size.num_frames
         if param == "seconds":
             assert body.seconds is not None
-            stride = self.family.frame_stride
+            stride = self.geometry.frame_stride
             num_frames = round(body.seconds * fps / stride) * stride + 1
         self._check_frames(num_frames, param)
         fields = self._request(body, output_format="mp4", num_frames=num_frames, fps=fps)
@@ -110,11 +111,11 @@ class Validator:
             raise BadRequest(f"model {self._model.name!r} makes {self.family.media}s: use {path}", "model")
 
     def _check_frames(self, num_frames: int, param: str) -> None:
-        stride, limit = self.family.frame_stride, self._limits.max_num_frames
+        stride, limit = self.geometry.frame_stride, self._limits.max_num_frames
         if num_frames > limit:
             raise BadRequest(f"{param} asks for {quoted(num_frames)} frames; the limit is {limit}", param)
-        if num_frames % stride != 1:
-            low = num_frames // stride * stride + 1
+        if (num_frames - 1) % stride:
+            low = (num_frames - 1) // stride * stride + 1
             raise BadRequest(
                 f"num_frames must be 1 more than a multiple of {stride}, got {num_frames}; "
                 f"nearest: {low} or {low + stride}",
@@ -156,17 +157,20 @@ class Validator:
 
     def _size(self, size: str) -> tuple[int, int]:
         if size == "auto":
-            return self.defaults.width, self.defaults.height
+            return self.default_size.width, self.default_size.height
         match = SIZE.fullmatch(size)
         if match is None:
             raise BadRequest(f'size must be "WIDTHxHEIGHT" or "auto", got {quoted(size)}', "size")
         width, height = int(match[1]), int(match[2])
-        multiple, limit = self.family.size_multiple, self._limits.max_pixels
+        multiple, limit = self.geometry.size_multiple, self._limits.max_pixels
         if width % multiple or height % multiple:
             near = "x".join(str(max(multiple, round(v / multiple) * multiple)) for v in (width, height))
             raise BadRequest(
                 f"size: width and height must be multiples of {multiple}, got {size}; nearest: {near}", "size"
             )
+        most = self.geometry.max_side
+        if most is not None and max(width, height) > most:
+            raise BadRequest(f"size: this model draws {most} pixels each way at most, got {size}", "size")
         if width * height > limit:
             raise BadRequest(f"size: {size} has {width * height} pixels; the limit is {limit} pixels", "size")
         return width, height
@@ -202,12 +206,19 @@ class Validator:
 
 def check_defaults(model: ModelConfig, limits: LimitsConfig) -> None:
     """Judges the defaults like a request that spells them out. Raises ConfigError."""
-    defaults = model.request_defaults
+    try:
+        size = model.default_size
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     given = model.defaults.model_dump(exclude_none=True, exclude={"width", "height"})
-    fields = {"num_inference_steps": defaults.num_inference_steps, "size": f"{defaults.width}x{defaults.height}"}
+    fields: dict[str, Any] = {
+        "num_inference_steps": model.request_defaults.num_inference_steps,
+        "size": f"{size.width}x{size.height}",
+    }
     if model.architecture.media == "video":
-        fields["num_frames"] = defaults.num_frames
-    judge = Validator(model.model_copy(update={"defaults": DefaultsConfig()}), limits)
+        fields["num_frames"] = size.num_frames
+    unsaid = DefaultsConfig(width=size.width, height=size.height)
+    judge = Validator(model.model_copy(update={"defaults": unsaid}), limits)
     try:
         judge.requests({"prompt": "-"} | fields | given)
     except BadRequest as error:

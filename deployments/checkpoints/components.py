@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from deployments.checkpoints.json_file import read_json
-from deployments.checkpoints.source import fetch_checkpoint
+from deployments.checkpoints.source import fetch_checkpoint, fetch_configs
 from deployments.config import ModelConfig
 from deployments.families import Family
 
@@ -14,13 +14,21 @@ Stage = Literal["encode", "denoise", "decode"]
 ModelIndex = Mapping[str, Any]
 """A checkpoint's model_index.json: component names with [library, class], and settings."""
 
+NEVER_LOADED = frozenset({"safety_checker", "feature_extractor", "image_encoder", "watermark"})
+"""No stage has them, and pipelines that draw from a prompt do without."""
+
 
 def fetch_stage(model: ModelConfig, stage: Stage) -> tuple[Path, ModelIndex]:
-    """The checkpoint's folder, holding at least what `stage` needs, and its model_index.json."""
-    source = {"revision": model.revision, "variant": model.variant}
-    index = read_json(fetch_checkpoint(model.checkpoint, (), **source) / "model_index.json")
-    folder = fetch_checkpoint(model.checkpoint, stage_components(index, model.architecture, stage), **source)
+    """The checkpoint's folder, holding what `stage` needs and every model's config, and its model_index.json."""
+    index = read_index(fetch_configs(model.checkpoint, revision=model.revision))
+    components = stage_components(index, model.architecture, stage)
+    folder = fetch_checkpoint(model.checkpoint, components, revision=model.revision, variant=model.variant)
     return folder, index
+
+
+def read_index(folder: Path) -> ModelIndex:
+    index: ModelIndex = read_json(folder / "model_index.json")
+    return index
 
 
 def stage_components(index: ModelIndex, family: Family, stage: Stage) -> frozenset[str]:
@@ -32,4 +40,32 @@ def stage_components(index: ModelIndex, family: Family, stage: Stage) -> frozens
 
 def component_names(index: ModelIndex) -> frozenset[str]:
     """All components that the checkpoint has."""
-    return frozenset(name for name, entry in index.items() if isinstance(entry, list) and entry[0])
+    return frozenset(name for name, entry in index.items() if _is_component(entry) and entry[0] is not None)
+
+
+def left_out(index: ModelIndex) -> frozenset[str]:
+    """Components that its pipeline knows and the checkpoint does without: [null, null]."""
+    return frozenset(name for name, entry in index.items() if _is_component(entry) and entry[0] is None)
+
+
+def check_served(folder: Path, index: ModelIndex, family: Family) -> None:
+    """Raises ValueError if some stage would lack what it cannot do without, or a model would be in no stage."""
+    names = component_names(index)
+    pipeline = f"{folder}, a {index.get('_class_name')}"
+    lacking = sorted({family.denoiser, "scheduler", "vae"} - names)
+    if lacking:
+        raise ValueError(f"{pipeline}, has no {' and no '.join(lacking)}, which family {family.name} needs")
+    served: frozenset[str] = frozenset().union(
+        *(stage_components(index, family, stage) for stage in ("encode", "denoise", "decode"))
+    )
+    others = sorted(n for n in names - served - NEVER_LOADED if (folder / n / "config.json").is_file())
+    if others:
+        raise ValueError(
+            f"{pipeline}, has a model that no stage serves: {', '.join(others)}; of the denoisers family "
+            f"{family.name} runs {family.denoiser} alone. Serve a checkpoint without it"
+        )
+
+
+def _is_component(entry: Any) -> bool:
+    """Settings may be lists, too."""
+    return isinstance(entry, list) and len(entry) == 2 and all(e is None or isinstance(e, str) for e in entry)

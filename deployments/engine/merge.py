@@ -49,7 +49,7 @@ def takes_any_length(class_name: str) -> bool:
 
 def num_samples(inputs: Inputs) -> int:
     """Samples in one forward: 2 where a pipeline puts both guidance passes into one batch."""
-    return int(_latents(inputs).shape[0])
+    return int(latents_of(inputs).shape[0])
 
 
 def num_tokens(inputs: Inputs, patch_size: int | Sequence[int] = 1) -> int:
@@ -57,7 +57,7 @@ def num_tokens(inputs: Inputs, patch_size: int | Sequence[int] = 1) -> int:
 
     [B, S, D] -> B * S; [B, C, (F,) H, W] -> B * F * H * W / patch volume.
     """
-    latents = _latents(inputs)
+    latents = latents_of(inputs)
     if latents.ndim == 3:
         return int(latents.shape[0] * latents.shape[1])
     space = latents.shape[2:]
@@ -144,6 +144,7 @@ class Merger:
         return first
 
 
-def _latents(inputs: Inputs) -> torch.Tensor:
+def latents_of(inputs: Inputs) -> torch.Tensor:
+    """What is denoised; the prediction has the same shape."""
     latents: torch.Tensor = inputs["sample" if "sample" in inputs else "hidden_states"]
     return latents

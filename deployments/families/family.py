@@ -4,8 +4,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from deployments.families.geometry import Configs, Geometry
 from deployments.memory.config import Dtype
-from deployments.request import GenerationRequest, Prompt
+from deployments.request import GenerationRequest, MediaSize, Prompt
 
 if TYPE_CHECKING:
     import torch
@@ -18,15 +19,12 @@ Pipeline = Any
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a request that says nothing gets: the defaults of the pipeline's `__call__`; pixels."""
+    """What a request that says nothing gets beside its size: the defaults of the pipeline's `__call__`."""
 
-    width: int
-    height: int
     num_inference_steps: int
     guidance_scale: float | None
     true_cfg_scale: float | None
     negative_prompt: str | None = None
-    num_frames: int = 1
     fps: int = 16
 
 
@@ -39,10 +37,10 @@ class Family:
     """`_class_name` in a checkpoint's model_index.json."""
     denoiser: Literal["transformer", "unet"]
     media: Literal["image", "video"]
-    size_multiple: int
-    """Width and height must be multiples of this: the VAE's factor times the denoiser's patch."""
-    frame_stride: int
-    """num_frames must be 1 more than a multiple of this."""
+    geometry: Callable[[Configs], Geometry]
+    """As the pipeline computes it from its components' configs. Raises ValueError."""
+    published: Configs
+    """Of the published model, what `geometry` reads: for whoever cannot read the checkpoint."""
     defaults: Defaults
     guidance: Literal["guidance_scale", "true_cfg_scale"]
     """Which field scales classifier-free guidance (two forward passes); above 1 it is on."""
@@ -58,8 +56,8 @@ class Family:
     """Keyword arguments of the pipeline's call that only this family has."""
     unscale: "Callable[[Pipeline, torch.Tensor, int, int], torch.Tensor]"
     """(pipeline with only a VAE, latents, height, width) -> what `vae.decode` takes."""
-    latents_shape: Callable[[Pipeline, GenerationRequest], Shape]
-    """(pipeline with only a VAE, request) -> shape of the latents that the denoiser's pipeline returns."""
+    latents_shape: Callable[[Geometry, MediaSize], Shape]
+    """Of the latents that the denoiser's pipeline returns."""
     upcasts_vae: bool = False
     """Whether the pipeline decodes in float32 where the VAE is in float16 and its config has `force_upcast`."""
 
@@ -74,10 +72,10 @@ class Family:
         return scale is not None and scale > 1 and (negative or not self.needs_negative_prompt)
 
 
-def packed_shape(pipe: Pipeline, num_channels: int, request: GenerationRequest) -> Shape:
+def packed_shape(of: Geometry, size: MediaSize) -> Shape:
     """Of latents in patches of 2 x 2, [B, H / 2 * W / 2, 4 * C]. Source: `_pack_latents` of the pipelines."""
-    patch = 2 * pipe.vae_scale_factor
-    return 1, request.height // patch * (request.width // patch), 4 * num_channels
+    patch = 2 * of.latent_pixels
+    return 1, size.height // patch * (size.width // patch), 4 * of.latent_channels
 
 
 def unscale_kl(pipe: Pipeline, latents: "torch.Tensor") -> "torch.Tensor":

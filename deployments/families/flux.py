@@ -3,10 +3,14 @@
 from typing import TYPE_CHECKING
 
 from deployments.families.family import Defaults, Embeds, Family, Pipeline, packed_shape, unscale_kl
+from deployments.families.geometry import Configs, Geometry, blocks_factor
 from deployments.request import Prompt
 
 if TYPE_CHECKING:
     import torch
+
+DEFAULT_SAMPLE_SIZE = 128
+"""Latents each way; `default_sample_size` of the pipeline."""
 
 
 def _encode(pipe: Pipeline, prompt: Prompt, max_sequence_length: int | None) -> Embeds:
@@ -28,14 +32,20 @@ def _unscale(pipe: Pipeline, latents: "torch.Tensor", height: int, width: int) -
     return unscale_kl(pipe, pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor))
 
 
+def _geometry(configs: Configs) -> Geometry:
+    factor, vae = blocks_factor(configs["vae"]), configs["vae"]
+    side = DEFAULT_SAMPLE_SIZE * factor
+    return Geometry(side, side, 2 * factor, factor, vae.get("latent_channels", 4))
+
+
 FLUX = Family(
     name="flux",
     pipeline_class="FluxPipeline",
     denoiser="transformer",
     media="image",
-    size_multiple=16,
-    frame_stride=1,
-    defaults=Defaults(1024, 1024, num_inference_steps=28, guidance_scale=3.5, true_cfg_scale=1.0),
+    geometry=_geometry,
+    published={"vae": {"block_out_channels": (128, 256, 512, 512), "latent_channels": 16}},
+    defaults=Defaults(num_inference_steps=28, guidance_scale=3.5, true_cfg_scale=1.0),
     guidance="true_cfg_scale",
     needs_negative_prompt=True,
     max_sequence_length=512,
@@ -49,5 +59,5 @@ FLUX = Family(
         "true_cfg_scale": request.true_cfg_scale,
     },
     unscale=_unscale,
-    latents_shape=lambda pipe, request: packed_shape(pipe, pipe.vae.config.latent_channels, request),
+    latents_shape=packed_shape,
 )

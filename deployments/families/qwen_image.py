@@ -3,6 +3,8 @@
 from typing import TYPE_CHECKING
 
 from deployments.families.family import Defaults, Embeds, Family, Pipeline, packed_shape, unscale_normalized
+from deployments.families.flux import DEFAULT_SAMPLE_SIZE
+from deployments.families.geometry import Configs, Geometry
 from deployments.request import Prompt
 
 if TYPE_CHECKING:
@@ -22,14 +24,21 @@ def _unscale(pipe: Pipeline, latents: "torch.Tensor", height: int, width: int) -
     return unscale_normalized(pipe, pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor))
 
 
+def _geometry(configs: Configs) -> Geometry:
+    vae = configs["vae"]
+    factor = 2 ** len(vae.get("temperal_downsample", (False, True, True)))
+    side = DEFAULT_SAMPLE_SIZE * factor
+    return Geometry(side, side, 2 * factor, factor, vae.get("z_dim", 16))
+
+
 QWEN_IMAGE = Family(
     name="qwen-image",
     pipeline_class="QwenImagePipeline",
     denoiser="transformer",
     media="image",
-    size_multiple=16,
-    frame_stride=1,
-    defaults=Defaults(1024, 1024, num_inference_steps=50, guidance_scale=None, true_cfg_scale=4.0),
+    geometry=_geometry,
+    published={"vae": {}},
+    defaults=Defaults(num_inference_steps=50, guidance_scale=None, true_cfg_scale=4.0),
     guidance="true_cfg_scale",
     needs_negative_prompt=True,
     max_sequence_length=512,
@@ -37,5 +46,5 @@ QWEN_IMAGE = Family(
     embed_shapes=lambda config, tokens: {"prompt_embeds": (1, tokens, config["joint_attention_dim"])},
     call=lambda request: {"true_cfg_scale": request.true_cfg_scale, "guidance_scale": request.guidance_scale},
     unscale=_unscale,
-    latents_shape=lambda pipe, request: packed_shape(pipe, pipe.vae.config.z_dim, request),
+    latents_shape=packed_shape,
 )

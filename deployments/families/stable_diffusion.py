@@ -1,10 +1,12 @@
 """Stable Diffusion 1.5, XL and 3: classifier-free guidance by one forward over both prompts."""
 
 from collections.abc import Mapping
+from math import lcm
 from typing import TYPE_CHECKING, Any
 
 from deployments.families.family import Defaults, Embeds, Family, Pipeline, Shape, unscale_kl
-from deployments.request import GenerationRequest, Prompt
+from deployments.families.geometry import Config, Configs, Geometry, blocks_factor, sample_sides, unet_sample_size
+from deployments.request import GenerationRequest, MediaSize, Prompt
 
 if TYPE_CHECKING:
     import torch
@@ -71,9 +73,40 @@ def _unscale_sdxl(pipe: Pipeline, latents: "torch.Tensor", _height: int, _width:
     return unscaled + latents.new_tensor(mean).view(1, -1, 1, 1)
 
 
-def _latents_shape(pipe: Pipeline, request: GenerationRequest) -> Shape:
-    factor = pipe.vae_scale_factor
-    return 1, pipe.vae.config.latent_channels, request.height // factor, request.width // factor
+def _geometry_sd15(configs: Configs) -> Geometry:
+    return _unet_geometry(unet_sample_size(configs["unet"]), configs["vae"])
+
+
+def _geometry_sdxl(configs: Configs) -> Geometry:
+    return _unet_geometry(configs["unet"].get("sample_size"), configs["vae"])
+
+
+def _unet_geometry(sample_size: Any, vae: Config) -> Geometry:
+    """8 by the pipelines' `check_inputs`; more where the VAE has a larger factor, for they round down to it."""
+    factor = blocks_factor(vae)
+    multiple = lcm(8, factor)
+    return Geometry(*sample_sides(sample_size, factor), multiple, factor, vae.get("latent_channels", 4))
+
+
+def _geometry_sd3(configs: Configs) -> Geometry:
+    transformer, factor = configs["transformer"], blocks_factor(configs["vae"])
+    pixels = factor * transformer.get("patch_size", 2)
+    return Geometry(
+        *sample_sides(transformer.get("sample_size", 128), factor),
+        size_multiple=pixels,
+        latent_pixels=factor,
+        latent_channels=configs["vae"].get("latent_channels", 4),
+        max_side=pixels * transformer.get("pos_embed_max_size", 96),
+    )
+
+
+def _latents_shape(of: Geometry, size: MediaSize) -> Shape:
+    return 1, of.latent_channels, size.height // of.latent_pixels, size.width // of.latent_pixels
+
+
+def _vae(latent_channels: int) -> Config:
+    """What all published ones have in common."""
+    return {"block_out_channels": (128, 256, 512, 512), "latent_channels": latent_channels}
 
 
 def _family(name: str, pipeline_class: str, defaults: Defaults, **own: Any) -> Family:
@@ -81,7 +114,6 @@ def _family(name: str, pipeline_class: str, defaults: Defaults, **own: Any) -> F
         name=name,
         pipeline_class=pipeline_class,
         media="image",
-        frame_stride=1,
         defaults=defaults,
         guidance="guidance_scale",
         needs_negative_prompt=False,
@@ -94,9 +126,10 @@ def _family(name: str, pipeline_class: str, defaults: Defaults, **own: Any) -> F
 SD15 = _family(
     "sd15",
     "StableDiffusionPipeline",
-    Defaults(512, 512, num_inference_steps=50, guidance_scale=7.5, true_cfg_scale=None),
+    Defaults(num_inference_steps=50, guidance_scale=7.5, true_cfg_scale=None),
     denoiser="unet",
-    size_multiple=8,
+    geometry=_geometry_sd15,
+    published={"unet": {"sample_size": 64}, "vae": _vae(4)},
     max_sequence_length=None,
     encode=_encode_sd15,
     embed_shapes=lambda config, _tokens: {"prompt_embeds": (1, CLIP_TOKENS, config["cross_attention_dim"])},
@@ -106,9 +139,10 @@ SD15 = _family(
 SDXL = _family(
     "sdxl",
     "StableDiffusionXLPipeline",
-    Defaults(1024, 1024, num_inference_steps=50, guidance_scale=5.0, true_cfg_scale=None),
+    Defaults(num_inference_steps=50, guidance_scale=5.0, true_cfg_scale=None),
     denoiser="unet",
-    size_multiple=8,
+    geometry=_geometry_sdxl,
+    published={"unet": {"sample_size": 128}, "vae": _vae(4)},
     max_sequence_length=None,
     encode=_encode_sdxl,
     embed_shapes=_embed_shapes_sdxl,
@@ -119,9 +153,10 @@ SDXL = _family(
 SD3 = _family(
     "sd3",
     "StableDiffusion3Pipeline",
-    Defaults(1024, 1024, num_inference_steps=28, guidance_scale=7.0, true_cfg_scale=None),
+    Defaults(num_inference_steps=28, guidance_scale=7.0, true_cfg_scale=None),
     denoiser="transformer",
-    size_multiple=16,
+    geometry=_geometry_sd3,
+    published={"transformer": {"sample_size": 128, "pos_embed_max_size": 192}, "vae": _vae(16)},
     max_sequence_length=256,
     encode=_encode_sd3,
     embed_shapes=lambda config, tokens: {

@@ -1,9 +1,11 @@
-"""Wan 2.1 text-to-video: classifier-free guidance by two forwards a step; latents [B, 16, F, H, W]."""
+"""Wan text-to-video: classifier-free guidance by two forwards a step; latents [B, C, F, H, W]."""
 
+from math import lcm
 from typing import TYPE_CHECKING
 
 from deployments.families.family import Defaults, Embeds, Family, Pipeline, Shape, unscale_normalized
-from deployments.request import GenerationRequest, Prompt
+from deployments.families.geometry import Configs, Geometry
+from deployments.request import MediaSize, Prompt
 
 if TYPE_CHECKING:
     import torch
@@ -23,10 +25,25 @@ def _unscale(pipe: Pipeline, latents: "torch.Tensor", _height: int, _width: int)
     return unscale_normalized(pipe, latents)
 
 
-def _latents_shape(pipe: Pipeline, request: GenerationRequest) -> Shape:
-    num_frames = (request.num_frames - 1) // pipe.vae_scale_factor_temporal + 1
-    factor = pipe.vae_scale_factor_spatial
-    return 1, pipe.vae.config.z_dim, num_frames, request.height // factor, request.width // factor
+def _geometry(configs: Configs) -> Geometry:
+    """The size by default is that of the pipeline's `__call__`; so is 16, by its `check_inputs`."""
+    transformer, vae = configs["transformer"], configs["vae"]
+    factor, stride = vae.get("scale_factor_spatial", 8), vae.get("scale_factor_temporal", 4)
+    _, *patch = transformer.get("patch_size", (1, 2, 2))
+    return Geometry(
+        *(832, 480),
+        size_multiple=lcm(16, *(factor * side for side in patch)),
+        latent_pixels=factor,
+        latent_channels=vae.get("z_dim", 16),
+        num_frames=81,
+        frame_stride=stride,
+        max_side=transformer.get("rope_max_seq_len", 1024) * factor * min(patch),
+    )
+
+
+def _latents_shape(of: Geometry, size: MediaSize) -> Shape:
+    num_frames = (size.num_frames - 1) // of.frame_stride + 1
+    return 1, of.latent_channels, num_frames, size.height // of.latent_pixels, size.width // of.latent_pixels
 
 
 WAN = Family(
@@ -34,11 +51,9 @@ WAN = Family(
     pipeline_class="WanPipeline",
     denoiser="transformer",
     media="video",
-    size_multiple=16,
-    frame_stride=4,
-    defaults=Defaults(
-        832, 480, num_inference_steps=50, guidance_scale=5.0, true_cfg_scale=None, num_frames=81, fps=16
-    ),
+    geometry=_geometry,
+    published={"transformer": {}, "vae": {}},
+    defaults=Defaults(num_inference_steps=50, guidance_scale=5.0, true_cfg_scale=None, fps=16),
     guidance="guidance_scale",
     needs_negative_prompt=False,
     max_sequence_length=512,

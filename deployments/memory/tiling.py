@@ -1,7 +1,10 @@
 """A VAE's tiles. The 2-D and the 3-D VAEs of diffusers name them differently."""
 
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
+
+import torch
 
 from deployments.memory.config import TilingConfig
 
@@ -25,9 +28,24 @@ def _set_2d(vae: Any, config: TilingConfig) -> None:
         _check(config.tile_size, factor)
         vae.tile_sample_min_size = config.tile_size
         vae.tile_latent_min_size = config.tile_size // factor
+    elif hasattr(vae, "spatial_scale_factor"):
+        vae.tile_latent_min_size = vae.tile_sample_min_size // factor
     # Whole latents, and exact: where rounding differs between latents and pixels, the picture gets another size.
     latents = vae.tile_latent_min_size
     vae.tile_overlap_factor = Fraction(min(max(1, round(latents * config.overlap)), latents - 1), latents)
+    if hasattr(vae, "spatial_scale_factor"):
+        _mend_tiny(vae, factor)
+
+
+def _mend_tiny(vae: Any, factor: int) -> None:
+    """AutoencoderTiny takes 8 for its factor, and blends a picture of one tile with parts of itself."""
+
+    def or_whole(tiled: Callable[..., torch.Tensor], whole: Callable[..., torch.Tensor], tile: int) -> Any:
+        return lambda x: whole(x) if max(x.shape[-2:]) <= tile else tiled(x)
+
+    vae.spatial_scale_factor = factor
+    vae._tiled_decode = or_whole(vae._tiled_decode, vae.decoder, vae.tile_latent_min_size)
+    vae._tiled_encode = or_whole(vae._tiled_encode, vae.encoder, vae.tile_sample_min_size)
 
 
 def _set_3d(vae: Any, config: TilingConfig) -> None:

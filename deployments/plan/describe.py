@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, PreTrainedModel
 
 from deployments.checkpoints.components import Stage, stage_components
+from deployments.checkpoints.geometry import with_geometry
 from deployments.checkpoints.json_file import read_json
 from deployments.checkpoints.source import fetch_configs
 from deployments.config import EncoderConfig, ModelConfig, StageConfig, TransformerConfig, VaeConfig
@@ -56,7 +57,7 @@ class Description:
     def __init__(self, model: ModelConfig, configs_dir: Path | None = None) -> None:
         """configs_dir: a folder in diffusers' layout to read instead of the checkpoint; weights may be missing."""
         folder = configs_dir or fetch_configs(model.checkpoint, revision=model.revision)
-        self._model = model.model_copy(update={"checkpoint": str(folder), "variant": None})
+        self._model = with_geometry(model.model_copy(update={"checkpoint": str(folder), "variant": None}))
         self._family = model.architecture
         self._folder = folder
         self._index = read_json(folder / "model_index.json")
@@ -141,7 +142,10 @@ class Description:
         if config.tiling is not None:
             set_tiles(model, config.tiling)
         dtype = resolve_dtype(config.dtype)
-        calls = [partial(model.decode, decode_inputs(skeleton.config, size, dtype)) for size in sizes]
+        calls = [
+            partial(model.decode, decode_inputs(skeleton.config, self._model.geometry, size, dtype))
+            for size in sizes
+        ]
         peak = max(working_bytes(model, call) for call in calls)
         return {"vae": as_stored(skeleton, config)}, peak
 

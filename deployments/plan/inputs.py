@@ -7,9 +7,10 @@ import torch
 from deployments.config import ModelConfig, TransformerConfig
 from deployments.engine.load import Denoiser
 from deployments.engine.merge import RULES, Inputs, Merger, num_tokens
-from deployments.engine.stand_in import StandIn
-from deployments.request import GenerationRequest, MediaSize, Prompt
+from deployments.request import MediaSize
+from deployments.stages.call import PipelineCall
 from deployments.stages.pipeline import load_pipeline
+from deployments.warm_up import default_request
 
 
 class _Called(Exception):
@@ -34,25 +35,14 @@ def denoiser_inputs(
         raise _Called(inputs)
 
     pipe = load_pipeline(denoiser.folder, denoiser.index, frozenset({"scheduler"}), config, variant=None)
-    device = torch.device("cpu")
-    stand_in = StandIn(denoiser.skeleton, dtype=denoiser.dtype, device=device, submit=submit)
-    setattr(pipe, denoiser.name, stand_in)
+    call = PipelineCall(pipe, denoiser, model.architecture)
     request = default_request(model, size)
-    shapes = model.architecture.embed_shapes(denoiser.config, num_text_tokens)
-    if request.prompt.is_guided:
-        shapes = {**shapes, **{f"negative_{name}": shape for name, shape in shapes.items()}}
+    embeds = call.blank_embeds(num_text_tokens, num_text_tokens if request.prompt.is_guided else None)
     try:
-        pipe(
-            **{name: torch.zeros(shape, dtype=denoiser.dtype) for name, shape in shapes.items()},
-            **model.architecture.call(request),
-            height=size.height,
-            width=size.width,
-            num_inference_steps=request.num_inference_steps,
-            output_type="latent",
-        )
+        call.run(embeds, request, submit, torch.device("cpu"))
     except _Called as called:
         return called.inputs
-    raise AssertionError(f"{type(pipe).__name__} never called its denoiser")
+    raise AssertionError(f"{call} never called its denoiser")
 
 
 def merged_inputs(denoiser: Denoiser, config: TransformerConfig, inputs: Inputs) -> tuple[Inputs, int]:
@@ -64,25 +54,3 @@ def merged_inputs(denoiser: Denoiser, config: TransformerConfig, inputs: Inputs)
         batch_size = min(batch_size, config.max_batch_tokens // tokens)
     batch_size = max(1, batch_size)
     return Merger(class_name).merge([inputs] * batch_size), batch_size
-
-
-def default_request(
-    model: ModelConfig, size: MediaSize, num_inference_steps: int | None = None
-) -> GenerationRequest:
-    """What somebody gets who asks for this size and nothing else."""
-    family, defaults = model.architecture, model.request_defaults
-    negative = defaults.negative_prompt
-    is_guided = family.is_guided(defaults.guidance_scale, defaults.true_cfg_scale, negative is not None)
-    return GenerationRequest(
-        Prompt("", negative if is_guided else None, is_guided),
-        width=size.width,
-        height=size.height,
-        num_frames=size.num_frames,
-        num_inference_steps=num_inference_steps or defaults.num_inference_steps,
-        guidance_scale=defaults.guidance_scale,
-        true_cfg_scale=defaults.true_cfg_scale,
-        seed=0,
-        output_format="png",
-        output_compression=100,
-        fps=defaults.fps,
-    )

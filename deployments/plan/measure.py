@@ -12,11 +12,11 @@ from torch import nn
 
 from deployments.config import ModelConfig, StageConfig
 from deployments.engine.blocks import block_names, tail_names
-from deployments.plan.inputs import default_request
 from deployments.plan.plan import StageConfigs
 from deployments.plan.profile import Times
 from deployments.request import MediaSize
 from deployments.stages import load_stage
+from deployments.warm_up import default_request
 
 _FORWARD = "the whole forward"
 Config = TypeVar("Config", bound=StageConfig)

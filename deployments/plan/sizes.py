@@ -96,8 +96,7 @@ class ModelSizes:
 
 def default_size(model: ModelConfig) -> MediaSize:
     """What a request gets that asks for none."""
-    defaults = model.request_defaults
-    return MediaSize(defaults.width, defaults.height, defaults.num_frames)
+    return model.default_size
 
 
 def largest(sizes: Sequence[MediaSize]) -> MediaSize:

@@ -6,13 +6,16 @@ import numpy as np
 import torch
 
 from deployments.checkpoints.components import fetch_stage, stage_components
+from deployments.checkpoints.geometry import with_geometry
 from deployments.config import ModelConfig, VaeConfig
 from deployments.device import resolve_device, resolve_dtype
 from deployments.memory.keeper import Keeper
 from deployments.memory.on_demand import turn_to_load
 from deployments.memory.share import take_share
 from deployments.memory.tiling import set_tiles
-from deployments.request import GenerationRequest
+from deployments.refusal import CannotServe, describe_cause
+from deployments.request import GenerationRequest, MediaSize
+from deployments.stages.finite import FiniteCheck, dtype_advice
 from deployments.stages.foresee import DecodeForesight
 from deployments.stages.media import MEDIA_TYPES, Frames, encode_media
 from deployments.stages.pipeline import load_pipeline, loaded_models
@@ -24,7 +27,9 @@ class Decoding:
 
     def __init__(self, model: ModelConfig, config: VaeConfig) -> None:
         torch.set_num_threads(config.num_threads)
-        self._family = model.architecture
+        model = with_geometry(model)
+        self._family, self._geometry = model.architecture, model.geometry
+        self.finite = FiniteCheck()
         folder, index = fetch_stage(model, "decode")
         keep = stage_components(index, self._family, "decode")
         self._device = resolve_device(config)
@@ -47,12 +52,30 @@ class Decoding:
             self.keeper = Keeper(loaded_models(self._pipe), config, self._device, own=own, share=share)
         self._foresee: DecodeForesight | None = None
         if self.keeper.needs.is_limited:
-            self._foresee = DecodeForesight(type(self._pipe.vae), folder, config)
+            self._foresee = DecodeForesight(type(self._pipe.vae), folder, config, self._geometry)
+        if config.compile is None and not config.moves_weights:  # else it would cost what a request costs
+            self._try()
+
+    @torch.no_grad()
+    def _try(self) -> None:
+        """Blank latents of the smallest size. Raises CannotServe."""
+        side = self._geometry.size_multiple
+        size = MediaSize(side, side)
+        try:
+            with self.keeper.at_work():
+                self._pixels(torch.zeros(self._family.latents_shape(self._geometry, size)), size)
+        except Exception as error:  # VAEs raise what they like
+            raise CannotServe(
+                f"the decode stage cannot run {type(self._pipe.vae).__name__}: {describe_cause(error)}"
+            ) from error
+        finally:
+            self.keeper.release()
 
     def warm_up(self, warm_up: WarmUp) -> None:
         """Blank latents of every size, to files."""
         for request in warm_up.requests:
-            self.decode_media(torch.zeros(self._family.latents_shape(self._pipe, request)), request)
+            latents = torch.zeros(self._family.latents_shape(self._geometry, request.size))
+            self.decode_media(latents, request)
 
     def check(self, request: GenerationRequest) -> None:
         """Raises NeverFits. Thread-safe; takes up to seconds the first time for a size."""
@@ -72,14 +95,35 @@ class Decoding:
 
     def _decode(self, latents: torch.Tensor, request: GenerationRequest) -> Frames:
         """What lay on the device for it is free again; frames leave it one by one, for float pixels are large."""
+        frames = torch.split(self._pixels(latents, request.size), 1)
+        return np.concatenate([self._to_uint8(frame) for frame in frames])
+
+    def _pixels(self, latents: torch.Tensor, size: MediaSize) -> torch.Tensor:
+        """[F, C, H, W], on the device."""
         latents = latents.to(self._device, self._dtype)
-        latents = self._family.unscale(self._pipe, latents, request.height, request.width)
-        pixels = self._pipe.vae.decode(latents, return_dict=False)[0]
-        frames = pixels[0].transpose(0, 1) if pixels.ndim == 5 else pixels  # [F, C, H, W]
-        return np.concatenate([self._to_uint8(frame) for frame in frames.split(1)])
+        latents = self._family.unscale(self._pipe, latents, size.height, size.width)
+        pixels: torch.Tensor = self._pipe.vae.decode(latents, return_dict=False)[0]
+        frames = pixels[0].transpose(0, 1) if pixels.ndim == 5 else pixels
+        self._check_size(frames, size)
+        return frames
+
+    def _check_size(self, frames: torch.Tensor, size: MediaSize) -> None:
+        """The last word on sizes: a VAE whose config says another factor than it has."""
+        num_frames, _, height, width = frames.shape
+        made = MediaSize(width, height, num_frames)
+        if made != size:
+            raise ValueError(
+                f"{type(self._pipe.vae).__name__} made {made} of latents for {size}: its config.json describes "
+                "another VAE"
+            )
+
+    def _explain(self) -> str:
+        advice = dtype_advice("vae.dtype", self._dtype)
+        return f"the pixels that {type(self._pipe.vae).__name__} decoded are NaN or infinite: {advice}"
 
     def _to_uint8(self, frame: torch.Tensor) -> Frames:
-        """By the pipeline's own processor, [1, C, H, W] -> [1, H, W, C]."""
+        """By the pipeline's own processor, [1, C, H, W] -> [1, H, W, C]. Raises NotFinite."""
+        self.finite.check(frame, self._explain)
         processor = getattr(self._pipe, "video_processor", None) or self._pipe.image_processor
         rounded: Frames = (processor.postprocess(frame, output_type="np") * 255).round().astype(np.uint8)
         return rounded

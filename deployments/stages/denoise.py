@@ -1,11 +1,8 @@
 """Noise to latents: diffusers' own pipeline call, driven over a stand-in for its denoiser.
 
-Every request runs in a thread of its own, on a shallow copy of the pipeline with a scheduler of its own
-(schedulers keep their state in themselves). So every scheduler and guidance mode of diffusers works, and the
-result is the pipeline's by construction.
+Every request runs in a thread of its own. What the result is, is the pipeline's by construction.
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -17,26 +14,34 @@ from cluster.object_store_transport import open_mailboxes
 from cluster.open_transport import open_transport
 from cluster.place import Place, Rendezvous, plan_backend
 from cluster.transport import open_store
+from deployments.checkpoints.geometry import read_geometry, with_geometry
 from deployments.config import ModelConfig, TransformerConfig
 from deployments.engine.blocks import shape_only_inputs
 from deployments.engine.engine import Engine
 from deployments.engine.load import load_rank, open_denoiser
 from deployments.engine.merge import Merger, takes_any_length
 from deployments.engine.outline import Outliner
-from deployments.engine.stand_in import StandIn
 from deployments.engine.step_queue import Seat
 from deployments.engine.work import Leader
 from deployments.families.family import Embeds
+from deployments.refusal import CannotServe, WrongField, describe_cause
 from deployments.request import GenerationRequest
+from deployments.stages.call import PipelineCall
+from deployments.stages.draws import Draws
+from deployments.stages.finite import FiniteCheck, dtype_advice
 from deployments.stages.follow import rank_stats
 from deployments.stages.foresee import ForwardForesight
 from deployments.stages.partial import OnPartial, PartialLatents
 from deployments.stages.pipeline import load_pipeline
+from deployments.stages.trial import Trial
 from deployments.stats import TransformerStats
 from deployments.warm_up import WarmUp
 
 OnStep = Callable[[int, torch.Tensor], None]
 """(steps done, latents after them), after every timestep: some schedulers have several to a step."""
+
+PIPELINE_ERRORS = (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError)
+"""What pipelines and schedulers raise of a field that they cannot take; and others of much else."""
 
 
 class Denoising:
@@ -44,17 +49,27 @@ class Denoising:
 
     def __init__(self, model: ModelConfig, config: TransformerConfig) -> None:
         torch.set_num_threads(config.num_threads)
+        model = with_geometry(model)
         self._family, self._config = model.architecture, config
         self._denoiser = open_denoiser(model, config)
+        self._check_geometry(model)
+        folder, index = self._denoiser.folder, self._denoiser.index
+        pipe = load_pipeline(folder, index, frozenset({"scheduler"}), config, variant=model.variant)
+        self._call = PipelineCall(pipe, self._denoiser, self._family)
+        self._trial = Trial(self._call, model, self._denoiser)
+        self._draws_noise = self._trial.start()
+        self.finite = FiniteCheck()
         self.loaded = load_rank(self._denoiser, model, config, rank=0)
         self._store: TCPStore | None = None
-        self._pipe = load_pipeline(
-            self._denoiser.folder,
-            self._denoiser.index,
-            frozenset({"scheduler"}),
-            config,
-            variant=model.variant,
-        )
+
+    def _check_geometry(self, model: ModelConfig) -> None:
+        """Requests were judged where the app was built, perhaps without this checkpoint. Raises CannotServe."""
+        found = read_geometry(self._denoiser.folder, self._family)
+        if found != model.geometry:
+            raise CannotServe(
+                f"the app was built for sizes that {self._denoiser.folder} does not make: {model.geometry}; its "
+                f"configs say {found}. Build it where model_index.json and every config.json can be read"
+            )
 
     def open_rendezvous(self, host: str, places: Sequence[Place]) -> Rendezvous:
         """Where the other ranks are to meet this one. host: an address of its node that they can reach."""
@@ -90,20 +105,14 @@ class Denoising:
         """Blank embeddings through all ranks, for every size. Once connected."""
         length = warm_up.max_sequence_length or self._family.max_sequence_length or 0
         for request in warm_up.requests:
-            embeds = self._blank_embeds(length)
-            if request.prompt.is_guided:
-                # Of another length where lengths differ: then torch compiles for any.
-                other = max(2, length // 2) if takes_any_length(self._denoiser.model_class.__name__) else length
-                embeds |= {f"negative_{name}": value for name, value in self._blank_embeds(other).items()}
+            # Of another length where lengths differ: then torch compiles for any.
+            other = max(2, length // 2) if takes_any_length(self._denoiser.model_class.__name__) else length
+            embeds = self._call.blank_embeds(length, other if request.prompt.is_guided else None)
             seat = self.join()
             try:
                 self.denoise(seat, embeds, request, on_step=lambda _step, _latents: None)
             finally:
                 self.leave(seat)
-
-    def _blank_embeds(self, num_tokens: int) -> dict[str, torch.Tensor]:
-        shapes = self._family.embed_shapes(self._denoiser.config, num_tokens)
-        return {name: torch.zeros(shape) for name, shape in shapes.items()}
 
     def join(self) -> Seat:
         """A seat for one request; `leave` frees it."""
@@ -138,7 +147,10 @@ class Denoising:
         num_partial_images: int = 0,
         on_partial: OnPartial | None = None,
     ) -> torch.Tensor:
-        """The latents as the pipeline returns them, on the CPU. Blocks; raises Cancelled."""
+        """The latents as the pipeline returns them, on the CPU. Blocks.
+
+        Raises Cancelled, WrongField, NotFinite, or what the engine does.
+        """
         partials = None if on_partial is None else PartialLatents(num_partial_images, on_partial)
 
         def after_step(pipe: Any, index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -147,38 +159,33 @@ class Denoising:
                 partials.after_step(pipe, index, tensors["latents"])
             return {}
 
-        latents: torch.Tensor = self._pipeline(seat)(
-            **{name: self._place(value) for name, value in embeds.items()},
-            **self._family.call(request),
-            height=request.height,
-            width=request.width,
-            num_inference_steps=request.num_inference_steps,
-            generator=torch.Generator("cpu").manual_seed(request.seed),
-            output_type="latent",
-            return_dict=False,
-            callback_on_step_end=after_step,
-        )[0]
+        device = self._denoiser.device
+        try:
+            latents = self._call.run(
+                embeds,
+                request,
+                partial(self.engine.forward, seat),
+                device,
+                draws=Draws(request.seed, device) if self._draws_noise else None,
+                after_step=after_step,
+            )
+        except PIPELINE_ERRORS as error:
+            field = self._trial.find_fault(request)
+            if field is None:
+                raise
+            raise WrongField(f"{self._call} does not take this {field}: {describe_cause(error)}", field) from error
+        self.finite.check(latents, partial(self._explain, request))
         return latents.cpu().contiguous()
 
-    def _pipeline(self, seat: Seat) -> Any:
-        """A copy of the pipeline that is this request's own, down to the scheduler, but for the weights."""
-        pipe = copy.copy(self._pipe)
-        pipe.scheduler = copy.deepcopy(self._pipe.scheduler)
-        stand_in = StandIn(
-            self._denoiser.skeleton,
-            dtype=self._denoiser.dtype,
-            device=self._denoiser.device,
-            submit=partial(self.engine.forward, seat),
-        )
-        setattr(pipe, self._denoiser.name, stand_in)
-        return pipe
-
-    def _place(self, value: torch.Tensor | None) -> torch.Tensor | None:
-        """On the denoiser's device; embeddings in its dtype, masks in their own."""
-        if value is None:
-            return None
-        dtype = self._denoiser.dtype if value.is_floating_point() else value.dtype
-        return value.to(self._denoiser.device, dtype)
+    def _explain(self, request: GenerationRequest) -> str:
+        """Why latents are no numbers."""
+        what = f"the latents are NaN or infinite after {request.num_inference_steps} steps of {self._call}"
+        if not self._trial.is_finite(request):
+            return (
+                f"{what}, whatever the model predicts: its scheduler divides by zero. Ask for more "
+                "num_inference_steps, or check prediction_type and rescale_betas_zero_snr in its config"
+            )
+        return f"{what}: {dtype_advice('transformer.dtype', self._denoiser.dtype)}"
 
 
 def _num_done(pipe: Any, index: int, num_inference_steps: int) -> int:

@@ -14,6 +14,7 @@ from deployments.device import resolve_dtype
 from deployments.engine.blocks import block_bytes, build_skeleton
 from deployments.engine.load import Denoiser, cut_ranks
 from deployments.engine.merge import Inputs
+from deployments.families import Geometry
 from deployments.memory.config import MemoryConfig
 from deployments.memory.resident import device_bytes
 from deployments.memory.stored import as_stored, dequantized_bytes
@@ -50,7 +51,8 @@ class ForwardForesight:
 class DecodeForesight:
     """Of a VAE's decode."""
 
-    def __init__(self, vae_class: Any, folder: Path, config: VaeConfig) -> None:
+    def __init__(self, vae_class: Any, folder: Path, config: VaeConfig, geometry: Geometry) -> None:
+        self._geometry = geometry
         skeleton = build_skeleton(vae_class, folder, "vae")
         self._dtype, self._model = resolve_dtype(config.dtype), _model(skeleton, config)
         self._weights = device_bytes({"": as_stored(skeleton, config)}, config)
@@ -59,21 +61,17 @@ class DecodeForesight:
 
     def __call__(self, size: MediaSize) -> tuple[int, int]:
         """(bytes of weights on the device, bytes of tensors in the decode of one picture or video)"""
-        run = partial(self._model.decode, decode_inputs(self._model.config, size, self._dtype))
+        run = partial(self._model.decode, decode_inputs(self._model.config, self._geometry, size, self._dtype))
         return self._weights, _working(self._model, run)
 
 
-def decode_inputs(vae_config: Mapping[str, Any], size: MediaSize, dtype: torch.dtype) -> torch.Tensor:
+def decode_inputs(
+    vae_config: Mapping[str, Any], of: Geometry, size: MediaSize, dtype: torch.dtype
+) -> torch.Tensor:
     """What `vae.decode` takes: [1, C, H, W], or [1, C, F, H, W] of the VAEs that know time."""
-    if "z_dim" in vae_config:
-        space = 2 ** len(vae_config["temperal_downsample"])
-        time = 2 ** sum(vae_config["temperal_downsample"])
-        frames = (size.num_frames - 1) // time + 1
-        shape = (1, vae_config["z_dim"], frames, size.height // space, size.width // space)
-        return torch.empty(shape, dtype=dtype, device=META)
-    space = 2 ** (len(vae_config["block_out_channels"]) - 1)
-    shape_2d = (1, vae_config["latent_channels"], size.height // space, size.width // space)
-    return torch.empty(shape_2d, dtype=dtype, device=META)
+    frames = ((size.num_frames - 1) // of.frame_stride + 1,) if "z_dim" in vae_config else ()
+    shape = (1, of.latent_channels, *frames, size.height // of.latent_pixels, size.width // of.latent_pixels)
+    return torch.empty(shape, dtype=dtype, device=META)
 
 
 def _model(skeleton: nn.Module, config: MemoryConfig) -> Any:

@@ -1,30 +1,52 @@
 """A diffusers pipeline of which only some components are loaded."""
 
+from collections.abc import Iterator
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
 import diffusers
+from diffusers import ModelMixin
 from diffusers.utils import logging as diffusers_logging
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from deployments.checkpoints.components import ModelIndex, component_names
+from deployments.checkpoints.components import ModelIndex, component_names, left_out
 from deployments.config import StageConfig
 from deployments.device import resolve_dtype
+from deployments.engine.blocks import build_skeleton
 from deployments.memory.quantize import plan_pipeline_quantization
+
+
+class Elsewhere:
+    """What a pipeline finds in place of a model that another stage has: its config, and no weights.
+
+    No `nn.Module`, for pipelines take their device from those that they have.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "_model":
+            raise AttributeError(name)
+        return getattr(self._model, name)
 
 
 def load_pipeline(
     folder: Path, index: ModelIndex, keep: frozenset[str], config: StageConfig, *, variant: str | None
 ) -> Any:
-    """The checkpoint's own pipeline class with the components named in `keep`; all others are None.
+    """The checkpoint's own pipeline class with the components named in `keep`.
 
-    Safety checkers and image encoders are none of the three stages' and are never loaded.
+    Denoisers and VAEs that are not among them are known to it by their configs, and so are the sizes that it
+    computes from them; all else is None. Safety checkers and image encoders are none of the three stages' and are
+    never loaded.
     """
     for library in (diffusers_logging, transformers_logging):
         library.disable_progress_bar()
         library.set_verbosity_error()  # their warnings advise on calls that are not ours to change
-    absent: dict[str, Any] = dict.fromkeys(component_names(index) - keep)
+    absent: dict[str, Any] = dict.fromkeys((component_names(index) - keep) | left_out(index))
+    known = dict(_known_models(folder, index, frozenset(absent)))
     if "requires_safety_checker" in index:
         absent["requires_safety_checker"] = False
     options: dict[str, Any] = {"dtype": resolve_dtype(config.dtype), "variant": variant}
@@ -35,9 +57,35 @@ def load_pipeline(
         )
     # DiffusionPipeline's own takes Wan's optional transformer for a setting, and would load it in every stage.
     pipeline_class = getattr(diffusers, index["_class_name"], diffusers.DiffusionPipeline)
-    pipe = pipeline_class.from_pretrained(folder, **absent, **options, local_files_only=True)
+    pipe = pipeline_class.from_pretrained(folder, **absent | known, **options, local_files_only=True)
+    for name, model in known.items():
+        setattr(pipe, name, Elsewhere(model))
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _known_models(folder: Path, index: ModelIndex, names: frozenset[str]) -> Iterator[tuple[str, nn.Module]]:
+    """Of diffusers' models among `names`, those whose configs are here."""
+    for name in names & component_names(index):
+        library, class_name = index[name]
+        model_class = getattr(diffusers, class_name, None) if library == "diffusers" else None
+        if not isinstance(model_class, type) or not issubclass(model_class, ModelMixin):
+            continue
+        if (folder / name / "config.json").is_file():
+            # Pipelines ask a VAE for more than its config, and it is small; a denoiser takes up to 2 s to build.
+            build = build_skeleton if name.startswith("vae") else _build_face
+            yield name, build(model_class, folder, name)
+
+
+def _build_face(model_class: Any, folder: Path, subfolder: str) -> nn.Module:
+    """A model without modules: of its class, with its config."""
+    parameters = signature(model_class.__init__).parameters.values()
+    defaults = {each.name: each.default for each in parameters if each.default is not Parameter.empty}
+    config = model_class.load_config(folder, subfolder=subfolder, local_files_only=True)
+    face: nn.Module = model_class.__new__(model_class)
+    nn.Module.__init__(face)
+    model_class.register_to_config(face, **defaults | config)
+    return face
 
 
 def loaded_models(pipe: Any) -> dict[str, nn.Module]:

@@ -5,11 +5,12 @@ from pathlib import Path
 
 from diffusers import FluxPipeline, FluxTransformer2DModel
 
+from deployments.checkpoints.geometry import with_geometry
 from deployments.checkpoints.source import fetch_checkpoint, with_family
 from deployments.config import ModelConfig
-from deployments.plan.inputs import default_request
 from deployments.plan.sizes import default_size
 from deployments.request import GenerationRequest, Prompt
+from deployments.warm_up import default_request
 
 
 def bench_model(name: str, folder: Path) -> ModelConfig:
@@ -20,7 +21,8 @@ def bench_model(name: str, folder: Path) -> ModelConfig:
     elif name == "100M":
         checkpoint, size = str(_write_medium_flux(folder / name)), 256
     defaults = {"width": size, "height": size}
-    return with_family(ModelConfig.model_validate({"name": name, "checkpoint": checkpoint, "defaults": defaults}))
+    model = ModelConfig.model_validate({"name": name, "checkpoint": checkpoint, "defaults": defaults})
+    return with_geometry(with_family(model))
 
 
 def bench_request(model: ModelConfig, num_steps: int) -> GenerationRequest:

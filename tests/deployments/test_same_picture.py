@@ -190,7 +190,7 @@ def test_so_they_do_at_the_oddest_size_that_the_family_takes(
     processes: Processes, plain: Callable[..., Any], family: str
 ) -> None:
     """A UNet halves 5 x 3 latents, and must find its way back."""
-    multiple = FAMILIES[family].size_multiple
+    multiple = FAMILIES[family].geometry(FAMILIES[family].published).size_multiple
     request = build_request(family, guided=True, width=5 * multiple, height=3 * multiple)
     check_same_picture(processes, plain, family, request)
 
@@ -277,33 +277,10 @@ def test_another_seed_or_prompt_draws_another_picture(processes: Processes, fami
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 def test_defaults_are_those_of_the_pipelines_call(family: Any) -> None:
     call = inspect.signature(getattr(diffusers, family.pipeline_class).__call__).parameters
-    for name in ("num_inference_steps", "guidance_scale", "true_cfg_scale", "num_frames", "max_sequence_length"):
+    for name in ("num_inference_steps", "guidance_scale", "true_cfg_scale", "max_sequence_length"):
         if name in call:
             ours = family.max_sequence_length if name == "max_sequence_length" else getattr(family.defaults, name)
             assert ours == call[name].default, name
-
-
-@pytest.mark.parametrize("family", ["flux", "qwen-image"])
-def test_the_default_size_is_the_pipelines(plain_pipeline: Callable[[str], Any], family: str) -> None:
-    pipe, defaults = plain_pipeline(family), FAMILIES[family].defaults
-    assert defaults.width == defaults.height == pipe.default_sample_size * pipe.vae_scale_factor
-
-
-def test_the_default_size_of_a_video_is_the_pipelines() -> None:
-    call = inspect.signature(diffusers.WanPipeline.__call__).parameters
-    defaults = FAMILIES["wan"].defaults
-    assert (defaults.width, defaults.height) == (call["width"].default, call["height"].default)
-
-
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-def test_size_multiple_is_the_vaes_factor_times_the_patch(
-    plain_pipeline: Callable[[str], Any], family: Any
-) -> None:
-    pipe = plain_pipeline(family.name)
-    factor = getattr(pipe, "vae_scale_factor", None) or pipe.vae_scale_factor_spatial
-    packed = 2 if family.name in {"flux", "qwen-image"} else 1  # these pipelines pack 2 x 2 latents themselves
-    patch = getattr(pipe, family.denoiser).config.get("patch_size", 1) if packed == 1 else 2
-    assert family.size_multiple == factor * (patch[-1] if isinstance(patch, tuple | list) else patch)
 
 
 @pytest.fixture(scope="module")

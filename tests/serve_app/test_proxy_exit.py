@@ -17,7 +17,7 @@ TAKES_S = 4.0
 PROGRAM = """
 import asyncio, sys, threading
 import uvicorn
-from serve_app.proxy_exit import middlewares
+from serve_app.proxy_exit import ExitOnSigterm
 
 async def app(scope, receive, send):
     if scope["type"] != "http":
@@ -26,8 +26,7 @@ async def app(scope, receive, send):
     await send({"type": "http.response.start", "status": 200, "headers": []})
     await send({"type": "http.response.body", "body": b"served"})
 
-[middleware] = middlewares()
-app = middleware.cls(app, *middleware.args, **middleware.kwargs)
+app = ExitOnSigterm(app)
 server = threading.Thread(target=uvicorn.run, args=(app,), kwargs={"port": int(sys.argv[1]), "lifespan": "off"})
 server.start()
 server.join()

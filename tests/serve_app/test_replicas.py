@@ -12,6 +12,7 @@ from PIL import Image
 from ray import serve
 
 from cluster.serve_options import plan_serve_options
+from deployments.checkpoints.geometry import with_geometry
 from deployments.config import ModelConfig, TransformerConfig
 from deployments.stats import TransformerStats
 from deployments.transformer import Transformer
@@ -23,14 +24,16 @@ from tests.conftest import PATIENCE_S, TEXT_TOKENS, App
 
 pytestmark = pytest.mark.slow
 
-MODEL = ModelConfig.model_validate(
-    {
-        "name": "tiny-flux",
-        "checkpoint": "tiny://flux",
-        "family": "flux",
-        "defaults": {"width": 64, "height": 64, "num_inference_steps": 4},
-        "warm_up": ["64x64"],
-    }
+MODEL = with_geometry(
+    ModelConfig.model_validate(
+        {
+            "name": "tiny-flux",
+            "checkpoint": "tiny://flux",
+            "family": "flux",
+            "defaults": {"width": 64, "height": 64, "num_inference_steps": 4},
+            "warm_up": ["64x64"],
+        }
+    )
 )
 NUM_WARM_UP_STEPS = 2
 

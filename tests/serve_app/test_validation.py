@@ -7,7 +7,7 @@ import pytest
 from openai.types.image_generate_params import ImageGenerateParamsBase
 
 from deployments.config import DefaultsConfig, ModelConfig
-from deployments.families import FAMILIES
+from deployments.families import FAMILIES, Geometry
 from deployments.request import GenerationRequest, Prompt
 from serve_app.app import build_app
 from serve_app.config import AppConfig, ConfigError, LimitsConfig
@@ -22,7 +22,12 @@ NEVER_GUIDED_ALONE = {"flux", "qwen-image"}
 def build_validator(family: str, *, limits: dict[str, Any] | None = None, **defaults: Any) -> Validator:
     own = DefaultsConfig(**defaults)
     model = ModelConfig(name="m", checkpoint=f"tiny://{family}", family=family, defaults=own)
-    return Validator(model, LimitsConfig(**limits or {}))
+    return Validator(model.with_geometry(published(family)), LimitsConfig(**limits or {}))
+
+
+def published(family: str) -> Geometry:
+    """What sizes the published model makes."""
+    return FAMILIES[family].geometry(FAMILIES[family].published)
 
 
 def one(family: str, **fields: Any) -> GenerationRequest:
@@ -37,10 +42,12 @@ def refusal(family: str, **fields: Any) -> BadRequest:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_a_request_leaves_out_is_the_familys_default(family: str) -> None:
-    request, defaults = one(family), FAMILIES[family].defaults
-    for name in ("width", "height", "num_inference_steps", "guidance_scale", "true_cfg_scale", "num_frames"):
+def test_what_a_request_leaves_out_is_the_familys_default_or_the_checkpoints(family: str) -> None:
+    request, defaults, geometry = one(family), FAMILIES[family].defaults, published(family)
+    for name in ("num_inference_steps", "guidance_scale", "true_cfg_scale"):
         assert getattr(request, name) == getattr(defaults, name), name
+    for name in ("width", "height", "num_frames"):
+        assert getattr(request, name) == getattr(geometry, name), name
 
 
 def test_the_configs_default_goes_before_the_familys_and_the_request_before_both() -> None:
@@ -109,7 +116,7 @@ def test_a_scale_that_means_nothing_to_a_family_is_refused(family: str, field: s
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_size_error_names_the_nearest_size_and_that_one_is_taken(family: str) -> None:
-    multiple = FAMILIES[family].size_multiple
+    multiple = published(family).size_multiple
     error = refusal(family, size=f"{5 * multiple + 1}x{4 * multiple - 1}")
     assert error.param == "size"
     assert f"nearest: {5 * multiple}x{4 * multiple}" in error.message
@@ -130,7 +137,7 @@ def test_sides_that_fit_are_refused_when_their_product_does_not() -> None:
 def test_seconds_become_frames_that_the_family_can_make(seconds: float, fps: int, num_frames: int) -> None:
     request = one("wan", seconds=seconds, fps=fps)
     assert (request.num_frames, request.fps) == (num_frames, fps)
-    assert request.num_frames % FAMILIES["wan"].frame_stride == 1
+    assert request.num_frames % published("wan").frame_stride == 1
 
 
 def test_num_frames_goes_before_seconds() -> None:
