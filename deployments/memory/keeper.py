@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cluster import accelerator
 from cluster.turn import Turn
 from deployments.config import StageConfig
 from deployments.device import resolve_dtype
@@ -27,7 +28,7 @@ from deployments.memory.kernels import set_attention_backend, set_channels_last
 from deployments.memory.mapped import check_mapped, mapped_bytes
 from deployments.memory.needs import Needs
 from deployments.memory.offload import offload
-from deployments.memory.on_demand import Guest, give_back, open_guest, open_turn
+from deployments.memory.on_demand import Guest, open_guest, open_turn
 from deployments.memory.share import Share
 from deployments.memory.trace import trace_unet
 from deployments.memory.vram_limit import VramLimit
@@ -72,7 +73,7 @@ class Keeper:
         self._fit()
         if device_map is None:
             self._place()
-            give_back(device)  # quantised weights may have been there and gone
+            accelerator.empty_cache(device)  # quantised weights may have been there and gone
         else:
             self._applied.append(f"device_map: {device_map}")
         self._capture()
@@ -110,7 +111,7 @@ class Keeper:
         for hook in self._staying:
             hook.offload()
         if self._staying:
-            give_back(self._device)
+            accelerator.empty_cache(self._device)
 
     def stats(self) -> MemoryStats:
         """Of this process, which holds nothing but these models."""
@@ -136,7 +137,7 @@ class Keeper:
 
     def _peaks(self) -> tuple[int, int]:
         """(allocated, reserved)"""
-        if self._device.type == "cuda":
+        if accelerator.is_accelerator(self._device):
             return self.needs.peaks()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return peak, peak
