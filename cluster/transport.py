@@ -196,6 +196,7 @@ class _Edge:
         """None on the CPU."""
         self._gloo = dist.ProcessGroupGloo(PrefixStore("gloo", store), end, 2, options)
         self._nccl: Any = None
+        self._spare = torch.empty(0)
         if backend == "nccl":
             nccl_options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
             nccl_options._timeout = _FOREVER

@@ -192,6 +192,13 @@ class TransformerConfig(StageConfig):
 class VaeConfig(StageConfig):
     """The VAE, and the encoder of pictures and videos."""
 
+    @model_validator(mode="after")
+    def _check_offload(self) -> Self:
+        if self.offload is not None and self.offload.use_stream and self.offload.level == "leaf":
+            # Nobody calls a VAE's forward, at which diffusers would learn the order of its layers.
+            raise ValueError("offload.use_stream fetches nothing ahead in a VAE layer by layer: set level: block")
+        return self
+
     slicing: bool = Field(False, description="decode a batch one picture at a time")
     tiling: Annotated[TilingConfig | None, OFF] = Field(
         None, description="decode in overlapping tiles, in bounded memory; seams are blended"
