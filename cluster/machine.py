@@ -6,7 +6,7 @@ import platform
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
+from cluster import accelerator
 
 LIBRARIES = ("torch", "diffusers", "transformers", "ray")
 
@@ -14,13 +14,12 @@ LIBRARIES = ("torch", "diffusers", "transformers", "ray")
 def describe_machine() -> dict[str, str]:
     """Processor, cores, memory, GPUs, versions and today's date, as short strings."""
     memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "date": datetime.date.today().isoformat(),
         "processor": _processor(),
         "cores": str(os.cpu_count()),
         "memory": f"{memory_gib:.0f} GiB",
-        "gpus": ", ".join(gpus) or "none",
+        "gpus": ", ".join(accelerator.device_names()) or "none",
         "python": platform.python_version(),
         **{name: version(name) for name in LIBRARIES},
     }

@@ -21,12 +21,14 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from cluster import accelerator
+
 _ALIGNMENT_BYTES = 64
 _HEADER = struct.Struct("5q")
 HEADER_BYTES = _ALIGNMENT_BYTES
-_ROOM_TIMEOUT_S = 20.0
-"""Longer than a rank computes on what it has before it gives memory back."""
 _ROOM_PERIOD_S = 0.05
+_ROOM_TRIES = 20
+"""While nothing is at work here: what was, may still be on its way out."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,18 +80,22 @@ class Packed:
         return self.host.nbytes + self.device.nbytes
 
 
-def empty_host(num_bytes: int, staging: torch.device) -> Tensor:
-    """Pinned if the accelerator's tensors are staged in it."""
-    is_pinned = staging.type == "cpu" and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=is_pinned)
+def never() -> bool:
+    """Nothing is at work."""
+    return False
 
 
 def when_there_is_room(
-    allocate: Callable[[], Tensor], timeout_s: float = _ROOM_TIMEOUT_S, period_s: float = _ROOM_PERIOD_S
+    allocate: Callable[[], Tensor], is_busy: Callable[[], bool] = never, period_s: float = _ROOM_PERIOD_S
 ) -> Tensor:
-    """What allocate returns, tried again while the GPU is full: of what is computed meanwhile, much is freed."""
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
+    """What allocate returns, tried again while the GPU is full: of what is computed meanwhile, much is freed.
+
+    is_busy: whether this process has other work that will give memory back, however long it takes.
+    Raises torch.OutOfMemoryError where that is done, and there is no room still.
+    """
+    num_tries = 0
+    while is_busy() or num_tries < _ROOM_TRIES:
+        num_tries = 0 if is_busy() else num_tries + 1
         try:
             return allocate()
         except torch.OutOfMemoryError:
@@ -105,12 +111,19 @@ def pack(message: Message, staging: torch.device) -> Packed:
     """
     try:
         return _pack(message, staging)
+    except torch.OutOfMemoryError as error:
+        return _pack(Message(message.batch_id, None, out_of_memory(error)), staging)
     except Exception as error:
         reason = RuntimeError(f"micro-batch {message.batch_id} cannot be sent to another rank: {error!r}")
         return _pack(Message(message.batch_id, None, reason), staging)
 
 
-def unpack(packed: Packed, device: torch.device) -> Message:
+def out_of_memory(error: torch.OutOfMemoryError) -> torch.OutOfMemoryError:
+    """The same without its frames, which keep tensors alive."""
+    return torch.OutOfMemoryError(str(error))
+
+
+def unpack(packed: Packed, device: torch.device, is_busy: Callable[[], bool] = never) -> Message:
     """Put the message together again, tensors of the accelerator on `device`; the copies may not be done yet.
 
     Its tensors are writable views of `packed`, so a small one keeps its whole buffer alive. Strides are kept
@@ -119,13 +132,13 @@ def unpack(packed: Packed, device: torch.device) -> Message:
     """
     header, meta, host, staged = packed.parts
     try:
-        payload = when_there_is_room(lambda: staged.to(device, non_blocking=True))
-        if payload.is_cuda:
+        payload = when_there_is_room(lambda: staged.to(device, non_blocking=True), is_busy)
+        if accelerator.is_accelerator(payload.device):
             # Allocated on a stream for copies, it may be used again when the default stream is done with it.
-            payload.record_stream(torch.cuda.default_stream(payload.device))
+            payload.record_stream(accelerator.default_stream(payload.device))
         body, error = _Unpickler(io.BytesIO(meta.numpy().data), host, payload).load()
     except torch.OutOfMemoryError as reason:
-        body, error = None, torch.OutOfMemoryError(str(reason))  # without the frames
+        body, error = None, out_of_memory(reason)
     except Exception as reason:
         body = None
         error = RuntimeError(f"micro-batch {header.batch_id} cannot be read on another rank: {reason!r}")
@@ -216,7 +229,9 @@ def _pack(message: Message, staging: torch.device) -> Packed:
     header = Header(message.batch_id, _aligned(len(meta)), pickler.num_host, num_staged, num_device)
 
     packed = Packed(
-        empty_host(header.num_host_bytes, staging), torch.empty(num_device, dtype=torch.uint8, device=staging)
+        # Pinned if the accelerator's tensors are staged in it.
+        torch.empty(header.num_host_bytes, dtype=torch.uint8, pin_memory=num_staged > 0),
+        torch.empty(num_device, dtype=torch.uint8, device=staging),
     )
     _HEADER.pack_into(packed.host.numpy().data, 0, *header)
     _, place_of_meta, host, device = packed.parts

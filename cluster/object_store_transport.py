@@ -3,7 +3,7 @@
 For where process groups do not work, and to compare them with: a hand-off takes 4 to 16 times as long.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import ray
@@ -11,7 +11,8 @@ import torch
 from ray.exceptions import RayError
 from ray.util.queue import Queue
 
-from cluster.message import Message, Packed, pack, unpack
+from cluster import accelerator
+from cluster.message import Message, Packed, never, pack, unpack
 from cluster.transport import PeerLost
 
 _CPU = torch.device("cpu")
@@ -37,7 +38,7 @@ class ObjectStoreTransport:
 
     def send(self, message: Message) -> None:
         packed = pack(message, _CPU)
-        self._synchronize()
+        accelerator.synchronize_stream(self._device)
         try:
             if self._is_closed:
                 raise PeerLost(f"rank {self._rank} has closed its transport")
@@ -47,7 +48,7 @@ class ObjectStoreTransport:
             raise PeerLost(f"rank {self._rank} cannot send to the next rank: {error}") from error
         self.bytes_sent += packed.num_bytes
 
-    def receive(self) -> Message:
+    def receive(self, is_busy: Callable[[], bool] = never) -> Message:
         try:
             references = [] if self._is_closed else self._mailbox.get()
             if not references:
@@ -55,8 +56,8 @@ class ObjectStoreTransport:
             buffers = (torch.tensor(array) for array in ray.get(references[0]))  # copies what is read-only
         except RayError as error:
             raise PeerLost(f"rank {self._rank} cannot receive from the rank before: {error}") from error
-        message = unpack(Packed(*buffers), self._device)
-        self._synchronize()
+        message = unpack(Packed(*buffers), self._device, is_busy)
+        accelerator.synchronize_stream(self._device)
         return message
 
     def close(self) -> None:
@@ -64,7 +65,3 @@ class ObjectStoreTransport:
         for mailbox in (self._mailbox, self._next_mailbox):
             with suppress(RayError):
                 mailbox.put([])
-
-    def _synchronize(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from cluster import accelerator
 from cluster.message import Message
 from cluster.transport import Transport
 
@@ -97,6 +98,8 @@ class Ring:
         self._lock = threading.Lock()
         self._is_over, self._has_failed = False, False
         self._num_computed, self._busy_s = 0, 0.0
+        self._num_held = 0
+        """Messages that this rank computes, is to compute or sends: each gives memory back."""
 
     def start(self) -> None:
         steps: dict[str, Callable[[], bool]] = {"compute": self._compute_one}
@@ -137,8 +140,7 @@ class Ring:
 
     def _run(self, step: Callable[[], bool]) -> None:
         try:
-            if self._device.type == "cuda" and self._device.index is not None:
-                torch.cuda.set_device(self._device)  # for this thread
+            accelerator.use_device(self._device)
             while step():
                 pass
         except StopRing:
@@ -147,7 +149,7 @@ class Ring:
             self._fail(error)
 
     def _receive_one(self, transport: Transport) -> bool:
-        message = transport.receive()
+        message = transport.receive(lambda: self._num_held > 0)
         if message.batch_id == _GOODBYE.batch_id:
             self._end()
             self._stop_threads(_GOODBYE)
@@ -171,6 +173,7 @@ class Ring:
         message = self._outbox.get()
         if message is not None:
             transport.send(message)
+            self._hold(-1)
         return message is not None
 
     def _watch(self, stuck_after_s: float) -> bool:
@@ -188,6 +191,7 @@ class Ring:
         if self._source is None:
             return self._inbox.get()
         message = self._source()
+        self._hold(1)
         self._traffic.take_off()
         return message
 
@@ -213,16 +217,20 @@ class Ring:
         It may be sent at once, then, and by a stream that knows nothing of compute; errors belong to it alone;
         and rank 0 takes the next one no sooner than the GPU has time for it.
         """
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()
+        accelerator.synchronize_stream(self._device)
 
     def _arrive(self, message: Message) -> None:
         """Before compute, or back at rank 0."""
         if self._sink is None:
+            self._hold(1)
             self._inbox.put(message)
         else:
             self._traffic.land()
             self._sink(message)
+
+    def _hold(self, change: int) -> None:
+        with self._lock:
+            self._num_held += change
 
     # The end.
 

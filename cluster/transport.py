@@ -3,7 +3,7 @@
 import socket
 from collections import deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -13,7 +13,18 @@ import torch.distributed
 from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-from cluster.message import HEADER_BYTES, Header, Message, Packed, empty_host, pack, unpack, when_there_is_room
+from cluster import accelerator
+from cluster.message import (
+    HEADER_BYTES,
+    Header,
+    Message,
+    Packed,
+    never,
+    out_of_memory,
+    pack,
+    unpack,
+    when_there_is_room,
+)
 from cluster.place import Backend
 
 _FOREVER = timedelta(days=365)  # a shorter one would end an idle ring; whether a ring is stuck is its own matter
@@ -22,6 +33,8 @@ _TAG, _UNUSED_TAG = 0, 1
 _SENDER, _RECEIVER = 0, 1
 _NUM_LAST_SIZES = 16
 """Long enough for micro-batches of a few signatures in turn, short because each keeps the room of the largest."""
+_PIECE_BYTES = 2**24
+"""Of a buffer on the accelerator, in one transfer: so much room its receiver keeps for what it has no room for."""
 
 dist: Any = torch.distributed  # its stubs lack the groups' send and recv
 
@@ -43,10 +56,13 @@ class Transport(Protocol):
         micro-batch may be on it already.
         """
 
-    def receive(self) -> Message:
+    def receive(self, is_busy: Callable[[], bool] = never) -> Message:
         """Block until the rank before has sent something, however long it takes. Raises PeerLost.
 
-        Tensors are complete, and for use on the default stream.
+        Tensors are complete, and for use on the default stream. What finds no room is a message with an
+        OutOfMemoryError.
+
+        is_busy: whether this rank is at other work, which will give memory back; so long it waits for room.
         """
 
     def close(self) -> None:
@@ -118,7 +134,7 @@ class GroupTransport:
         self._greet()
 
     def send(self, message: Message) -> None:
-        with self._outgoing.stream_context():
+        with accelerator.on_stream(self._outgoing.stream):
             packed = pack(message, self._staging)
             try:
                 self._outgoing.send(packed)
@@ -127,11 +143,10 @@ class GroupTransport:
                 raise PeerLost(f"rank {self._rank} cannot send to rank {self._next_rank}: {error}") from error
         self.bytes_sent += packed.num_bytes
 
-    def receive(self) -> Message:
-        with self._incoming.stream_context():
+    def receive(self, is_busy: Callable[[], bool] = never) -> Message:
+        with accelerator.on_stream(self._incoming.stream):
             try:
-                packed = self._incoming.receive(self._staging)
-                message = unpack(packed, self._device)
+                message = self._incoming.receive(self._staging, is_busy)
                 self._incoming.synchronize()
                 self._check_open()
             except RuntimeError as error:
@@ -153,8 +168,7 @@ class GroupTransport:
     def _greet(self) -> None:
         """Pass a greeting round. NCCL connects when first used: here edge by edge, never two at a time."""
         greeting = Message(0, torch.zeros(1, device=self._device))
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        accelerator.synchronize(self._device)
         if self._rank == 0:
             self.send(greeting)
             self.receive()
@@ -170,26 +184,31 @@ class _Edge:
     A message is one transfer over gloo if it is no larger than one of the last few. That much the receiver is
     ready for, so that what comes need not wait for its answer: a larger one sends its header ahead.
 
-    On a GPU it has a stream of its own that goes before compute, so that nothing queues up behind that.
+    On a GPU it has a stream of its own that goes before compute, so that nothing queues up behind that. What goes
+    from GPU to GPU goes in pieces: a receiver without room takes one after another into the same place and drops
+    them, so that one micro-batch fails and not the ring.
     """
 
     def __init__(self, end: int, store: PrefixStore, options: Any, backend: Backend, device: torch.device) -> None:
         self._other_end = 1 - end
-        self._stream: Any = None
-        if device.type == "cuda":
-            self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+        self._device = device
+        self.stream = accelerator.open_stream(device, priority=-1)
+        """None on the CPU."""
         self._gloo = dist.ProcessGroupGloo(PrefixStore("gloo", store), end, 2, options)
         self._nccl: Any = None
+        self._spare = torch.empty(0)
         if backend == "nccl":
             nccl_options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
             nccl_options._timeout = _FOREVER
             self._nccl = dist.ProcessGroupNCCL(PrefixStore("nccl", store), end, 2, nccl_options)
+            if end == _RECEIVER:
+                self._spare = torch.empty(_PIECE_BYTES, dtype=torch.uint8, device=device)
         self._last_sizes = deque([HEADER_BYTES], maxlen=_NUM_LAST_SIZES)
         """Of host buffers, in bytes; the same at both ends."""
 
     def send(self, packed: Packed) -> None:
         self.synchronize()  # the copies: gloo must not read before they are done, nor the other GPU wait for them
-        buffers = [packed.host, packed.device]
+        buffers = [packed.host, *_pieces(packed.device)]
         if packed.host.nbytes > max(self._last_sizes):
             buffers[:1] = packed.host.tensor_split([HEADER_BYTES])
         self._last_sizes.append(packed.host.nbytes)
@@ -197,29 +216,36 @@ class _Edge:
             wait()
         self.synchronize()
 
-    def receive(self, staging: torch.device) -> Packed:
-        """What is on a GPU then is complete when the stream is done."""
-        host = empty_host(max(self._last_sizes), staging)
+    def receive(self, staging: torch.device, is_busy: Callable[[], bool]) -> Message:
+        """What of it is on a GPU is complete when the stream is done."""
+        host = self._empty_host(max(self._last_sizes), staging)
         self._transfer("recv", host)()
         header = Header.of(host)
         self._last_sizes.append(header.num_host_bytes)
-        device = when_there_is_room(lambda: torch.empty(header.num_device, dtype=torch.uint8, device=staging))
-        buffers = [device]
+        pieces = self._spare_pieces(header.num_device)
+        error: torch.OutOfMemoryError | None = None
+        try:
+            device = when_there_is_room(
+                lambda: torch.empty(header.num_device, dtype=torch.uint8, device=staging), is_busy
+            )
+            pieces = _pieces(device)
+        except torch.OutOfMemoryError as reason:
+            error = out_of_memory(reason)
+        buffers = pieces
         if header.num_host_bytes > host.nbytes:
-            ahead, host = host, empty_host(header.num_host_bytes, staging)
+            ahead, host = host, self._empty_host(header.num_host_bytes, staging)
             first, rest = host.tensor_split([HEADER_BYTES])
             first.copy_(ahead[:HEADER_BYTES])
-            buffers.append(rest)
+            buffers = [*pieces, rest]
         for wait in [self._transfer("recv", buffer) for buffer in buffers]:
             wait()
-        return Packed(host[: header.num_host_bytes], device)
-
-    def stream_context(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+        if error is not None:
+            return Message(header.batch_id, None, error)
+        return unpack(Packed(host[: header.num_host_bytes], device), self._device, is_busy)
 
     def synchronize(self) -> None:
-        if self._stream is not None:
-            self._stream.synchronize()
+        if self.stream is not None:
+            self.stream.synchronize()
 
     def close(self) -> None:
         if self._nccl is not None:
@@ -232,9 +258,23 @@ class _Edge:
         """Begin it; call what it returns to wait for the end. Both ends know from the header what is empty."""
         if buffer.nbytes == 0:
             return lambda: None
-        group = self._nccl if buffer.is_cuda else self._gloo
-        work = getattr(group, direction)([buffer], self._other_end, _TAG)
-        return partial(work.wait) if buffer.is_cuda else partial(work.wait, _FOREVER)  # NCCL: the stream waits
+        if not accelerator.is_accelerator(buffer.device):
+            return partial(getattr(self._gloo, direction)([buffer], self._other_end, _TAG).wait, _FOREVER)
+        return partial(getattr(self._nccl, direction)([buffer], self._other_end, _TAG).wait)  # the stream waits
+
+    def _empty_host(self, num_bytes: int, staging: torch.device) -> Tensor:
+        """Pinned if the accelerator's tensors are staged in it."""
+        is_pinned = accelerator.is_accelerator(self._device) and not accelerator.is_accelerator(staging)
+        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=is_pinned)
+
+    def _spare_pieces(self, num_bytes: int) -> list[Tensor]:
+        """As `_pieces` would cut so many bytes, all in the same place."""
+        whole, rest = divmod(num_bytes, _PIECE_BYTES)
+        return [self._spare] * whole + ([self._spare[:rest]] if rest else [])
+
+
+def _pieces(buffer: Tensor) -> list[Tensor]:
+    return list(torch.split(buffer, _PIECE_BYTES))
 
 
 def _own_address(store: TCPStore) -> str:

@@ -4,7 +4,7 @@ import re
 from dataclasses import replace
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, PrivateAttr, field_validator, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, field_validator, model_validator
 
 from cluster.config import Config
 from cluster.resources import ResourceConfig
@@ -107,11 +107,16 @@ class ModelConfig(Config):
         return sizes
 
 
+def _gpu_by_any_name(device: object) -> object:
+    """torch's own names are taken too: a process has one kind of GPU, and knows which."""
+    return "gpu" if device in ("cuda", "xpu") else device
+
+
 class StageConfig(MemoryConfig, ResourceConfig):
     """What every stage may be told."""
 
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="auto: CUDA where Ray gives the replica a GPU and torch sees one, else CPU"
+    device: Annotated[Literal["auto", "cpu", "gpu"], BeforeValidator(_gpu_by_any_name)] = Field(
+        "auto", description="auto: the GPU where Ray gives the replica one and torch sees it, else the CPU"
     )
     torch_threads: int | None = Field(
         None, ge=1, description="CPU threads of one torch operation; None: num_cpus, at least 1"
@@ -141,8 +146,8 @@ class StageConfig(MemoryConfig, ResourceConfig):
 
     @model_validator(mode="after")
     def _check_device(self) -> Self:
-        if self.device == "cuda" and not self.num_gpus:
-            raise ValueError("device 'cuda' needs num_gpus > 0, or Ray gives the replica no GPU of its own")
+        if self.device == "gpu" and not self.num_gpus:
+            raise ValueError("device 'gpu' needs num_gpus > 0, or Ray gives the replica no GPU of its own")
         return self
 
 
@@ -176,11 +181,11 @@ class TransformerConfig(StageConfig):
         description="how shards hand on: NCCL or gloo, by where they lie; or Ray's object store, several times "
         "slower, where shards cannot open connections to each other",
     )
-    stuck_after_s: float = Field(
-        120.0,
+    stuck_after_s: float | None = Field(
+        None,
         gt=0,
-        description="a micro-batch that is under way for longer means that a shard is stuck; compiling must fit "
-        "(of one shard: it is times the shards with compile), and waiting for a turn",
+        description="a micro-batch that is under way for longer means that a shard is stuck; waiting for a turn "
+        "must fit, and with compile the compiling on each shard; None: 120, with compile 1800 a shard",
     )
     max_batch_size: int = Field(8, ge=1, description="forwards of different requests merged into one")
     batch_wait_ms: float = Field(
@@ -199,6 +204,13 @@ class TransformerConfig(StageConfig):
     def reports_load(self) -> bool:
         return True
 
+    @property
+    def stuck_limit_s(self) -> float:
+        """A forward of a new kind is compiled by one rank after the other, and none comes back meanwhile."""
+        if self.stuck_after_s is not None:
+            return self.stuck_after_s
+        return 120.0 if self.compile is None else 1800.0 * self.num_ranks
+
     @model_validator(mode="after")
     def _check_shards(self) -> Self:
         if self.cuts is not None and (list(self.cuts) != sorted(set(self.cuts)) or min(self.cuts, default=0) < 1):
@@ -212,6 +224,13 @@ class TransformerConfig(StageConfig):
 
 class VaeConfig(StageConfig):
     """The VAE, and the encoder of pictures and videos."""
+
+    @model_validator(mode="after")
+    def _check_offload(self) -> Self:
+        if self.offload is not None and self.offload.use_stream and self.offload.level == "leaf":
+            # Nobody calls a VAE's forward, at which diffusers would learn the order of its layers.
+            raise ValueError("offload.use_stream fetches nothing ahead in a VAE layer by layer: set level: block")
+        return self
 
     slicing: bool = Field(False, description="decode a batch one picture at a time")
     tiling: Annotated[TilingConfig | None, OFF] = Field(

@@ -152,7 +152,7 @@ def wait_for_200(url: str, process: "subprocess.Popen[bytes]") -> None:
         ),
         ({"vae": {"num_gpus": -1}}, "vae.num_gpus: Input should be greater than or equal to 0, got -1"),
         ({"vae": {"num_gpus": 1.5}}, "num_gpus must be a fraction up to 1 or a whole number"),
-        ({"vae": {"device": "cuda"}}, "device 'cuda' needs num_gpus > 0"),
+        ({"vae": {"device": "cuda"}}, "device 'gpu' needs num_gpus > 0"),
         ({"encoder": {"min_replicas": 3}}, "max_replicas must be at least min_replicas (3), got 1"),
         ({"model": MODEL | {"family": "flx"}}, "model.family: unknown family 'flx'; allowed: flux, sd15"),
         ({"transformer": {"cuts": [5, 3]}}, "cuts must be rising block numbers from 1, got [5, 3]"),

@@ -68,8 +68,7 @@ class Engine:
             source=self._take,
             sink=self._land,
             on_failure=self.lose,
-            # A forward of a new kind is compiled by one rank after the other, and none comes back meanwhile.
-            stuck_after_s=config.stuck_after_s * (1 if config.compile is None else config.num_ranks),
+            stuck_after_s=config.stuck_limit_s,
             device=device,
         )
         self._ring.start()

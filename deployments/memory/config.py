@@ -31,7 +31,11 @@ class QuantizationConfig(Technique):
     kind: Literal["nf4", "fp4", "int8"] = Field("nf4", description="format of the weights of Linear layers")
     compute_dtype: Dtype | None = Field(None, description="nf4, fp4: of the arithmetic; None: the stage's dtype")
     double_quant: bool = Field(False, description="nf4, fp4: quantise the scales too; saves 0.4 bit per weight")
-    threshold: float = Field(6.0, gt=0, description="int8: activations above it are multiplied in 16 bits")
+    threshold: float = Field(
+        6.0,
+        ge=0,
+        description="int8: activations above it are multiplied in 16 bits; 0: none, and no layer looks for them",
+    )
     skip_modules: tuple[str, ...] = Field((), description="modules to keep as they are, such as proj_out")
     components: tuple[str, ...] | None = Field(
         None, description="models of the stage to quantise, such as [text_encoder_2]; None: all of them"

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cluster import accelerator
 from cluster.turn import Turn
 from deployments.config import StageConfig
 from deployments.device import resolve_dtype
@@ -27,7 +28,7 @@ from deployments.memory.kernels import set_attention_backend, set_channels_last
 from deployments.memory.mapped import check_mapped, mapped_bytes
 from deployments.memory.needs import Needs
 from deployments.memory.offload import offload
-from deployments.memory.on_demand import Guest, give_back, open_guest, open_turn
+from deployments.memory.on_demand import Guest, open_guest, open_turn
 from deployments.memory.share import Share
 from deployments.memory.trace import trace_unet
 from deployments.memory.vram_limit import VramLimit
@@ -72,10 +73,11 @@ class Keeper:
         self._fit()
         if device_map is None:
             self._place()
-            give_back(device)  # quantised weights may have been there and gone
+            accelerator.empty_cache(device)  # quantised weights may have been there and gone
         else:
             self._applied.append(f"device_map: {device_map}")
         self._capture()
+        self._quantized = {name: _weigh(model) for name, model in models.items() if _is_quantized(model)}
 
     @property
     def applied(self) -> tuple[str, ...]:
@@ -90,7 +92,7 @@ class Keeper:
             return False
         if config.layerwise_casting is not None or config.compile is not None:
             return False
-        return not any(getattr(model, "hf_quantizer", None) for model in self._models.values())
+        return not any(map(_is_quantized, self._models.values()))
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
@@ -110,7 +112,7 @@ class Keeper:
         for hook in self._staying:
             hook.offload()
         if self._staying:
-            give_back(self._device)
+            accelerator.empty_cache(self._device)
 
     def stats(self) -> MemoryStats:
         """Of this process, which holds nothing but these models."""
@@ -118,10 +120,9 @@ class Keeper:
         is_away = turns is not None and not turns.is_here
         mapped = sum(mapped_bytes(model.parameters()) for model in self._models.values())
         weights: Counter[str] = Counter()
-        for model in self._models.values():
-            for tensor in model.state_dict(keep_vars=True).values():
-                place = "offloaded" if tensor.is_meta or is_away else tensor.device
-                weights[f"{place} {str(tensor.dtype).removeprefix('torch.')}"] += tensor.nbytes
+        for name, model in self._models.items():
+            for (place, dtype), num_bytes in self._weights(name, model).items():
+                weights[f"{'offloaded' if is_away or place == 'meta' else place} {dtype}"] += num_bytes
         limits = tuple(budget.stats() for budget in self._budgets)
         return MemoryStats(
             dict(weights),
@@ -134,9 +135,17 @@ class Keeper:
             self.needs.stats(),
         )
 
+    def _weights(self, name: str, model: nn.Module) -> Counter[tuple[str, str]]:
+        """Bytes by (device, dtype). Quantised layers are weighed once: they move whole, and asking them for their
+        scales waits for the GPU."""
+        if name not in self._quantized:
+            return _weigh(model)
+        place = str(next(model.parameters()).device)
+        return Counter({(place, dtype): size for (_, dtype), size in self._quantized[name].items()})
+
     def _peaks(self) -> tuple[int, int]:
         """(allocated, reserved)"""
-        if self._device.type == "cuda":
+        if accelerator.is_accelerator(self._device):
             return self.needs.peaks()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return peak, peak
@@ -197,6 +206,19 @@ class Keeper:
         for name, model in self._models.items():
             apply(name, model)
         self._applied.append(technique)
+
+
+def _is_quantized(model: nn.Module) -> bool:
+    """By config, or as it is stored."""
+    return getattr(model, "hf_quantizer", None) is not None
+
+
+def _weigh(model: nn.Module) -> Counter[tuple[str, str]]:
+    """Bytes of all that a checkpoint of it would hold, by (device, dtype)."""
+    found: Counter[tuple[str, str]] = Counter()
+    for tensor in model.state_dict(keep_vars=True).values():
+        found[str(tensor.device), str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
+    return found
 
 
 def _check_stored(name: str, model: nn.Module, config: StageConfig) -> None:

@@ -11,6 +11,8 @@ WORKSPACE_BYTES = int(0.3 * 2**30)
 """Of each process, in torch's sight: workspaces of cuBLAS and cuDNN, what the allocator cannot use again."""
 OVERHEAD_BYTES = CONTEXT_BYTES + WORKSPACE_BYTES
 """Of each process on its GPU, besides weights and tensors."""
+OTHERS_BY_TURNS = 2
+"""Stages that share a GPU by turns with one: all three of a model, else it would not be by turns."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,13 @@ def plan_limit(config: StageConfig, total_bytes: int | None) -> Limit | None:
     spreads = isinstance(config, TransformerConfig) and config.device_map is not None
     if total_bytes is None or spreads or config.num_gpus > 1:
         return None
-    is_fraction = 0 < config.num_gpus < 1 and config.on_demand is None
-    share = config.num_gpus if is_fraction else 1.0
-    reason = f"num_gpus: {share:g} of {gib(total_bytes)}, less {gib(CONTEXT_BYTES)} of CUDA's own"
-    return Limit(max(0, int(share * total_bytes) - CONTEXT_BYTES), is_fraction, reason)
+    if config.on_demand is not None:
+        taken = CONTEXT_BYTES + OTHERS_BY_TURNS * OVERHEAD_BYTES
+        reason = f"on_demand: all of {gib(total_bytes)}, less {gib(taken)} that each stage keeps when it is away"
+        return Limit(max(0, total_bytes - taken), False, reason)
+    share = config.num_gpus if 0 < config.num_gpus < 1 else 1.0
+    reason = f"num_gpus: {share:g} of {gib(total_bytes)}, less {gib(CONTEXT_BYTES)} of the driver's own"
+    return Limit(max(0, int(share * total_bytes) - CONTEXT_BYTES), share < 1, reason)
 
 
 def gib(num_bytes: int) -> str:

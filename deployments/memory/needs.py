@@ -1,4 +1,4 @@
-"""What the calls of a stage need of its share: foreseen before the first, measured once they have run on CUDA."""
+"""What the calls of a stage need of its share: foreseen before the first, measured once they have run on a GPU."""
 
 import threading
 from collections.abc import Callable, Hashable, Iterator
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from cluster import accelerator
 from deployments.memory.limit import WORKSPACE_BYTES, Limit, gib
 from deployments.refusal import NeverFits, OutOfShare
 from deployments.stats import NeedStats
@@ -48,7 +49,7 @@ class Needs:
         self._limit, self._device = limit, device
         self._needs: dict[Hashable, Need] = {}
         self._foreseeing = threading.Lock()
-        self._reserve_bytes = WORKSPACE_BYTES if device.type == "cuda" else 0
+        self._reserve_bytes = WORKSPACE_BYTES if accelerator.is_accelerator(device) else 0
         self._peaks = (0, 0)
 
     @property
@@ -77,7 +78,7 @@ class Needs:
 
     @contextmanager
     def measured(self, kind: Hashable, num_calls: int = 1) -> Iterator[None]:
-        """Around merged calls of a kind that was admitted. On CUDA their peak replaces what was foreseen.
+        """Around merged calls of a kind that was admitted. On a GPU their peak replaces what was foreseen.
 
         Of calls that ran out of memory so many are not merged again. What has fitted, fits: a peak above the
         limit, where nothing enforces that, is no reason to refuse the same call the next time.
@@ -86,27 +87,24 @@ class Needs:
         if need is None or limit is None:
             yield
             return
-        is_cuda = self._device.type == "cuda"
-        if is_cuda:
+        is_on_gpu = accelerator.is_accelerator(self._device)
+        if is_on_gpu:
             self._peaks = self.peaks()
-            torch.cuda.reset_peak_memory_stats(self._device)
+            accelerator.reset_peaks(self._device)
         try:
             yield
         except OutOfShare:
             if num_calls > 1:
                 need.measured[num_calls] = limit.num_bytes + 1
             raise
-        if is_cuda:
-            peak_bytes = min(torch.cuda.max_memory_allocated(self._device), limit.num_bytes)
+        if is_on_gpu:
+            peak_bytes = min(accelerator.peak_bytes(self._device)[0], limit.num_bytes)
             need.measured[num_calls] = max(peak_bytes, need.measured.get(num_calls, 0))
 
     def peaks(self) -> tuple[int, int]:
-        """(allocated, reserved) at most on CUDA since the start of the process."""
-        allocated, reserved = self._peaks
-        return (
-            max(allocated, torch.cuda.max_memory_allocated(self._device)),
-            max(reserved, torch.cuda.max_memory_reserved(self._device)),
-        )
+        """(allocated, reserved) at most on the GPU since the start of the process."""
+        allocated, reserved = map(max, self._peaks, accelerator.peak_bytes(self._device))
+        return allocated, reserved
 
     def stats(self) -> tuple[NeedStats, ...]:
         return tuple(stats for need in list(self._needs.values()) for stats in need.stats())

@@ -2,6 +2,7 @@
 
 import tempfile
 import weakref
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
@@ -24,6 +25,8 @@ def offload(models: Iterable[nn.Module], config: OffloadConfig, device: torch.de
         raise ValueError("offload.use_stream needs a GPU, and this stage runs on the CPU: leave it out")
     staying: list[Any] = []
     for model in models:
+        if config.kind == "group" and config.folder is not None:
+            _check_untied(model)
         if config.kind == "model":
             make_movable(model)
             _, hook = accelerate.cpu_offload_with_hook(model, device, staying[-1] if staying else None)
@@ -46,6 +49,22 @@ def offload(models: Iterable[nn.Module], config: OffloadConfig, device: torch.de
                 block_modules=_vae_blocks(model),
             )
     return staying
+
+
+def _check_untied(model: nn.Module) -> None:
+    """Raises ValueError if two layers share a weight, as T5's embeddings do.
+
+    diffusers writes it to the files of both groups, and the second time it is empty (`hooks/group_offloading.py`).
+    """
+    owners: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners[id(parameter)].append(name)
+    for names in owners.values():
+        if len(names) > 1:
+            raise ValueError(
+                f"offload: group with a folder cannot keep {type(model).__name__}, of which {' and '.join(names)} "
+                "are one weight: use offload: disk, or leave out the folder"
+            )
 
 
 def _vae_blocks(model: nn.Module) -> list[str] | None:

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from cluster import accelerator
 from cluster.turn import Turn
 from deployments.config import StageConfig
 from deployments.memory.movable import make_movable
@@ -31,7 +32,7 @@ class HostCopies:
     def __init__(self, model: nn.Module, device: torch.device, *, is_pinned: bool = True) -> None:
         """The model's weights are in host memory. is_pinned: they are pinned there, for fast copies to CUDA."""
         self._device = device
-        self._pinned = PinnedCopies() if is_pinned and device.type == "cuda" else None
+        self._pinned = PinnedCopies() if is_pinned and accelerator.is_accelerator(device) else None
         self._parameters = [(parameter, self._keep(parameter.data)) for parameter in model.parameters()]
         self._buffers = [
             (module, name, self._keep(buffer))
@@ -86,13 +87,12 @@ def open_turn(config: StageConfig, device: torch.device, guests: Sequence[Guest]
     def arrive() -> None:
         for guest in guests:
             guest.arrive()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)  # so that the time is the copies'
+        accelerator.synchronize(device)  # so that the time is the copies'
 
     def leave() -> None:
         for guest in guests:
             guest.leave()
-        give_back(device)
+        accelerator.empty_cache(device)
 
     return Turn(_path(device), arrive=arrive, leave=leave, turn_s=config.on_demand.turn_s)
 
@@ -101,16 +101,10 @@ def turn_to_load(config: StageConfig, device: torch.device) -> AbstractContextMa
     """Weights are quantised on the GPU: with `on_demand`, by one stage at a time."""
     if config.on_demand is None or config.quantization is None:
         return nullcontext()
-    return Turn(_path(device), leave=partial(give_back, device)).work()
-
-
-def give_back(device: torch.device) -> None:
-    """What torch keeps for later, no other process can use."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    return Turn(_path(device), leave=partial(accelerator.empty_cache, device)).work()
 
 
 def _path(device: torch.device) -> Path:
     """The same for all processes of this user and node that use this very device, by whatever number."""
-    name = "cpu" if device.type == "cpu" else f"gpu-{torch.cuda.get_device_properties(device).uuid}"
+    name = f"gpu-{accelerator.device_uuid(device)}" if accelerator.is_accelerator(device) else "cpu"
     return Path(tempfile.gettempdir()) / f"latent-relay-{os.getuid()}" / name

@@ -1,5 +1,6 @@
 """How `from_pretrained` is told to quantise: diffusers and transformers have a class each, of equal keys."""
 
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -16,6 +17,8 @@ def plan_quantization(config: QuantizationConfig, dtype: Dtype, library: str) ->
     kind: Any = (diffusers if library == "diffusers" else transformers).BitsAndBytesConfig
     skip = list(config.skip_modules) or None
     if config.kind == "int8":
+        # It tells of every layer, at every forward, that it computes in float16: 14,000 lines a picture of FLUX.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         return kind(load_in_8bit=True, llm_int8_threshold=config.threshold, llm_int8_skip_modules=skip)
     return kind(
         load_in_4bit=True,

@@ -2,7 +2,7 @@
 
 The idea is DiffSynth-Studio's `vram_limit`; diffusers' group offloading is all or nothing, and what accelerate's
 `max_memory` leaves on the CPU has no budget either. Here sizes alone decide, once, which weights stay: as many as
-fit, spread evenly along the model, so that on CUDA a copy hides behind the computing of the layers before it.
+fit, spread evenly along the model, so that on a GPU a copy hides behind the computing of the layers before it.
 
 What is stored in 8 bits (`layerwise_casting`) comes and goes so, and is cast at its call.
 """
@@ -17,6 +17,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import nn
 
+from cluster import accelerator
 from deployments.memory.pinned import PinnedCopies
 from deployments.stats import VramLimitStats
 
@@ -65,26 +66,26 @@ def least_bytes(model: nn.Module) -> int:
 class VramLimit:
     """Holds one model to `limit_bytes` of weights on `device`. One thread runs the model.
 
-    peak <= limit_bytes, unless what must stay and the largest leaf exceed it: then those are the peak. On CUDA,
+    peak <= limit_bytes, unless what must stay and the largest leaf exceed it: then those are the peak. On a GPU,
     where the limit has room for two of the largest leaf, the next is fetched while one computes.
     """
 
     def __init__(
         self, model: nn.Module, *, limit_bytes: int, device: torch.device, is_pinned: bool = True
     ) -> None:
-        """The model's weights are in host memory. is_pinned: those that stream are pinned there, for CUDA."""
+        """The model's weights are in host memory. is_pinned: those that stream are pinned there, for a GPU."""
         self._device = device
-        self._pinned = PinnedCopies() if is_pinned and device.type == "cuda" else None
+        self._pinned = PinnedCopies() if is_pinned and accelerator.is_accelerator(device) else None
         self._present_bytes = self._peak_bytes = self._streamed_bytes = 0
         self._leaves = list(_find_leaves(model))
         largest = max((leaf.num_bytes for leaf in self._leaves if not leaf.must_stay), default=0)
         self._kept = _choose_kept(self._leaves, limit_bytes, reserve_bytes=largest)
         self._stream: Any = None
-        if device.type == "cuda":
+        if accelerator.is_accelerator(device):
             room = _choose_kept(self._leaves, limit_bytes, reserve_bytes=2 * largest)
             if sum(leaf.num_bytes for leaf in room) + 2 * largest <= limit_bytes:
                 self._kept = room
-                self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+                self._stream = accelerator.open_stream(device)
         self._after: dict[_Leaf, _Leaf] = {}
         """The streamed leaf that came after each, the last time."""
         self._latest: _Leaf | None = None
@@ -157,20 +158,18 @@ class VramLimit:
         # free as soon as it is dropped. Of memory of the other stream, a queue that is ahead of the GPU would need
         # ever more.
         copies = [torch.empty_like(weight.host, device=self._device) for weight in following.weights]
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
+        self._stream.wait_stream(accelerator.current_stream(self._device))
+        with accelerator.on_stream(self._stream):
             for copy, weight in zip(copies, following.weights, strict=True):
                 copy.copy_(weight.host, non_blocking=True)
-            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            done.record(self._stream)
-        following.ahead = copies, done
+        following.ahead = copies, accelerator.record_event(self._stream)
 
     def _await(self, leaf: _Leaf) -> list[torch.Tensor]:
         """What is fetched ahead, for what is queued from now on."""
         assert leaf.ahead is not None
         copies, done = leaf.ahead
         leaf.ahead = None
-        torch.cuda.current_stream(self._device).wait_event(done)
+        accelerator.current_stream(self._device).wait_event(done)
         return copies
 
     def _copy(self, leaf: _Leaf) -> list[torch.Tensor]:

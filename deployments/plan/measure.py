@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
+from cluster import accelerator
 from deployments.config import ModelConfig, StageConfig
 from deployments.engine.blocks import block_names, tail_names
 from deployments.plan.plan import StageConfigs
@@ -120,22 +120,23 @@ def _alone(config: Config) -> Config:
 
 
 def _timed(stage: str, working: dict[str, int], run: Callable[[], Any]) -> tuple[Any, float]:
-    """(result, seconds); on CUDA also notes the peak of memory over what was there before."""
-    before = 0
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    """(result, seconds); on a GPU also notes the peak of memory over what was there before."""
+    device, before = accelerator.find_device(), 0
+    if device is not None:
+        accelerator.reset_peaks(device)
+        before = accelerator.allocated_bytes(device)
     start = _now()
     result = run()
     seconds = _now() - start
-    if torch.cuda.is_available():
-        working[stage] = torch.cuda.max_memory_allocated() - before
+    if device is not None:
+        working[stage] = accelerator.peak_bytes(device)[0] - before
     return result, seconds
 
 
 def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    device = accelerator.find_device()
+    if device is not None:
+        accelerator.synchronize(device)
     return time.perf_counter()
 
 

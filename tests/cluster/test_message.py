@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cluster.message import HEADER_BYTES, Header, Message, pack, unpack, when_there_is_room
 
@@ -233,7 +233,29 @@ def test_what_never_finds_room_is_given_up() -> None:
         raise torch.OutOfMemoryError
 
     with pytest.raises(torch.OutOfMemoryError):
-        when_there_is_room(allocate, timeout_s=0.01, period_s=0.001)
+        when_there_is_room(allocate, period_s=0.001)
+
+
+def test_room_is_waited_for_as_long_as_there_is_work_that_gives_memory_back() -> None:
+    num_tries = 0
+
+    def allocate() -> Tensor:
+        nonlocal num_tries
+        num_tries += 1
+        if num_tries < 100:
+            raise torch.OutOfMemoryError
+        return torch.ones(3)
+
+    assert torch.equal(when_there_is_room(allocate, lambda: num_tries < 99, period_s=0.0), torch.ones(3))
+
+
+def test_a_message_without_room_to_be_packed_says_so_by_the_errors_own_class() -> None:
+    class Huge(nn.Module):
+        def __reduce__(self) -> Any:
+            raise torch.OutOfMemoryError("no room for it")
+
+    message = unpack(pack(Message(7, Huge()), CPU), CPU)
+    assert isinstance(message.error, torch.OutOfMemoryError)
 
 
 @pytest.mark.gpu

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from cluster.message import Message
+from cluster.message import Message, never
 from cluster.ring import Ring, RingStats, RingStuck, StopRing
 from cluster.transport import GroupTransport, PeerLost, join_store, open_store
 
@@ -211,7 +211,7 @@ class Wire:
         self.sent: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self.bytes_sent = 0
 
-    def receive(self) -> Message:
+    def receive(self, is_busy: Callable[[], bool] = never) -> Message:
         return self.incoming.get()
 
     def send(self, message: Message) -> None:

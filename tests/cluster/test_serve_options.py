@@ -9,7 +9,7 @@ from ray.serve.config import AutoscalingConfig
 
 from cluster.autoscaling import load_policy
 from cluster.resources import ACCELERATOR_LABEL, ResourceConfig
-from cluster.serve_options import STAGE_ENV, plan_serve_options
+from cluster.serve_options import GPU_ENV, STAGE_ENV, plan_serve_options
 
 
 def plan(num_shards: int = 1, *, reports_load: bool = False, **resources: Any) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def test_tensors_travel_without_a_copy_in_an_environment_that_no_two_stages_shar
     one, other = (plan(num_gpus=0.5)["ray_actor_options"]["runtime_env"]["env_vars"] for _ in range(2))
     assert one["RAY_ENABLE_ZERO_COPY_TORCH_TENSORS"] == "1"
     one.clear()
-    assert other == STAGE_ENV != {}
+    assert other == STAGE_ENV | GPU_ENV
 
 
 def test_who_asks_for_no_gpu_sees_none() -> None:

@@ -51,9 +51,9 @@ def test_cuts_must_rise_from_one(cuts: tuple[int, ...]) -> None:
 
 
 def test_cuda_without_a_gpu_of_its_own_is_refused() -> None:
-    with pytest.raises(ValidationError, match="device 'cuda' needs num_gpus > 0"):
+    with pytest.raises(ValidationError, match="device 'gpu' needs num_gpus > 0"):
         StageConfig(device="cuda")
-    assert StageConfig(device="cuda", num_gpus=0.5).device == "cuda"
+    assert StageConfig(device="cuda", num_gpus=0.5).device == "gpu"
 
 
 @no_cuda

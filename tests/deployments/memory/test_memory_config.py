@@ -55,6 +55,11 @@ def test_a_wrong_value_is_named(settings: dict[str, Any], message: str) -> None:
         StageConfig(**settings)
 
 
+def test_a_stream_that_would_fetch_nothing_ahead_in_a_vae_is_refused() -> None:
+    with pytest.raises(ValidationError, match="set level: block"):
+        VaeConfig.model_validate({"offload": {"kind": "group", "use_stream": True}})
+
+
 WAYS: dict[str, dict[str, Any]] = {
     "quantization": {"quantization": "int8"},
     "quantization: nf4 or fp4": {"quantization": "fp4"},

@@ -1,11 +1,13 @@
 """What of a GPU is a process's own, and what happens to whoever takes more."""
 
+import weakref
+
 import pytest
 import torch
 
 from deployments.config import StageConfig, TransformerConfig
-from deployments.memory.limit import CONTEXT_BYTES, Limit, plan_limit
-from deployments.memory.share import Share, take_share
+from deployments.memory.limit import CONTEXT_BYTES, OTHERS_BY_TURNS, OVERHEAD_BYTES, Limit, plan_limit
+from deployments.memory.share import OUT_OF_MEMORY, Share, take_share
 from deployments.refusal import OutOfShare
 
 GIB = 2**30
@@ -23,12 +25,15 @@ def test_a_fraction_is_that_of_the_card_less_what_torch_does_not_see_and_is_capp
     assert (limit.num_bytes, limit.is_capped) == (4 * GIB - CONTEXT_BYTES, True)
 
 
-@pytest.mark.parametrize(
-    "config", [StageConfig(num_gpus=1), StageConfig.model_validate({"num_gpus": 0.25, "on_demand": True})]
-)
-def test_who_has_a_whole_gpu_or_has_it_by_turns_has_all_of_it_without_a_cap(config: StageConfig) -> None:
-    limit = planned(config, CARD)
+def test_who_has_a_whole_gpu_has_all_of_it_without_a_cap() -> None:
+    limit = planned(StageConfig(num_gpus=1), CARD)
     assert (limit.num_bytes, limit.is_capped) == (CARD - CONTEXT_BYTES, False)
+
+
+def test_who_has_a_gpu_by_turns_has_all_but_what_the_other_stages_keep_there() -> None:
+    limit = planned(StageConfig.model_validate({"num_gpus": 0.25, "on_demand": True}), CARD)
+    others = OTHERS_BY_TURNS * OVERHEAD_BYTES
+    assert (limit.num_bytes, limit.is_capped) == (CARD - CONTEXT_BYTES - others, False)
 
 
 @pytest.mark.parametrize("total_bytes", [None, CARD])
@@ -56,6 +61,31 @@ def test_out_of_memory_is_told_with_the_share_and_what_to_do() -> None:
         share.naming(),
     ):
         raise torch.OutOfMemoryError("told so\nand more")
+
+
+@pytest.mark.parametrize("text", OUT_OF_MEMORY)
+def test_out_of_memory_is_known_by_the_names_that_libraries_give_it(text: str) -> None:
+    with pytest.raises(OutOfShare), Share().naming():
+        raise RuntimeError(f"CUDA error: {text} when calling `cublasCreate(handle)`")
+
+
+def test_another_error_is_not_taken_for_out_of_memory() -> None:
+    with pytest.raises(RuntimeError, match="illegal memory access"), Share().naming():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def test_what_a_call_held_that_ran_out_of_memory_is_free_while_its_error_lives() -> None:
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def call() -> None:
+        tensor = torch.ones(3)
+        held.append(weakref.ref(tensor))
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(OutOfShare) as raised, Share().naming():
+        call()
+    assert raised.value is not None
+    assert held[0]() is None
 
 
 @pytest.mark.gpu

@@ -353,6 +353,15 @@ def test_an_unknown_component_is_named() -> None:
         load_stage("encode", model, config)
 
 
+@pytest.mark.parametrize("family", ["flux", "sd3", "wan"])
+def test_groups_in_files_are_refused_for_encoders_whose_layers_share_a_weight(family: str, tmp_path: Path) -> None:
+    """diffusers would give wrong embeddings, silently: T5's two embeddings are one weight in two groups."""
+    model = ModelConfig(name="tiny", checkpoint=f"tiny://{family}", family=family)
+    config = EncoderConfig.model_validate({"offload": {"kind": "group", "folder": str(tmp_path)}})
+    with pytest.raises(ValueError, match=r"are one weight.*offload: disk"):
+        load_stage("encode", model, config)
+
+
 @pytest.mark.parametrize(
     ("family", "settings", "message"),
     [
