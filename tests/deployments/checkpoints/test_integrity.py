@@ -14,7 +14,7 @@ import pytest
 
 from deployments.checkpoints.components import Stage
 from deployments.checkpoints.integrity import BrokenCheckpoint, check_stage, find_offload_faults, find_stage_faults
-from deployments.checkpoints.source import fetch_checkpoint
+from deployments.checkpoints.source import detect_family, fetch_checkpoint
 from deployments.config import EncoderConfig, ModelConfig, StageConfig, TransformerConfig, VaeConfig
 
 STAGES: dict[Stage, StageConfig] = {
@@ -143,6 +143,20 @@ def test_a_small_file_that_is_not_whole_is_named(folder: Path, file: str, text: 
     (folder / file).write_text(text)
     [fault] = faults(folder)
     assert fault.startswith(f"{folder / file} {sentence}")
+
+
+@pytest.mark.parametrize("text", [LFS_POINTER, "", '{"_class_name": '], ids=["pointer", "empty", "cut short"])
+def test_an_index_of_the_model_that_is_not_whole_is_named(folder: Path, text: str) -> None:
+    (folder / "model_index.json").write_text(text)
+    with pytest.raises(FileNotFoundError, match=r"model_index\.json is (a Git LFS pointer|empty|not JSON)"):
+        detect_family(str(folder), None)
+    with pytest.raises(FileNotFoundError, match=r"model_index\.json is (a Git LFS pointer|empty|not JSON)"):
+        faults(folder)
+
+
+def test_a_config_that_is_a_list_is_named(folder: Path) -> None:
+    (folder / "vae" / "config.json").write_text("[]")
+    assert faults(folder) == [f"{folder}/vae/config.json holds no settings (a JSON object): fetch it again"]
 
 
 @pytest.mark.parametrize("file", ["text_encoder/config.json", "transformer/config.json"])

@@ -135,7 +135,7 @@ LAYOUTS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "one model": (folder_with("config.json", "model.safetensors"), "holds one model, not a pipeline"),
     "a folder too high": (folder_with("flux/model_index.json"), "a folder in it has: name that one, .*made/flux"),
     "no index": (folder_with("vae/config.json"), r"has components and no model_index\.json: fetch that file too"),
-    "nothing": (folder_with(), "is an empty folder: fetch the checkpoint into it"),
+    "nothing": (folder_with(), "is an empty folder: fetch the checkpoint"),
     "something else": (folder_with("README.md"), r"has no model_index\.json; it must be a folder in diffusers'"),
 }
 
