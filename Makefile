@@ -1,6 +1,5 @@
 # `make serve` and `make test` do everything a fresh clone needs; `make help` lists the rest.
 PYTHON ?= python3
-PORT ?= 8000
 CONFIG ?= configs/quickstart.yaml
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -22,9 +21,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
 
-serve: install  ## install, then serve CONFIG on PORT (http://127.0.0.1:8000)
-	sed 's/^\( *port:\).*/\1 $(PORT)/' $(CONFIG) > .venv/serve.yaml
-	$(BIN)/serve run .venv/serve.yaml
+serve: install  ## install, then serve CONFIG; PORT= and HOST= instead of what it says (http://127.0.0.1:8000)
+	$(BIN)/relay serve $(CONFIG) $(if $(PORT),--port $(PORT)) $(if $(HOST),--host $(HOST))
 
 test: install  ## install, then run the tests, those on the Ray cluster beside the others
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --durations 25

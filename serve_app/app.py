@@ -9,15 +9,13 @@ from ray.serve.exceptions import RayServeException
 
 from cluster.nodes import is_alone
 from cluster.serve_options import HEAD_NODE, plan_serve_options
-from deployments.checkpoints.geometry import with_geometry
-from deployments.checkpoints.source import with_family
 from deployments.config import StageConfig
 from deployments.encoder import Encoder
 from deployments.transformer import Transformer
 from deployments.vae import Vae
 from deployments.warm_up import WarmUp
 from serve_app.config import AppConfig, ConfigError, parse_app_config
-from serve_app.files import check_files
+from serve_app.files import check_files, resolve_family
 from serve_app.ingress import Ingress
 from serve_app.room import check_room
 from serve_app.validation import Validator, check_defaults, plan_warm_up
@@ -88,11 +86,3 @@ def build_ingress(config: AppConfig) -> Deployment:
 def build_validator(config: AppConfig) -> Validator:
     """What this app's ingress will judge requests by."""
     return Validator(resolve_family(config).model, config.limits)
-
-
-def resolve_family(config: AppConfig) -> AppConfig:
-    """The same, the model's family as said or as the checkpoint says, and its sizes. Raises ConfigError."""
-    try:
-        return config.model_copy(update={"model": with_geometry(with_family(config.model))})
-    except (ValueError, FileNotFoundError) as error:
-        raise ConfigError(f"model.checkpoint: {error}") from error

@@ -3,24 +3,26 @@
 import importlib
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from deployments.families import FAMILIES
-from serve_app.app import build_validator
 from serve_app.bench_cli import bench
 from serve_app.config import ConfigError, load_app_config
 from serve_app.config_docs import render_config_docs
 from serve_app.errors import RelayError
-from serve_app.generation import Picture
-from serve_app.local import app_handle, is_running
+from serve_app.files import resolve_family
 from serve_app.plan_cli import plan_command, profile_command
 from serve_app.ray_environment import RAY_ENVIRONMENT
 from serve_app.serve_cli import serve_command
 from serve_app.status import NoStatus, fetch_status, status_table, watch_status
+from serve_app.validation import Validator
+
+if TYPE_CHECKING:
+    from serve_app.generation import Picture
 
 cli = typer.Typer(
     pretty_exceptions_enable=False,
@@ -37,6 +39,9 @@ console = Console(stderr=True)
 TINY = "deployments.checkpoints.tiny"
 SHAPES = "deployments.checkpoints.shapes.train"
 """Both import torch and diffusers, so they are looked up only by the command that needs them."""
+LOCAL = "serve_app.local"
+GENERATION = "serve_app.generation"
+"""Both import Ray, likewise."""
 
 FORMATS: dict[str, dict[str, dict[str, str]]] = {
     "image": {
@@ -102,7 +107,8 @@ def generate(
     num_frames: Annotated[int | None, typer.Option(help="of a video")] = None,
 ) -> None:
     """Make one picture or video, by a running app or by one started for it."""
-    if config is None and not is_running():
+    local = importlib.import_module(LOCAL)
+    if config is None and not local.is_running():
         raise ConfigError("no running app found: start one (`make serve`), or name a --config to start")
     fields = {
         "prompt": prompt,
@@ -117,9 +123,9 @@ def generate(
     given = {name: value for name, value in fields.items() if value is not None}
     app_config = None if config is None else load_app_config(config)
     if app_config is not None:  # refuse at once what would be refused once the app is started
-        validator = build_validator(app_config)
+        validator = Validator(resolve_family(app_config).model, app_config.limits)
         validator.requests(given | choose_file(out, validator.family.media)[1])
-    with app_handle(app_config) as handle:
+    with local.app_handle(app_config) as handle:
         out, chosen = choose_file(out, handle.model.remote().result().media)
         picture = _watch(handle, given | chosen)
     out.write_bytes(picture.media.data)
@@ -161,16 +167,17 @@ def choose_file(out: Path | None, media: Literal["image", "video"]) -> tuple[Pat
     return out, formats[out.suffix.lower()]
 
 
-def _watch(handle: Any, fields: dict[str, Any]) -> Picture:
+def _watch(handle: Any, fields: dict[str, Any]) -> "Picture":
     """The only picture, with a progress bar on the way."""
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("encoding", total=None)
+        picture_class = importlib.import_module(GENERATION).Picture
         stream = handle.options(stream=True).stream.remote(**fields)
         try:
             for item in stream:
-                if isinstance(item.news, Picture):
-                    return item.news
+                if isinstance(item.news, picture_class):
+                    return cast("Picture", item.news)
                 step = item.news
                 description = {"denoise": "denoising", "decode": "decoding"}[step.phase]
                 progress.update(task, description=description, completed=step.step, total=step.num_steps)

@@ -1,15 +1,24 @@
-"""Whether the files that the stages read are whole: asked where they lie, before anything starts."""
+"""What the checkpoint's files say, and whether they are whole: asked where they lie, before anything starts."""
 
 from huggingface_hub import constants
 
 from deployments.checkpoints.components import Stage
+from deployments.checkpoints.geometry import with_geometry
 from deployments.checkpoints.integrity import find_offload_faults, find_stage_faults
-from deployments.checkpoints.source import is_tiny, local_folder
+from deployments.checkpoints.source import is_tiny, local_folder, with_family
 from deployments.config import ModelConfig
 from serve_app.config import AppConfig, ConfigError
 
 STAGES: dict[str, Stage] = {"encoder": "encode", "transformer": "denoise", "vae": "decode"}
 """By their names in a config."""
+
+
+def resolve_family(config: AppConfig) -> AppConfig:
+    """The same, the model's family as said or as the checkpoint says, and its sizes. Raises ConfigError."""
+    try:
+        return config.model_copy(update={"model": with_geometry(with_family(config.model))})
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(f"model.checkpoint: {error}") from error
 
 
 def check_files(config: AppConfig) -> None:

@@ -21,8 +21,8 @@ from deployments.plan.propose import propose
 from deployments.plan.report import plan_as_json, print_plan
 from deployments.plan.sizes import default_size, largest
 from deployments.request import MediaSize
-from serve_app.app import resolve_family
 from serve_app.config import APP_NAME, IMPORT_PATH, AppConfig, ConfigError, LimitsConfig, load_app_config
+from serve_app.files import resolve_family
 
 WIDTH = 110
 """Columns of a plan that goes into a file or a pipe."""

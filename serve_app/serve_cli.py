@@ -8,10 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from cluster.config import describe_errors, without_unknown_keys
-from deployments.checkpoints.source import with_family
 from serve_app.config import AppConfig, ConfigError, find_our_applications, parse_app_config, read_serve_file
-from serve_app.files import check_files
+from serve_app.files import check_files, resolve_family
 from serve_app.port import find_port_fault
+from serve_app.validation import check_defaults
 
 SERVER = "serve_app.server"
 SERVE_SCHEMA = "ray.serve.schema"
@@ -71,12 +71,12 @@ def read_checked(path: Path, *, is_local: bool) -> tuple[dict[str, Any], dict[st
 def _check_app(args: Any, source: str, *, is_local: bool) -> AppConfig:
     app = parse_app_config(args, source=source)
     try:
-        app = app.model_copy(update={"model": with_family(app.model)})
+        app = resolve_family(app)
+        check_defaults(app.model, app.limits)
         if is_local:
             check_files(app)
-    except (ValueError, FileNotFoundError) as error:
-        lines = str(error).splitlines()
-        raise ConfigError("\n".join(f"{source}: {line}" for line in lines)) from error
+    except ConfigError as error:
+        raise ConfigError("\n".join(f"{source}: {line}" for line in str(error).splitlines())) from error
     return app
 
 

@@ -19,6 +19,7 @@ from ray._private import worker as ray_worker
 from ray.exceptions import RayError
 from ray.serve._private.api import serve_start
 from ray.serve.config import gRPCOptions
+from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, ReplicaState, ServeDeploySchema, ServeInstanceDetails
 from rich.console import Console
 
@@ -97,10 +98,16 @@ class Server:
         self._is_ready = False
 
     def start(self) -> None:
-        """Returns before anything is ready."""
+        """Returns before anything is ready. Raises CannotServe."""
         own = {"_node_ip_address": LOOPBACK} if self._is_local else {}
-        ray.init(address=self._address, namespace="serve", **own)
-        _on_signals(_interrupt)  # ray.init has put its own in the place
+        try:
+            ray.init(address=self._address, namespace="serve", **own)
+            _on_signals(_interrupt)  # ray.init has put its own in the place
+            self._deploy()
+        except (ConnectionError, TimeoutError, RayError) as error:
+            raise CannotServe(_last_line(str(error))) from error
+
+    def _deploy(self) -> None:
         self._client = serve_start(
             http_options=self._deployment.http_options.model_dump(),
             proxy_location=self._deployment.proxy_location,
@@ -188,7 +195,9 @@ class Server:
     def _num_in_progress(self) -> int:
         count = 0
         for name in self._models:
-            with contextlib.suppress(RayError, TimeoutError):  # whoever does not answer cannot be waited for
+            with contextlib.suppress(
+                RayError, RayServeException, TimeoutError
+            ):  # whoever does not answer cannot be waited for
                 handle = serve.get_app_handle(name)
                 count += sum(handle.broadcast("num_in_progress").results(timeout_s=1.0))
         return count

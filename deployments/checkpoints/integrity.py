@@ -109,7 +109,10 @@ def _find_component_faults(
 def _find_config_faults(path: Path) -> list[str]:
     if not path.exists() and not path.is_symlink():
         return [f"{path} is missing: fetch it"]
-    return find_file_faults(path)
+    faults = find_file_faults(path)
+    if not faults and not isinstance(read_json(path), dict):
+        return [f"{path} holds no settings (a JSON object): fetch it again"]
+    return faults
 
 
 def _find_class_faults(folder: Path, library: str, class_name: str) -> Iterator[str]:

@@ -29,6 +29,7 @@ from huggingface_hub.errors import (
 from deployments.checkpoints.byte_order_mark import without_byte_order_marks
 from deployments.checkpoints.json_file import read_json
 from deployments.checkpoints.layout import MODEL_INDEX, describe_other_layout, open_hub_cache
+from deployments.checkpoints.weights import find_file_faults
 from deployments.config import ModelConfig
 from deployments.families import FAMILIES
 
@@ -67,7 +68,8 @@ def detect_family(checkpoint: str, revision: str | None) -> str:
     else:
         _check_complete(folder, components=())
         index_file = folder / MODEL_INDEX
-    pipeline = str(read_json(index_file).get("_class_name"))
+    index = read_json(index_file)
+    pipeline = str(index.get("_class_name") if isinstance(index, dict) else None)
     if pipeline not in FAMILY_BY_PIPELINE:
         raise ValueError(
             f"checkpoint {checkpoint!r} is a {pipeline}; supported are {', '.join(FAMILY_BY_PIPELINE)}. "
@@ -227,8 +229,11 @@ def _node() -> str:
 
 
 def _check_complete(folder: Path, components: Collection[str]) -> None:
-    if not (folder / MODEL_INDEX).is_file():
+    index = folder / MODEL_INDEX
+    if not index.is_file() and not index.is_symlink():
         raise FileNotFoundError(describe_other_layout(folder))
+    for fault in find_file_faults(index):
+        raise FileNotFoundError(fault)
     missing = sorted(component for component in components if not (folder / component).is_dir())
     if missing:
         present = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())

@@ -1,0 +1,214 @@
+"""`relay serve`: mistakes are told before anything starts; what it starts ends with it."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from deployments.checkpoints.source import fetch_checkpoint
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parent.parent.parent
+RELAY = str(Path(sys.executable).with_name("relay"))
+QUICKSTART = (ROOT / "configs" / "quickstart.yaml").read_text()
+ENV = os.environ | {"RAY_ADDRESS": "local", "NO_COLOR": "1", "COLUMNS": "80"}
+
+
+def refused(config: Path, *options: str) -> list[str]:
+    """The lines that it tells; it has started nothing."""
+    done = subprocess.run(
+        [RELAY, "serve", str(config), *options], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Started a local Ray" not in done.stderr
+    return done.stderr.removeprefix("relay: ").splitlines()
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    return tmp_path / "config.yaml"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        (
+            "transformer:",
+            "transfomer:",
+            ["config: unknown key 'transfomer' (did you mean 'transformer'?); allowed: "],
+        ),
+        (
+            "num_cpus: 1",
+            "num_cpu: 1",
+            ["transformer: unknown key 'num_cpu' (did you mean 'num_cpus'?); allowed: "],
+        ),
+        ("http_options", "http_option", ["config: unknown key 'http_option' (did you mean 'http_options'?); "]),
+        (
+            "route_prefix",
+            "route_prefx",
+            ["applications.0: unknown key 'route_prefx' (did you mean 'route_prefix'?)"],
+        ),
+        ("  port: 8000", "  port: many", ["http_options.port: Input should be a valid integer, unable to parse"]),
+        (
+            "encoder: {num_cpus: 0.5, max",
+            "encoder: {num_cpus: -1, dtyp: float16, max",
+            ["encoder: unknown key 'dtyp' (did you mean 'dtype'?)", "encoder.num_cpus: Input should be greater"],
+        ),
+        (
+            "embedded://shapes",
+            "/no/such/folder",
+            ["model.checkpoint: checkpoint '/no/such/folder' looks like a path"],
+        ),
+        ("embedded://shapes", "tiny://flix", ["model.checkpoint: checkpoint 'tiny://flix' names no tiny family"]),
+        ("width: 128", "width: 120", ["model.defaults, or the family's"]),
+    ],
+)
+def test_every_mistake_is_a_line_with_its_place(config: Path, old: str, new: str, told: list[str]) -> None:
+    assert old in QUICKSTART
+    config.write_text(QUICKSTART.replace(old, new))
+    lines = refused(config)
+    assert len(lines) == len(told)
+    for line, expected in zip(lines, told, strict=True):
+        assert line.startswith(f"{config}: {expected}")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("a: b: c", ", line 1, column 5: mapping values are not allowed here"),
+        ("applications: [\n", ", line 2, column 1: "),
+        ("", ": not a Ray Serve config"),
+        ("applications: 3", ": not a Ray Serve config with applications"),
+    ],
+)
+def test_what_is_no_config_is_told_with_its_line(config: Path, text: str, told: str) -> None:
+    config.write_text(text)
+    [line] = refused(config)
+    assert line.startswith(f"{config}{told}")
+
+
+def test_a_file_that_is_not_there_is_told(config: Path) -> None:
+    assert refused(config) == [f"{config}: No such file or directory"]
+
+
+def test_of_several_applications_each_mistake_names_its_own(config: Path) -> None:
+    head, _, app = QUICKSTART.partition("  - name: relay")
+    broken = app.replace("vae: {num_cpus: 0.5}", "vae: {num_cpus: two}")
+    config.write_text(f"{head}  - name: one{broken}\n  - name: two{broken}")
+    assert [line.partition(": vae.num_cpus")[0] for line in refused(config)] == [
+        f"{config}, application one",
+        f"{config}, application two",
+    ]
+
+
+def test_weights_that_are_not_whole_are_told_before_anything_starts(config: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(fetch_checkpoint("embedded://shapes", ()), tmp_path / "shapes")
+    weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    config.write_text(QUICKSTART.replace("embedded://shapes", str(folder)))
+    [line] = refused(config)
+    assert line.startswith(f"{config}: {weights} is cut short: it has ")
+
+
+def test_a_taken_port_is_told_with_its_holder(config: Path) -> None:
+    config.write_text(QUICKSTART)
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        [line] = refused(config, "--port", str(port))
+    assert line.startswith(f"port {port} of 127.0.0.1 is taken by ")
+    assert f"(pid {os.getpid()})" in line
+
+
+@contextmanager
+def serving(config: Path, log: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A process of it; whatever it has started is gone at the end."""
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [RELAY, "serve", str(config), *options], cwd=ROOT, env=ENV, stdout=out, stderr=out
+        )
+    try:
+        yield process
+    finally:
+        children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        process.kill()
+        process.wait()
+        for child in children:
+            child.kill()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def wait_for(log: Path, text: str, process: "subprocess.Popen[bytes]") -> None:
+    deadline = time.monotonic() + 240
+    while text not in log.read_text(errors="replace"):
+        assert process.poll() is None, log.read_text(errors="replace")
+        assert time.monotonic() < deadline
+        time.sleep(0.3)
+
+
+def test_it_draws_and_at_sigterm_cuts_what_runs_over_its_grace_and_leaves_nothing(tmp_path: Path) -> None:
+    port, log, config = free_port(), tmp_path / "log", tmp_path / "config.yaml"
+    config.write_text(QUICKSTART)
+    with serving(config, log, "--port", str(port), "--grace", "1") as process:
+        wait_for(log, f"quickstart is ready: http://127.0.0.1:{port}/", process)
+        url = f"http://127.0.0.1:{port}/v1/images/generations"
+        assert httpx.post(url, json={"prompt": "a cat", "seed": 1}, timeout=120).status_code == 200
+        long = {"prompt": "a cat", "size": "1024x1024", "num_inference_steps": 150}
+        errors: list[Exception] = []
+
+        def ask() -> None:
+            try:
+                httpx.post(url, json=long, timeout=300)
+            except httpx.TransportError as error:
+                errors.append(error)
+
+        client = threading.Thread(target=ask)
+        client.start()
+        time.sleep(2)
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 0
+        client.join(timeout=30)
+    _, alive = psutil.wait_procs(children, timeout=5)
+    text = log.read_text()
+    assert (len(errors), alive) == (1, [])
+    assert "relay: encoder: ready" in text
+    assert "1 request in progress: 1 s more" in text
+    assert "graceful_shutdown" not in text
+    assert text.rstrip().endswith("relay: ending")
+    with socket.socket() as again:
+        again.bind(("127.0.0.1", port))
+
+
+def test_a_stage_that_cannot_be_made_ends_it_with_its_sentence(tmp_path: Path) -> None:
+    """Which no file tells: the class cannot be quantised on this device, say."""
+    log, config = tmp_path / "log", tmp_path / "config.yaml"
+    config.write_text(
+        QUICKSTART.replace("vae: {num_cpus: 0.5}", "vae: {num_cpus: 0.5, attention_backend: nonsense}")
+    )
+    with serving(config, log, "--port", str(free_port())) as process:
+        assert process.wait(timeout=240) == 1
+    [line] = [
+        line for line in log.read_text().splitlines() if line.startswith("relay: vae: ") and "nonsense" in line
+    ]
+    assert "attention" in line
