@@ -34,7 +34,7 @@ GROUP = ("rank 0", "rank 1")
 STOPPED_S = 20.0
 """From SIGSTOP to SIGCONT."""
 NUM_REQUESTS = 8
-NUM_STEPS = 200
+NUM_STEPS = 100
 MANY_STEPS = 20_000
 """So many that a request which is not cancelled outlasts all others."""
 LATE_S = 1.0

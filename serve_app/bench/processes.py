@@ -29,7 +29,7 @@ def find_processes() -> dict[str, list[int]]:
 
 
 def count_zombies() -> int:
-    """Processes of anybody that have ended and are not reaped: orphans have the machine's first as their parent."""
+    """Processes of anybody that have ended and are not reaped; orphans are the child of the machine's first."""
     return sum(_status(pid)[0] == "Z" for pid in _all_pids())
 
 
