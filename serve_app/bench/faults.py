@@ -53,7 +53,6 @@ class Cell:
 
 
 QUICK = (
-    Cell("rank 0", "SIGKILL", "loaded"),
     Cell("rank 0", "SIGTERM", "loaded"),
     Cell("rank 1", "SIGTERM", "loaded"),
     Cell("encoder", "SIGKILL", "loaded"),

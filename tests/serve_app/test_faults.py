@@ -1,6 +1,6 @@
 """Every process of a served model killed, told to go and stopped, as `relay bench faults` does it.
 
-On a Ray of its own. A few cells of the table; all of them, forty minutes, with --thorough.
+On a Ray of its own. A few cells of the table; all of them, half an hour on an idle machine, with --thorough.
 """
 
 import json
