@@ -20,6 +20,9 @@ NO_GPU_ENV = {"CUDA_VISIBLE_DEVICES": ""}
 HEAD_NODE = {"node:__internal_head__": 0.001}
 """A resource that Ray gives to the head node alone."""
 
+HEALTH_CHECKS = {"health_check_period_s": 2.0, "health_check_timeout_s": 10.0}
+"""Three that fail make an unhealthy replica: 6 s after it said so, half a minute after it hung."""
+
 METRICS_INTERVAL_S = 1.0
 LOOK_BACK_S = 5.0
 """Serve's own 10 and 30 s would see a burst of short requests when it is over."""
@@ -44,8 +47,7 @@ def plan_serve_options(
     options: dict[str, Any] = {
         "max_ongoing_requests": resources.max_ongoing_requests,
         "graceful_shutdown_timeout_s": graceful_shutdown_timeout_s,
-        "health_check_period_s": 2.0,
-        "health_check_timeout_s": 10.0,
+        **HEALTH_CHECKS,
         "ray_actor_options": {
             "num_cpus": resources.num_cpus,
             "num_gpus": resources.num_gpus,

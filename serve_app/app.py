@@ -8,7 +8,7 @@ from ray.serve import Application, Deployment
 from ray.serve.exceptions import RayServeException
 
 from cluster.nodes import is_alone
-from cluster.serve_options import HEAD_NODE, plan_serve_options
+from cluster.serve_options import HEAD_NODE, HEALTH_CHECKS, plan_serve_options
 from deployments.config import StageConfig
 from deployments.encoder import Encoder
 from deployments.transformer import Transformer
@@ -74,6 +74,7 @@ def build_ingress(config: AppConfig) -> Deployment:
         num_replicas=config.ingress.num_replicas,
         # room beyond those in progress: for 429s, and for whoever asks how it goes
         max_ongoing_requests=2 * config.limits.max_concurrent_requests,
+        **HEALTH_CHECKS,
         max_surge_percent=100,  # on a redeploy the old ones serve until the new ones can: they need no GPU
         graceful_shutdown_timeout_s=config.limits.request_timeout_s,
         ray_actor_options={

@@ -34,7 +34,7 @@ GROUP = ("rank 0", "rank 1")
 STOPPED_S = 20.0
 """From SIGSTOP to SIGCONT."""
 NUM_REQUESTS = 8
-NUM_STEPS = 200
+NUM_STEPS = 100
 MANY_STEPS = 20_000
 """So many that a request which is not cancelled outlasts all others."""
 LATE_S = 1.0
@@ -53,7 +53,6 @@ class Cell:
 
 
 QUICK = (
-    Cell("rank 0", "SIGKILL", "loaded"),
     Cell("rank 0", "SIGTERM", "loaded"),
     Cell("rank 1", "SIGTERM", "loaded"),
     Cell("encoder", "SIGKILL", "loaded"),
@@ -69,8 +68,8 @@ def run(*, cells: Sequence[Cell], with_requests: bool, json_file: Path | None) -
     door_s: the longest that a new request waited for its picture, from the signal until all was as before; for a
         request that kills, until it was given up; for clients that leave, until their seats were free.
     encoded_again, steps_again: work done twice, as far as the processes tell that live at the end.
-    left_over: processes that should have ended and have not; for clients that leave, seats. zombies: ended, but
-        not reaped. shm_bytes: what /dev/shm holds more than before.
+    left_over: processes that should have ended and have not; for clients that leave, seats. zombies: processes
+        that have ended since, but were not reaped. shm_bytes: what /dev/shm holds more than before.
     """
     config = _config()
     judge = Judge(PlainPipeline(config))
@@ -95,7 +94,7 @@ class Faults:
     async def fault(self, cell: Cell) -> Row:
         """All requests that run have been encoded when it happens, and none is denoised."""
         running = [_body(i) for i in range(NUM_REQUESTS)] if cell.when == "loaded" else []
-        before, processes, shm = await take_census(), find_processes(), shared_memory_bytes()
+        before, processes, leavings = await take_census(), find_processes(), Leavings.now()
         door = Door(self._url)
         async with open_client(self._url) as client:
             posts = [asyncio.create_task(post(client, body)) for body in running]
@@ -114,14 +113,14 @@ class Faults:
             "door_s": door.shut_s,
             **work_again(before, await take_census(), running, door.sent),
             "left_over": left_over,
-            **_leavings(shm),
+            **leavings.since(),
         }
 
     async def killer(self) -> Row:
         """Of eight requests, each time that one is at a step the transformer's process is killed."""
         bodies = [_body(i) for i in range(NUM_REQUESTS)]
         killer, innocent = bodies[0] | {"stream": True, "progress": True}, bodies[1:]
-        processes, shm = find_processes(), shared_memory_bytes()
+        processes, leavings = find_processes(), Leavings.now()
         killed_at: list[float] = []
         async with open_client(self._url) as client:
             posts = [asyncio.create_task(post(client, body)) for body in innocent]
@@ -145,14 +144,14 @@ class Faults:
             "encoded_again": 0,
             "steps_again": 0,
             "left_over": await _settle(processes, GROUP),
-            **_leavings(shm),
+            **leavings.since(),
         }
 
     async def leave(self) -> Row:
         """Half of the clients close their connections; the others' pictures come all the same."""
         bodies = [_body(i) for i in range(NUM_REQUESTS)]
         staying, leaving = bodies[::2], [body | {"num_inference_steps": MANY_STEPS} for body in bodies[1::2]]
-        shm = shared_memory_bytes()
+        leavings = Leavings.now()
         async with open_client(self._url) as client:
             leavers = [asyncio.create_task(post(client, body)) for body in leaving]
             posts = [asyncio.create_task(post(client, body)) for body in staying]
@@ -174,7 +173,7 @@ class Faults:
             "encoded_again": 0,
             "steps_again": 0,
             "left_over": (await ask("Transformer")).queue.num_seats,
-            **_leavings(shm),
+            **leavings.since(),
         }
 
     def _judged(
@@ -206,8 +205,24 @@ async def _settle(before: Mapping[str, Sequence[int]], doomed: Sequence[str]) ->
     return sum(map(is_alive, pids))
 
 
-def _leavings(shm_bytes_before: int) -> Row:
-    return {"zombies": count_zombies(), "shm_bytes": max(0, shared_memory_bytes() - shm_bytes_before)}
+@dataclass(frozen=True)
+class Leavings:
+    """What processes leave behind that nobody clears away."""
+
+    zombies: int
+    shm_bytes: int
+
+    @classmethod
+    def now(cls) -> "Leavings":
+        return cls(count_zombies(), shared_memory_bytes())
+
+    def since(self) -> Row:
+        """What is there now that was not."""
+        now = Leavings.now()
+        return {
+            "zombies": max(0, now.zombies - self.zombies),
+            "shm_bytes": max(0, now.shm_bytes - self.shm_bytes),
+        }
 
 
 def _is_refusal(answer: bytes | BaseException) -> bool:

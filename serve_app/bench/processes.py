@@ -29,8 +29,8 @@ def find_processes() -> dict[str, list[int]]:
 
 
 def count_zombies() -> int:
-    """Descendants that have ended and that nobody has asked about."""
-    return sum(_status(pid)[0] == "Z" for pid in _descendants())
+    """Processes of anybody that have ended and are not reaped; orphans are the child of the machine's first."""
+    return sum(_status(pid)[0] == "Z" for pid in _all_pids())
 
 
 def is_alive(pid: int) -> bool:

@@ -1,6 +1,6 @@
 """Every process of a served model killed, told to go and stopped, as `relay bench faults` does it.
 
-On a Ray of its own. A few cells of the table; all of them, forty minutes, with --thorough.
+On a Ray of its own. A few cells of the table; all of them, half an hour on an idle machine, with --thorough.
 """
 
 import json
@@ -15,8 +15,8 @@ import pytest
 pytestmark = pytest.mark.slow
 
 Row = dict[str, Any]
-REPLICA_STARTS_S = 60.0
-"""On a machine that does other things, too; a request that hung would take longer."""
+HANGS_S = 100.0
+"""Far longer than a replica takes to start, also on a machine that does other things."""
 STAGES = ("rank 0", "rank 1", "encoder", "VAE")
 DOORS = ("ingress", "HTTP proxy")
 
@@ -63,7 +63,7 @@ def test_no_request_is_lost_by_a_door_that_is_told_to_go(rows: list[Row]) -> Non
 
 def test_a_new_request_never_hangs(rows: list[Row]) -> None:
     for row in of(rows, *STAGES, *DOORS, signals=1):
-        assert row["door_s"] < REPLICA_STARTS_S, row
+        assert row["door_s"] < HANGS_S, row
 
 
 def test_a_replica_that_is_told_to_go_is_not_missed(rows: list[Row]) -> None:

@@ -12,17 +12,26 @@ from pathlib import Path
 import httpx
 import pytest
 
+from serve_app.proxy_exit import FLUSH_S
+
 ROOT = Path(__file__).parent.parent.parent
-TAKES_S = 4.0
 PROGRAM = """
 import asyncio, sys, threading
 import uvicorn
 from serve_app.proxy_exit import ExitOnSigterm
 
+is_in, may_go = asyncio.Event(), asyncio.Event()
+
 async def app(scope, receive, send):
     if scope["type"] != "http":
         return
-    await asyncio.sleep(float(sys.argv[2]) if scope["path"] == "/slow" else 0)
+    if scope["path"] == "/slow":
+        is_in.set()
+        await may_go.wait()
+    elif scope["path"] == "/is_in":
+        await is_in.wait()
+    elif scope["path"] == "/go":
+        may_go.set()
     await send({"type": "http.response.start", "status": 200, "headers": []})
     await send({"type": "http.response.body", "body": b"served"})
 
@@ -39,7 +48,7 @@ def proxy() -> Iterator[Proxy]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-c", PROGRAM, str(port), str(TAKES_S)]
+    command = [sys.executable, "-c", PROGRAM, str(port)]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
         url = f"http://127.0.0.1:{port}"
         deadline = time.monotonic() + 30
@@ -57,10 +66,11 @@ def proxy() -> Iterator[Proxy]:
 def test_what_is_in_it_and_what_still_comes_is_answered_before_it_ends(proxy: Proxy) -> None:
     process, url = proxy
     with ThreadPoolExecutor(1) as thread, httpx.Client() as client:
-        slow = thread.submit(httpx.get, f"{url}/slow")
-        time.sleep(TAKES_S / 4)
+        slow = thread.submit(httpx.get, f"{url}/slow", timeout=30)
+        client.get(f"{url}/is_in", timeout=30)
         process.send_signal(signal.SIGTERM)
-        assert client.get(url).text == "served"
+        time.sleep(2 * FLUSH_S)
+        assert client.get(f"{url}/go").text == "served"
         assert slow.result().text == "served"
     assert process.wait(timeout=10) == 0
 
