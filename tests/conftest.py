@@ -9,8 +9,7 @@ from typing import Any
 
 from serve_app.ray_environment import RAY_ENVIRONMENT
 
-for _name, _value in RAY_ENVIRONMENT.items():
-    os.environ.setdefault(_name, _value)
+os.environ.update(RAY_ENVIRONMENT)
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import httpx
