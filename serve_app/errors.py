@@ -5,6 +5,7 @@ RelayError
 ├── BadRequest        400  a field of the body is wrong; names it
 ├── UnknownModel      404
 ├── Overloaded        429  too many requests are in progress; Retry-After
+├── ClientLeft        499  nobody is there to be answered: for the log
 ├── StageFailed       500  a stage raised; not worth repeating
 │   ├── OutOfMemory   500  a stage took more than its share of the GPU's memory
 │   └── NonFinite     500  what a stage made is NaN or infinite
@@ -94,6 +95,12 @@ class Overloaded(RelayError):
     kind = "rate_limit_error"
     code = "overloaded"
     retry_after_s = 5
+
+
+class ClientLeft(RelayError):
+    status = 499
+    kind = "invalid_request_error"
+    code = "client_left"
 
 
 class StageFailed(RelayError):

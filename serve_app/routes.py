@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from serve_app.bodies import read_json, read_json_or_form
 from serve_app.body_limit import BodyLimit
 from serve_app.description import body_schema, describe_events, drop_422
+from serve_app.disconnect import while_connected
 from serve_app.errors import BadCall, RelayError, as_relay_error, named
 from serve_app.generation import Picture
 from serve_app.head import HeadIsGet
@@ -96,7 +97,7 @@ def build_api(relay: Relay) -> FastAPI:
         if body.stream:
             events = relay.events(requests, body.stream_options, heartbeat_s=HEARTBEAT_S)
             return await answer_with_events(events, requests[0])
-        pictures = await relay.run(requests)
+        pictures = await while_connected(request, relay.run(requests))
         return ImagesResponse(
             created=int(time.time()),
             output_format=body.output_format,
@@ -115,7 +116,7 @@ def build_api(relay: Relay) -> FastAPI:
     async def video(request: Request) -> Response:
         fields, is_form = await read_json_or_form(request)
         body = parse_body(VideoBody, fields, is_json=not is_form)
-        [picture] = await relay.run([relay.validator.video(body)])
+        [picture] = await while_connected(request, relay.run([relay.validator.video(body)]))
         timings = ", ".join(f"{stage};dur={ms}" for stage, ms in picture.timings_ms.items())
         headers = {"X-Seed": str(picture.seed), "Server-Timing": timings}
         return Response(picture.media.data, media_type=picture.media.media_type, headers=headers)

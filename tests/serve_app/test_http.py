@@ -149,10 +149,7 @@ def test_models_and_health(flux_app: Any, wan_app: Any) -> None:
     assert health.json() == {"ok": True, "stages": {"encoder": "ok", "transformer": "ok", "vae": "ok"}}
 
 
-def test_the_api_is_described_and_never_promises_a_422(flux_app: Any) -> None:
+def test_the_api_is_described(flux_app: Any) -> None:
     paths = flux_app.client.get("/openapi.json").json()["paths"]
-    assert {"/v1/images/generations", "/v1/videos/sync", "/v1/models", "/health"} <= paths.keys()
-    for path in paths.values():
-        for operation in path.values():
-            assert "422" not in operation["responses"]
+    assert {"/v1/images/generations", "/v1/models", "/health"} <= paths.keys()
     assert flux_app.client.get("/docs").status_code == 200

@@ -52,7 +52,7 @@ def test_prometheus_sees_what_every_stage_has_counted(flux_app: Any) -> None:
     num_requests, num_steps = 3, 5
     for seed in range(num_requests):
         flux_app.handle.generate.remote(prompt="counted", seed=seed, num_inference_steps=num_steps).result()
-    status = flux_app.client.get("/v1/status").json()
+    status = flux_app.status()
     [encoder], [transformer], [vae] = (status[stage]["replicas"] for stage in ("encoder", "transformer", "vae"))
     batch_sizes = transformer["queue"]["batch_sizes"]
     counted = {
@@ -89,7 +89,7 @@ def test_prometheus_sees_what_every_stage_has_counted(flux_app: Any) -> None:
 
 
 def test_status_tells_replicas_queues_blocks_and_bytes(flux_app: Any) -> None:
-    status = flux_app.client.get("/v1/status").json()
+    status = flux_app.status()
     assert (status["model"], status["num_in_progress"]) == ("tiny-flux", 0)
     for stage in ("encoder", "transformer", "vae"):
         assert (status[stage]["state"], status[stage]["num_replicas"]) == ("HEALTHY", {"RUNNING": 1})

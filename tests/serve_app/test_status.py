@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from serve_app.status import NoStatus, fetch_status, status_table
+from serve_app.status import NoStatus, fetch_status, is_loopback, status_table
 
 MEMORY = {
     "weights_bytes": {"cuda float16": 2**31, "cpu float32": 2**29},
@@ -29,6 +29,7 @@ RANKS = [
 STATUS: dict[str, Any] = {
     "model": "flux",
     "num_in_progress": 7,
+    "age_s": 0.4,
     "encoder": {"state": "HEALTHY", "message": "", "num_replicas": {}, "replicas": []},
     "transformer": {
         "state": "UPSCALING",
@@ -69,6 +70,11 @@ def test_what_serve_says_of_a_stage_is_told() -> None:
     assert any("waiting for GPUs" in row for row in rows(STATUS))
 
 
+def test_what_is_old_tells_its_age() -> None:
+    assert status_table(STATUS).title == "flux: 7 requests in progress"
+    assert str(status_table(STATUS | {"age_s": 8.2}).title).endswith("; the stages as of 8 s ago")
+
+
 def test_a_server_that_is_away_is_one_line() -> None:
     with pytest.raises(NoStatus, match=r"http://127\.0\.0\.1:9 does not answer"):
         fetch_status("http://127.0.0.1:9")
@@ -103,6 +109,31 @@ def url() -> Iterator[str]:
 def test_an_error_of_the_server_is_told(url: str) -> None:
     with pytest.raises(NoStatus, match="answers 404"):
         fetch_status(f"{url}/elsewhere")
+
+
+@pytest.mark.parametrize("cut", ["http://", ""])
+def test_this_machine_is_asked_directly_with_or_without_a_scheme(
+    url: str, cut: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever proxy the environment names: it is for other machines."""
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert fetch_status(url.removeprefix(cut))["model"] == "flux"
+
+
+@pytest.mark.parametrize(
+    ("url", "is_own"),
+    [
+        ("http://127.0.0.1:8000", True),
+        ("http://127.8.0.1", True),
+        ("http://[::1]:8000", True),
+        ("http://localhost:8000", True),
+        ("http://10.0.0.1:8000", False),
+        ("http://relay.example", False),
+    ],
+)
+def test_a_proxy_is_asked_for_other_machines_only(url: str, is_own: bool) -> None:
+    assert is_loopback(url) == is_own
 
 
 def test_watching_asks_again_and_again_until_it_is_interrupted(url: str) -> None:

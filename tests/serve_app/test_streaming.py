@@ -259,7 +259,7 @@ def test_the_events_are_described(flux_app: Any) -> None:
     assert content.keys() == {"application/json", "text/event-stream"}
     name = content["text/event-stream"]["schema"]["$ref"].rpartition("/")[2]
     events = [option["$ref"].rpartition("/")[2] for option in api["components"]["schemas"][name]["anyOf"]]
-    assert events == ["ProgressEvent", "PartialImageEvent", "CompletedEvent"]
+    assert events == ["ProgressEvent", "PartialImageEvent", "CompletedEvent", "ErrorResponse"]
     text = json.dumps(api)
     for reference in {part.partition('"')[0] for part in text.split("#/components/schemas/")[1:]}:
         assert reference in api["components"]["schemas"]

@@ -124,6 +124,26 @@ def test_a_size_error_names_the_nearest_size_and_that_one_is_taken(family: str) 
     assert (request.width, request.height) == (5 * multiple, 4 * multiple)
 
 
+@pytest.mark.parametrize(("output_format", "most"), [("jpeg", 65_500), ("webp", 16_383), ("png", 99_984)], ids=str)
+def test_a_side_that_a_format_cannot_hold_is_refused_at_once(output_format: str, most: int) -> None:
+    """The file's own limits; 99,984 is the longest side of five digits."""
+    validator = build_validator("flux")
+    longest = most // 16 * 16
+    for size in (f"{longest}x16", f"16x{longest}"):
+        assert validator.requests({"prompt": "a cat", "size": size, "output_format": output_format})
+    if output_format == "png":
+        return
+    for size in (f"{longest + 16}x16", f"16x{longest + 16}"):
+        error = refusal("flux", size=size, output_format=output_format)
+        assert error.param == "size"
+        assert f"output_format {output_format}, which has at most {most} pixels a side" in error.message
+
+
+def test_a_side_that_h264_cannot_hold_is_refused_at_once() -> None:
+    error = refusal("wan", size="16400x16", num_frames=1)
+    assert (error.param, "16384 pixels a side" in error.message) == ("size", True)
+
+
 def test_sides_that_fit_are_refused_when_their_product_does_not() -> None:
     validator = build_validator("flux", limits={"max_pixels": 64 * 64})
     assert validator.requests({"prompt": "a cat", "size": "128x32"})
@@ -203,6 +223,7 @@ def test_the_served_models_name_may_be_left_out_but_not_wrong() -> None:
         ("sdxl", {"num_frames": 5}, {}, "num_frames: this field is not known"),
         ("wan", {"num_frames": 6}, {}, "num_frames must be 1 more than a multiple of 4, got 6"),
         ("wan", {}, {"max_num_frames": 33}, "num_frames asks for 81 frames; the limit is 33"),
+        ("flux", {"negative_prompt": "dog \ud83d"}, {}, "negative_prompt: character 4 is half of one"),
     ],
 )
 def test_a_default_that_a_request_could_not_ask_for_is_refused_before_anything_starts(
