@@ -40,7 +40,7 @@ from deployments.warm_up import WarmUp
 OnStep = Callable[[int, torch.Tensor], None]
 """(steps done, latents after them), after every timestep: some schedulers have several to a step."""
 
-PIPELINE_ERRORS = (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError)
+PIPELINE_ERRORS = (ArithmeticError, AssertionError, LookupError, RuntimeError, ValueError)
 """What pipelines and schedulers raise of a field that they cannot take; and others of much else."""
 
 

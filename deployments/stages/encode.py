@@ -1,5 +1,6 @@
 """Text to embeddings."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -37,15 +38,16 @@ class TextEncoding:
             self._pipe = load_pipeline(folder, index, keep, config, variant=model.variant)
             self.keeper = Keeper(loaded_models(self._pipe), config, device, share=share)
         if config.compile is None and not config.moves_weights:  # else it would cost what a request costs
-            self._try(default_prompt(model), left_out(index))
+            self._try(default_prompt(model), sorted(left_out(index)))
 
-    def _try(self, prompt: Prompt, left_out: frozenset[str]) -> None:
+    def _try(self, prompt: Prompt, missing: Sequence[str]) -> None:
         """Raises CannotServe where no prompt could be encoded for the denoiser."""
         limit = self._max_sequence_length
         try:
             embeds = self._encode(prompt, limit and min(limit, NUM_TRIAL_TOKENS))
         except Exception as error:  # pipelines and tokenizers raise what they like
-            without = f"; the checkpoint leaves out {', '.join(sorted(left_out))}" if left_out else ""
+            parts = [name for name in missing if name.startswith(("text_encoder", "tokenizer"))]
+            without = f"; the checkpoint leaves out {', '.join(parts)}" if parts else ""
             raise CannotServe(
                 f"the encode stage cannot run {type(self._pipe).__name__}: {describe_cause(error)}{without}"
             ) from error

@@ -1,0 +1,114 @@
+"""Tiny checkpoints changed on disk, as people's are."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+
+from deployments.checkpoints.geometry import with_geometry
+from deployments.checkpoints.source import fetch_checkpoint, with_family
+from deployments.config import EncoderConfig, ModelConfig, TransformerConfig, VaeConfig
+from deployments.request import GenerationRequest, MediaSize, Prompt
+from deployments.stages import load_stage
+from deployments.stages.denoise import Denoising
+from deployments.warm_up import default_request
+
+SEED = 3
+
+
+def write_tiny(family: str, folder: Path) -> Path:
+    shutil.copytree(fetch_checkpoint(f"tiny://{family}", ()), folder)
+    return folder
+
+
+def edit(file: Path, **changes: Any) -> None:
+    """A JSON file."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def set_scheduler(folder: Path, class_name: str, **config: Any) -> None:
+    shutil.rmtree(folder / "scheduler")
+    getattr(diffusers, class_name)(**config).save_pretrained(folder / "scheduler")
+    edit(folder / "model_index.json", scheduler=["diffusers", class_name])
+
+
+def set_model(folder: Path, name: str, class_name: str, **config: Any) -> None:
+    """Random weights in place of a component's; what config does not say is as it was, if the class is the same."""
+    model_class, path = getattr(diffusers, class_name), folder / name
+    was = model_class.load_config(path)
+    own = {key: value for key, value in was.items() if not key.startswith("_")}
+    own = own if was["_class_name"] == class_name else {}
+    shutil.rmtree(path)
+    torch.manual_seed(0)
+    model = model_class(**own | config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(1.5)
+    model.save_pretrained(path)
+    edit(folder / "model_index.json", **{name: ["diffusers", class_name]})
+
+
+def read_model(folder: Path, family: str | None = None, **settings: Any) -> ModelConfig:
+    """As an app is built with it."""
+    config = ModelConfig(name="variant", checkpoint=str(folder), family=family, **settings)
+    return with_geometry(with_family(config))
+
+
+def build_request(model: ModelConfig, **changes: Any) -> GenerationRequest:
+    request = default_request(model, MediaSize(64, 64, 5 if model.architecture.media == "video" else 1), 3)
+    return replace(request, prompt=replace(request.prompt, text="a red cat"), seed=SEED, **changes)
+
+
+def load_denoising(model: ModelConfig) -> Denoising:
+    stage = load_stage("denoise", model, TransformerConfig())
+    stage.connect(None, _raise)
+    return stage
+
+
+def denoise(stage: Denoising, prompt: Prompt, request: GenerationRequest, model: ModelConfig) -> torch.Tensor:
+    embeds = load_stage("encode", model, EncoderConfig()).encode(prompt)
+    seat = stage.join()
+    try:
+        return stage.denoise(seat, embeds, request, lambda *_: None)
+    finally:
+        stage.leave(seat)
+
+
+def draw_staged(model: ModelConfig, request: GenerationRequest, **vae: Any) -> np.ndarray:
+    """[F, H, W, 3] by the three stages."""
+    stage = load_denoising(model)
+    try:
+        latents = denoise(stage, request.prompt, request, model)
+    finally:
+        stage.close()
+    return load_stage("decode", model, VaeConfig(**vae)).decode(latents, request)
+
+
+def draw_plain(folder: Path, request: GenerationRequest, **call: Any) -> np.ndarray:
+    """[F, H, W, 3] by diffusers itself."""
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    torch.manual_seed(request.seed)
+    output = pipe(
+        prompt=request.prompt.text,
+        generator=torch.Generator().manual_seed(request.seed),
+        height=request.height,
+        width=request.width,
+        num_inference_steps=request.num_inference_steps,
+        output_type="np",
+        return_dict=False,
+        **({"num_frames": request.num_frames} if request.num_frames > 1 else {}) | call,
+    )[0]
+    frames = output[0] if output.ndim == 5 else output
+    return (frames * 255).round().astype(np.uint8)
+
+
+def _raise(error: BaseException) -> None:
+    raise error
