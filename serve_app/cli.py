@@ -1,7 +1,12 @@
 """`relay`: what is done from a shell. The only place that reads or sets the process's environment."""
 
-import importlib
 import os
+
+from serve_app.ray_environment import RAY_ENVIRONMENT
+
+os.environ.update(RAY_ENVIRONMENT | dict(os.environ))  # before Ray is imported, which reads some of it at once
+
+import importlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -48,8 +53,7 @@ FORMATS: dict[str, dict[str, dict[str, str]]] = {
 
 
 def main() -> None:
-    """Console script. Ray would start its workers at nice 15, to be starved by any other process."""
-    os.environ.setdefault("RAY_worker_niceness", "0")
+    """Console script."""
     try:
         cli()
     except (ConfigError, RelayError, NoStatus, FileExistsError, FileNotFoundError) as error:

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
-os.environ.setdefault("RAY_worker_niceness", "0")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+from serve_app.ray_environment import RAY_ENVIRONMENT
+
+os.environ.update(RAY_ENVIRONMENT | {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"} | dict(os.environ))
 
 import httpx
 import pytest
