@@ -7,6 +7,7 @@ from serve_app.ray_environment import RAY_ENVIRONMENT
 os.environ.update(RAY_ENVIRONMENT | dict(os.environ))  # before Ray is imported, which reads some of it at once
 
 import importlib
+import importlib.metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from deployments.families import FAMILIES
+from deployments.stages.imports import silence_imports
 from serve_app.app import build_validator
 from serve_app.bench_cli import bench
 from serve_app.config import ConfigError, load_app_config
@@ -27,7 +29,6 @@ from serve_app.status import NoStatus, fetch_status, status_table, watch_status
 
 cli = typer.Typer(
     pretty_exceptions_enable=False,
-    help="Latent Relay: diffusion models over several GPUs.",
     no_args_is_help=True,
     add_completion=False,
 )
@@ -54,12 +55,32 @@ FORMATS: dict[str, dict[str, dict[str, str]]] = {
 
 def main() -> None:
     """Console script."""
+    silence_imports()
     try:
         cli()
     except (ConfigError, RelayError, NoStatus, FileExistsError, FileNotFoundError) as error:
         message = error.message if isinstance(error, RelayError) else str(error)
         console.print(f"relay: {message}", style="red", highlight=False)
         raise SystemExit(2) from error
+
+
+def tell_version(is_asked: bool) -> None:
+    if is_asked:
+        print(
+            ", ".join(
+                f"{name} {importlib.metadata.version(name)}" for name in ("latent-relay", "ray", "diffusers")
+            )
+        )
+        raise typer.Exit
+
+
+@cli.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=tell_version, is_eager=True, help="tell the versions")
+    ] = False,
+) -> None:
+    """Latent Relay: diffusion models over several GPUs."""
 
 
 @cli.command()
