@@ -3,6 +3,8 @@
 "2x16GiB"                  two GPUs of 16 GiB on one node
 "2x(4x24GiB)"              two nodes of four GPUs of 24 GiB
 "1x(8x80GiB)+2x(4x24GiB)"  one node of eight large ones, two of four small ones
+
+A single GPU may be "16GiB", and "GB", "g" or nothing may stand for "GiB": cards are sold by GB, and mean it.
 """
 
 import re
@@ -12,8 +14,9 @@ from dataclasses import dataclass
 VISIBLE = 0.98
 """Of the memory that `nvidia-smi` shows, what a process can have; the driver keeps the rest. Users' torch tells of
 15.70 GiB on an RTX 4080 of 16, of 23.65 on an RTX 4090 of 24, of 79.1 on an A100 of 80."""
-_GPUS = r"(\d+)x(\d+(?:\.\d+)?)GiB"
-_NODES = rf"(?:(\d+)x\({_GPUS}\)|{_GPUS})"
+_GPUS = r"([1-9]\d*)x(\d+(?:\.\d+)?)(?:GiB|GB|G)?"
+_GPU = r"()(\d+(?:\.\d+)?)(?:GiB|GB|G)"
+_NODES = (rf"([1-9]\d*)x\({_GPUS}\)", rf"(){_GPUS}", rf"(){_GPU}")
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,9 @@ def parse_gpus(text: str) -> tuple[Gpu, ...]:
 
 def _nodes(part: str) -> Iterator[tuple[int, float]]:
     """(GPUs, GiB of each) per node."""
-    match = re.fullmatch(_NODES, part)
-    if match is None:
-        raise ValueError(f"{part!r} are no GPUs: write 2x16GiB, or 2x(4x24GiB) for two nodes of four")
-    nodes, num_gpus, gib, plain_num_gpus, plain_gib = match.groups()
-    for _ in range(int(nodes or 1)):
-        yield int(num_gpus or plain_num_gpus), float(gib or plain_gib)
+    matches = (re.fullmatch(form, part, re.IGNORECASE) for form in _NODES)
+    match = next((match for match in matches if match), None)
+    if match is None or not float(match[3]):
+        raise ValueError(f"GPUs are written as 2x16GiB, or as 2x(4x24GiB) for two nodes of four; got {part!r}")
+    for _ in range(int(match[1] or 1)):
+        yield int(match[2] or 1), float(match[3])

@@ -74,7 +74,12 @@ def open_store(host: str, world_size: int) -> TCPStore:
 
     host: an address of this machine that the other ranks can reach.
     """
-    return TCPStore(host, 0, world_size, is_master=True, wait_for_workers=False)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.create_server((host, 0), family=family)  # torch's own would listen on all addresses
+    port = listening.getsockname()[1]
+    return TCPStore(
+        host, port, world_size, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
+    )
 
 
 def join_store(host: str, port: int, world_size: int) -> TCPStore:

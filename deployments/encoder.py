@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from cluster.metrics import StageMetrics, export_regularly
+from cluster.replica_port import follow_ray_to_loopback
 from cluster.termination import DrainOnSigterm
 from deployments.config import EncoderConfig, ModelConfig
 from deployments.embedding_cache import EmbeddingCache, num_bytes
@@ -26,6 +27,7 @@ class Encoder(DrainOnSigterm):
     def __init__(self, model: ModelConfig, config: EncoderConfig, warm_up: WarmUp = NO_WARM_UP) -> None:
         self.drain_on_sigterm()
         began = time.perf_counter()
+        follow_ray_to_loopback()
         self._lane = Lane("encode")
         self._stage = load_stage("encode", model, config)
         self._lane.run_first(self._stage.warm_up, warm_up)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from cluster.autoscaling import LOAD
 from cluster.metrics import StageMetrics, export_regularly
 from cluster.place import num_nodes
+from cluster.replica_port import follow_ray_to_loopback
 from cluster.shard_group import ShardGroup, this_address
 from cluster.termination import DrainOnSigterm
 from deployments.config import ModelConfig, TransformerConfig
@@ -47,6 +48,7 @@ class Transformer(DrainOnSigterm):
     def __init__(self, model: ModelConfig, config: TransformerConfig, warm_up: WarmUp = NO_WARM_UP) -> None:
         self.drain_on_sigterm()
         began = time.perf_counter()
+        follow_ray_to_loopback()
         self._threads = ThreadPoolExecutor(config.max_ongoing_requests, thread_name_prefix="denoise")
         self._group: ShardGroup | None = None
         if config.num_ranks > 1:  # first of all: the children start while this process imports torch

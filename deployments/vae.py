@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from cluster.metrics import StageMetrics, export_regularly
+from cluster.replica_port import follow_ray_to_loopback
 from cluster.termination import DrainOnSigterm
 from deployments.config import ModelConfig, VaeConfig
 from deployments.lane import Lane
@@ -27,6 +28,7 @@ class Vae(DrainOnSigterm):
     def __init__(self, model: ModelConfig, config: VaeConfig, warm_up: WarmUp = NO_WARM_UP) -> None:
         self.drain_on_sigterm()
         began = time.perf_counter()
+        follow_ray_to_loopback()
         self._lane = Lane("decode")
         self._num_pictures = self._num_partial = 0
         self._max_partial = config.max_ongoing_requests // 2

@@ -1,6 +1,7 @@
 """`relay`: what is done from a shell. The only place that reads or sets the process's environment."""
 
 import importlib
+import importlib.metadata
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from deployments.families import FAMILIES
+from deployments.stages.imports import silence_imports
 from serve_app.bench_cli import bench
 from serve_app.config import ConfigError, load_app_config
 from serve_app.config_docs import render_config_docs
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
 
 cli = typer.Typer(
     pretty_exceptions_enable=False,
-    help="Latent Relay: diffusion models over several GPUs.",
     no_args_is_help=True,
     add_completion=False,
 )
@@ -57,14 +58,33 @@ FORMATS: dict[str, dict[str, dict[str, str]]] = {
 
 def main() -> None:
     """Console script."""
-    for name, value in RAY_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    os.environ.update(RAY_ENVIRONMENT | os.environ)
+    silence_imports()
     try:
         cli()
     except (ConfigError, RelayError, NoStatus, FileExistsError, FileNotFoundError) as error:
         message = error.message if isinstance(error, RelayError) else str(error)
         console.print(f"relay: {message}", style="red", highlight=False, soft_wrap=True)
         raise SystemExit(2) from error
+
+
+def tell_version(is_asked: bool) -> None:
+    if is_asked:
+        print(
+            ", ".join(
+                f"{name} {importlib.metadata.version(name)}" for name in ("latent-relay", "ray", "diffusers")
+            )
+        )
+        raise typer.Exit
+
+
+@cli.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=tell_version, is_eager=True, help="tell the versions")
+    ] = False,
+) -> None:
+    """Latent Relay: diffusion models over several GPUs."""
 
 
 @cli.command()

@@ -26,6 +26,8 @@ from serve_app.files import resolve_family
 
 WIDTH = 110
 """Columns of a plan that goes into a file or a pipe."""
+MAX_SIDE = 8192
+"""Pixels. Of four times as many, FLUX's own pipeline cannot compute the noise levels."""
 
 ConfigArgument = Annotated[Path | None, typer.Argument(help="Serve YAML")]
 SizeOption = Annotated[
@@ -143,10 +145,14 @@ def _sizes(asked: list[str] | None, model: ModelConfig) -> tuple[MediaSize, ...]
         match = re.fullmatch(r"(\d+)x(\d+)(?:x(\d+))?", text)
         if match is None:
             raise ConfigError(f"--size {text!r} is no size: write 1024x1024, or 832x480x81 for a video")
-        width, height = int(match[1]), int(match[2])
-        if width % multiple or height % multiple:
-            raise ConfigError(f"--size {text}: width and height must be multiples of {multiple}")
-        found.append(MediaSize(width, height, int(match[3] or default.num_frames)))
+        width, height, num_frames = int(match[1]), int(match[2]), int(match[3] or default.num_frames)
+        if any(side % multiple or not multiple <= side <= MAX_SIDE for side in (width, height)):
+            raise ConfigError(
+                f"--size {text}: width and height must be multiples of {multiple}, {multiple} to {MAX_SIDE}"
+            )
+        if not num_frames:
+            raise ConfigError(f"--size {text}: a video has at least one frame")
+        found.append(MediaSize(width, height, num_frames))
     return tuple(found)
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from cluster.metrics import StageMetrics, export_regularly
+from cluster.replica_port import follow_ray_to_loopback
 from deployments.config import ModelConfig
 from deployments.request import NO_NEWS, GenerationRequest, StreamOptions
 from serve_app.config import LimitsConfig
@@ -30,6 +31,7 @@ class Relay:
         transformer: Any,
         vae: Any,
     ) -> None:
+        follow_ray_to_loopback()
         self._model, self._limits = model, limits
         self._stages = Stages(encoder, transformer, vae, Suspects(model.name))
         self.validator = Validator(model, limits)

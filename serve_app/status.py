@@ -6,14 +6,15 @@ from ipaddress import ip_address
 from typing import Any
 
 import httpx
+from rich import box
 from rich.console import Console, RenderableType
 from rich.live import Live
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 Json = Mapping[str, Any]
 
-COLUMNS = ("stage", "state", "replicas", "in flight", "waiting", "work since the start", "weights", "peak memory")
+COLUMNS = ("stage", "state", "replicas", "active", "waiting", "work", "weights", "peak")
 RUNNING = "RUNNING"
 LATE_S = 2.5
 """Older than an answer is while all is well."""
@@ -70,20 +71,25 @@ def _now(url: str) -> RenderableType:
 
 
 def status_table(status: Json) -> Table:
-    """One row per process of every stage."""
+    """One row per process of every stage. Narrow: 80 columns break no word of it."""
     table = Table(
-        *COLUMNS,
+        *(Column(name, no_wrap=name in {"stage", "active", "waiting", "weights"}) for name in COLUMNS),
+        box=box.MINIMAL_HEAVY_HEAD,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
         title=f"{status['model']}: {status['num_in_progress']} requests in progress{_age(status['age_s'])}",
         title_justify="left",
+        title_style="bold",
     )
     for name, rows_of in (("encoder", _encoder), ("transformer", _transformer), ("vae", _vae)):
         stage = status[name]
         head = (name, stage["state"], _count(stage["num_replicas"]))
         rows = [row for replica in stage["replicas"] for row in rows_of(replica)] or [("",) * 5]
         for i, row in enumerate(rows):
-            table.add_row(*(head if i == 0 else ("", "", "")), *row, end_section=i == len(rows) - 1)
+            table.add_row(*(head if i == 0 else ("", "", "")), *row)
         if stage["message"]:
-            table.add_row("", Text(stage["message"], style="yellow"))
+            table.add_row("", "", "", "", "", Text(stage["message"], style="yellow"))
     return table
 
 
@@ -100,7 +106,7 @@ def _count(num_replicas: Mapping[str, int]) -> str:
 
 
 def _encoder(stats: Json) -> Iterator[tuple[str, ...]]:
-    work = f"{stats['num_forwards']} prompts, {stats['num_cache_hits']} remembered"
+    work = f"{stats['num_forwards']} prompts, {stats['num_cache_hits']} cached"
     yield str(stats["num_in_flight"]), "", work, *_memory(stats["memory"])
 
 
@@ -108,7 +114,7 @@ def _transformer(stats: Json) -> Iterator[tuple[str, ...]]:
     queue = stats["queue"]
     for rank in stats["ranks"]:
         first, end = rank["blocks"]
-        work = f"{rank['num_micro_batches']} micro-batches by blocks {first}-{end - 1}"
+        work = f"{rank['num_micro_batches']} batches, blocks {first}-{end - 1}"
         if stats["occupied_s"]:
             work += f", bubble {max(0.0, 1 - rank['compute_s'] / stats['occupied_s']):.0%}"
         queued = (str(queue["num_seats"]), str(queue["num_waiting"])) if rank["rank"] == 0 else ("", "")

@@ -9,8 +9,7 @@ from typing import Any
 
 from serve_app.ray_environment import RAY_ENVIRONMENT
 
-os.environ.update(RAY_ENVIRONMENT | os.environ)
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.update(RAY_ENVIRONMENT | {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"} | dict(os.environ))
 
 import httpx
 import pytest

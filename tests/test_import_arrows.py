@@ -18,6 +18,7 @@ RAY_FILES = {
     "cluster/metrics.py",
     "cluster/nodes.py",
     "cluster/object_store_transport.py",
+    "cluster/replica_port.py",
     "cluster/shard_group.py",
     "cluster/termination.py",
     "serve_app/app.py",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from deployments.checkpoints.components import Stage
 from deployments.checkpoints.integrity import check_stage
 from deployments.config import EncoderConfig, ModelConfig, StageConfig, TransformerConfig, VaeConfig
-from deployments.stages.imports import skip_unneeded
+from deployments.stages.imports import silence_imports, skip_unneeded
 
 if TYPE_CHECKING:
     from deployments.stages.decode import Decoding
@@ -60,6 +60,7 @@ def load_stage(stage: str, model: ModelConfig, config: StageConfig, *args: Any) 
 def _load(stage: str, model: ModelConfig, config: StageConfig, *args: Any) -> Any:
     # Ray's, of every process that sends tensors: importing Ray puts its own filter before PYTHONWARNINGS.
     warnings.filterwarnings("ignore", "Zero-copy tensor serialization")
+    silence_imports()
     skip_unneeded(model, config)
     module, _, name = STAGES[stage].partition(":")
     return getattr(importlib.import_module(module), name)(model, config, *args)

@@ -1,10 +1,28 @@
-"""What a replica that is about to import diffusers can do without."""
+"""What a process that is about to import diffusers can do without."""
 
+import logging
 import sys
+from functools import partial
 
 from deployments.checkpoints.json_file import read_json
 from deployments.checkpoints.source import fetch_configs
 from deployments.config import ModelConfig, StageConfig
+
+NOISE = {
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward from kernels-community",
+    "transformers.utils.import_utils": "requires torchvision (not installed); falling back to",
+}
+"""What loggers say of optional packages that nothing here needs, as if something had gone wrong."""
+
+
+def silence_imports() -> None:
+    """Leave that out of the log."""
+    for name, noise in NOISE.items():
+        logging.getLogger(name).addFilter(partial(_is_other, noise))
+
+
+def _is_other(noise: str, record: logging.LogRecord) -> bool:
+    return noise not in record.getMessage()
 
 
 def skip_unneeded(model: ModelConfig, config: StageConfig) -> None:

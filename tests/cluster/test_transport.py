@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
+import psutil
 import pytest
 import ray
 import torch
@@ -146,6 +147,19 @@ def test_nccl_needs_a_gpu_for_each_rank(places: list[tuple[str, str | None]], ba
 def test_two_stores_open_on_ports_of_their_own() -> None:
     first, second = open_store(HOST, 2), open_store(HOST, 2)
     assert first.port != second.port
+
+
+def test_ranks_listen_where_they_meet_and_nowhere_else(threads: ThreadPoolExecutor) -> None:
+    before = listening()
+    transports = connect(threads, 2)
+    assert {address.ip for address in listening() - before} == {HOST}
+    for transport in transports:
+        transport.close()
+
+
+def listening() -> set[Any]:
+    sockets = psutil.Process().net_connections("tcp")
+    return {socket.laddr for socket in sockets if socket.status == psutil.CONN_LISTEN}
 
 
 def test_a_transport_for_one_rank_is_refused() -> None:

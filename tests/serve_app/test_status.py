@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from serve_app.status import NoStatus, fetch_status, is_loopback, status_table
+from serve_app.status import COLUMNS, NoStatus, fetch_status, is_loopback, status_table
 
 MEMORY = {
     "weights_bytes": {"cuda float16": 2**31, "cpu float32": 2**29},
@@ -50,16 +50,27 @@ def rows(status: dict[str, Any]) -> list[list[str]]:
     console = Console(width=200, file=io.StringIO(), record=True)
     console.print(status_table(status))
     lines = console.export_text().splitlines()
-    return [[cell.strip() for cell in line.strip("│┃").split("│")] for line in lines if line.startswith("│")]
+    header, *found = [[cell.strip() for cell in line.split("│")] for line in lines if "│" in line]
+    assert header == list(COLUMNS)
+    return found
 
 
 def test_every_rank_has_a_row_and_the_first_tells_the_queue() -> None:
     first, second = rows(STATUS)[1:3]
     assert first == [
         *("transformer", "UPSCALING", "1, 2 starting", "6", "4"),
-        *("50 micro-batches by blocks 0-18, bubble 10%", "2.50 GiB", "3.00 GiB"),
+        *("50 batches, blocks 0-18, bubble 10%", "2.50 GiB", "3.00 GiB"),
     ]
-    assert second == ["", "", "", "", "", "48 micro-batches by blocks 19-56, bubble 40%", "2.50 GiB", "3.00 GiB"]
+    assert second == ["", "", "", "", "", "48 batches, blocks 19-56, bubble 40%", "2.50 GiB", "3.00 GiB"]
+
+
+def test_80_columns_break_no_word() -> None:
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(status_table(STATUS))
+    text = console.export_text()
+    words = {word for line in text.splitlines() for cell in line.split("│") for word in cell.split()}
+    assert "…" not in text
+    assert {"transformer", "UPSCALING", "starting", "batches,", "replicas", "waiting", "2.50", "GiB"} <= words
 
 
 def test_a_stage_without_replicas_is_asleep() -> None:
@@ -77,7 +88,7 @@ def test_what_is_old_tells_its_age() -> None:
 
 def test_a_server_that_is_away_is_one_line() -> None:
     with pytest.raises(NoStatus, match=r"http://127\.0\.0\.1:9 does not answer"):
-        fetch_status("http://127.0.0.1:9")
+        fetch_status("127.0.0.1:9")
 
 
 class Server(BaseHTTPRequestHandler):
