@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 from deployments.checkpoints.geometry import with_geometry
 from deployments.checkpoints.source import fetch_checkpoint, with_family
 from deployments.config import EncoderConfig, ModelConfig, TransformerConfig, VaeConfig
+from deployments.families.family import Embeds
 from deployments.request import GenerationRequest, MediaSize, Prompt
 from deployments.stages import load_stage
 from deployments.stages.denoise import Denoising
@@ -39,7 +40,7 @@ def set_scheduler(folder: Path, class_name: str, **config: Any) -> None:
 
 
 def set_model(folder: Path, name: str, class_name: str, **config: Any) -> None:
-    """Random weights in place of a component's; what config does not say is as it was, if the class is the same."""
+    """Random weights for a component; what config does not say is as it was, if the class is the same."""
     model_class, path = getattr(diffusers, class_name), folder / name
     was = model_class.load_config(path)
     own = {key: value for key, value in was.items() if not key.startswith("_")}
@@ -72,8 +73,11 @@ def load_denoising(model: ModelConfig) -> Denoising:
     return stage
 
 
-def denoise(stage: Denoising, prompt: Prompt, request: GenerationRequest, model: ModelConfig) -> torch.Tensor:
-    embeds = load_stage("encode", model, EncoderConfig()).encode(prompt)
+def encode(model: ModelConfig, prompt: Prompt) -> Embeds:
+    return load_stage("encode", model, EncoderConfig()).encode(prompt)
+
+
+def denoise(stage: Denoising, embeds: Embeds, request: GenerationRequest) -> torch.Tensor:
     seat = stage.join()
     try:
         return stage.denoise(seat, embeds, request, lambda *_: None)
@@ -85,7 +89,7 @@ def draw_staged(model: ModelConfig, request: GenerationRequest, **vae: Any) -> n
     """[F, H, W, 3] by the three stages."""
     stage = load_denoising(model)
     try:
-        latents = denoise(stage, request.prompt, request, model)
+        latents = denoise(stage, encode(model, request.prompt), request)
     finally:
         stage.close()
     return load_stage("decode", model, VaeConfig(**vae)).decode(latents, request)
