@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
+from deployments.checkpoints.components import left_out, read_index
 from deployments.checkpoints.geometry import with_geometry
 from deployments.checkpoints.source import fetch_checkpoint, with_family
 from deployments.config import EncoderConfig, ModelConfig, TransformerConfig, VaeConfig
@@ -96,20 +97,20 @@ def draw_staged(model: ModelConfig, request: GenerationRequest, **vae: Any) -> n
 
 
 def draw_plain(folder: Path, request: GenerationRequest, **call: Any) -> np.ndarray:
-    """[F, H, W, 3] by diffusers itself."""
-    pipe = DiffusionPipeline.from_pretrained(folder)
+    """[F, H, W, 3] by diffusers itself. call: in place of what the request says, or beside it."""
+    pipe = DiffusionPipeline.from_pretrained(folder, **dict.fromkeys(left_out(read_index(folder))))
     pipe.set_progress_bar_config(disable=True)
     torch.manual_seed(request.seed)
-    output = pipe(
-        prompt=request.prompt.text,
-        generator=torch.Generator().manual_seed(request.seed),
-        height=request.height,
-        width=request.width,
-        num_inference_steps=request.num_inference_steps,
-        output_type="np",
-        return_dict=False,
-        **({"num_frames": request.num_frames} if request.num_frames > 1 else {}) | call,
-    )[0]
+    asked = {
+        "height": request.height,
+        "width": request.width,
+        "num_inference_steps": request.num_inference_steps,
+    }
+    if request.num_frames > 1:
+        asked["num_frames"] = request.num_frames
+    generator = torch.Generator().manual_seed(request.seed)
+    settings = {"prompt": request.prompt.text, "generator": generator, "output_type": "np", "return_dict": False}
+    output = pipe(**settings | asked | call)[0]
     frames = output[0] if output.ndim == 5 else output
     return (frames * 255).round().astype(np.uint8)
 

@@ -99,8 +99,8 @@ def test_a_picture_of_at_most_one_tile_is_not_changed(kind: str, height: int, wi
 @torch.no_grad()
 def test_a_larger_picture_of_a_tiny_vae_keeps_its_size(kind: str) -> None:
     vae = WHOLE[kind]().eval()
-    set_tiles(vae, TilingConfig(tile_size=32))
-    media = torch.rand(1, 3, 64, 96)
+    set_tiles(vae, TilingConfig(tile_size=64))
+    media = torch.rand(1, 3, 128, 160)
     assert vae.decode(encoded(vae, media), return_dict=False)[0].shape == media.shape
 
 
