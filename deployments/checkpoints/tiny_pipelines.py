@@ -1,8 +1,8 @@
 """One tiny pipeline per family: the published structure, with small widths.
 
 What must not shrink: every Linear of a denoiser reads a multiple of 64 features (bitsandbytes' 4-bit block),
-VAEs have 4 levels and the family's latent channels (pipelines without a VAE assume a factor of 8 and, but for
-Stable Diffusion, 16 channels), and a denoiser has enough blocks for 3 shards.
+and a denoiser has enough blocks for 3 shards. VAEs have 4 levels, hence a factor of 8, and the family's latent
+channels.
 """
 
 from collections.abc import Callable

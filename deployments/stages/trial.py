@@ -41,9 +41,9 @@ class Trial:
         expected = self._model.architecture.latents_shape(self._model.geometry, self._usual.size)
         if tuple(latents.shape) != expected:
             raise CannotServe(
-                f"the denoise stage cannot run {self._call}: of {self._usual.size} it makes latents of shape "
-                f"{list(latents.shape)}, and by their configs the vae and family {self._model.family} take "
-                f"{list(expected)}. {self._advice()}"
+                f"the denoise stage cannot run {self._call}: for {self._usual.size} it makes latents of shape "
+                f"{list(latents.shape)}, and the vae takes {list(expected)}, by its config and as family "
+                f"{self._model.family} has it: {self._denoiser.name} and vae are not of one model"
             )
         return draws.were_taken
 
@@ -89,7 +89,9 @@ class Trial:
                 f"`family: {family.name}` is for checkpoints that run like {family.pipeline_class}, from a prompt "
                 f"alone; {name} does not"
             )
-        return "Give the checkpoint a scheduler that this pipeline can drive: set `pipe.scheduler` and save it"
+        return (
+            "Save the checkpoint with a scheduler that this pipeline can drive (`pipe.scheduler`), or complete it"
+        )
 
 
 def _answer_zeros(inputs: Inputs) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """The encode stage's deployment, as a plain object without a cluster."""
 
 import asyncio
+import pickle
 
 import pytest
 import torch
@@ -43,6 +44,13 @@ def test_equal_prompts_at_the_same_time_share_one_forward(encoder: Encoder) -> N
 
     asyncio.run(at_once())
     assert stats(encoder).num_forwards == 1
+
+
+def test_what_the_encoder_raises_knows_its_stage(encoder: Encoder) -> None:
+    """It comes out of the denoiser's call, which is given the encoder's answer."""
+    with pytest.raises(AttributeError, match="no attribute .shape.") as raised:
+        asyncio.run(encoder.encode(Prompt(7, None, is_guided=False)))  # type: ignore[arg-type]
+    assert pickle.loads(pickle.dumps(raised.value)).stage == "encode"
 
 
 def test_another_negative_prompt_is_another_forward_with_another_result(encoder: Encoder) -> None:

@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
+from deployments.checkpoints.components import left_out, read_index
 from deployments.checkpoints.geometry import with_geometry
 from deployments.checkpoints.source import fetch_checkpoint, with_family
 from deployments.config import EncoderConfig, ModelConfig, TransformerConfig, VaeConfig
+from deployments.families.family import Embeds
 from deployments.request import GenerationRequest, MediaSize, Prompt
 from deployments.stages import load_stage
 from deployments.stages.denoise import Denoising
@@ -39,7 +41,7 @@ def set_scheduler(folder: Path, class_name: str, **config: Any) -> None:
 
 
 def set_model(folder: Path, name: str, class_name: str, **config: Any) -> None:
-    """Random weights in place of a component's; what config does not say is as it was, if the class is the same."""
+    """Random weights for a component; what config does not say is as it was, if the class is the same."""
     model_class, path = getattr(diffusers, class_name), folder / name
     was = model_class.load_config(path)
     own = {key: value for key, value in was.items() if not key.startswith("_")}
@@ -72,8 +74,11 @@ def load_denoising(model: ModelConfig) -> Denoising:
     return stage
 
 
-def denoise(stage: Denoising, prompt: Prompt, request: GenerationRequest, model: ModelConfig) -> torch.Tensor:
-    embeds = load_stage("encode", model, EncoderConfig()).encode(prompt)
+def encode(model: ModelConfig, prompt: Prompt) -> Embeds:
+    return load_stage("encode", model, EncoderConfig()).encode(prompt)
+
+
+def denoise(stage: Denoising, embeds: Embeds, request: GenerationRequest) -> torch.Tensor:
     seat = stage.join()
     try:
         return stage.denoise(seat, embeds, request, lambda *_: None)
@@ -85,27 +90,27 @@ def draw_staged(model: ModelConfig, request: GenerationRequest, **vae: Any) -> n
     """[F, H, W, 3] by the three stages."""
     stage = load_denoising(model)
     try:
-        latents = denoise(stage, request.prompt, request, model)
+        latents = denoise(stage, encode(model, request.prompt), request)
     finally:
         stage.close()
     return load_stage("decode", model, VaeConfig(**vae)).decode(latents, request)
 
 
 def draw_plain(folder: Path, request: GenerationRequest, **call: Any) -> np.ndarray:
-    """[F, H, W, 3] by diffusers itself."""
-    pipe = DiffusionPipeline.from_pretrained(folder)
+    """[F, H, W, 3] by diffusers itself. call: in place of what the request says, or beside it."""
+    pipe = DiffusionPipeline.from_pretrained(folder, **dict.fromkeys(left_out(read_index(folder))))
     pipe.set_progress_bar_config(disable=True)
     torch.manual_seed(request.seed)
-    output = pipe(
-        prompt=request.prompt.text,
-        generator=torch.Generator().manual_seed(request.seed),
-        height=request.height,
-        width=request.width,
-        num_inference_steps=request.num_inference_steps,
-        output_type="np",
-        return_dict=False,
-        **({"num_frames": request.num_frames} if request.num_frames > 1 else {}) | call,
-    )[0]
+    asked = {
+        "height": request.height,
+        "width": request.width,
+        "num_inference_steps": request.num_inference_steps,
+    }
+    if request.num_frames > 1:
+        asked["num_frames"] = request.num_frames
+    generator = torch.Generator().manual_seed(request.seed)
+    settings = {"prompt": request.prompt.text, "generator": generator, "output_type": "np", "return_dict": False}
+    output = pipe(**settings | asked | call)[0]
     frames = output[0] if output.ndim == 5 else output
     return (frames * 255).round().astype(np.uint8)
 

@@ -15,7 +15,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostErro
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 
-from deployments.refusal import NeverFits, ShardGroupLost
+from deployments.refusal import NeverFits, NotFinite, ShardGroupLost, WrongField, raised_in
 from deployments.request import (
     NO_NEWS,
     Denoised,
@@ -27,7 +27,7 @@ from deployments.request import (
     StreamOptions,
 )
 from serve_app import losses
-from serve_app.errors import BadRequest, DeadlineExceeded, StageFailed
+from serve_app.errors import BadRequest, DeadlineExceeded, NonFinite, StageFailed
 from serve_app.generation import News, Picture, Stages, generate
 from serve_app.losses import LOSSES_ALONE, LOSSES_TOGETHER
 from serve_app.partials import PartialImage
@@ -325,3 +325,27 @@ def test_an_error_of_the_stage_itself_is_not_repeated() -> None:
     with pytest.raises(StageFailed, match=r"denoise stage failed: ValueError.*bad shape"):
         run(EncodeHandle(), transformer, DecodeHandle())
     assert len(transformer.arguments) == 1
+
+
+def test_an_error_is_told_of_the_stage_in_which_it_was_raised() -> None:
+    """What the encoder raises comes out of the call that was given its answer."""
+    with pytest.raises(ValueError, match="no such token") as raised, raised_in("encode"):
+        raise ValueError("no such token")
+    with pytest.raises(StageFailed, match=r"the encode stage failed: ValueError.*no such token"):
+        run(EncodeHandle(), DenoiseHandle(raised_in_replica(raised.value)), DecodeHandle())
+
+
+def test_what_is_not_finite_is_an_error_of_its_own_and_not_repeated() -> None:
+    transformer = DenoiseHandle(*[raised_in_replica(NotFinite("the latents are NaN"))] * 2)
+    with pytest.raises(NonFinite, match="the denoise stage: the latents are NaN") as refused:
+        run(EncodeHandle(), transformer, DecodeHandle())
+    assert len(transformer.arguments) == 1
+    assert (refused.value.status, refused.value.code) == (500, "not_finite")
+    assert refused.value.headers() == {"x-should-retry": "false"}
+
+
+def test_a_field_that_the_pipeline_does_not_take_is_the_clients_mistake() -> None:
+    transformer = DenoiseHandle(raised_in_replica(WrongField("at most 50", "num_inference_steps")))
+    with pytest.raises(BadRequest, match="num_inference_steps: at most 50") as refused:
+        run(EncodeHandle(), transformer, DecodeHandle())
+    assert refused.value.param == "num_inference_steps"

@@ -1,18 +1,21 @@
 """Bodies become requests, or an error that names the field. Over HTTP: test_errors.py."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, get_args, get_type_hints
 
 import pytest
 from openai.types.image_generate_params import ImageGenerateParamsBase
 
+from deployments.checkpoints.geometry import with_geometry
+from deployments.checkpoints.source import with_family
 from deployments.config import DefaultsConfig, ModelConfig
 from deployments.families import FAMILIES, Geometry
 from deployments.request import GenerationRequest, Prompt
 from serve_app.app import build_app
 from serve_app.config import AppConfig, ConfigError, LimitsConfig
 from serve_app.errors import BadRequest, UnknownModel
-from serve_app.openai_api import ImageBody
+from serve_app.openai_api import ImageBody, model_card
 from serve_app.validation import Validator
 
 NEVER_GUIDED_ALONE = {"flux", "qwen-image"}
@@ -142,6 +145,29 @@ def test_a_side_that_a_format_cannot_hold_is_refused_at_once(output_format: str,
 def test_a_side_that_h264_cannot_hold_is_refused_at_once() -> None:
     error = refusal("wan", size="16400x16", num_frames=1)
     assert (error.param, "16384 pixels a side" in error.message) == ("size", True)
+
+
+def test_a_side_that_the_denoiser_has_no_positions_for_is_refused() -> None:
+    assert one("sd3", size="3072x16").width == 3072
+    assert "draws 3072 pixels each way at most, got 3088x16" in refusal("sd3", size="3088x16").message
+
+
+def test_frames_go_by_the_checkpoints_vae() -> None:
+    model = ModelConfig(name="m", checkpoint="tiny://wan", family="wan")
+    validator = Validator(model.with_geometry(replace(published("wan"), frame_stride=2)), LimitsConfig())
+    assert validator.requests({"prompt": "a cat", "num_frames": 7})[0].num_frames == 7
+    with pytest.raises(BadRequest, match="1 more than a multiple of 2, got 8; nearest: 7 or 9"):
+        validator.requests({"prompt": "a cat", "num_frames": 8})
+
+
+def test_the_model_card_tells_the_checkpoints_sizes() -> None:
+    model = read_model_of("tiny://sd3")
+    card = model_card(model, 0, LimitsConfig())
+    assert (card.defaults.size, card.limits.size_multiple, card.limits.max_side) == ("64x64", 16, 512)
+
+
+def read_model_of(checkpoint: str) -> ModelConfig:
+    return with_geometry(with_family(ModelConfig(name="m", checkpoint=checkpoint)))
 
 
 def test_sides_that_fit_are_refused_when_their_product_does_not() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLQwenImage, AutoencoderKLWan
+from diffusers import AutoencoderKL, AutoencoderKLQwenImage, AutoencoderKLWan, AutoencoderTiny
 
 from deployments.config import ModelConfig, VaeConfig
 from deployments.memory.config import TilingConfig
@@ -57,6 +57,57 @@ def test_a_larger_picture_takes_no_more_than_its_own_pixels(kind: str, direction
     small, large = (working(build(kind, TILES), direction, size) for size in (256, 512))
     assert large - small <= COPIES * (media_bytes(512) - media_bytes(256))
     assert large < working(build(kind, None), direction, 512) / 3
+
+
+WHOLE: dict[str, Any] = {
+    "kl": partial(
+        AutoencoderKL,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8,) * 4,
+        norm_num_groups=4,
+    ),
+    "tiny": partial(AutoencoderTiny, encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4),
+    "tiny of factor 4": partial(
+        AutoencoderTiny,
+        encoder_block_out_channels=(8,) * 3,
+        decoder_block_out_channels=(8,) * 3,
+        num_encoder_blocks=(1, 1, 1),
+        num_decoder_blocks=(1, 1, 1),
+    ),
+    "qwen-image": partial(AutoencoderKLQwenImage, base_dim=8, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
+    "wan": partial(AutoencoderKLWan, base_dim=8, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
+}
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (32, 64), (64, 16)])
+@pytest.mark.parametrize("kind", WHOLE)
+@torch.no_grad()
+def test_a_picture_of_at_most_one_tile_is_not_changed(kind: str, height: int, width: int) -> None:
+    torch.manual_seed(0)
+    vae = WHOLE[kind]().eval()
+    media = torch.rand(1, 3, *((1,) if hasattr(vae, "tile_sample_stride_height") else ()), height, width)
+    latents = encoded(vae, media)
+    whole = vae.decode(latents, return_dict=False)[0]
+    set_tiles(vae, TilingConfig(tile_size=64))
+    assert torch.equal(encoded(vae, media), latents)
+    assert torch.equal(vae.decode(latents, return_dict=False)[0], whole)
+    assert whole.shape == media.shape
+
+
+@pytest.mark.parametrize("kind", [kind for kind in WHOLE if "tiny" in kind])
+@torch.no_grad()
+def test_a_larger_picture_of_a_tiny_vae_keeps_its_size(kind: str) -> None:
+    vae = WHOLE[kind]().eval()
+    set_tiles(vae, TilingConfig(tile_size=64))
+    media = torch.rand(1, 3, 128, 160)
+    assert vae.decode(encoded(vae, media), return_dict=False)[0].shape == media.shape
+
+
+def encoded(vae: Any, media: torch.Tensor) -> torch.Tensor:
+    output = vae.encode(media)
+    latents: torch.Tensor = output.latents if hasattr(output, "latents") else output.latent_dist.mean
+    return latents
 
 
 def test_status_names_slices_and_tiles_among_the_techniques() -> None:

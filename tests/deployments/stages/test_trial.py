@@ -1,0 +1,160 @@
+"""What could never serve is refused at start, and a request's own mistake is told from the stage's."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from deployments.config import DefaultsConfig, EncoderConfig, TransformerConfig, VaeConfig
+from deployments.families import FAMILIES
+from deployments.refusal import CannotServe, WrongField
+from deployments.stages import load_stage
+from tests.deployments.variants import (
+    build_request,
+    denoise,
+    edit,
+    encode,
+    load_denoising,
+    read_model,
+    set_model,
+    set_scheduler,
+    write_tiny,
+)
+
+SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+NO_T5 = {"text_encoder_2": [None, None], "tokenizer_2": [None, None]}
+NO_CLIP = {"text_encoder": [None, None], "tokenizer": [None, None]}
+
+
+@pytest.mark.parametrize(
+    ("class_name", "config", "cause"),
+    [
+        ("FlowMatchHeunDiscreteScheduler", {"shift": 3.0}, "ValueError: .*does not support custom sigmas"),
+        ("DEISMultistepScheduler", {"use_flow_sigmas": True}, "AssertionError: in set_timesteps, at `assert "),
+        ("DDPMScheduler", {}, "ValueError: .*custom sigmas"),
+    ],
+)
+def test_a_scheduler_that_its_pipeline_cannot_drive_is_refused_at_start(
+    tmp_path: Path, class_name: str, config: Mapping[str, Any], cause: str
+) -> None:
+    folder = write_tiny("flux", tmp_path / "x")
+    set_scheduler(folder, class_name, **config)
+    message = rf"the denoise stage cannot run FluxPipeline with {class_name}: {cause}.*Save the checkpoint with"
+    with pytest.raises(CannotServe, match=message):
+        load_stage("denoise", read_model(folder), TransformerConfig())
+
+
+@pytest.mark.parametrize(
+    ("family", "class_name"),
+    [
+        ("sdxl", "StableDiffusionXLImg2ImgPipeline"),
+        ("flux", "FluxImg2ImgPipeline"),
+        ("qwen-image", "QwenImageImg2ImgPipeline"),
+        ("sd3", "StableDiffusion3Img2ImgPipeline"),
+    ],
+)
+def test_a_pipeline_that_needs_a_picture_is_refused_under_a_family_set_by_hand(
+    tmp_path: Path, family: str, class_name: str
+) -> None:
+    folder = write_tiny(family, tmp_path / "x")
+    edit(folder / "model_index.json", _class_name=class_name)
+    with pytest.raises(
+        CannotServe, match=f"`family: {family}` is for checkpoints that run like .*{class_name} does"
+    ):
+        load_stage("denoise", read_model(folder, family), TransformerConfig())
+
+
+def test_wans_second_half_without_its_transformer_is_refused_at_start(tmp_path: Path) -> None:
+    folder = write_tiny("wan", tmp_path / "x")
+    edit(folder / "model_index.json", transformer_2=[None, None], boundary_ratio=0.875)
+    with pytest.raises(CannotServe, match="the denoise stage cannot run WanPipeline"):
+        load_stage("denoise", read_model(folder), TransformerConfig())
+
+
+def test_a_denoiser_of_another_number_of_channels_than_the_vae_is_refused_at_start(tmp_path: Path) -> None:
+    """An inpainting UNet takes 9."""
+    folder = write_tiny("sd15", tmp_path / "x")
+    set_model(folder, "unet", "UNet2DConditionModel", in_channels=9)
+    with pytest.raises(CannotServe, match=r"latents of shape \[1, 9, 1, 1\], and the vae takes \[1, 4, 1, 1\]"):
+        load_stage("denoise", read_model(folder), TransformerConfig())
+
+
+def test_sizes_assumed_where_the_app_was_built_are_compared_with_the_checkpoints(tmp_path: Path) -> None:
+    folder, family = write_tiny("sd15", tmp_path / "x"), FAMILIES["sd15"]
+    model = read_model(folder).with_geometry(family.geometry(family.published))
+    with pytest.raises(CannotServe, match=r"the app was built for sizes that .* does not make"):
+        load_stage("denoise", model, TransformerConfig())
+
+
+@pytest.mark.parametrize(
+    ("family", "entries", "message"),
+    [
+        ("flux", NO_T5, "FluxPipeline: .*NoneType.*; the checkpoint leaves out text_encoder_2, tokenizer_2$"),
+        ("sd3", NO_CLIP, "StableDiffusion3Pipeline: .*NoneType.*leaves out text_encoder, tokenizer$"),
+        ("sdxl", NO_CLIP, "makes prompt_embeds of width 64, and the unet takes 128"),
+    ],
+)
+def test_a_text_encoder_that_is_missed_is_told_at_start(
+    tmp_path: Path, family: str, entries: Mapping[str, Any], message: str
+) -> None:
+    folder = write_tiny(family, tmp_path / "x")
+    edit(folder / "model_index.json", **entries)
+    with pytest.raises(CannotServe, match=rf"the encode stage .*{message}"):
+        load_stage("encode", read_model(folder), EncoderConfig())
+
+
+def test_a_vae_of_another_factor_than_its_config_says_is_told_at_start(tmp_path: Path) -> None:
+    folder = write_tiny("wan", tmp_path / "x")
+    edit(folder / "vae" / "config.json", scale_factor_spatial=16)
+    with pytest.raises(
+        CannotServe, match="AutoencoderKLWan: ValueError: AutoencoderKLWan made 16x16 of latents for 32"
+    ):
+        load_stage("decode", read_model(folder), VaeConfig())
+
+
+@pytest.mark.parametrize("steps", [51, 60])
+def test_more_steps_than_the_scheduler_knows_are_the_requests_mistake(tmp_path: Path, steps: int) -> None:
+    folder = write_tiny("sd15", tmp_path / "x")
+    set_scheduler(folder, "LCMScheduler", **SD_BETAS)
+    model = read_model(folder)
+    stage, request = load_denoising(model), build_request(read_model(folder), num_inference_steps=steps)
+    with pytest.raises(WrongField, match="StableDiffusionPipeline with LCMScheduler does not take") as wrong:
+        denoise(stage, encode(model, request.prompt), request)
+    assert wrong.value.param == "num_inference_steps"
+    usual = replace(request, num_inference_steps=2)
+    assert denoise(stage, encode(model, usual.prompt), usual).shape == (1, 4, 8, 8)
+    stage.close()
+
+
+def test_defaults_that_no_request_could_have_are_told_at_start(tmp_path: Path) -> None:
+    folder = write_tiny("sd15", tmp_path / "x")
+    set_scheduler(folder, "LCMScheduler", **SD_BETAS)
+    model = read_model(folder, defaults=DefaultsConfig(num_inference_steps=60))
+    with pytest.raises(CannotServe, match="with LCMScheduler: ValueError"):
+        load_stage("denoise", model, TransformerConfig())
+
+
+def test_what_fails_for_the_models_answers_is_not_the_requests_mistake(tmp_path: Path) -> None:
+    model = read_model(write_tiny("sd15", tmp_path / "x"))
+    stage, request = load_denoising(model), build_request(model)
+    embeds = {"prompt_embeds": torch.zeros(1, 77, 3), "negative_prompt_embeds": torch.zeros(1, 77, 3)}
+    with pytest.raises(RuntimeError, match="shape"):
+        stage.denoise(stage.join(), embeds, request, lambda *_: None)
+    stage.close()
+
+
+def test_a_component_that_is_left_out_needs_no_folder(tmp_path: Path) -> None:
+    folder = write_tiny("sd3", tmp_path / "x")
+    shutil.rmtree(folder / "text_encoder_3")
+    edit(folder / "model_index.json", text_encoder_3=[None, None], tokenizer_3=[None, None])
+    assert json.loads((folder / "model_index.json").read_text())["tokenizer_3"] == [None, None]
+    model = read_model(folder)
+    embeds = load_stage("encode", model, EncoderConfig(max_sequence_length=16)).encode(build_request(model).prompt)
+    made = embeds["prompt_embeds"]
+    assert made is not None
+    assert not made[:, 77:].any()
