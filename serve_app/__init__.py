@@ -4,5 +4,6 @@ Read in this order: config (what a YAML may say), app (config to Serve applicati
 that clients meet), relay (what it does), routes (HTTP), body_limit, openai_api (bodies of requests and answers),
 validation (bodies to requests, bad input refused), generation (one request's way through the three stages),
 losses (what is repeated) and partials (pictures that still form), sse (events over HTTP), errors, replicas and
-status (how it goes), trace_ids and tracing (who asked), local and cli (the shell), bench (measurements).
+status (how it goes), trace_ids and tracing (who asked), files and room (what is checked before a start), local and
+cli (the shell), serve_cli, port, server and start_progress (`relay serve`), bench (measurements).
 """

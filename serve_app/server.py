@@ -32,6 +32,7 @@ LOOK_EVERY_S = 0.5
 _ESSENTIAL = ("raylet", "gcs_server")
 """Processes of Ray without which nothing goes on, as its node names them."""
 _CONSTRUCTOR_FAILED = "failed to start with exception"
+_UNPLACED = re.compile(r"Resources required for each replica: (\{.*?\}), total resources available: (\{.*?\})\.")
 _MODULE = re.compile(r"^(?:\w+\.)+(?=\w+: )")
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -244,7 +245,8 @@ def _state(deployment: Any) -> str:
         return READY
     if any(replica.pid for replica in replicas):
         return "loading"
-    return " ".join(deployment.message.split()) or "starting"
+    wants = _UNPLACED.search(deployment.message)
+    return f"waits for {wants[1]}; free are {wants[2]}" if wants else "starting"
 
 
 def _is_healthy(url: str) -> bool:
