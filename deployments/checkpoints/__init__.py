@@ -2,6 +2,6 @@
 
 Read `source` first: it names a checkpoint's family and brings its files to this machine, without torch; `layout`
 (what is no checkpoint, and what it is instead), `byte_order_mark`, `components` (which belong to which stage),
-`integrity` and `weights` (whether its files are whole, by their headers). Then `tiny` (writes a random checkpoint of a family), `tiny_pipelines` (their shapes), `tiny_text` (tokenizers
-and text encoders).
+`integrity` and `weights` (whether its files are whole, by their headers). Then `tiny` (writes a random checkpoint
+of a family), `tiny_pipelines` (their shapes), `tiny_text` (tokenizers and text encoders).
 """
