@@ -101,8 +101,9 @@ def check_schema(path: Path, raw: dict[str, Any], http_options: dict[str, Any]) 
     """
     schema = importlib.import_module(SERVE_SCHEMA).ServeDeploySchema
     known, lines = without_unknown_keys(schema, raw)
-    if isinstance(known.get("http_options", {}), dict):
-        known["http_options"] = known.get("http_options", {}) | http_options
+    options = known.get("http_options") or {}
+    if isinstance(options, dict):
+        known["http_options"] = options | http_options
     deployment = None
     try:
         deployment = schema.model_validate(known)
