@@ -21,8 +21,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
 
+# HOST of the command line alone: some shells have one of their own.
 serve: install  ## install, then serve CONFIG; PORT= and HOST= instead of what it says (http://127.0.0.1:8000)
-	$(BIN)/relay serve $(CONFIG) $(if $(PORT),--port $(PORT)) $(if $(HOST),--host $(HOST))
+	$(BIN)/relay serve $(CONFIG) $(if $(PORT),--port $(PORT)) $(if $(filter command,$(origin HOST)),--host $(HOST))
 
 test: install  ## install, then run the tests, those on the Ray cluster beside the others
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --durations 25

@@ -1,14 +1,23 @@
 """`relay serve`: everything that can be known is checked, then Ray and Serve are started, and ended with it."""
 
+import difflib
 import importlib
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import ValidationError
 
 from cluster.config import describe_errors, without_unknown_keys
-from serve_app.config import AppConfig, ConfigError, find_our_applications, parse_app_config, read_serve_file
+from serve_app.config import (
+    IMPORT_PATH,
+    AppConfig,
+    ConfigError,
+    find_our_applications,
+    parse_app_config,
+    read_serve_file,
+)
 from serve_app.files import check_files, resolve_family
 from serve_app.port import find_port_fault
 from serve_app.validation import check_defaults
@@ -33,27 +42,27 @@ def serve_command(
     """Serve a config on this machine until Ctrl-C: mistakes are told before anything starts."""
     sys.path.insert(0, "")  # other applications' import paths are looked up from here, as by `serve run`
     is_local = address == LOCAL
-    raw, apps = read_checked(config, is_local=is_local)
-    options = raw.get("http_options") or {}
-    given = {"host": host, "port": port}
-    raw["http_options"] = options | {name: value for name, value in given.items() if value is not None}
-    schema = importlib.import_module(SERVE_SCHEMA).ServeDeploySchema
-    deployment = validate_schema(config, schema, raw)
-    if is_local:
+    raw = read_serve_file(config)
+    apps, mistakes = check_applications(config, raw, is_local=is_local)
+    given = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
+    deployment, more = check_schema(config, raw, given)
+    mistakes += more
+    if is_local and deployment is not None:
         fault = find_port_fault(deployment.http_options.host, deployment.http_options.port)
-        if fault is not None:
-            raise ConfigError(fault)
+        mistakes += [] if fault is None else [fault]
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
     names = {name: app.model.name for name, app in apps.items()}
-    code = importlib.import_module(SERVER).run_server(deployment, names, address=address, grace_s=grace)
-    raise typer.Exit(code)
+    raise typer.Exit(importlib.import_module(SERVER).run_server(deployment, names, address=address, grace_s=grace))
 
 
-def read_checked(path: Path, *, is_local: bool) -> tuple[dict[str, Any], dict[str, AppConfig]]:
-    """The YAML, and the configs of those of its applications that serve a checkpoint, by name.
+def check_applications(
+    path: Path, raw: dict[str, Any], *, is_local: bool
+) -> tuple[dict[str, AppConfig], list[str]]:
+    """The configs of those that serve a checkpoint, by name, and a line for every mistake.
 
-    is_local: this machine will serve, so files must be here. Raises ConfigError: all mistakes, a line each.
+    is_local: this machine will serve, so files must be here.
     """
-    raw = read_serve_file(path)
     ours = find_our_applications(path, raw)
     apps, mistakes = {}, []
     for application in ours:
@@ -63,9 +72,11 @@ def read_checked(path: Path, *, is_local: bool) -> tuple[dict[str, Any], dict[st
             apps[name] = _check_app(application.get("args") or {}, source, is_local=is_local)
         except ConfigError as error:
             mistakes += str(error).splitlines()
-    if mistakes:
-        raise ConfigError("\n".join(mistakes))
-    return raw, apps
+    for application in raw["applications"]:
+        given = str(application.get("import_path"))
+        if given != IMPORT_PATH and difflib.get_close_matches(given, [IMPORT_PATH], cutoff=0.75):
+            mistakes.append(f"{path}: import_path {given!r} does not exist (did you mean {IMPORT_PATH!r}?)")
+    return apps, mistakes
 
 
 def _check_app(args: Any, source: str, *, is_local: bool) -> AppConfig:
@@ -80,16 +91,22 @@ def _check_app(args: Any, source: str, *, is_local: bool) -> AppConfig:
     return app
 
 
-def validate_schema(path: Path, schema: Any, raw: dict[str, Any]) -> Any:
-    """Ray's own `ServeDeploySchema` of the YAML; it takes unknown keys for those of a newer Ray, and we do not.
+def check_schema(path: Path, raw: dict[str, Any], http_options: dict[str, Any]) -> tuple[Any, list[str]]:
+    """Ray's own `ServeDeploySchema` of the YAML, None if it has mistakes, and a line for each.
 
-    Raises ConfigError.
+    Ray takes unknown keys for those of a newer Ray, and we do not.
+
+    Args:
+        http_options: instead of what the YAML says.
     """
+    schema = importlib.import_module(SERVE_SCHEMA).ServeDeploySchema
     known, lines = without_unknown_keys(schema, raw)
+    options = known.get("http_options") or {}
+    if isinstance(options, dict):
+        known["http_options"] = options | http_options
+    deployment = None
     try:
         deployment = schema.model_validate(known)
-    except ValueError as error:  # pydantic's
-        lines += describe_errors(error).splitlines()  # type: ignore[arg-type]
-    if lines:
-        raise ConfigError("\n".join(f"{path}: {line}" for line in lines))
-    return deployment
+    except ValidationError as error:
+        lines += describe_errors(error).splitlines()
+    return deployment, [f"{path}: {line}" for line in lines]

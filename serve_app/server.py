@@ -7,7 +7,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from http import HTTPStatus
 from types import FrameType
 from typing import Any, NoReturn
@@ -29,9 +29,12 @@ from serve_app.start_progress import READY, StartProgress
 
 LOOPBACK = "127.0.0.1"
 LOOK_EVERY_S = 0.5
+SEE_EVERY = 10
+"""Looks."""
 _ESSENTIAL = ("raylet", "gcs_server")
 """Processes of Ray without which nothing goes on, as its node names them."""
 _CONSTRUCTOR_FAILED = "failed to start with exception"
+_UNPLACED = re.compile(r"Resources required for each replica: (\{.*?\}), total resources available: (\{.*?\})\.")
 _MODULE = re.compile(r"^(?:\w+\.)+(?=\w+: )")
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -67,15 +70,15 @@ def run_server(deployment: ServeDeploySchema, models: Mapping[str, str], *, addr
         console.print(f"relay: {error}", style="red")
         code = 1
         if isinstance(error, RayGone):
-            kill(code)
+            kill(code, server.seen)
     _on_signals(lambda number, _frame: kill(128 + number))
     server.end()
     return code
 
 
-def kill(code: int) -> NoReturn:
-    """This process and all that came of it, at once."""
-    kill_all(find_descendants())
+def kill(code: int, others: Iterable[int] = ()) -> NoReturn:
+    """This process, all that came of it, and others, at once."""
+    kill_all(find_descendants().union(others))
     os._exit(code)
 
 
@@ -96,6 +99,8 @@ class Server:
         self._is_local = address == "local"
         self._client: Any = None
         self._is_ready = False
+        self.seen: set[int] = set()
+        """Processes that came of this one: of a raylet that has died, the workers are nobody's children."""
 
     def start(self) -> None:
         """Returns before anything is ready. Raises CannotServe."""
@@ -133,8 +138,10 @@ class Server:
     def watch(self) -> NoReturn:
         """Raises RayGone once it is."""
         while True:
-            time.sleep(LOOK_EVERY_S)
-            self._check_ray()
+            self.seen = find_descendants()
+            for _ in range(SEE_EVERY):
+                time.sleep(LOOK_EVERY_S)
+                self._check_ray()
 
     def drain(self, grace_s: float) -> None:
         """Until no request is in progress, or the time is over. They are cut by what ends the processes."""
@@ -193,14 +200,14 @@ class Server:
                 raise RayGone(f"{why}; its logs: {node.get_session_dir_path()}/logs")
 
     def _num_in_progress(self) -> int:
-        count = 0
+        running = 0
         for name in self._models:
             with contextlib.suppress(
                 RayError, RayServeException, TimeoutError
             ):  # whoever does not answer cannot be waited for
                 handle = serve.get_app_handle(name)
-                count += sum(handle.broadcast("num_in_progress").results(timeout_s=1.0))
-        return count
+                running += sum(handle.broadcast("num_in_progress").results(timeout_s=1.0))
+        return running
 
 
 @contextlib.contextmanager
@@ -244,7 +251,8 @@ def _state(deployment: Any) -> str:
         return READY
     if any(replica.pid for replica in replicas):
         return "loading"
-    return " ".join(deployment.message.split()) or "starting"
+    wants = _UNPLACED.search(deployment.message)
+    return f"waits for {wants[1]}; free are {wants[2]}" if wants else "starting"
 
 
 def _is_healthy(url: str) -> bool:

@@ -1,7 +1,8 @@
 """Where weights come from: tiny random ones written here, a local folder, or the Hugging Face hub.
 
-Read `source` first: it names a checkpoint's family and brings its files to this machine, without torch; then
-`geometry`, which reads what sizes it makes.
-Then `tiny` (writes a random checkpoint of a family), `tiny_pipelines` (their shapes), `tiny_text` (tokenizers
-and text encoders).
+Read `source` first: it names a checkpoint's family and brings its files to this machine, without torch; `layout`
+(what is no checkpoint, and what it is instead), `byte_order_mark`, `components` (which belong to which stage),
+`geometry` (what sizes it makes), `integrity` and `weights` (whether its files are whole, by their headers). Then
+`tiny` (writes a random checkpoint of a family), `tiny_pipelines` (their shapes), `tiny_text` (tokenizers and text
+encoders).
 """

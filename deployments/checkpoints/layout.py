@@ -100,8 +100,8 @@ _FILES: Layouts = (
     (
         lambda file: file.suffix in _WEIGHTS,
         lambda file: (
-            f"{file} has no {MODEL_INDEX}, for it is a single file of weights, not a folder in diffusers' layout. If "
-            f"it holds a whole checkpoint, convert it once: {_conversion(file)}"
+            f"{file} has no {MODEL_INDEX}, for it is a single file of weights, not a folder in diffusers' layout. "
+            f"If it holds a whole checkpoint, convert it once: {_conversion(file)}"
         ),
     ),
     (Path.is_file, lambda file: f"{file} is a file; a checkpoint is a folder in diffusers' layout"),
@@ -110,8 +110,8 @@ _FOLDERS: Layouts = (
     (
         lambda folder: not any(folder.iterdir()),
         lambda folder: (
-            f"{folder} has no {MODEL_INDEX}, for it is an empty folder: fetch the checkpoint into it, or mount what "
-            "it should hold"
+            f"{folder} has no {MODEL_INDEX}, for it is an empty folder: fetch the checkpoint into it, or mount "
+            "what it should hold"
         ),
     ),
     (

@@ -12,6 +12,7 @@ import importlib
 import socket
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -99,7 +100,8 @@ def fetch_checkpoint(
     if is_tiny(checkpoint):
         folder = _fetch_tiny(_tiny_family(checkpoint))
     else:
-        folder = local_folder(checkpoint, revision) or _download(checkpoint, components, revision, variant)
+        local = local_folder(checkpoint, revision)
+        folder = local or _download(checkpoint, frozenset(components), revision, variant)
     _check_complete(folder, components)
     return without_byte_order_marks(folder)
 
@@ -195,7 +197,9 @@ def _embedded_folder(checkpoint: str) -> Path:
     return _EMBEDDED_FOLDER / name
 
 
-def _download(checkpoint: str, components: Collection[str], revision: str | None, variant: str | None) -> Path:
+@cache
+def _download(checkpoint: str, components: frozenset[str], revision: str | None, variant: str | None) -> Path:
+    """Once per process, for every time asks the hub what there is."""
     allow, ignore = plan_hub_patterns(components, variant)
     with _hub(checkpoint):
         return Path(snapshot_download(checkpoint, revision=revision, allow_patterns=allow, ignore_patterns=ignore))

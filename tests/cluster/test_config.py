@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from pydantic import Field, ValidationError
 
-from cluster.config import Config, describe_errors
+from cluster.config import Config, describe_errors, find_mistakes
 from cluster.resources import ResourceConfig
 
 
@@ -47,6 +47,32 @@ def test_a_wrong_value_is_told_with_its_place_and_its_limit() -> None:
 def test_every_mistake_gets_a_line() -> None:
     lines = mistakes(KitchenConfig, {"oven": {"heat_c": "hot", "name": ""}})
     assert [line.partition(":")[0] for line in lines] == ["address", "oven.heat_c", "oven.name"]
+
+
+class StreetConfig(Config):
+    kitchens: tuple[KitchenConfig, ...] = ()
+    oven: OvenConfig | None = None
+
+
+def test_unknown_keys_hide_no_other_mistake() -> None:
+    values = {
+        "kitchens": [{"address": "x"}, {"adress": "y", "oven": {"heat": 9, "heat_c": 300}}],
+        "oven": {"colour": "red", "name": ""},
+        "name": "Elm",
+    }
+    assert find_mistakes(StreetConfig, values) == [
+        "kitchens.1: unknown key 'adress' (did you mean 'address'?); allowed: address, oven",
+        "kitchens.1.oven: unknown key 'heat' (did you mean 'heat_c'?); allowed: heat_c, name",
+        "oven: unknown key 'colour'; allowed: heat_c, name",
+        "config: unknown key 'name'; allowed: kitchens, oven",
+        "kitchens.1.address: Field required",
+        "kitchens.1.oven.heat_c: Input should be less than or equal to 250, got 300",
+        "oven.name: String should have at least 1 character, got ''",
+    ]
+
+
+def test_values_without_a_mistake_have_none() -> None:
+    assert find_mistakes(StreetConfig, {"kitchens": [{"address": "x", "oven": {}}], "oven": None}) == []
 
 
 def test_a_section_that_is_no_mapping_is_refused() -> None:

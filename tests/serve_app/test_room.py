@@ -1,6 +1,7 @@
 """Whether an app that is built has room on the cluster that is there, with real Ray."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -51,3 +52,19 @@ def test_what_is_planned_is_the_config_itself() -> None:
     assert sum(rank.weights_bytes for rank in sizes.denoise.ranks) == (
         whole.denoise.ranks[0].weights_bytes + whole.head_bytes
     )
+
+
+def test_an_app_that_asks_for_more_cpus_than_there_are_is_refused_before_it_starts() -> None:
+    told = "transformer.num_cpus is 64, and the largest node it may go to has 16 CPUs: lower num_cpus"
+    with pytest.raises(ConfigError, match=told):
+        build_app(config(num_cpus=64))
+
+
+def test_files_that_are_not_whole_are_refused_before_anything_starts(tmp_path: Path) -> None:
+    """Where this machine is the whole cluster."""
+    (tmp_path / "model_index.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    model = {"name": "t", "checkpoint": str(tmp_path), "family": "flux"}
+    with pytest.raises(
+        ConfigError, match=r"^ConfigError: model.checkpoint: .*model_index.json is a Git LFS pointer"
+    ):
+        build_app({"model": model})

@@ -66,5 +66,7 @@ def test_weights_stay_in_the_files_and_the_latents_are_the_same(
 
 
 def test_weights_in_another_dtype_are_refused(checkpoint: Path) -> None:
-    with pytest.raises(ValueError, match=r"stored as bfloat16, and those of unet are not"):
+    with pytest.raises(
+        ValueError, match=r"unet.* is stored as float32, and host_copy: files needs dtype bfloat16"
+    ):
         open_stage(checkpoint, dtype="bfloat16", vram_limit_gib=0, host_copy="files")
