@@ -29,6 +29,8 @@ from serve_app.bench.whole import PlainPipeline
 from serve_app.config import APP_NAME, AppConfig, parse_app_config
 
 PROCESSES = tuple(TITLES)
+SIGNALS = ("SIGKILL", "SIGTERM", "SIGSTOP")
+WHEN = ("loaded", "idle")
 GROUP = ("rank 0", "rank 1")
 """They end together."""
 STOPPED_S = 20.0
