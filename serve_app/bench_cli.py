@@ -72,9 +72,11 @@ def faults(
 ) -> None:
     """Every process killed, told to go and stopped, idle and loaded: who is answered, and when."""
     module = importlib.import_module("serve_app.bench.faults")
-    names = processes.split(",") if processes else module.PROCESSES
-    chosen = product(names, signals.split(","), when.split(","))
-    cells = module.QUICK if quick else [module.Cell(*cell) for cell in chosen]
+    axes = (processes.split(",") if processes else module.PROCESSES, signals.split(","), when.split(","))
+    for given, allowed in zip(axes, (module.PROCESSES, module.SIGNALS, module.WHEN), strict=True):
+        if unknown := set(given) - set(allowed):
+            raise typer.BadParameter(f"unknown: {', '.join(sorted(unknown))}; allowed: {', '.join(allowed)}")
+    cells = module.QUICK if quick else [module.Cell(*cell) for cell in product(*axes)]
     module.run(cells=cells, with_requests=not processes, json_file=json_file)
 
 

@@ -44,6 +44,13 @@ async def until_seated(num_requests: int) -> None:
             await asyncio.sleep(0.01)
 
 
+async def until_idle() -> None:
+    """Until none is; a request whose connection was lost goes on for a while."""
+    async with asyncio.timeout(TIMEOUT_S):
+        while (await ask("Transformer")).queue.num_seats:
+            await asyncio.sleep(0.1)
+
+
 async def ask(deployment: str) -> Any:
     """A deployment's stats; asked again while it has no replica."""
     async with asyncio.timeout(TIMEOUT_S):

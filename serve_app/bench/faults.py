@@ -21,7 +21,7 @@ from rich.progress import Progress
 
 from serve_app.app import build_app
 from serve_app.bench.answers import Body, Judge, open_client, post
-from serve_app.bench.census import ask, take_census, until_seated, work_again
+from serve_app.bench.census import ask, take_census, until_idle, until_seated, work_again
 from serve_app.bench.door import Door
 from serve_app.bench.processes import TITLES, count_zombies, find_processes, is_alive, shared_memory_bytes
 from serve_app.bench.report import Row, report
@@ -29,6 +29,8 @@ from serve_app.bench.whole import PlainPipeline
 from serve_app.config import APP_NAME, AppConfig, parse_app_config
 
 PROCESSES = tuple(TITLES)
+SIGNALS = ("SIGKILL", "SIGTERM", "SIGSTOP")
+WHEN = ("loaded", "idle")
 GROUP = ("rank 0", "rank 1")
 """They end together."""
 STOPPED_S = 20.0
@@ -94,6 +96,7 @@ class Faults:
     async def fault(self, cell: Cell) -> Row:
         """All requests that run have been encoded when it happens, and none is denoised."""
         running = [_body(i) for i in range(NUM_REQUESTS)] if cell.when == "loaded" else []
+        await until_idle()
         before, processes, leavings = await take_census(), find_processes(), Leavings.now()
         door = Door(self._url)
         async with open_client(self._url) as client:
