@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 
 from serve_app.bodies import read_json, read_json_or_form
 from serve_app.body_limit import BodyLimit
-from serve_app.description import body_schema, describe_events, drop_422
+from serve_app.description import EVENT, body_schema, describe_events, drop_422
 from serve_app.disconnect import while_connected
 from serve_app.errors import BadCall, RelayError, as_relay_error, named
 from serve_app.generation import Picture
@@ -49,7 +49,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 EVENTS: dict[int | str, dict[str, Any]] = {
     200: {
-        "content": {"text/event-stream": {"schema": {"$ref": "#/components/schemas/ImageStreamEvent"}}},
+        "content": {"text/event-stream": {"itemSchema": EVENT}},
         "description": "Pictures; with `stream`, events, of which an `error` may be the last",
     }
 }
@@ -167,8 +167,10 @@ def _image_data(picture: Picture) -> ImageData:
 
 
 def _takes(kind: type[GenerationBody], model: ModelCard, *media_types: str) -> dict[str, Any]:
-    schema = body_schema(kind, model)
-    content = {media_type: {"schema": schema} for media_type in media_types}
+    content = {
+        media_type: {"schema": body_schema(kind, model, is_form="form" in media_type)}
+        for media_type in media_types
+    }
     return {"requestBody": {"required": True, "content": content}}
 
 

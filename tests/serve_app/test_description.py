@@ -133,6 +133,14 @@ def test_a_body_is_described_where_it_is_taken_and_only_there(family: str) -> No
         assert is_described(api, body) == is_taken(relay, body), body
 
 
+def test_a_form_is_described_without_nulls() -> None:
+    content = description(build("wan"))["paths"]["/v1/videos/sync"]["post"]["requestBody"]["content"]
+    form = Draft202012Validator(content["multipart/form-data"]["schema"])
+    assert form.is_valid({"prompt": "waves", "num_frames": 5})
+    for field in content["multipart/form-data"]["schema"]["properties"]:
+        assert not form.is_valid({"prompt": "waves", field: None})
+
+
 def test_a_list_or_text_is_no_body() -> None:
     api = description(build("flux"))
     assert not is_described(api, ["a cat"])
