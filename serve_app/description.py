@@ -37,7 +37,15 @@ EVENT: Schema = {
 MAX_FPS = 120
 
 
-def body_schema(kind: type[GenerationBody], model: ModelCard, *, is_form: bool = False) -> Schema:
+def describe_body(
+    api: FastAPI, path: str, kind: type[GenerationBody], model: ModelCard, *media_types: str
+) -> None:
+    """After FastAPI's own description, which would make floats of large integers."""
+    content = {media: {"schema": _body_schema(kind, model, is_form="form" in media)} for media in media_types}
+    api.openapi()["paths"][path]["post"]["requestBody"] = {"required": True, "content": content}
+
+
+def _body_schema(kind: type[GenerationBody], model: ModelCard, *, is_form: bool) -> Schema:
     """What is taken of such a body: the class's own schema, within the model's limits. A form has no nulls."""
     schema = kind.model_json_schema()
     fields, limits, defaults = schema["properties"], model.limits, model.defaults

@@ -11,14 +11,13 @@ from starlette.exceptions import HTTPException
 
 from serve_app.bodies import read_json, read_json_or_form
 from serve_app.body_limit import BodyLimit
-from serve_app.description import EVENT, body_schema, describe_events, drop_422
+from serve_app.description import EVENT, describe_body, describe_events, drop_422
 from serve_app.disconnect import while_connected
 from serve_app.errors import BadCall, RelayError, as_relay_error, named
 from serve_app.generation import Picture
 from serve_app.head import HeadIsGet
 from serve_app.openai_api import (
     ErrorResponse,
-    GenerationBody,
     ImageBody,
     ImageData,
     ImagesResponse,
@@ -87,7 +86,6 @@ def build_api(relay: Relay) -> FastAPI:
         "/v1/images/generations",
         response_model=ImagesResponse,
         responses=ERRORS | EVENTS,
-        openapi_extra=_takes(ImageBody, model, "application/json"),
         include_in_schema=model.media == "image",
         summary="Make pictures; with `stream`, tell what happens on the way",
     )
@@ -109,7 +107,6 @@ def build_api(relay: Relay) -> FastAPI:
         "/v1/videos/sync",
         responses=ERRORS | VIDEO,
         response_class=Response,
-        openapi_extra=_takes(VideoBody, model, "application/json", "multipart/form-data"),
         include_in_schema=model.media == "video",
         summary="Make a video and wait for it",
     )
@@ -149,6 +146,10 @@ def build_api(relay: Relay) -> FastAPI:
 
     add_pages(api)
     drop_422(api)
+    if model.media == "image":
+        describe_body(api, "/v1/images/generations", ImageBody, model, "application/json")
+    else:
+        describe_body(api, "/v1/videos/sync", VideoBody, model, "application/json", "multipart/form-data")
     describe_events(api)
     return api
 
@@ -164,14 +165,6 @@ def _image_data(picture: Picture) -> ImageData:
         seed=picture.seed,
         timings_ms=TimingsMs(**picture.timings_ms),
     )
-
-
-def _takes(kind: type[GenerationBody], model: ModelCard, *media_types: str) -> dict[str, Any]:
-    content = {
-        media_type: {"schema": body_schema(kind, model, is_form="form" in media_type)}
-        for media_type in media_types
-    }
-    return {"requestBody": {"required": True, "content": content}}
 
 
 async def _answer_error(request: Request, error: Exception) -> JSONResponse:
