@@ -94,7 +94,7 @@ def build_api(relay: Relay) -> FastAPI:
         requests = relay.validator.images(body)
         if body.stream:
             events = relay.events(requests, body.stream_options, heartbeat_s=HEARTBEAT_S)
-            return await answer_with_events(events, requests[0])
+            return await while_connected(request, answer_with_events(events, requests[0]))
         pictures = await while_connected(request, relay.run(requests))
         return ImagesResponse(
             created=int(time.time()),
