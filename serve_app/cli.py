@@ -3,6 +3,7 @@
 import importlib
 import importlib.metadata
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -201,7 +202,9 @@ def _watch(handle: Any, fields: dict[str, Any]) -> "Picture":
                 step = item.news
                 description = {"denoise": "denoising", "decode": "decoding"}[step.phase]
                 progress.update(task, description=description, completed=step.step, total=step.num_steps)
-        except BaseException:  # Ctrl-C and SIGTERM, which Ray makes a SystemExit
+        except (KeyboardInterrupt, SystemExit):  # Ray makes one of SIGTERM
             stream.cancel()
+            with suppress(Exception):  # it ends by an error once it is cancelled
+                next(stream)
             raise
     raise AssertionError("the stream ended without a picture")

@@ -21,11 +21,32 @@ from serve_app.openai_api import (
 
 Schema = dict[str, Any]
 REF = "#/components/schemas/{model}"
+EVENT: Schema = {
+    "type": "object",
+    "properties": {
+        "event": {"type": "string", "description": "the `type` in data; of an error, `error`"},
+        "data": {
+            "type": "string",
+            "contentMediaType": "application/json",
+            "contentSchema": {"$ref": REF.format(model="ImageStreamEvent")},
+        },
+    },
+    "required": ["event", "data"],
+}
+"""One server-sent event, as OpenAPI 3.2 describes them."""
 MAX_FPS = 120
 
 
-def body_schema(kind: type[GenerationBody], model: ModelCard) -> Schema:
-    """What is taken of such a body: the class's own schema, within the model's limits."""
+def describe_body(
+    api: FastAPI, path: str, kind: type[GenerationBody], model: ModelCard, *media_types: str
+) -> None:
+    """After FastAPI's own description, which would make floats of large integers."""
+    content = {media: {"schema": _body_schema(kind, model, is_form="form" in media)} for media in media_types}
+    api.openapi()["paths"][path]["post"]["requestBody"] = {"required": True, "content": content}
+
+
+def _body_schema(kind: type[GenerationBody], model: ModelCard, *, is_form: bool) -> Schema:
+    """What is taken of such a body: the class's own schema, within the model's limits. A form has no nulls."""
     schema = kind.model_json_schema()
     fields, limits, defaults = schema["properties"], model.limits, model.defaults
     for name in ("guidance_scale", "true_cfg_scale"):
@@ -46,7 +67,7 @@ def body_schema(kind: type[GenerationBody], model: ModelCard) -> Schema:
             _either({"output_format": ["jpeg", "webp"]}, {"output_compression": [100, None]}),
         ]
     for name in fields.keys() - {"prompt"}:
-        _allow_null(fields, name)
+        fields[name] = _without_null(fields[name]) if is_form else _with_null(fields[name])
     return schema
 
 
@@ -55,12 +76,19 @@ def _narrow(field: Schema, **more: Any) -> None:
     field["anyOf"][0] |= more
 
 
-def _allow_null(fields: Schema, name: str) -> None:
+def _with_null(field: Schema) -> Schema:
     """A null stands for a field left out."""
-    field = fields[name]
-    if "anyOf" not in field:
-        about = {key: field.pop(key) for key in ("title", "description", "default", "examples") if key in field}
-        fields[name] = {"anyOf": [field, {"type": "null"}]} | about
+    return field if "anyOf" in field else {"anyOf": [field, {"type": "null"}]} | _about(field)
+
+
+def _without_null(field: Schema) -> Schema:
+    return field["anyOf"][0] | _about(field) if "anyOf" in field else field
+
+
+def _about(field: Schema) -> Schema:
+    return {
+        key: field[key] for key in ("title", "description", "default", "examples") if field.get(key) is not None
+    }
 
 
 def _either(needed: dict[str, list[Any]], without: dict[str, list[Any]]) -> Schema:

@@ -1,12 +1,14 @@
 """What costs something to find out is found out once for everybody who asks meanwhile, and kept for a second."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 Answer = TypeVar("Answer")
+log = logging.getLogger("ray.serve")
 
 FRESH_S = 1.0
 """Younger than this, an answer is given again."""
@@ -45,4 +47,7 @@ class LastSeen(Generic[Answer]):
 
     async def _refresh(self) -> None:
         began = time.monotonic()
-        self._seen = began, await self._look()
+        try:
+            self._seen = began, await self._look()
+        except Exception:  # whatever it is, what was seen before is still worth telling, with its age
+            log.exception("what there is to see could not be seen")

@@ -132,7 +132,7 @@ def _told(application: Any, handle: DeploymentHandle) -> Told:
     if of is None:
         message = application.message or f"Serve knows no deployment {handle.deployment_name!r}"
         return Told(str(application.status.value), _last_line(message))
-    states = {str(state.value): number for state, number in of.replica_states.items()}
+    states = {str(ReplicaState(state).value): number for state, number in of.replica_states.items()}
     return Told(str(of.status.value), _last_line(of.message), states)
 
 

@@ -11,14 +11,13 @@ from starlette.exceptions import HTTPException
 
 from serve_app.bodies import read_json, read_json_or_form
 from serve_app.body_limit import BodyLimit
-from serve_app.description import body_schema, describe_events, drop_422
+from serve_app.description import EVENT, describe_body, describe_events, drop_422
 from serve_app.disconnect import while_connected
 from serve_app.errors import BadCall, RelayError, as_relay_error, named
 from serve_app.generation import Picture
 from serve_app.head import HeadIsGet
 from serve_app.openai_api import (
     ErrorResponse,
-    GenerationBody,
     ImageBody,
     ImageData,
     ImagesResponse,
@@ -49,7 +48,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 EVENTS: dict[int | str, dict[str, Any]] = {
     200: {
-        "content": {"text/event-stream": {"schema": {"$ref": "#/components/schemas/ImageStreamEvent"}}},
+        "content": {"text/event-stream": {"itemSchema": EVENT}},
         "description": "Pictures; with `stream`, events, of which an `error` may be the last",
     }
 }
@@ -87,7 +86,6 @@ def build_api(relay: Relay) -> FastAPI:
         "/v1/images/generations",
         response_model=ImagesResponse,
         responses=ERRORS | EVENTS,
-        openapi_extra=_takes(ImageBody, model, "application/json"),
         include_in_schema=model.media == "image",
         summary="Make pictures; with `stream`, tell what happens on the way",
     )
@@ -96,7 +94,7 @@ def build_api(relay: Relay) -> FastAPI:
         requests = relay.validator.images(body)
         if body.stream:
             events = relay.events(requests, body.stream_options, heartbeat_s=HEARTBEAT_S)
-            return await answer_with_events(events, requests[0])
+            return await while_connected(request, answer_with_events(events, requests[0]))
         pictures = await while_connected(request, relay.run(requests))
         return ImagesResponse(
             created=int(time.time()),
@@ -109,7 +107,6 @@ def build_api(relay: Relay) -> FastAPI:
         "/v1/videos/sync",
         responses=ERRORS | VIDEO,
         response_class=Response,
-        openapi_extra=_takes(VideoBody, model, "application/json", "multipart/form-data"),
         include_in_schema=model.media == "video",
         summary="Make a video and wait for it",
     )
@@ -149,6 +146,10 @@ def build_api(relay: Relay) -> FastAPI:
 
     add_pages(api)
     drop_422(api)
+    if model.media == "image":
+        describe_body(api, "/v1/images/generations", ImageBody, model, "application/json")
+    else:
+        describe_body(api, "/v1/videos/sync", VideoBody, model, "application/json", "multipart/form-data")
     describe_events(api)
     return api
 
@@ -164,12 +165,6 @@ def _image_data(picture: Picture) -> ImageData:
         seed=picture.seed,
         timings_ms=TimingsMs(**picture.timings_ms),
     )
-
-
-def _takes(kind: type[GenerationBody], model: ModelCard, *media_types: str) -> dict[str, Any]:
-    schema = body_schema(kind, model)
-    content = {media_type: {"schema": schema} for media_type in media_types}
-    return {"requestBody": {"required": True, "content": content}}
 
 
 async def _answer_error(request: Request, error: Exception) -> JSONResponse:

@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import signal
 import subprocess
 import sys
 import uuid
@@ -25,6 +26,8 @@ from serve_app.config import APP_NAME, ConfigError
 
 pytestmark = pytest.mark.slow
 
+ENDLESS = 100_000
+"""Steps; no request of so many ends within a test."""
 MARK = "LATENT_RELAY_TEST"
 ROOT = Path(__file__).parent.parent.parent
 RELAY = str(Path(sys.executable).with_name("relay"))
@@ -49,7 +52,7 @@ def address(ray_cluster: None) -> str:
 @pytest.fixture
 def relay_app(start_ingress: Callable[..., Any]) -> Iterator[Any]:
     """An app with the name that the command looks for."""
-    yield start_ingress(APP_NAME)
+    yield start_ingress(APP_NAME, max_num_inference_steps=ENDLESS)
     serve.delete(APP_NAME)
 
 
@@ -105,6 +108,18 @@ def test_generate_asks_the_running_app(relay_app: Any, address: str, tmp_path: P
     ).result()
     assert out.read_bytes() == picture.media.data
     assert Image.open(io.BytesIO(picture.media.data)).format == "WEBP"
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_generate_that_is_ended_ends_its_request(
+    flux_app: Any, relay_app: Any, address: str, tmp_path: Path, end: signal.Signals
+) -> None:
+    command = [RELAY, "generate", "a fox", "--steps", str(ENDLESS), "--out", str(tmp_path / "fox.png")]
+    waiting = subprocess.Popen(command, env=os.environ | {"RAY_ADDRESS": address}, stderr=subprocess.DEVNULL)
+    flux_app.wait_for_seats(1)
+    waiting.send_signal(end)
+    assert waiting.wait(60) != 0
+    flux_app.wait_for_seats(0)
 
 
 def test_a_file_is_named_for_what_the_running_app_makes(relay_app: Any, address: str, tmp_path: Path) -> None:

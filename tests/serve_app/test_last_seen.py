@@ -96,3 +96,17 @@ def test_one_who_leaves_does_not_end_the_look_of_the_others() -> None:
         return await stays
 
     assert run(ask).answer == 1
+
+
+def test_a_look_that_fails_leaves_what_was_seen_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(last_seen, "FRESH_S", 0.0)
+    looks = iter([1])
+
+    async def look() -> int:
+        return next(looks, None) or int("nothing")
+
+    async def ask() -> list[int | None]:
+        seen = LastSeen(look)
+        return [sight and sight.answer for sight in [await seen.get(), await seen.get()]]
+
+    assert run(ask) == [1, 1]

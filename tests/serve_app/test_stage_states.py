@@ -1,7 +1,8 @@
 """What Serve says of a stage, judged without Serve."""
 
 import pytest
-from ray.serve.schema import ApplicationStatus
+from ray.serve._private.common import DeploymentStatusTrigger
+from ray.serve.schema import ApplicationStatus, DeploymentStatus, DeploymentStatusOverview, ReplicaState
 
 from serve_app.replicas import ASLEEP, MAX_MESSAGE_CHARACTERS, WAKING, Told, _told
 
@@ -30,6 +31,19 @@ TOO_MANY_CPUS = 'Resources required for each replica: {"CPU": 64.0}, total resou
 )
 def test_a_stage_at_rest_needs_no_replica_and_no_call_to_tell(told: Told, at_rest: str | None) -> None:
     assert told.at_rest == at_rest
+
+
+def test_states_may_be_words_or_of_serves_own_kind() -> None:
+    deployment = DeploymentStatusOverview(
+        status=DeploymentStatus.HEALTHY,
+        status_trigger=DeploymentStatusTrigger.UNSPECIFIED,
+        replica_states={ReplicaState.RUNNING: 1, "STOPPING": 2},  # type: ignore[dict-item]
+        message="",
+    )
+    application = Application()
+    application.deployments = {"Vae": deployment}
+    told = _told(application, Handle())  # type: ignore[arg-type]
+    assert (told.state, told.num_replicas) == ("HEALTHY", {"RUNNING": 1, "STOPPING": 2})
 
 
 class Handle:

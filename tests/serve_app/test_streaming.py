@@ -257,7 +257,8 @@ def test_the_events_are_described(flux_app: Any) -> None:
     api = flux_app.client.get("/openapi.json").json()
     content = api["paths"][PATH]["post"]["responses"]["200"]["content"]
     assert content.keys() == {"application/json", "text/event-stream"}
-    name = content["text/event-stream"]["schema"]["$ref"].rpartition("/")[2]
+    data = content["text/event-stream"]["itemSchema"]["properties"]["data"]
+    name = data["contentSchema"]["$ref"].rpartition("/")[2]
     events = [option["$ref"].rpartition("/")[2] for option in api["components"]["schemas"][name]["anyOf"]]
     assert events == ["ProgressEvent", "PartialImageEvent", "CompletedEvent", "ErrorResponse"]
     text = json.dumps(api)
