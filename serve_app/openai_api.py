@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from deployments.config import ModelConfig
 from deployments.families import Defaults, Family
 from deployments.request import StreamOptions
 from serve_app.config import LimitsConfig
@@ -200,15 +201,19 @@ class ModelCard(BaseModel):
     guidance: Literal["guidance_scale", "true_cfg_scale"] = Field(
         description="the field that must be above 1 for a negative prompt to count"
     )
+    about: str = Field(description="what the model knows, for people")
+    examples: tuple[str, ...] = Field(description="prompts that it draws well")
     defaults: ModelDefaults
     limits: ModelLimits
 
 
-def model_card(name: str, created: int, family: Family, own: Defaults, limits: LimitsConfig) -> ModelCard:
+def model_card(model: ModelConfig, created: int, family: Family, own: Defaults, limits: LimitsConfig) -> ModelCard:
     """own: the family's defaults, or the config's."""
     is_video = family.media == "video"
     return ModelCard(
-        id=name,
+        id=model.name,
+        about=model.about,
+        examples=model.examples,
         created=created,
         family=family.name,
         media=family.media,

@@ -70,7 +70,7 @@ class Relay:
     def model(self) -> ModelCard:
         """What clients may want to know before they ask for a picture."""
         judge = self.validator
-        return model_card(self._model.name, self._created, judge.family, judge.defaults, self._limits)
+        return model_card(self._model, self._created, judge.family, judge.defaults, self._limits)
 
     async def health(self) -> dict[str, str]:
         """Per stage OK or ASLEEP, or why it cannot serve now."""

@@ -16,8 +16,12 @@ NOISE = {
 
 def silence_imports() -> None:
     """Leave that out of the log."""
-    for name, noise in NOISE.items():
-        logging.getLogger(name).addFilter(lambda record, noise=noise: noise not in record.getMessage())
+    for name in NOISE:
+        logging.getLogger(name).addFilter(_is_no_noise)
+
+
+def _is_no_noise(record: logging.LogRecord) -> bool:
+    return NOISE[record.name] not in record.getMessage()
 
 
 def skip_unneeded(model: ModelConfig, config: StageConfig) -> None:
