@@ -2,6 +2,8 @@
 
 RAY_ENVIRONMENT: dict[str, str] = {
     "RAY_worker_niceness": "0",  # Ray's workers run at 15 otherwise, to be starved by any other process
+    "RAY_ROTATION_MAX_BYTES": str(32 * 2**20),  # of each log of each process; Ray's own 512 MiB fill a disk
+    "RAY_ROTATION_BACKUP_COUNT": "2",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
 """To be set, where they are not set yet, before Ray is imported.
