@@ -7,6 +7,10 @@ INSTALLED := .venv/.installed
 
 # Ray starts its workers at nice 15 unless told otherwise: any other process on the host would starve them.
 export RAY_worker_niceness = 0
+# A Ray of this machine only, on the loopback interface, whose logs cannot fill the disk: serve_app/ray_environment.py.
+export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER = 0
+export RAY_ROTATION_MAX_BYTES = 33554432
+export RAY_ROTATION_BACKUP_COUNT = 2
 
 .DEFAULT_GOAL := help
 .PHONY: help install serve test check format clean
