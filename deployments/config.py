@@ -40,6 +40,8 @@ class ModelConfig(Config):
     family: str | None = Field(None, description="None: read from the checkpoint's model_index.json")
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
     variant: str | None = Field(None, description="weight files' variant, such as fp16")
+    about: str = Field("", description="what the model knows: a line for people, on the page and in /v1/models")
+    examples: tuple[str, ...] = Field((), description="prompts that it draws well, to click on the page")
     defaults: DefaultsConfig = DefaultsConfig()
     warm_up: tuple[str, ...] = Field(
         (),

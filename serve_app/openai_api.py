@@ -220,6 +220,8 @@ class ModelCard(BaseModel):
     guidance: Literal["guidance_scale", "true_cfg_scale"] = Field(
         description="the field that must be above 1 for a negative prompt to count"
     )
+    about: str = Field(description="what the model knows, for people")
+    examples: tuple[str, ...] = Field(description="prompts that it draws well")
     defaults: ModelDefaults
     limits: ModelLimits
 
@@ -230,6 +232,8 @@ def model_card(model: ModelConfig, created: int, limits: LimitsConfig) -> ModelC
     is_video = family.media == "video"
     return ModelCard(
         id=model.name,
+        about=model.about,
+        examples=model.examples,
         created=created,
         family=family.name,
         media=family.media,

@@ -6,6 +6,9 @@ Whoever starts Ray otherwise (`ray start`, the files in cluster/launch) sets the
 RAY_ENVIRONMENT = {
     # Ray starts its workers at nice 15 unless told otherwise: any other process on the host would starve them.
     "RAY_worker_niceness": "0",
+    # Of each log of each process; with Ray's own 512 MiB they fill a disk.
+    "RAY_ROTATION_MAX_BYTES": str(32 * 2**20),
+    "RAY_ROTATION_BACKUP_COUNT": "2",
     # The name misleads: on any system it makes a Ray that is started one of this machine alone, with all its ports
     # on the loopback interface. A process that connects to a cluster of several machines is none the worse.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
@@ -13,4 +16,4 @@ RAY_ENVIRONMENT = {
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.25",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_app.proxy_middleware:build_middlewares",
 }
-"""By name; what the shell says already wins. To be set before Ray is imported, which reads some of them at once."""
+"""By name; what the shell says already wins. To be set before Ray is imported, which reads some at once."""

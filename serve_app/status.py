@@ -14,8 +14,8 @@ from rich.text import Text
 
 Json = Mapping[str, Any]
 
-COLUMNS = ("stage", "state", "replicas", "active", "waiting", "work", "weights", "peak")
-RUNNING = "RUNNING"
+COLUMNS = ("stage", "replicas", "active", "waiting", "work", "weights", "peak")
+RUNNING, HEALTHY = "RUNNING", "HEALTHY"
 LATE_S = 2.5
 """Older than an answer is while all is well."""
 
@@ -73,7 +73,7 @@ def _now(url: str) -> RenderableType:
 def status_table(status: Json) -> Table:
     """One row per process of every stage. Narrow: 80 columns break no word of it."""
     table = Table(
-        *(Column(name, no_wrap=name in {"stage", "active", "waiting", "weights"}) for name in COLUMNS),
+        *(Column(name, no_wrap=name in {"stage", "active", "waiting", "weights", "peak"}) for name in COLUMNS),
         box=box.MINIMAL_HEAVY_HEAD,
         show_edge=False,
         padding=(0, 1, 0, 0),
@@ -84,12 +84,12 @@ def status_table(status: Json) -> Table:
     )
     for name, rows_of in (("encoder", _encoder), ("transformer", _transformer), ("vae", _vae)):
         stage = status[name]
-        head = (name, stage["state"], _count(stage["num_replicas"]))
+        head = (name, _count(stage["num_replicas"], stage["state"]))
         rows = [row for replica in stage["replicas"] for row in rows_of(replica)] or [("",) * 5]
         for i, row in enumerate(rows):
-            table.add_row(*(head if i == 0 else ("", "", "")), *row)
+            table.add_row(*(head if i == 0 else ("", "")), *row)
         if stage["message"]:
-            table.add_row("", "", "", "", "", Text(stage["message"], style="yellow"))
+            table.add_row("", "", "", "", Text(stage["message"], style="yellow"))
     return table
 
 
@@ -98,11 +98,12 @@ def _age(age_s: float) -> str:
     return f"; the stages as of {age_s:.0f} s ago" if age_s > LATE_S else ""
 
 
-def _count(num_replicas: Mapping[str, int]) -> str:
-    """`1`, or `1, 1 starting`; `asleep` if there are none."""
-    others = [f"{number} {state.lower()}" for state, number in num_replicas.items() if state != RUNNING]
+def _count(num_replicas: Mapping[str, int], state: str) -> str:
+    """`1`, or `1, 1 starting`; `asleep` if there are none; and the stage's state unless it is healthy."""
+    others = [f"{number} {other.lower()}" for other, number in num_replicas.items() if other != RUNNING]
     running = num_replicas.get(RUNNING, 0)
-    return ", ".join([str(running), *others]) if running or others else "asleep"
+    count = ", ".join([str(running), *others]) if running or others else "asleep"
+    return count if state == HEALTHY else f"{count}, {state}"
 
 
 def _encoder(stats: Json) -> Iterator[tuple[str, ...]]:

@@ -111,6 +111,8 @@ def start_app(serve_url: str) -> Iterator[Callable[..., App]]:
                 "model": {
                     "name": f"tiny-{family}",
                     "checkpoint": f"tiny://{family}",
+                    "about": "Knows nothing.",
+                    "examples": ["a cat", "a dog"],
                     "defaults": {"width": 64, "height": 64, "num_inference_steps": 4, "num_frames": 5}
                     if FAMILIES[family].media == "video"
                     else {"width": 64, "height": 64, "num_inference_steps": 4},

@@ -30,6 +30,7 @@ README = (ROOT / "README.md").read_text()
 PUBLISHED = ROOT / "tests" / "data" / "published"
 FOLDERS = {
     "flux_dev": "flux_dev",
+    "flux_schnell": "flux_schnell",
     "sd15": "sd15",
     "sdxl": "sdxl",
     "sd3_medium": "sd3_medium",
@@ -114,7 +115,9 @@ def test_a_config_without_downloads_runs_by_serve_run_and_ends_without_a_trace(p
     try:
         url = f"http://127.0.0.1:{port}"
         wait_for_200(f"{url}/health", process)
-        answer = httpx.post(f"{url}/v1/images/generations", json={"prompt": "a cat", "seed": 1}, timeout=60)
+        makes_videos = build_validator(load_app_config(path)).family.media == "video"
+        kind = "videos/sync" if makes_videos else "images/generations"
+        answer = httpx.post(f"{url}/v1/{kind}", json={"prompt": "a cat", "seed": 1}, timeout=60)
         assert answer.status_code == 200
         children = psutil.Process(process.pid).children(recursive=True)
     finally:

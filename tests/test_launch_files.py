@@ -38,7 +38,7 @@ RAY_SERVICE_SPEC = {
 }
 RAY_CLUSTER_SPEC = {
     *("suspend", "managedBy", "autoscalerOptions", "headServiceAnnotations", "enableInTreeAutoscaling"),
-    *("gcsFaultToleranceOptions", "headGroupSpec", "rayVersion", "workerGroupSpecs"),
+    *("gcsFaultToleranceOptions", "headGroupSpec", "rayVersion", "workerGroupSpecs", "authOptions"),
 }
 AUTOSCALER_OPTIONS = {
     *("resources", "image", "imagePullPolicy", "securityContext", "idleTimeoutSeconds", "upscalingMode"),
@@ -57,8 +57,11 @@ WORKER_GROUP_SPEC = {
     *("suspend", "groupName", "replicas", "minReplicas", "maxReplicas", "idleTimeoutSeconds"),
     *("rayStartParams", "template", "scaleStrategy", "numOfHosts", "labels", "resources"),
 }
-POD_SPEC = {"containers", "tolerations", "volumes", "securityContext", "terminationGracePeriodSeconds"}
-CONTAINER = {"name", "image", "ports", "resources", "volumeMounts", "env", "envFrom"}
+POD_SPEC = {
+    *("containers", "initContainers", "tolerations", "volumes", "securityContext", "restartPolicy"),
+    "terminationGracePeriodSeconds",
+}
+CONTAINER = {"name", "image", "command", "ports", "resources", "volumeMounts", "env", "envFrom"}
 """Of Kubernetes' PodSpec and Container, what is used here."""
 
 
@@ -185,7 +188,7 @@ def test_the_ray_service_has_documented_fields_only() -> None:
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         pod = group["template"]["spec"]
         assert pod.keys() <= POD_SPEC
-        assert all(container.keys() <= CONTAINER for container in pod["containers"])
+        assert all(container.keys() <= CONTAINER for container in (*pod["containers"], *pod["initContainers"]))
         mounted = {mount["name"] for mount in pod["containers"][0].get("volumeMounts", [])}
         assert mounted == {volume["name"] for volume in pod.get("volumes", [])}
 
@@ -200,6 +203,59 @@ def test_a_pod_lives_until_ray_has_drained_it() -> None:
     for pod in pods():
         env = {each["name"]: each["value"] for each in pod["containers"][0]["env"]}
         assert pod["terminationGracePeriodSeconds"] > float(env[DRAIN_TIMEOUT])
+
+
+TOKEN_AND_TLS = {"RAY_USE_TLS", "RAY_TLS_SERVER_CERT", "RAY_TLS_SERVER_KEY", "RAY_TLS_CA_CERT"}
+
+
+def test_every_process_of_the_ray_service_has_token_and_tls() -> None:
+    cluster = ray_service()["spec"]["rayClusterConfig"]
+    assert cluster["authOptions"] == {"mode": "token"}
+    for holder in (cluster["autoscalerOptions"], *(pod["containers"][0] for pod in pods())):
+        env = {each["name"]: each.get("value", "") for each in holder["env"]}
+        mounted = {mount["mountPath"] for mount in holder["volumeMounts"]}
+        assert env.keys() >= TOKEN_AND_TLS
+        assert {str(Path(env[name]).parent) for name in TOKEN_AND_TLS - {"RAY_USE_TLS"}} <= mounted
+    for pod in pods():
+        [init] = pod["initContainers"]
+        assert (ROOT / shlex.split(init["command"][-1])[0]).exists()
+
+
+@pytest.mark.parametrize("start", ["head_start_ray_commands", "worker_start_ray_commands"])
+def test_the_launchers_ray_starts_with_token_and_tls(start: str, tmp_path: Path) -> None:
+    """Its set-up commands run as they are, up to what they write; the commands that start Ray read it."""
+    authority = tmp_path / ".relay"
+    make_authority(authority)
+    (tmp_path / "latent-relay").symlink_to(ROOT)
+    config = launcher_config()
+    for command in config[start.replace("start_ray", "setup")]:
+        if ".relay" in command:
+            subprocess.run(
+                ["bash", "-ec", command], cwd=tmp_path, env=os.environ | {"HOME": str(tmp_path)}, check=True
+            )
+    found = (authority / "environment").read_text()
+    assert {name.partition("=")[0] for name in found.replace("export ", "").split()} >= TOKEN_AND_TLS | {
+        "RAY_AUTH_MODE",
+        "RAY_AUTH_TOKEN_PATH",
+    }
+    assert all(Path(path).exists() for path in re.findall(r"=(/\S+(?:crt|key))$", found, re.MULTILINE))
+    assert config[start][-1].startswith(". ~/.relay/environment;")
+
+
+def make_authority(folder: Path) -> None:
+    folder.mkdir()
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=relay -keyout ca.key -out ca.crt"
+    subprocess.run(command.split(), cwd=folder, check=True, capture_output=True)
+
+
+def test_a_nodes_certificate_is_signed_and_names_the_node(tmp_path: Path) -> None:
+    make_authority(tmp_path / "authority")
+    script = [str(LAUNCH / "certificate.sh"), "authority", "out", "*.default.svc.cluster.local"]
+    subprocess.run(script, cwd=tmp_path, check=True, capture_output=True)
+    for host in ("localhost", "relay-head-svc.default.svc.cluster.local"):
+        verify = f"openssl verify -CAfile authority/ca.crt -verify_hostname {host} out/tls.crt"
+        assert subprocess.run(verify.split(), cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert (tmp_path / "out" / "tls.key").stat().st_mode & 0o077 == 0
 
 
 def test_every_pod_may_have_a_token_and_may_write_to_its_volume() -> None:

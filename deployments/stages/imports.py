@@ -2,7 +2,6 @@
 
 import logging
 import sys
-from functools import partial
 
 from deployments.checkpoints.json_file import read_json
 from deployments.checkpoints.source import fetch_configs
@@ -17,12 +16,12 @@ NOISE = {
 
 def silence_imports() -> None:
     """Leave that out of the log."""
-    for name, noise in NOISE.items():
-        logging.getLogger(name).addFilter(partial(_is_other, noise))
+    for name in NOISE:
+        logging.getLogger(name).addFilter(_is_no_noise)
 
 
-def _is_other(noise: str, record: logging.LogRecord) -> bool:
-    return noise not in record.getMessage()
+def _is_no_noise(record: logging.LogRecord) -> bool:
+    return NOISE[record.name] not in record.getMessage()
 
 
 def skip_unneeded(model: ModelConfig, config: StageConfig) -> None:

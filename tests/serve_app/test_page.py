@@ -187,6 +187,48 @@ def test_a_video_model_asks_for_frames_and_shows_a_video(page: Page, wan_app: An
     assert body == {"prompt": "waves", "seed": 3, "num_frames": 9}
 
 
+def test_what_the_model_knows_is_told_and_an_example_can_be_clicked(page: Page, flux_app: Any) -> None:
+    page.open(f"{flux_app.url}/")
+    assert page.one("#knows").text == "Knows nothing."
+    page.all("#examples button")[1].click()
+    page.one("#prompt").send_keys(Keys.ENTER)
+    page.wait(lambda: page.one("#about").is_displayed())
+    assert page.one("#caption").text == "a dog"
+
+
+def test_cancel_is_on_the_screen_of_a_phone_that_shows_the_picture(page: Page, flux_app: Any) -> None:
+    page.open(f"{flux_app.url}/", width=390, height=740)
+    page.one("#settings summary").click()
+    page.type("#num_inference_steps", "50")
+    page.type("#size", "512x512")
+    page.type("#prompt", "a long wait" + Keys.ENTER)
+    page.wait(lambda: page.one("#cancel").is_displayed())
+    box = page.run("return document.querySelector('#cancel').getBoundingClientRect().toJSON()")
+    assert 0 <= box["top"] < box["bottom"] <= 740
+    page.one("#cancel").click()
+    page.wait(lambda: page.one("#go").is_displayed())
+
+
+def test_a_finger_hits_every_control(page: Page, flux_app: Any) -> None:
+    page.open(f"{flux_app.url}/", width=390, height=740)
+    page.draw("a cat")
+    controls = page.all("button, a, summary, input, textarea")
+    sizes = {
+        control.get_attribute("outerHTML")[:60]: control.size for control in controls if control.is_displayed()
+    }
+    assert len(sizes) > 8
+    assert {name: size for name, size in sizes.items() if min(size.values()) < 40} == {}
+
+
+def test_facts_tell_the_guidance_that_acts(page: Page, flux_app: Any) -> None:
+    page.open(f"{flux_app.url}/")
+    page.draw("a cat")
+    assert "guidance 3.5" in page.one("#facts").text
+    page.draw("a cat", true_cfg_scale=2)
+    assert "true CFG 2" in page.one("#facts").text
+    assert "guidance 3.5" not in page.one("#facts").text
+
+
 def test_a_phone_never_scrolls_sideways(page: Page, flux_app: Any) -> None:
     page.open(f"{flux_app.url}/", width=360, height=740)
     page.draw("a" * 200)
