@@ -48,7 +48,7 @@ def test_equal_prompts_at_the_same_time_share_one_forward(encoder: Encoder) -> N
 
 def test_what_the_encoder_raises_knows_its_stage(encoder: Encoder) -> None:
     """It comes out of the denoiser's call, which is given the encoder's answer."""
-    with pytest.raises(AttributeError, match="no attribute .shape.") as raised:
+    with pytest.raises(AttributeError, match=r"no attribute .shape.") as raised:
         asyncio.run(encoder.encode(Prompt(7, None, is_guided=False)))  # type: ignore[arg-type]
     assert pickle.loads(pickle.dumps(raised.value)).stage == "encode"
 
