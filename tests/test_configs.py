@@ -19,7 +19,7 @@ from deployments.plan.describe import Description
 from deployments.plan.place import place
 from deployments.plan.plan import StageConfigs, demands_of
 from deployments.plan.sizes import default_size
-from serve_app.app import build_app, build_validator
+from serve_app.app import build_app, build_validator, resolve_family
 from serve_app.config import ConfigError, load_app_config, parse_app_config
 from serve_app.config_docs import render_config_docs
 
@@ -90,7 +90,7 @@ def test_every_config_is_in_the_readme() -> None:
 @pytest.mark.parametrize(("name", "gpus"), gpu_configs())
 def test_a_gpu_config_fits_the_cards_it_is_for(name: str, gpus: str) -> None:
     """A request by the defaults included, from the published architecture."""
-    config = load_app_config(ROOT / "configs" / name)
+    config = resolve_family(load_app_config(ROOT / "configs" / name))
     stages = StageConfigs(config.encoder, config.transformer, config.vae)
     folder = PUBLISHED / next(folder for key, folder in FOLDERS.items() if name.startswith(key))
     description = Description(config.model, folder)

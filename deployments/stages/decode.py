@@ -110,7 +110,7 @@ class Decoding:
     def _check_size(self, frames: torch.Tensor, size: MediaSize) -> None:
         """The last word on sizes: a VAE whose config says another factor than it has."""
         num_frames, _, height, width = frames.shape
-        made = MediaSize(width, height, num_frames)
+        made = MediaSize(width, height, num_frames if self._family.media == "video" else size.num_frames)
         if made != size:
             raise ValueError(
                 f"{type(self._pipe.vae).__name__} made {made} of latents for {size}: its config.json describes "
