@@ -27,7 +27,6 @@ from cluster.processes import find_descendants, kill_all
 from serve_app.port import url_of
 from serve_app.start_progress import READY, StartProgress
 
-LOOPBACK = "127.0.0.1"
 LOOK_EVERY_S = 0.5
 SEE_EVERY = 10
 """Looks."""
@@ -104,9 +103,8 @@ class Server:
 
     def start(self) -> None:
         """Returns before anything is ready. Raises CannotServe."""
-        own = {"_node_ip_address": LOOPBACK} if self._is_local else {}
         try:
-            ray.init(address=self._address, namespace="serve", **own)
+            ray.init(address=self._address, namespace="serve")
             _on_signals(_interrupt)  # ray.init has put its own in the place
             self._deploy()
         except (ConnectionError, TimeoutError, RayError) as error:
