@@ -68,6 +68,17 @@ def synchronize_stream(device: torch.device) -> None:
         current_stream(device).synchronize()
 
 
+def is_lost(device: torch.device) -> bool:
+    """Whether an earlier error, of whatever call, has ended the process's use of it for good. Does not wait."""
+    if not is_accelerator(device):
+        return False
+    try:
+        current_stream(device).query()
+    except RuntimeError:
+        return True
+    return False
+
+
 def current_stream(device: torch.device) -> Any:
     return _module(device).current_stream(device)
 
@@ -92,6 +103,11 @@ def record_event(stream: Any) -> Any:
     event = _module(stream.device).Event()
     event.record(stream)
     return event
+
+
+def default_generators(device: torch.device) -> list[torch.Generator]:
+    """What draws there without being given a generator; none on the CPU."""
+    return [_module(device).default_generators[device.index]] if is_accelerator(device) else []
 
 
 # Memory.

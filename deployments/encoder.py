@@ -6,12 +6,11 @@ import time
 from typing import TYPE_CHECKING
 
 from cluster.metrics import StageMetrics, export_regularly
-from cluster.replica_port import follow_ray_to_loopback
-from cluster.termination import DrainOnSigterm
 from deployments.config import EncoderConfig, ModelConfig
 from deployments.embedding_cache import EmbeddingCache, num_bytes
 from deployments.lane import Lane
 from deployments.refusal import raised_in
+from deployments.replica import StageReplica
 from deployments.request import Conditioning, Prompt
 from deployments.stages import load_stage
 from deployments.stats import EncoderStats
@@ -19,15 +18,15 @@ from deployments.warm_up import NO_WARM_UP, WarmUp
 
 if TYPE_CHECKING:
     from deployments.families.family import Embeds
+    from deployments.memory.keeper import Keeper
 
 
-class Encoder(DrainOnSigterm):
+class Encoder(StageReplica):
     """Serves `encode`. One thread encodes: tokenizers are not thread-safe."""
 
     def __init__(self, model: ModelConfig, config: EncoderConfig, warm_up: WarmUp = NO_WARM_UP) -> None:
-        self.drain_on_sigterm()
+        super().__init__()
         began = time.perf_counter()
-        follow_ray_to_loopback()
         self._lane = Lane("encode")
         self._stage = load_stage("encode", model, config)
         self._lane.run_first(self._stage.warm_up, warm_up)
@@ -37,6 +36,10 @@ class Encoder(DrainOnSigterm):
         self._metrics = StageMetrics(stage="encode", rank=0, model=model.name)
         self._cold_start_s = time.perf_counter() - began
         export_regularly(self._export)
+
+    @property
+    def keeper(self) -> "Keeper":
+        return self._stage.keeper
 
     async def encode(self, prompt: Prompt) -> Conditioning:
         """The prompt's embeddings. Equal prompts at the same time share one forward."""
@@ -53,7 +56,7 @@ class Encoder(DrainOnSigterm):
         future = self._running.get(prompt)
         if future is None:
             self._num_forwards += 1
-            future = self._lane.run(self._stage.encode, prompt)
+            future = self._lane.run(self.guarded(self._stage.encode), prompt)
             self._running[prompt] = future
             future.add_done_callback(lambda _: self._running.pop(prompt))
         embeds = await asyncio.shield(future)  # a client that leaves must not cancel it for the others

@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING
 from cluster.autoscaling import LOAD
 from cluster.metrics import StageMetrics, export_regularly
 from cluster.place import num_nodes
-from cluster.replica_port import follow_ray_to_loopback
 from cluster.shard_group import ShardGroup, this_address
-from cluster.termination import DrainOnSigterm
 from deployments.config import ModelConfig, TransformerConfig
 from deployments.news import News
-from deployments.rank import Rank, exit_replica
+from deployments.rank import Rank
+from deployments.replica import StageReplica, exit_replica
 from deployments.request import (
     NO_NEWS,
     Conditioning,
@@ -35,20 +34,20 @@ if TYPE_CHECKING:
     import torch
 
     from deployments.engine.step_queue import Seat
+    from deployments.memory.keeper import Keeper
 
 log = logging.getLogger("ray.serve")
 
 
-class Transformer(DrainOnSigterm):
+class Transformer(StageReplica):
     """Serves `denoise`: every request in a thread of its own, all on one engine.
 
     With several shards this process is rank 0, and its children, in its placement group, are the others.
     """
 
     def __init__(self, model: ModelConfig, config: TransformerConfig, warm_up: WarmUp = NO_WARM_UP) -> None:
-        self.drain_on_sigterm()
+        super().__init__()
         began = time.perf_counter()
-        follow_ray_to_loopback()
         self._threads = ThreadPoolExecutor(config.max_ongoing_requests, thread_name_prefix="denoise")
         self._group: ShardGroup | None = None
         if config.num_ranks > 1:  # first of all: the children start while this process imports torch
@@ -77,6 +76,10 @@ class Transformer(DrainOnSigterm):
         rendezvous = self._stage.open_rendezvous(this_address(), places)
         self._group.connect(rendezvous, partial(self._stage.connect, rendezvous, exit_replica), exit_replica)
 
+    @property
+    def keeper(self) -> "Keeper":
+        return self._stage.loaded.keeper
+
     async def denoise(
         self, conditioning: Conditioning, request: GenerationRequest, options: StreamOptions = NO_NEWS
     ) -> "AsyncIterator[Progress | PartialDenoised | Denoised | torch.Tensor]":
@@ -91,7 +94,7 @@ class Transformer(DrainOnSigterm):
         try:
             with self._metrics[0].request():
                 running = asyncio.get_running_loop().run_in_executor(
-                    self._threads, self._denoise, seat, conditioning, request, options, news
+                    self._threads, self.guarded(self._denoise), seat, conditioning, request, options, news
                 )
                 running.add_done_callback(news.on_end)
                 while (items := await news.next()) is not None:

@@ -6,10 +6,9 @@ import time
 from typing import TYPE_CHECKING
 
 from cluster.metrics import StageMetrics, export_regularly
-from cluster.replica_port import follow_ray_to_loopback
-from cluster.termination import DrainOnSigterm
 from deployments.config import ModelConfig, VaeConfig
 from deployments.lane import Lane
+from deployments.replica import StageReplica
 from deployments.request import GenerationRequest, Media
 from deployments.stages import load_stage
 from deployments.stats import VaeStats
@@ -18,17 +17,18 @@ from deployments.warm_up import NO_WARM_UP, WarmUp
 if TYPE_CHECKING:
     import torch
 
+    from deployments.memory.keeper import Keeper
 
-class Vae(DrainOnSigterm):
+
+class Vae(StageReplica):
     """Serves `decode` and `decode_partial`, one at a time: a VAE's peak of memory is its own worst neighbour.
 
     A picture waits for at most one partial picture, the one that is being decoded.
     """
 
     def __init__(self, model: ModelConfig, config: VaeConfig, warm_up: WarmUp = NO_WARM_UP) -> None:
-        self.drain_on_sigterm()
+        super().__init__()
         began = time.perf_counter()
-        follow_ray_to_loopback()
         self._lane = Lane("decode")
         self._num_pictures = self._num_partial = 0
         self._max_partial = config.max_ongoing_requests // 2
@@ -40,6 +40,10 @@ class Vae(DrainOnSigterm):
         self._metrics = StageMetrics(stage="decode", rank=0, model=model.name)
         self._cold_start_s = time.perf_counter() - began
         export_regularly(self._export)
+
+    @property
+    def keeper(self) -> "Keeper":
+        return self._stage.keeper
 
     async def check(self, request: GenerationRequest) -> None:
         """Raises NeverFits if the picture or video could never be decoded here. Beside what is being decoded."""
@@ -74,7 +78,7 @@ class Vae(DrainOnSigterm):
 
     async def _decode(self, latents: "torch.Tensor", request: GenerationRequest) -> Media:
         start = time.perf_counter()
-        data, media_type = await self._lane.run(self._stage.decode_media, latents, request)
+        data, media_type = await self._lane.run(self.guarded(self._stage.decode_media), latents, request)
         return Media(data, media_type, (time.perf_counter() - start) * 1e3)
 
     def _export(self) -> None:

@@ -20,9 +20,8 @@ POOLED_PAIR = ("pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
 
 def _encode_sd15(pipe: Pipeline, prompt: Prompt, _max_sequence_length: int | None) -> Embeds:
-    embeds = pipe.encode_prompt(
-        prompt.text, pipe.device, 1, prompt.is_guided, negative_prompt=prompt.negative_text
-    )
+    device = pipe._execution_device  # under some offloading weights wait elsewhere
+    embeds = pipe.encode_prompt(prompt.text, device, 1, prompt.is_guided, negative_prompt=prompt.negative_text)
     return dict(zip(PAIR, embeds, strict=True))
 
 

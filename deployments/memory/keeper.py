@@ -56,7 +56,8 @@ class Keeper:
         Raises ValueError where a technique does not suit a model or the device; names both.
         """
         self._models, self._config, self._device = models, config, device
-        self._has_device_map = device_map is not None
+        self.has_device_map = device_map is not None
+        """Whether accelerate has placed the weights, over several devices."""
         self._share = share or Share()
         self.needs = Needs(self._share.limit, device)
         self._staying: list[Any] = []
@@ -88,7 +89,7 @@ class Keeper:
     def is_untouched(self) -> bool:
         """Nothing moves, casts, traces or compiles the weights, and they are not quantised, nor stored so."""
         config = self._config
-        if config.moves_weights or config.trace or self._has_device_map:
+        if config.moves_weights or config.trace or self.has_device_map:
             return False
         if config.layerwise_casting is not None or config.compile is not None:
             return False
@@ -113,6 +114,10 @@ class Keeper:
             hook.offload()
         if self._staying:
             accelerator.empty_cache(self._device)
+
+    def is_device_lost(self) -> bool:
+        """Whether nothing on it will ever work again in this process. Does not wait."""
+        return accelerator.is_lost(self._device)
 
     def stats(self) -> MemoryStats:
         """Of this process, which holds nothing but these models."""

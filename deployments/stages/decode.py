@@ -90,8 +90,16 @@ class Decoding:
         try:
             with self.keeper.at_work(), self.keeper.needs.measured(request.size):
                 return self._decode(latents, request)
+        except BaseException:
+            self._forget_frames()
+            raise
         finally:
             self.keeper.release()
+
+    def _forget_frames(self) -> None:
+        """Of a video's VAE that failed half way: what it keeps between frames would lie there till the next."""
+        if hasattr(self._pipe.vae, "clear_cache"):
+            self._pipe.vae.clear_cache()
 
     def _decode(self, latents: torch.Tensor, request: GenerationRequest) -> Frames:
         """What lay on the device for it is free again; frames leave it one by one, for float pixels are large."""

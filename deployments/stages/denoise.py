@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from cluster import accelerator
 from cluster.object_store_transport import open_mailboxes
 from cluster.open_transport import open_transport
 from cluster.place import Place, Rendezvous, plan_backend
@@ -77,7 +78,7 @@ class Denoising:
         if self._config.transport == "object_store":
             return Rendezvous(num_ranks, "object_store", mailboxes=open_mailboxes(num_ranks))
         self._store = open_store(host, num_ranks)
-        backend = plan_backend(places) if self._denoiser.device.type == "cuda" else "gloo"
+        backend = plan_backend(places) if accelerator.has_nccl(self._denoiser.device) else "gloo"
         return Rendezvous(num_ranks, backend, host, self._store.port)
 
     def connect(self, rendezvous: Rendezvous | None, on_lost: Callable[[BaseException], None]) -> None:

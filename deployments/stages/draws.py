@@ -8,6 +8,8 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+from cluster import accelerator
+
 Args = ParamSpec("Args")
 Answer = TypeVar("Answer")
 
@@ -19,9 +21,7 @@ class Draws:
     """One request's, as if `torch.manual_seed(seed)` had been called for it alone."""
 
     def __init__(self, seed: int, device: torch.device) -> None:
-        self._generators = [torch.default_generator]
-        if device.type == "cuda":
-            self._generators.append(torch.cuda.default_generators[device.index])
+        self._generators = [torch.default_generator, *accelerator.default_generators(device)]
         self._fresh = [torch.Generator(of.device).manual_seed(seed).get_state() for of in self._generators]
         self._states = self._fresh
 

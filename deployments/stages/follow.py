@@ -45,7 +45,8 @@ class Following:
 
 def rank_stats(rank: int, denoiser: Denoiser, loaded: LoadedRank, ring: RingStats) -> RankStats:
     """What this process's rank holds and has done."""
-    device_map = getattr(loaded.shard.model, "hf_device_map", None)
+    is_spread = loaded.keeper.has_device_map  # what is quantised has a map that nobody asked for
+    device_map = getattr(loaded.shard.model, "hf_device_map", None) if is_spread else None
     return RankStats(
         rank=rank,
         pid=os.getpid(),

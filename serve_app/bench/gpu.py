@@ -21,7 +21,7 @@ from rich.console import Console
 from deployments.config import ModelConfig
 from serve_app.bench.large import PUBLISHED, write_large
 from serve_app.bench.memory import Stages, measure
-from serve_app.bench.memory_case import HAS_GPU
+from serve_app.bench.memory_case import GPU, HAS_GPU
 from serve_app.bench.report import Row, report
 
 GIB_PER_MIB = 1 / 1024
@@ -120,7 +120,7 @@ def _write(family: str, folder: Path, *, is_quick: bool) -> ModelConfig:
     free_gb = shutil.disk_usage(folder.parent).free / 1e9
     if not is_quick and free_gb < DISK_GB[family]:
         raise OSError(f"{folder.parent}: {free_gb:.0f} GB free, and {family} takes {DISK_GB[family]}: set TMPDIR")
-    write_large(family, folder, sizes, torch.device("cuda" if HAS_GPU else "cpu"))
+    write_large(family, folder, sizes, GPU or torch.device("cpu"))
     pixels = 64 if is_quick else 1024
     defaults = {"width": pixels, "height": pixels}
     return ModelConfig.model_validate(

@@ -14,6 +14,7 @@ import diffusers
 import torch
 import transformers
 
+from cluster import accelerator
 from deployments.checkpoints.source import fetch_checkpoint
 
 Settings = Mapping[str, Any]
@@ -85,8 +86,7 @@ def write_large(family: str, folder: Path, sizes: Mapping[str, Settings], device
             model = build_model(tiny, name, settings)
         model.save_pretrained(folder / name)
         del model
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        accelerator.empty_cache(device)
 
 
 def build_model(tiny: Path, name: str, settings: Settings) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
+from cluster import accelerator
 from deployments.checkpoints.source import fetch_checkpoint
 from deployments.config import EncoderConfig, ModelConfig, TransformerConfig, VaeConfig
 from deployments.stages import load_stage
@@ -22,7 +23,8 @@ from serve_app.bench.models import bench_request, fail
 
 MIB = 2**20
 NUM_TEXT_TOKENS = 64
-HAS_GPU = torch.cuda.is_available()
+GPU = accelerator.find_device()
+HAS_GPU = GPU is not None
 STUCK_AFTER_S = 600.0
 """A first step may compile, or read 40 GB from a cold disk; the caller has a limit of its own."""
 
@@ -118,7 +120,7 @@ class _Plain:
     def __init__(self, model: ModelConfig, _stages: None, num_steps: int) -> None:
         folder = Path(fetch_checkpoint(model.checkpoint, (), revision=model.revision, variant=model.variant))
         self._pipe: Any = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, variant=model.variant)
-        self._pipe.to("cuda" if HAS_GPU else "cpu")
+        self._pipe.to(GPU or "cpu")
         self._pipe.set_progress_bar_config(disable=True)
         self._request = bench_request(model, num_steps)
         tokens = {} if model.architecture.max_sequence_length is None else {"max_sequence_length": NUM_TEXT_TOKENS}
@@ -135,7 +137,7 @@ class _Plain:
         )
 
     def peak_bytes(self) -> int:
-        return torch.cuda.max_memory_allocated() if HAS_GPU else _most_resident_bytes()
+        return _most_resident_bytes() if GPU is None else accelerator.peak_bytes(GPU)[0]
 
     def stats(self) -> dict[str, float]:
         """It tells nothing more."""
