@@ -34,7 +34,7 @@ from deployments.engine.engine import Engine
 from deployments.engine.merge import Merger
 from deployments.engine.outline import Holder, Outliner
 from deployments.engine.work import Follower, Leader
-from deployments.rank import exit_replica
+from deployments.replica import exit_replica
 from serve_app.bench.report import Row, report
 
 CPU = torch.device("cpu")
