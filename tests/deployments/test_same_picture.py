@@ -20,7 +20,7 @@ from deployments.engine.blocks import block_bytes
 from deployments.engine.load import open_denoiser
 from deployments.engine.step_queue import Cancelled
 from deployments.families import FAMILIES
-from deployments.rank import exit_replica
+from deployments.replica import exit_replica
 from deployments.request import GenerationRequest, Prompt
 from deployments.stages import load_stage
 
