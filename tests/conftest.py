@@ -25,6 +25,8 @@ from deployments.config import ModelConfig
 from deployments.families import FAMILIES
 from serve_app.app import build_app, build_ingress, resolve_family
 from serve_app.config import AppConfig, LimitsConfig, parse_app_config
+from tests.pretend_cuda.collect import Groups
+from tests.pretend_cuda.items import Pretended
 
 torch.set_num_threads(1)
 TEXT_TOKENS = 64
@@ -38,16 +40,33 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+PRETENDED = Groups()
+
+
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Run in parallel, all tests of the one Ray cluster go to one process, and those of a file stay together.
 
     A test that asks for its app by name (`getfixturevalue`) says `usefixtures("ray_cluster")`.
     """
+    PRETENDED.take_over(items, is_thorough=config.getoption("--thorough"))
     for item in items:
+        if isinstance(item, Pretended):
+            continue
         on_cluster = "ray_cluster" in getattr(item, "fixturenames", ())
         item.add_marker(pytest.mark.xdist_group("ray cluster" if on_cluster else item.path.name))
     items.sort(key=lambda item: item.path.name != "test_faults.py")  # or one process would wait for it at the end
+
+
+def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+    if not isinstance(item, Pretended):
+        return None
+    item.tell()
+    return True
+
+
+def pytest_sessionfinish() -> None:
+    PRETENDED.close()
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,145 @@
+"""Tests that need a GPU, where there is none: run on the pretended one, and reported under their own names.
+
+The device must be there before torch is imported, so a process of its own runs them: one pytest for all tests of a
+group, of which the reports are taken over as they come.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.pretend_cuda.build import NoCompiler, build
+
+ROOT = Path(__file__).parents[2]
+NUM_GPUS, GIB = 2, 16.0
+PERIOD_S = 0.05
+MUST_END_IN_S = 1800.0
+TAIL = 3000
+
+
+def environment(library: Path, problems: Path, *, num_gpus: int = NUM_GPUS, gib: float = GIB) -> dict[str, str]:
+    """Of a process that has pretended GPUs, as all processes that it starts."""
+    here = {
+        "PRETEND_CUDA": str(library),
+        "PRETEND_CUDA_GPUS": str(num_gpus),
+        "PRETEND_CUDA_GIB": str(gib),
+        "PRETEND_CUDA_PROBLEMS": str(problems),
+        "OMP_NUM_THREADS": "1",  # in every thread, so that sums are the same to the bit
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent / "preload"), str(ROOT)]),
+    }
+    return os.environ | here
+
+
+@dataclass(eq=False)
+class Group:
+    """The tests that one process runs."""
+
+    name: str
+    plugins: tuple[str, ...]
+    node_ids: list[str] = field(default_factory=list)
+    _process: "subprocess.Popen[bytes] | None" = None
+    _num_read: int = 0
+    _reports: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def reports(self, node_id: str) -> list[dict[str, Any]]:
+        """Of one test: setup, call and teardown; empty if the process ended without. Raises NoCompiler."""
+        if self._process is None:
+            self._start()
+        assert self._process is not None
+        deadline = time.monotonic() + MUST_END_IN_S
+        while time.monotonic() < deadline:
+            has_ended = self._process.poll() is not None
+            self._read()
+            found = self._reports.get(node_id, [])
+            if has_ended or any(report["when"] == "teardown" for report in found):
+                return found
+            time.sleep(PERIOD_S)
+        return []
+
+    def last_words(self) -> str:
+        return self._output.read_text(errors="replace")[-TAIL:]
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def _start(self) -> None:
+        folder = Path(tempfile.mkdtemp(prefix="latent-relay-pretend-"))
+        self._output, self._file = folder / "output", folder / "reports"
+        self._file.touch()
+        plugins = [word for plugin in ("tests.pretend_cuda.inner", *self.plugins) for word in ("-p", plugin)]
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *plugins, "--reports", str(self._file)]
+        if any("every_allowed_pair" in node_id for node_id in self.node_ids):
+            command.append("--thorough")
+        (folder / "tests").write_text("\n".join(self.node_ids))
+        with self._output.open("wb") as output:
+            self._process = subprocess.Popen(
+                [*command, f"@{folder / 'tests'}"],
+                cwd=ROOT,
+                env=environment(build(), folder / "problems"),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+
+    def _read(self) -> None:
+        with self._file.open() as file:
+            file.seek(self._num_read)
+            for line in iter(file.readline, ""):
+                if not line.endswith("\n"):
+                    break  # it is being written
+                self._num_read = file.tell()
+                report = json.loads(line)
+                self._reports.setdefault(report["nodeid"], []).append(report)
+
+
+class Pretended(pytest.Item):
+    """One test of a group."""
+
+    def __init__(self, *, origin: pytest.Item, group: Group, **of_item: Any) -> None:
+        super().__init__(**of_item)
+        self._origin, self._group = origin, group
+        self.own_markers = [mark for mark in origin.own_markers if mark.name not in {"skipif", "xdist_group"}]
+        self.add_marker(pytest.mark.xdist_group(group.name))
+        group.node_ids.append(origin.nodeid)
+
+    def reportinfo(self) -> Any:
+        return self._origin.reportinfo()
+
+    def runtest(self) -> None:
+        raise AssertionError("another process runs it")
+
+    def tell(self) -> None:
+        """Its reports are this session's."""
+        self.ihook.pytest_runtest_logstart(nodeid=self.nodeid, location=self.location)
+        for report in self._told():
+            report.nodeid = self.nodeid
+            self.ihook.pytest_runtest_logreport(report=report)
+        self.ihook.pytest_runtest_logfinish(nodeid=self.nodeid, location=self.location)
+
+    def _told(self) -> Iterable[pytest.TestReport]:
+        try:
+            told = self._group.reports(self._origin.nodeid)
+        except NoCompiler as reason:
+            return [self._report("skipped", (str(self.path), 0, f"Skipped: {reason}"))]
+        if not told:
+            return [self._report("failed", f"the process ended without a word on it:\n{self._group.last_words()}")]
+        return [self._restored(data) for data in told]
+
+    def _restored(self, data: dict[str, Any]) -> pytest.TestReport:
+        report: Any = self.config.hook.pytest_report_from_serializable(config=self.config, data=data)
+        if isinstance(report.longrepr, list):
+            report.longrepr = tuple(report.longrepr)  # a skip's; JSON knows only lists
+        return report  # type: ignore[no-any-return]
+
+    def _report(self, outcome: Any, longrepr: Any) -> pytest.TestReport:
+        return pytest.TestReport(self.nodeid, self.location, {}, outcome, longrepr, when="call")
