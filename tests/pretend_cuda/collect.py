@@ -1,4 +1,4 @@
-"""Which tests run on the pretended device: those that need a GPU, and those of the CPU that are run again there."""
+"""Which tests run on the pretended device: those that need a GPU, and some of the CPU's, again."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ import torch
 from tests.pretend_cuda.items import Group, Pretended
 from tests.pretend_cuda.sweep import is_swept
 
-ALL_STAGES = "tests.pretend_cuda.all_stages"
+ALL_STAGES = ("-p", "tests.pretend_cuda.all_stages")
 IS_FOR_CUDA = torch.version.cuda is not None or torch.version.hip is not None
 """torch itself: there is no place for another CUDA then."""
 
@@ -30,21 +30,22 @@ class Groups:
             group.close()
 
     def _made_of(self, item: pytest.Item, is_thorough: bool) -> Iterator[pytest.Item]:
+        options = ("--thorough",) if is_thorough else ()
         if item.get_closest_marker("gpu") or item.get_closest_marker("pretended_gpu"):
-            yield self._pretended(item, item.name, self._group(_part(item)))
+            yield self._pretended(item, item.name, self._group(_part(item), *options))
             return
         yield item
         if is_swept(item, is_thorough=is_thorough):
-            group = self._group(f"every stage, {_part(item)}", ALL_STAGES)
+            group = self._group(f"every stage, {_part(item)}", *ALL_STAGES, *options)
             yield self._pretended(item, f"{item.name} on a pretended GPU", group)
 
     def _pretended(self, item: pytest.Item, name: str, group: Group) -> pytest.Item:
         made: pytest.Item = Pretended.from_parent(item.parent, name=name, origin=item, group=group)
         return made
 
-    def _group(self, part: str, *plugins: str) -> Group:
+    def _group(self, part: str, *options: str) -> Group:
         name = f"pretended GPU, {part}"
-        return self._groups.setdefault(name, Group(name, plugins))
+        return self._groups.setdefault(name, Group(name, options))
 
 
 def _part(item: pytest.Item) -> str:

@@ -6,25 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+from tests.pretend_cuda import install
+from tests.pretend_cuda.problems import Problems
 
-class Problems:
-    """What the pretended GPUs of all processes have seen so far."""
-
-    def __init__(self) -> None:
-        self._path, self._num_read = Path(os.environ["PRETEND_CUDA_PROBLEMS"]), 0
-        self._path.touch()
-
-    def take(self) -> list[str]:
-        """Those that nobody has taken yet, once each."""
-        with self._path.open() as file:
-            file.seek(self._num_read)
-            lines = file.read().splitlines()
-            self._num_read = file.tell()
-        return list(dict.fromkeys(line.partition(": ")[2] for line in lines))
-
-
-PROBLEMS = Problems()
+PROBLEMS = Problems(Path(os.environ["PRETEND_CUDA_PROBLEMS"]))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -39,10 +26,10 @@ def problems() -> Problems:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    from tests.pretend_cuda import install  # torch is there by now, and so is the device
-
     install.native.forget_problems()
     result = yield
+    for index in range(torch.cuda.device_count()):
+        torch.cuda.synchronize(index)  # what ends with the test has no work under way then
     if seen := PROBLEMS.take():
         pytest.fail("the pretended GPU saw:\n" + "\n".join(seen), pytrace=False)
     return result

@@ -42,10 +42,7 @@ def install() -> None:
     """In this process, once, before anything asks torch for a device."""
     global native
     native = load_native()
-    names = os.environ.get("CUDA_VISIBLE_DEVICES")
-    all_names = [str(number) for number in range(int(os.environ["PRETEND_CUDA_GPUS"]))]
-    visible = all_names if names is None else [name.strip() for name in names.split(",") if name.strip() in all_names]
-    native.set_cards(visible, int(float(os.environ["PRETEND_CUDA_GIB"]) * GIB))
+    native.set_cards(visible_cards(), int(os.environ["PRETEND_CUDA_GIB"]) * GIB)
     for replaced in (DEVICES, MEMORY, STREAMS, RANDOM):
         for name, value in replaced.items():
             setattr(torch.cuda, name, value)
@@ -56,6 +53,13 @@ def install() -> None:
     torch.distributed.ProcessGroupNCCL = ProcessGroupNCCL  # type: ignore[attr-defined, misc, assignment]
     # bitsandbytes would load its CUDA kernels; the library has put the CPU's in their place.
     sys.modules["bitsandbytes.backends.cuda.ops"] = ModuleType("bitsandbytes.backends.cuda.ops")
+
+
+def visible_cards() -> list[str]:
+    """By their numbers, in the order that the process knows them in."""
+    cards = [str(number) for number in range(int(os.environ["PRETEND_CUDA_GPUS"]))]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return cards if visible is None else [name for name in visible.split(",") if name in cards]
 
 
 def properties(device: Any = None) -> SimpleNamespace:

@@ -20,21 +20,23 @@ import pytest
 from tests.pretend_cuda.build import NoCompiler, build
 
 ROOT = Path(__file__).parents[2]
-NUM_GPUS, GIB = 2, 16.0
+NUM_GPUS, GIB = 2, 16
 PERIOD_S = 0.05
 MUST_END_IN_S = 1800.0
 TAIL = 3000
 
 
-def environment(library: Path, problems: Path, *, num_gpus: int = NUM_GPUS, gib: float = GIB) -> dict[str, str]:
+def environment(library: Path, problems: Path, *, root: Path = ROOT) -> dict[str, str]:
     """Of a process that has pretended GPUs, as all processes that it starts."""
+    folder = root / "tests" / "pretend_cuda"
     here = {
         "PRETEND_CUDA": str(library),
-        "PRETEND_CUDA_GPUS": str(num_gpus),
-        "PRETEND_CUDA_GIB": str(gib),
+        "PRETEND_CUDA_GPUS": str(NUM_GPUS),
+        "PRETEND_CUDA_GIB": str(GIB),
         "PRETEND_CUDA_PROBLEMS": str(problems),
         "OMP_NUM_THREADS": "1",  # in every thread, so that sums are the same to the bit
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent / "preload"), str(ROOT)]),
+        "PATH": os.pathsep.join([str(folder / "bin"), os.environ["PATH"]]),  # nvidia-smi
+        "PYTHONPATH": os.pathsep.join([str(folder / "preload"), str(root)]),
     }
     return os.environ | here
 
@@ -44,7 +46,8 @@ class Group:
     """The tests that one process runs."""
 
     name: str
-    plugins: tuple[str, ...]
+    options: tuple[str, ...]
+    """pytest's."""
     node_ids: list[str] = field(default_factory=list)
     _process: "subprocess.Popen[bytes] | None" = None
     _num_read: int = 0
@@ -77,14 +80,12 @@ class Group:
         folder = Path(tempfile.mkdtemp(prefix="latent-relay-pretend-"))
         self._output, self._file = folder / "output", folder / "reports"
         self._file.touch()
-        plugins = [word for plugin in ("tests.pretend_cuda.inner", *self.plugins) for word in ("-p", plugin)]
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *plugins, "--reports", str(self._file)]
-        if any("every_allowed_pair" in node_id for node_id in self.node_ids):
-            command.append("--thorough")
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "tests.pretend_cuda.inner"]
+        options = [*self.options, "--reports", str(self._file), f"@{folder / 'tests'}"]
         (folder / "tests").write_text("\n".join(self.node_ids))
         with self._output.open("wb") as output:
             self._process = subprocess.Popen(
-                [*command, f"@{folder / 'tests'}"],
+                [*command, *options],
                 cwd=ROOT,
                 env=environment(build(), folder / "problems"),
                 stdout=output,

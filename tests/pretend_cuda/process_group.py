@@ -68,7 +68,7 @@ class ProcessGroupNCCL:
         except Aborted:
             data = bytes(tensor.nbytes)
         with StreamContext(stream):
-            tensor.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8).view(tensor.dtype).view(tensor.shape))
+            tensor.copy_(torch.frombuffer(bytearray(data), dtype=tensor.dtype).view(tensor.shape))
             event = stream.record_event()
         tensor.record_stream(stream)
         return Work(event)
