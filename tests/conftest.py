@@ -122,8 +122,11 @@ def start_app(serve_url: str) -> Iterator[Callable[..., App]]:
     apps: list[App] = []
 
     @cache
-    def start(family: str, *, shards: int = 1, **limits: Any) -> App:
-        name = "-".join([family, str(shards), *(f"{k}{v}" for k, v in limits.items())])
+    def start(family: str, *, shards: int = 1, num_gpus: float = 0, **limits: Any) -> App:
+        """num_gpus: of every process."""
+        parts = {"gpus": num_gpus} if num_gpus else {}
+        name = "-".join([family, str(shards), *(f"{k}{v}" for k, v in (parts | limits).items())])
+        resources = {"num_cpus": 0.1, "num_gpus": num_gpus}
         config = parse_app_config(
             {
                 "model": {
@@ -133,9 +136,9 @@ def start_app(serve_url: str) -> Iterator[Callable[..., App]]:
                     if FAMILIES[family].media == "video"
                     else {"width": 64, "height": 64, "num_inference_steps": 4},
                 },
-                "encoder": {"num_cpus": 0.1} | _text_tokens(family),
-                "transformer": {"num_cpus": 0.1, "shards": shards},
-                "vae": {"num_cpus": 0.1},
+                "encoder": resources | _text_tokens(family),
+                "transformer": resources | {"shards": shards},
+                "vae": resources,
                 "limits": {"max_pixels": 512 * 512, "max_num_inference_steps": 50, "max_num_frames": 33} | limits,
             }
         )

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def problems() -> Problems:
     """For who expects some. What is left at the end of a test fails it."""
     return PROBLEMS
+
+
+@pytest.fixture
+def lose_gpu() -> Iterator[Callable[[str], None]]:
+    """`lose_gpu("ServeReplica:app:Vae")`: whose command line has this in it has lost its GPU, for good."""
+    lost = Path(os.environ["PRETEND_CUDA_LOST"])
+
+    def lose(whose: str) -> None:
+        unseen = lost.with_suffix(".unseen")
+        unseen.write_text(whose)
+        unseen.replace(lost)  # nobody reads half of it
+
+    yield lose
+    lost.unlink(missing_ok=True)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -6,14 +6,17 @@ group, of which the reports are taken over as they come.
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import pytest
 
@@ -22,6 +25,7 @@ from tests.pretend_cuda.build import NoCompiler, build
 ROOT = Path(__file__).parents[2]
 NUM_GPUS, GIB = 2, 16
 PERIOD_S = 0.05
+ENDS_IN_S = 30.0
 MUST_END_IN_S = 1800.0
 TAIL = 3000
 
@@ -34,6 +38,7 @@ def environment(library: Path, problems: Path, *, root: Path = ROOT) -> dict[str
         "PRETEND_CUDA_GPUS": str(NUM_GPUS),
         "PRETEND_CUDA_GIB": str(GIB),
         "PRETEND_CUDA_PROBLEMS": str(problems),
+        "PRETEND_CUDA_LOST": str(problems.with_name("lost")),
         "OMP_NUM_THREADS": "1",  # in every thread, so that sums are the same to the bit
         "PATH": os.pathsep.join([str(folder / "bin"), os.environ["PATH"]]),  # nvidia-smi
         "PYTHONPATH": os.pathsep.join([str(folder / "preload"), str(root)]),
@@ -48,15 +53,12 @@ class Group:
     name: str
     options: tuple[str, ...]
     """pytest's."""
-    node_ids: list[str] = field(default_factory=list)
     _process: "subprocess.Popen[bytes] | None" = None
     _num_read: int = 0
     _reports: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     def reports(self, node_id: str) -> list[dict[str, Any]]:
-        """Of one test: setup, call and teardown; empty if the process ended without. Raises NoCompiler."""
-        if self._process is None:
-            self._start()
+        """Of one test: setup, call and teardown; empty if the process ended without."""
         assert self._process is not None
         deadline = time.monotonic() + MUST_END_IN_S
         while time.monotonic() < deadline:
@@ -72,22 +74,35 @@ class Group:
         return self._output.read_text(errors="replace")[-TAIL:]
 
     def close(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
+        """It has told of its last test, and shuts its Ray down; or this session ends early."""
+        if self._process is None:
+            return
+        for end in (lambda: None, partial(self._process.send_signal, signal.SIGINT), self._process.kill):
+            end()
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(ENDS_IN_S)
+                break
+        self._folder.cleanup()
 
-    def _start(self) -> None:
-        folder = Path(tempfile.mkdtemp(prefix="latent-relay-pretend-"))
+    @property
+    def has_started(self) -> bool:
+        return self._process is not None
+
+    def start(self, node_ids: list[str]) -> None:
+        """To run all of these. Raises NoCompiler."""
+        library = build()
+        self._folder = tempfile.TemporaryDirectory(prefix="latent-relay-pretend-")
+        folder = Path(self._folder.name)
         self._output, self._file = folder / "output", folder / "reports"
         self._file.touch()
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "tests.pretend_cuda.inner"]
         options = [*self.options, "--reports", str(self._file), f"@{folder / 'tests'}"]
-        (folder / "tests").write_text("\n".join(self.node_ids))
+        (folder / "tests").write_text("\n".join(node_ids))
         with self._output.open("wb") as output:
             self._process = subprocess.Popen(
                 [*command, *options],
                 cwd=ROOT,
-                env=environment(build(), folder / "problems"),
+                env=environment(library, folder / "problems"),
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
@@ -111,7 +126,11 @@ class Pretended(pytest.Item):
         self._origin, self._group = origin, group
         self.own_markers = [mark for mark in origin.own_markers if mark.name not in {"skipif", "xdist_group"}]
         self.add_marker(pytest.mark.xdist_group(group.name))
-        group.node_ids.append(origin.nodeid)
+
+    @property
+    def node_id(self) -> str:
+        """In the process that runs it."""
+        return self._origin.nodeid
 
     def reportinfo(self) -> Any:
         return self._origin.reportinfo()
@@ -129,12 +148,17 @@ class Pretended(pytest.Item):
 
     def _told(self) -> Iterable[pytest.TestReport]:
         try:
-            told = self._group.reports(self._origin.nodeid)
+            if not self._group.has_started:
+                self._group.start([item.node_id for item in self.session.items if self._is_with(item)])
         except NoCompiler as reason:
             return [self._report("skipped", (str(self.path), 0, f"Skipped: {reason}"))]
+        told = self._group.reports(self.node_id)
         if not told:
             return [self._report("failed", f"the process ended without a word on it:\n{self._group.last_words()}")]
         return [self._restored(data) for data in told]
+
+    def _is_with(self, item: pytest.Item) -> TypeGuard["Pretended"]:
+        return isinstance(item, Pretended) and item._group is self._group
 
     def _restored(self, data: dict[str, Any]) -> pytest.TestReport:
         report: Any = self.config.hook.pytest_report_from_serializable(config=self.config, data=data)

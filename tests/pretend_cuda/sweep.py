@@ -2,27 +2,27 @@
 
 import pytest
 
+MEMORY = "deployments/memory"
 ALWAYS: tuple[str, ...] = (
-    "deployments/memory/test_vram_limit.py",
-    "deployments/memory/test_on_demand.py",
-    "deployments/memory/test_tiling.py",
-    "deployments/engine/test_engine.py",
-    "deployments/engine/test_shard.py",
-    "deployments/stages/test_decode.py",
-    "deployments/stages/test_partial.py",
+    f"{MEMORY}/test_techniques.py::test_the_encoder_gives_the_same_embeddings",
+    f"{MEMORY}/test_techniques.py::test_the_vae_decodes_the_same_pixels",
+    f"{MEMORY}/test_vram_limit.py::test_every_family_draws_the_same_under_a_limit",
+    f"{MEMORY}/test_vram_limit.py::test_text_encoders_under_a_limit",
+    f"{MEMORY}/test_vram_limit.py::test_a_vae_under_a_limit",
     "deployments/test_encoder.py",
+    "deployments/test_memory_limit.py",
     "deployments/test_transformer.py",
     "deployments/test_vae.py",
-    "deployments/test_memory_limit.py",
+    "deployments/test_warm_up.py::test_a_replica_is_warm_once_it_is_built",
 )
 """Files, or beginnings of the names of their tests."""
 
 THOROUGH: tuple[str, ...] = (
-    "deployments/memory/test_techniques.py",
-    "deployments/memory/test_keeper.py",
-    "deployments/memory/test_mapped.py",
+    f"{MEMORY}/test_keeper.py",
+    f"{MEMORY}/test_mapped.py",
+    f"{MEMORY}/test_techniques.py",
+    "deployments/engine/test_load.py",
     "deployments/test_warm_up.py",
-    "deployments/test_same_picture.py",
 )
 
 EXCEPT: dict[str, str] = {}

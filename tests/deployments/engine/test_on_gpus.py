@@ -1,5 +1,6 @@
 """Ranks on GPUs, in one process: of one GPU, and each with a GPU of its own, over NCCL."""
 
+import gc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -14,6 +15,7 @@ from cluster.place import Place
 from deployments.config import EncoderConfig, ModelConfig, TransformerConfig
 from deployments.engine.step_queue import Cancelled
 from deployments.families import FAMILIES
+from deployments.refusal import OutOfShare
 from deployments.request import GenerationRequest
 from deployments.stages import load_stage
 from tests.deployments.memory.tiny_request import build_request
@@ -101,8 +103,14 @@ def open_group() -> Iterator[Open]:
         group.head.close()
 
 
-@pytest.mark.parametrize(("gpus", "backend"), [((0, 0), "gloo"), ((0, 0, 0), "gloo"), ((0, 1), "nccl")])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "gpus", "backend"),
+    [
+        *((family, (0, 1), "nccl") for family in FAMILIES),
+        *((family, (0, 0, 0), "gloo") for family in ("flux", "sdxl", "wan")),
+        ("flux", (0, 0), "gloo"),
+    ],
+)
 def test_ranks_draw_what_one_does(open_group: Open, family: str, gpus: tuple[int, ...], backend: str) -> None:
     expected = open_group(family, (0,)).draw()
     group = open_group(family, gpus)
@@ -141,10 +149,8 @@ def test_ranks_of_two_gpus_need_less_memory_in_the_same_ways(
 def test_requests_side_by_side_on_two_gpus_draw_what_they_draw_alone(open_group: Open) -> None:
     group = open_group("sdxl", (0, 1))
     expected = group.draw()
-    with ThreadPoolExecutor(4) as threads:
-        drawing = [threads.submit(group.draw) for _ in range(4)]
-        for drawn in drawing:
-            torch.testing.assert_close(drawn.result(SOON_S), expected, atol=1e-4, rtol=1e-4)  # merged
+    for latents in draw_four(group):
+        torch.testing.assert_close(latents, expected, atol=1e-4, rtol=1e-4)  # merged
 
 
 @pytest.mark.parametrize("device_map", ["auto", "balanced"])
@@ -160,3 +166,55 @@ def test_a_device_map_over_two_gpus_draws_what_one_does(open_group: Open, device
     stage.close()
     assert set(rank.device_map.values()) == {"0", "1"}
     assert torch.equal(latents, expected)
+
+
+class Cap:
+    """What this process may use of the first GPU."""
+
+    def peak_bytes(self, work: Callable[[], object]) -> int:
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        return torch.cuda.max_memory_allocated()
+
+    def set(self, num_bytes: int) -> None:
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(num_bytes / torch.cuda.get_device_properties(0).total_memory)
+
+
+@pytest.fixture
+def cap() -> Iterator[Cap]:
+    yield Cap()
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def draw_four(group: ShardGroup) -> list[torch.Tensor]:
+    with ThreadPoolExecutor(4) as threads:
+        drawing = [threads.submit(group.draw) for _ in range(4)]
+        return [drawn.result(SOON_S) for drawn in drawing]
+
+
+@pytest.mark.pretended_gpu  # whose peaks are the same every time
+def test_what_is_too_much_merged_runs_alone_and_no_request_fails(open_group: Open, cap: Cap) -> None:
+    group = open_group("sdxl", (0,), batch_wait_ms=1000)
+    expected = group.draw()
+    alone = cap.peak_bytes(group.draw)
+    merged = cap.peak_bytes(lambda: draw_four(group))
+    assert merged > alone
+    cap.set((alone + merged) // 2)
+    for latents in draw_four(group):
+        torch.testing.assert_close(latents, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.pretended_gpu
+def test_a_call_that_is_out_of_memory_fails_alone_and_leaves_nothing_there(open_group: Open, cap: Cap) -> None:
+    group = open_group("flux", (0,))
+    expected = group.draw()
+    before = torch.cuda.memory_allocated()
+    alone = cap.peak_bytes(group.draw)
+    cap.set((before + alone) // 2)
+    with pytest.raises(OutOfShare, match="out of memory"):
+        group.draw()
+    gc.collect()
+    assert torch.cuda.memory_allocated() == before
+    cap.set(2 * alone)
+    assert torch.equal(group.draw(), expected)
