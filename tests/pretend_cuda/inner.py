@@ -44,6 +44,7 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     result = yield
     for index in range(torch.cuda.device_count()):
         torch.cuda.synchronize(index)  # what ends with the test has no work under way then
+        torch.cuda.set_per_process_memory_fraction(1.0, index)  # a stage's share is its process's
     if seen := PROBLEMS.take():
         pytest.fail("the pretended GPU saw:\n" + "\n".join(seen), pytrace=False)
     return result

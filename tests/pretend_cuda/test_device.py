@@ -118,6 +118,11 @@ def test_who_writes_to_new_memory_waits_for_the_stream_that_it_is_of(
     assert "of what empty wrote" in seen
 
 
+@pytest.mark.xfail(strict=True, raises=pytest.fail.Exception, reason="a problem that nobody takes fails its test")
+def test_a_problem_that_nobody_takes_fails_its_test(side: torch.cuda.Stream) -> None:
+    made_on(side) + 1
+
+
 def wait_by_stream(side: torch.cuda.Stream) -> None:
     torch.cuda.current_stream().wait_stream(side)
 
