@@ -1,4 +1,9 @@
-"""Tests of the CPU that run again with a pretended GPU for every stage: not one claim of theirs may change."""
+"""Which tests run on the pretended device: those for GPUs, and some of the CPU's, a GPU for every stage.
+
+Not one claim of theirs may change.
+"""
+
+from collections.abc import Iterable
 
 import pytest
 
@@ -23,15 +28,29 @@ THOROUGH: tuple[str, ...] = (
     "deployments/test_warm_up.py",
 )
 
+GPU_THOROUGH: tuple[str, ...] = ("deployments/test_same_picture.py",)
+"""Of the tests for GPUs, those whose processes take long to start; in one process, others claim the same."""
+
 EXCEPT: dict[str, str] = {
     f"{MEMORY}/test_techniques.py::test_what_does_not_suit_the_model_is_refused_at_start": "a GPU has streams",
+    "deployments/test_transformer.py::test_stats_tell_blocks_bytes_and_work": "it names the CPU",
     f"{MEMORY}/test_techniques.py::test_an_8_bit_model_that_moves": "another place in memory stands for a device",
 }
 """What assumes the CPU, and why."""
 
 
-def is_swept(item: pytest.Item, *, is_thorough: bool) -> bool:
-    name = item.nodeid.removeprefix("tests/")
-    if any(name.startswith(left_out) for left_out in EXCEPT):
+def is_for_gpu(item: pytest.Item, *, is_thorough: bool) -> bool:
+    """Whether it needs a GPU, and is worth the time."""
+    if not (item.get_closest_marker("gpu") or item.get_closest_marker("pretended_gpu")):
         return False
-    return any(name.startswith(path) for path in (*ALWAYS, *(THOROUGH if is_thorough else ())))
+    return is_thorough or not _is_of(item, GPU_THOROUGH)
+
+
+def is_swept(item: pytest.Item, *, is_thorough: bool) -> bool:
+    if item.get_closest_marker("gpu") or _is_of(item, EXCEPT):
+        return False
+    return _is_of(item, ALWAYS) or (is_thorough and _is_of(item, THOROUGH))
+
+
+def _is_of(item: pytest.Item, beginnings: Iterable[str]) -> bool:
+    return any(item.nodeid.startswith(f"tests/{beginning}") for beginning in beginnings)
