@@ -124,13 +124,9 @@ class Pretended(pytest.Item):
     def __init__(self, *, origin: pytest.Item, group: Group, **of_item: Any) -> None:
         super().__init__(**of_item)
         self._origin, self._group = origin, group
+        self.node_id = origin.nodeid  # in the process that runs it; xdist adds a group to it here
         self.own_markers = [mark for mark in origin.own_markers if mark.name not in {"skipif", "xdist_group"}]
         self.add_marker(pytest.mark.xdist_group(group.name))
-
-    @property
-    def node_id(self) -> str:
-        """In the process that runs it."""
-        return self._origin.nodeid
 
     def reportinfo(self) -> Any:
         return self._origin.reportinfo()
