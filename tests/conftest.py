@@ -26,6 +26,8 @@ from deployments.config import ModelConfig
 from deployments.families import FAMILIES
 from serve_app.app import build_app, build_ingress, resolve_family
 from serve_app.config import AppConfig, IngressConfig, LimitsConfig, parse_app_config
+from tests.pretend_cuda.collect import HAS_PRETENDED, Groups
+from tests.pretend_cuda.items import Pretended
 
 torch.set_num_threads(1)
 TEXT_TOKENS = 64
@@ -37,18 +39,44 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--thorough", action="store_true", help="all prompts and pairs, and nodes that come and go: half an hour"
     )
+    parser.addoption(
+        "--pretend-gpu", action="store_true", help="what needs a GPU runs on a pretended one: docs/gpu-tests.md"
+    )
+
+
+PRETENDED = Groups()
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Run in parallel, all tests of the one Ray cluster go to one process, and those of a file stay together.
 
     A test that asks for its app by name (`getfixturevalue`) says `usefixtures("ray_cluster")`.
     """
+    if config.getoption("--pretend-gpu"):
+        PRETENDED.take_over(items, is_thorough=config.getoption("--thorough"))
+    elif not HAS_PRETENDED:
+        missing = {"pretended_gpu"} if torch.cuda.is_available() else {"gpu", "pretended_gpu"}
+        for item in items:
+            if missing & {mark.name for mark in item.iter_markers()}:
+                item.add_marker(pytest.mark.skip("needs a GPU, or --pretend-gpu"))
     for item in items:
+        if isinstance(item, Pretended):
+            continue
         on_cluster = "ray_cluster" in getattr(item, "fixturenames", ())
         item.add_marker(pytest.mark.xdist_group("ray cluster" if on_cluster else item.path.name))
     items.sort(key=lambda item: item.path.name != "test_faults.py")  # or one process would wait for it at the end
+
+
+def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+    if not isinstance(item, Pretended):
+        return None
+    item.tell()
+    return True
+
+
+def pytest_sessionfinish() -> None:
+    PRETENDED.close()
 
 
 @pytest.fixture(scope="session")
@@ -104,8 +132,11 @@ def start_app(serve_url: str) -> Iterator[Callable[..., App]]:
     apps: list[App] = []
 
     @cache
-    def start(family: str, *, shards: int = 1, **limits: Any) -> App:
-        name = "-".join([family, str(shards), *(f"{k}{v}" for k, v in limits.items())])
+    def start(family: str, *, shards: int = 1, num_gpus: float = 0, **limits: Any) -> App:
+        """num_gpus: of every process."""
+        parts = {"gpus": num_gpus} if num_gpus else {}
+        name = "-".join([family, str(shards), *(f"{k}{v}" for k, v in (parts | limits).items())])
+        resources = {"num_cpus": 0.1, "num_gpus": num_gpus}
         config = parse_app_config(
             {
                 "model": {
@@ -117,9 +148,9 @@ def start_app(serve_url: str) -> Iterator[Callable[..., App]]:
                     if FAMILIES[family].media == "video"
                     else {"width": 64, "height": 64, "num_inference_steps": 4},
                 },
-                "encoder": {"num_cpus": 0.1} | _text_tokens(family),
-                "transformer": {"num_cpus": 0.1, "shards": shards},
-                "vae": {"num_cpus": 0.1},
+                "encoder": resources | _text_tokens(family),
+                "transformer": resources | {"shards": shards},
+                "vae": resources,
                 "ingress": {"num_replicas": 1},
                 "limits": {"max_pixels": 512 * 512, "max_num_inference_steps": 50, "max_num_frames": 33} | limits,
             }

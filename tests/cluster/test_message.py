@@ -287,3 +287,22 @@ def test_tensors_of_the_gpu_and_of_the_cpu_arrive_where_they_belong(staging: str
     assert (arrived["gpu"].device, arrived["cpu"].device) == (gpu, CPU)
     assert torch.equal(bits_of(arrived["gpu"]), bits_of(body["gpu"]))
     assert torch.equal(arrived["cpu"], body["cpu"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 1, reason="needs a GPU")
+def test_what_arrived_is_not_overwritten_while_the_gpu_still_reads_it() -> None:
+    """A receiver's stream may have its memory back when the host lets go, and the GPU may be behind."""
+    gpu, receiving, ones = torch.device("cuda", 0), torch.cuda.Stream(), torch.ones(2**20)
+    packed = pack(Message(0, ones.to(gpu)), CPU)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(receiving):
+        message = unpack(packed, gpu)
+    receiving.synchronize()
+    torch.cuda._sleep(10**8)
+    read = message.body.clone()
+    del message
+    with torch.cuda.stream(receiving):
+        torch.zeros_like(ones, device=gpu)
+    torch.cuda.synchronize()
+    assert torch.equal(read.cpu(), ones)

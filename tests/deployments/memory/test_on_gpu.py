@@ -2,6 +2,7 @@
 
 import time
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -43,6 +44,7 @@ WAYS: tuple[dict[str, Any], ...] = (
     {"quantization": "int8", "offload": "model"},
     {"quantization": "int8", "on_demand": True},
 )
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="for a GPU, inductor needs Triton")
 CHANGES_WEIGHTS = {"quantization", "layerwise_casting"}
 
 
@@ -71,7 +73,11 @@ def embeds() -> Any:
     return load_stage("encode", MODEL, config).encode(build_request("flux").prompt)
 
 
-@pytest.mark.parametrize("settings", WAYS, ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [pytest.param(way, marks=needs_triton) if "compile" in way else way for way in WAYS],
+    ids=str,
+)
 def test_what_moves_weights_draws_what_the_same_weights_draw_at_rest(settings: dict[str, Any]) -> None:
     """Twice: the second time weights have left and come again, and layers are fetched ahead."""
     plain = Stage(**{key: value for key, value in settings.items() if key in CHANGES_WEIGHTS})

@@ -208,3 +208,19 @@ def test_on_a_gpu_the_limit_holds_and_the_prediction_is_the_same(share: float) -
     # Active is also what is free, but may not be used again yet, as other streams are not done with it.
     peak = torch.cuda.memory_stats()["active_bytes.all.peak"] - before
     assert peak <= budget.stats().peak_bytes + 2**21
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_weights_may_leave_while_the_next_are_fetched() -> None:
+    """Their memory is not used again before the copy into it is done."""
+    device = torch.device("cuda")
+    model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(8))).requires_grad_(False)
+    limit_bytes = 3 * sum(tensor.nbytes for tensor in model[0].parameters())
+    budget = VramLimit(model, limit_bytes=limit_bytes, device=device)
+    values = torch.randn(4, 256)
+    expected = model(values)
+    for _ in range(2):
+        assert torch.equal(model(values), expected)
+        budget.leave()
+        torch.zeros(limit_bytes, dtype=torch.uint8, device=device)

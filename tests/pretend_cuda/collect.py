@@ -1,0 +1,60 @@
+"""Which tests run on the pretended device: those that need a GPU, and some of the CPU's, again."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.pretend_cuda.items import Group, Pretended
+from tests.pretend_cuda.sweep import is_for_gpu, is_swept
+
+ALL_STAGES = ("-p", "tests.pretend_cuda.all_stages")
+IS_FOR_CUDA = torch.version.cuda is not None or torch.version.hip is not None
+"""torch itself: there is no place for another CUDA then."""
+HAS_PRETENDED = "PRETEND_CUDA" in os.environ
+"""This process is one of a group's."""
+
+
+class Groups:
+    """A process for each."""
+
+    def __init__(self) -> None:
+        self._groups: dict[str, Group] = {}
+
+    def take_over(self, items: list[pytest.Item], *, is_thorough: bool) -> None:
+        """In place: tests that need a GPU run on the pretended one, and those of the sweep run there too."""
+        if HAS_PRETENDED:
+            return
+        if IS_FOR_CUDA:
+            for item in items:
+                if item.get_closest_marker("pretended_gpu"):
+                    item.add_marker(pytest.mark.skip("torch has a CUDA of its own: nothing can be pretended"))
+            return
+        items[:] = [made for item in items for made in self._made_of(item, is_thorough)]
+
+    def close(self) -> None:
+        for group in self._groups.values():
+            group.close()
+
+    def _made_of(self, item: pytest.Item, is_thorough: bool) -> Iterator[pytest.Item]:
+        options = ("--thorough",) if is_thorough else ()
+        if is_for_gpu(item, is_thorough=is_thorough):
+            yield self._pretended(item, item.name, self._group(_part(item), *options))
+            return
+        yield item
+        if is_swept(item, is_thorough=is_thorough):
+            group = self._group(f"every stage, {_part(item)}", *ALL_STAGES, *options)
+            yield self._pretended(item, f"{item.name} on a pretended GPU", group)
+
+    def _pretended(self, item: pytest.Item, name: str, group: Group) -> pytest.Item:
+        made: pytest.Item = Pretended.from_parent(item.parent, name=name, origin=item, group=group)
+        return made
+
+    def _group(self, part: str, *options: str) -> Group:
+        name = f"pretended GPU, {part}"
+        return self._groups.setdefault(name, Group(name, options))
+
+
+def _part(item: pytest.Item) -> str:
+    return "on Ray" if "ray_cluster" in getattr(item, "fixturenames", ()) else "in one process"

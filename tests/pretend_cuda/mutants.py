@@ -1,0 +1,116 @@
+"""Faults put into the product on purpose: one line each, and the test on the pretended device that sees it."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Mutant:
+    name: str
+    file: str
+    line: str
+    """Regular expression of what is replaced; it is there once."""
+    by: str
+    killed_by: str
+
+    def apply(self, root: Path) -> None:
+        """Raises ValueError where the product has no such line any more."""
+        path = root / self.file
+        changed, number = re.subn(self.line, self.by, path.read_text())
+        if number != 1:
+            raise ValueError(f"{self.name}: {number} places in {self.file} match {self.line!r}, not 1")
+        path.write_text(changed)
+
+
+VRAM_LIMIT, TRANSPORT = "deployments/memory/vram_limit.py", "cluster/transport.py"
+TEST_VRAM_LIMIT = "tests/deployments/memory/test_vram_limit.py"
+TEST_GLOO = "tests/cluster/test_transport.py::test_gloo_brings_tensors_between_two_ranks_of_one_gpu"
+TEST_GPU = "tests/deployments/stages/test_on_gpu.py::test_a_gpu_gives_what_the_cpu_gives"
+
+MUTANTS = (
+    Mutant(
+        "a receiver's memory without record_stream",
+        "cluster/message.py",
+        r"payload\.record_stream\(.*",
+        "pass",
+        "tests/cluster/test_message.py::test_what_arrived_is_not_overwritten_while_the_gpu_still_reads_it",
+    ),
+    Mutant(
+        "weights fetched ahead into memory that may be in use",
+        VRAM_LIMIT,
+        r"self\._stream\.wait_stream\(.*",
+        "pass",
+        f"{TEST_VRAM_LIMIT}::test_on_a_gpu_weights_may_leave_while_the_next_are_fetched",
+    ),
+    Mutant(
+        "weights used before they are there",
+        VRAM_LIMIT,
+        r"\S+\.wait_event\(done\)",
+        "pass",
+        f"{TEST_VRAM_LIMIT}::test_on_a_gpu_weights_may_leave_while_the_next_are_fetched",
+    ),
+    Mutant(
+        "weights that leave while they are fetched",
+        VRAM_LIMIT,
+        r"self\._await\(leaf\)  # its.*",
+        "leaf.ahead = None",
+        f"{TEST_VRAM_LIMIT}::test_on_a_gpu_weights_may_leave_while_the_next_are_fetched",
+    ),
+    Mutant(
+        "a message sent before its copies are done",
+        TRANSPORT,
+        r"self\.synchronize\(\)  # the copies.*",
+        "pass",
+        TEST_GLOO,
+    ),
+    Mutant(
+        "a message handed on before it is there",
+        TRANSPORT,
+        r"self\._incoming\.synchronize\(\)",
+        "pass",
+        TEST_GLOO,
+    ),
+    Mutant(
+        "a micro-batch sent before it is computed",
+        "cluster/ring.py",
+        r"\S+\(self\._device\)\.synchronize\(\)",
+        "pass",
+        "tests/cluster/test_ring.py::test_two_ranks_of_one_gpu_compute_what_one_would",
+    ),
+    Mutant(
+        "a share without a cap",
+        "deployments/memory/share.py",
+        r"\S+\.set_per_process_memory_fraction\(.*",
+        "pass",
+        "tests/deployments/memory/test_share.py::test_who_takes_more_than_its_share_fails_alone",
+    ),
+    Mutant(
+        "embeddings left on the host",
+        "deployments/stages/denoise.py",
+        r"value\.to\(self\._denoiser\.device, dtype\)",
+        "value.to(dtype)",
+        f"{TEST_GPU}[flux]",
+    ),
+    Mutant(
+        "latents left on the host",
+        "deployments/stages/decode.py",
+        r"latents\.to\(self\._device, self\._dtype\)",
+        "latents.to(self._dtype)",
+        f"{TEST_GPU}[flux]",
+    ),
+    Mutant(
+        "latents read before their copy is done",
+        "deployments/stages/denoise.py",
+        r"return latents\.cpu\(\)\.contiguous\(\)",
+        'return latents.to("cpu", non_blocking=True)',
+        f"{TEST_GPU}[flux]",
+    ),
+    Mutant(
+        "embeddings read before their copy is done",
+        "deployments/stages/encode.py",
+        r"value\.cpu\(\)\.contiguous\(\) for",
+        'value.to("cpu", non_blocking=True) for',
+        f"{TEST_GPU}[flux]",
+    ),
+)

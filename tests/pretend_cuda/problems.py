@@ -1,0 +1,20 @@
+"""What the pretended GPUs have seen go wrong."""
+
+from pathlib import Path
+
+
+class Problems:
+    """Of all processes, so far."""
+
+    def __init__(self, path: Path) -> None:
+        """path: of the file that the device writes them to."""
+        self._path, self._num_read = path, 0
+        self._path.touch()
+
+    def take(self) -> list[str]:
+        """Those that nobody has taken yet, once each."""
+        with self._path.open() as file:
+            file.seek(self._num_read)
+            lines = file.read().splitlines()
+            self._num_read = file.tell()
+        return list(dict.fromkeys(line.partition(": ")[2] for line in lines))

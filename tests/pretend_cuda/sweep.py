@@ -1,0 +1,62 @@
+"""Which tests run on the pretended device: those for GPUs, and some of the CPU's, a GPU for every stage.
+
+Not one claim of theirs may change.
+"""
+
+import re
+from collections.abc import Iterable
+
+import pytest
+
+MEMORY = "deployments/memory"
+ALWAYS: tuple[str, ...] = (
+    f"{MEMORY}/test_techniques.py::test_the_encoder_gives_the_same_embeddings",
+    f"{MEMORY}/test_techniques.py::test_the_vae_decodes_the_same_pixels",
+    f"{MEMORY}/test_vram_limit.py::test_every_family_draws_the_same_under_a_limit",
+    f"{MEMORY}/test_vram_limit.py::test_text_encoders_under_a_limit",
+    f"{MEMORY}/test_vram_limit.py::test_a_vae_under_a_limit",
+    "deployments/test_encoder.py",
+    "deployments/test_transformer.py",
+    "deployments/test_vae.py",
+    "deployments/test_warm_up.py::test_a_replica_is_warm_once_it_is_built",
+)
+"""Files, or beginnings of the names of their tests."""
+
+THOROUGH: tuple[str, ...] = (
+    f"{MEMORY}/test_keeper.py",
+    f"{MEMORY}/test_mapped.py",
+    f"{MEMORY}/test_techniques.py",
+    "deployments/test_warm_up.py",
+)
+
+GPU_THOROUGH: tuple[str, ...] = ("deployments/test_same_picture.py",)
+"""Of the tests for GPUs, those whose processes take long to start; in one process, others claim the same."""
+
+OTHER_WAY = "on a GPU bitsandbytes takes another way than in the plain pipeline on the CPU"
+EXCEPT: dict[str, str] = {
+    r"test_techniques.*'(nf4|fp4|int8)'": OTHER_WAY,
+    r"test_techniques.*quantise": OTHER_WAY,
+    r"test_techniques.*it_saves_memory": OTHER_WAY,
+    r"test_techniques.*'trace'": "torch.jit.trace does not know the pretended device",
+    r"test_techniques.*is_refused_at_start": "a GPU has streams",
+    r"test_techniques.*an_8_bit_model_that_moves": "another place in memory stands for a device",
+    r"test_transformer.*stats_tell_blocks_bytes_and_work": "it names the CPU",
+}
+"""What assumes the CPU, as regular expressions, and why."""
+
+
+def is_for_gpu(item: pytest.Item, *, is_thorough: bool) -> bool:
+    """Whether it needs a GPU, and is worth the time."""
+    if not (item.get_closest_marker("gpu") or item.get_closest_marker("pretended_gpu")):
+        return False
+    return is_thorough or not _is_of(item, GPU_THOROUGH)
+
+
+def is_swept(item: pytest.Item, *, is_thorough: bool) -> bool:
+    if item.get_closest_marker("gpu") or any(re.search(pattern, item.nodeid) for pattern in EXCEPT):
+        return False
+    return _is_of(item, ALWAYS) or (is_thorough and _is_of(item, THOROUGH))
+
+
+def _is_of(item: pytest.Item, beginnings: Iterable[str]) -> bool:
+    return any(item.nodeid.startswith(f"tests/{beginning}") for beginning in beginnings)
