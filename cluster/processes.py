@@ -10,8 +10,8 @@ from pathlib import Path
 PROC = Path("/proc")
 
 
-def find_descendants() -> set[int]:
-    """Children of this process, their children and so on; none where there is no /proc."""
+def find_descendants(of: int | None = None) -> set[int]:
+    """Children of that process, or of this one, their children and so on; none where there is no /proc."""
     children: dict[int, list[int]] = defaultdict(list)
     for process in PROC.glob("[0-9]*") if PROC.is_dir() else ():
         with contextlib.suppress(OSError):
@@ -19,7 +19,7 @@ def find_descendants() -> set[int]:
             parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
             children[parent].append(int(process.name))
     found: set[int] = set()
-    waiting = [os.getpid()]
+    waiting = [of or os.getpid()]
     while waiting:
         new = children[waiting.pop()]
         found.update(new)

@@ -37,8 +37,8 @@ def _wait(reader: int, told: Callable[[], None]) -> None:
 class ToldToGo(RuntimeError):
     """A replica's answer to Serve's health checks once it has got a SIGTERM."""
 
-    def __init__(self) -> None:
-        super().__init__("it has got a SIGTERM, and ends once its requests have")
+    def __init__(self, message: str = "it has got a SIGTERM, and ends once its requests have") -> None:
+        super().__init__(message)
 
 
 class DrainOnSigterm:

@@ -187,7 +187,7 @@ class TransformerConfig(StageConfig):
         None,
         gt=0,
         description="a micro-batch that is under way for longer means that a shard is stuck; waiting for a turn "
-        "must fit, and with compile the compiling on each shard; None: 120, with compile 1800 a shard",
+        "must fit, and compiling (with compile it is times the shards); None: 120, with compile 1800",
     )
     max_batch_size: int = Field(8, ge=1, description="forwards of different requests merged into one")
     batch_wait_ms: float = Field(
@@ -209,9 +209,8 @@ class TransformerConfig(StageConfig):
     @property
     def stuck_limit_s(self) -> float:
         """A forward of a new kind is compiled by one rank after the other, and none comes back meanwhile."""
-        if self.stuck_after_s is not None:
-            return self.stuck_after_s
-        return 120.0 if self.compile is None else 1800.0 * self.num_ranks
+        is_compiled = self.compile is not None
+        return (self.stuck_after_s or (1800.0 if is_compiled else 120.0)) * (self.num_ranks if is_compiled else 1)
 
     @model_validator(mode="after")
     def _check_shards(self) -> Self:

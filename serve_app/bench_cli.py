@@ -77,7 +77,7 @@ def faults(
         if unknown := set(given) - set(allowed):
             raise typer.BadParameter(f"unknown: {', '.join(sorted(unknown))}; allowed: {', '.join(allowed)}")
     cells = module.QUICK if quick else [module.Cell(*cell) for cell in product(*axes)]
-    module.run(cells=cells, with_requests=not processes, json_file=json_file)
+    module.run(cells=cells, with_killer=not (processes or quick), with_leavers=not processes, json_file=json_file)
 
 
 @bench.command()

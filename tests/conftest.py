@@ -118,6 +118,15 @@ class App:
         """`_check_exists`: a test may want one that is not there."""
         return serve.get_deployment_handle(name, self.name, _check_exists=False)
 
+    def status(self) -> dict[str, Any]:
+        """As of now or later: GET /v1/status may tell what was seen before it was asked."""
+        began = time.monotonic()
+        while True:
+            told: dict[str, Any] = self.client.get("/v1/status").json()
+            if told["age_s"] < time.monotonic() - began:
+                return told
+            time.sleep(0.1)
+
     def wait_for_seats(self, num_seats: int) -> None:
         """Until so many requests are in the transformer."""
         deadline = time.monotonic() + PATIENCE_S

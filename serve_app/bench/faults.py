@@ -62,8 +62,8 @@ QUICK = (
 )
 
 
-def run(*, cells: Sequence[Cell], with_requests: bool, json_file: Path | None) -> None:
-    """A row for each cell, and with_requests two more: one that kills, and such as their clients leave.
+def run(*, cells: Sequence[Cell], with_killer: bool, with_leavers: bool, json_file: Path | None) -> None:
+    """A row for each cell, and two more, of a request that kills and of such as their clients leave.
 
     requests, answered, refused: how many had been accepted, got a picture, or a 5xx in our form; the others are
         lost. grey_levels: the largest difference of a picture, new ones too, from the plain pipeline's.
@@ -78,7 +78,8 @@ def run(*, cells: Sequence[Cell], with_requests: bool, json_file: Path | None) -
     rows: list[Row] = []
     with _serving(config) as url, Progress() as progress:
         bench = Faults(url, judge)
-        others = [bench.killer(), bench.leave()] if with_requests else []
+        others = [bench.killer()] if with_killer else []
+        others += [bench.leave()] if with_leavers else []
         task = progress.add_task("faults", total=len(cells) + len(others))
         for scenario in [*(bench.fault(cell) for cell in cells), *others]:
             rows.append(asyncio.run(scenario))

@@ -15,6 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from cluster import accelerator
+from deployments.checkpoints.geometry import with_geometry
 from deployments.checkpoints.source import fetch_checkpoint
 from deployments.config import EncoderConfig, ModelConfig, TransformerConfig, VaeConfig
 from deployments.stages import load_stage
@@ -31,7 +32,7 @@ STUCK_AFTER_S = 600.0
 
 def main() -> None:
     case = json.load(sys.stdin)
-    model = ModelConfig.model_validate(case["model"])
+    model = with_geometry(ModelConfig.model_validate(case["model"]))
     torch.set_num_threads(os.cpu_count() or 1)
     bare = _resident_bytes()
     start = time.perf_counter()

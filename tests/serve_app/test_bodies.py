@@ -9,6 +9,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+from deployments.checkpoints.geometry import with_geometry
 from deployments.config import DefaultsConfig, ModelConfig
 from serve_app.config import LimitsConfig
 from serve_app.errors import MAX_QUOTED_CHARACTERS
@@ -23,7 +24,7 @@ HALF = '"half a cat \\ud83d"'
 def build(family: str) -> FastAPI:
     defaults = DefaultsConfig(width=64, height=64, num_inference_steps=2)
     model = ModelConfig(name="m", checkpoint=f"tiny://{family}", family=family, defaults=defaults)
-    return build_api(Relay(model, LimitsConfig(), None, None, None))
+    return build_api(Relay(with_geometry(model), LimitsConfig(), None, None, None))
 
 
 IMAGES, VIDEOS = build("flux"), build("wan")

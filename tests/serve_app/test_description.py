@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
+from deployments.checkpoints.geometry import with_geometry
 from deployments.config import DefaultsConfig, ModelConfig
 from deployments.families import FAMILIES
 from serve_app.config import LimitsConfig
@@ -22,7 +23,7 @@ DEFAULTS = DefaultsConfig(width=64, height=64, num_inference_steps=2, num_frames
 
 def build(family: str) -> Relay:
     model = ModelConfig(name="m", checkpoint=f"tiny://{family}", family=family, defaults=DEFAULTS)
-    return Relay(model, LIMITS, None, None, None)
+    return Relay(with_geometry(model), LIMITS, None, None, None)
 
 
 def description(relay: Relay) -> dict[str, Any]:

@@ -90,7 +90,11 @@ def test_what_has_to_end_ends_and_is_reaped(rows: list[Row]) -> None:
     assert [row for row in rows if row["left_over"] or row["zombies"]] == []
 
 
-def test_a_request_that_kills_its_stage_is_given_up_and_takes_nobody_with_it(rows: list[Row]) -> None:
+def test_a_request_that_kills_its_stage_is_given_up_and_takes_nobody_with_it(
+    rows: list[Row], request: pytest.FixtureRequest
+) -> None:
+    if not request.config.getoption("--thorough"):
+        pytest.skip("takes a minute and more: --thorough")
     [row] = of(rows, "rank 0", when="one request runs")
     assert row["answered"] == row["requests"] == 7
     assert row["signals"] <= 4

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from ray import serve
 
+from deployments.checkpoints.geometry import with_geometry
 from deployments.config import ModelConfig, TransformerConfig, VaeConfig
 from deployments.transformer import Transformer
 from deployments.vae import Vae
@@ -15,8 +16,10 @@ from serve_app.ingress import Ingress
 from tests.conftest import App
 
 DEFAULTS = {"width": 64, "height": 64, "num_inference_steps": 4}
-MODEL = ModelConfig.model_validate(
-    {"name": "tiny-flux", "checkpoint": "tiny://flux", "family": "flux", "defaults": DEFAULTS}
+MODEL = with_geometry(
+    ModelConfig.model_validate(
+        {"name": "tiny-flux", "checkpoint": "tiny://flux", "family": "flux", "defaults": DEFAULTS}
+    )
 )
 TRANSFORMER_GIB = 15.8e6 / 2**30
 """14.2 MB of weights, and 0.66 MB for each forward of 64 x 64, 2.6 MB for one of 256 x 256: two small ones fit."""

@@ -92,7 +92,7 @@ def test_a_profile_is_measured_and_planned_with(config: Path, tmp_path: Path) ->
     [
         ([], "nothing to plan: name a config, or a checkpoint by --model"),
         (["--model", "tiny://flux"], "say which by --gpus"),
-        (["--model", "tiny://flux", "--gpus", "two"], "write 2x16GiB"),
+        (["--model", "tiny://flux", "--gpus", "two"], "written as 2x16GiB"),
         (["CONFIG", "--model", "tiny://flux"], "leave out --model"),
         (["CONFIG", "--size", "big"], "write 1024x1024"),
         (["CONFIG", "--size", "65x64"], "multiples of 16"),

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve_app import http_connection, proxy_middleware
 from serve_app.http_connection import BoundedConnection
+from serve_app.proxy_exit import ExitOnSigterm
 from serve_app.proxy_middleware import ProxyMiddleware
 
 NOT_FOUND = "Path '/x' not found. Ping http://.../-/routes for available routes."
@@ -271,7 +272,7 @@ def test_serves_proxies_load_it() -> None:
 
     path = RAY_ENVIRONMENT["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"]
     made = validate_http_proxy_callback_return(call_function_from_import_path(path))
-    assert [middleware.cls for middleware in made] == [ProxyMiddleware]
+    assert [middleware.cls for middleware in made] == [ProxyMiddleware, ExitOnSigterm]
     config = uvicorn.Config(lambda: None, factory=True)
     config.load()
     assert config.http_protocol_class is BoundedConnection

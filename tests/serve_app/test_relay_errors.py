@@ -12,6 +12,7 @@ from ray.exceptions import RayTaskError
 from serve_app.errors import (
     BadCall,
     BadRequest,
+    ClientLeft,
     DeadlineExceeded,
     Overloaded,
     RelayError,
@@ -25,6 +26,7 @@ ERRORS = [
     (BadRequest("wrong size", "size"), 400, "size"),
     (UnknownModel("no such model"), 404, "model"),
     (Overloaded("too many"), 429, None),
+    (ClientLeft("it has left"), 499, None),
     (StageFailed("it raised"), 500, None),
     (Unavailable("it is lost"), 503, None),
     (DeadlineExceeded("too late"), 504, None),
@@ -45,7 +47,7 @@ def test_an_error_has_openais_form(error: RelayError, status: int, param: str | 
     body = error.body()["error"]
     assert body.keys() == {"message", "type", "param", "code"}
     assert (body["message"], body["param"]) == (str(error), param)
-    assert body["type"] == ("invalid_request_error" if status in (400, 404) else body["type"])
+    assert body["type"] == ("invalid_request_error" if status in (400, 404, 499) else body["type"])
 
 
 @every_error

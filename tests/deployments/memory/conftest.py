@@ -3,6 +3,7 @@
 import tempfile
 from pathlib import Path
 
+import bitsandbytes.nn.modules
 import pytest
 from diffusers.quantizers.bitsandbytes.bnb_quantizer import BnB4BitDiffusersQuantizer, BnB8BitDiffusersQuantizer
 
@@ -15,7 +16,11 @@ def own_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def quantize_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sets diffusers' check for a GPU aside, and the device map that would name one."""
+    """Sets diffusers' check for a GPU aside, and the device map that would name one.
+
+    And the kernels that bitsandbytes takes on CPUs with AVX512-BF16: they need columns of 32, and round coarsely.
+    """
+    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: False)
     for quantizer in (BnB4BitDiffusersQuantizer, BnB8BitDiffusersQuantizer):
         monkeypatch.setattr(quantizer, "validate_environment", lambda *_args, **_kwargs: None)
         monkeypatch.setattr(quantizer, "update_device_map", lambda _self, device_map: device_map)
