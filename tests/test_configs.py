@@ -100,7 +100,11 @@ def test_a_gpu_config_fits_the_cards_it_is_for(name: str, gpus: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", LOCAL, ids=lambda path: path.stem)
-def test_a_config_without_downloads_runs_by_serve_run_and_ends_without_a_trace(path: Path, tmp_path: Path) -> None:
+def test_a_config_without_downloads_runs_by_serve_run_and_ends_without_a_trace(
+    path: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if path.stem != "quickstart" and not request.config.getoption("--thorough"):
+        pytest.skip("one more start, a minute: --thorough")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

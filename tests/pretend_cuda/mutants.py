@@ -74,22 +74,22 @@ MUTANTS = (
     Mutant(
         "a micro-batch sent before it is computed",
         "cluster/ring.py",
-        r"\S+\(self\._device\)\.synchronize\(\)",
+        r"accelerator\.synchronize_stream\(self\._device\)",
         "pass",
         "tests/cluster/test_ring.py::test_two_ranks_of_one_gpu_compute_what_one_would",
     ),
     Mutant(
         "a share without a cap",
         "deployments/memory/share.py",
-        r"\S+\.set_per_process_memory_fraction\(.*",
+        r"accelerator\.limit_bytes\(.*",
         "pass",
         "tests/deployments/memory/test_share.py::test_who_takes_more_than_its_share_fails_alone",
     ),
     Mutant(
         "embeddings left on the host",
-        "deployments/stages/denoise.py",
-        r"value\.to\(self\._denoiser\.device, dtype\)",
-        "value.to(dtype)",
+        "deployments/stages/call.py",
+        r"value\.to\(device, ",
+        "value.to(",
         f"{TEST_GPU}[flux]",
     ),
     Mutant(
