@@ -93,8 +93,10 @@ def leave(app: App, after_s: float, **fields: Any) -> None:
 
 
 @pytest.fixture(autouse=True)
-def every_seat_is_given_back(flux_app: App) -> Iterator[None]:
+def every_seat_is_given_back(flux_app: App, app: App) -> Iterator[None]:
+    """First the ingress's, then the transformer's: which of the two holds one is told."""
     yield
+    wait_until_idle(app)
     flux_app.wait_for_seats(0)
 
 

@@ -91,3 +91,14 @@ def test_an_mp4_shows_what_it_was_given_in_order(film: Frames) -> None:
 def test_one_frame_is_a_video_too(noise: Frames) -> None:
     with av.open(io.BytesIO(encode(noise, "mp4"))) as container:
         assert len(list(container.decode(video=0))) == 1
+
+
+def test_the_same_frames_are_the_same_file_whatever_lies_in_memory() -> None:
+    random = np.random.default_rng(0)
+    frames = random.integers(0, 256, (9, 16, 8, 3), dtype=np.uint8).repeat(8, axis=1).repeat(8, axis=2)
+    files = set()
+    for _ in range(20):
+        litter = [random.bytes(random.integers(100, 1_000_000)) for _ in range(4)]
+        files.add(encode(frames, "mp4"))
+        del litter
+    assert len(files) == 1
