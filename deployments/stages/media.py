@@ -39,8 +39,8 @@ def encode_media(frames: Frames, output_format: OutputFormat, *, compression: in
 
 
 X264_OPTIONS = {"crf": "18", "x264-params": "mbtree=0"}
-"""Constant quality, visually lossless. No mbtree: with it the file depends on what lies in memory, and the same frames
-come to other files (seen from 64x64 to 480x832 with libavcodec 62.28)."""
+"""Constant quality, visually lossless. No mbtree: with it the file depends on what lies in memory, and the same
+frames come to other files (seen from 64x64 to 480x832 with libavcodec 62.28)."""
 
 
 def _encode_mp4(frames: Frames, fps: int) -> bytes:
