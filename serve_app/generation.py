@@ -23,6 +23,7 @@ from deployments.request import (
 from serve_app.errors import BadRequest, DeadlineExceeded, RelayError, StageFailed
 from serve_app.losses import StageLost, naming, repeat_when_lost
 from serve_app.partials import PartialImage, Partials
+from serve_app.streams import reference_stream
 from serve_app.suspects import Suspects
 
 
@@ -214,13 +215,10 @@ async def _denoise(
     partials: Partials,
     tell: Callable[[News], None],
 ) -> tuple[Denoised, Any]:
-    """The summary, and a reference to the latents that this process owns and never reads.
-
-    `_to_object_ref_gen` is Serve's advanced API for handing a stream's items on; it is used here alone.
-    """
-    stream = transformer.options(stream=True).denoise.remote(conditioning, request, options)
-    try:
-        references = await stream._to_object_ref_gen()
+    """The summary, and a reference to the latents that this process owns and never reads."""
+    async with reference_stream(
+        lambda: transformer.options(stream=True).denoise.remote(conditioning, request, options)
+    ) as references:
         async for reference in references:
             item = await reference
             if isinstance(item, Progress):
@@ -233,6 +231,3 @@ async def _denoise(
             assert isinstance(item, PartialDenoised)
             partials.add(item.partial_image_index, latents)
         raise StageFailed("the transformer ended its stream without latents")
-    except BaseException:
-        stream.cancel()
-        raise

@@ -119,8 +119,8 @@ class Stream:
     def __next__(self) -> str:
         return next(self._latents)
 
-    def cancel(self) -> None:
-        """Told when the call has failed."""
+    def completed(self) -> "asyncio.Future[Any]":
+        return ready(None)
 
 
 def ready(item: Any) -> "asyncio.Future[Any]":
