@@ -15,8 +15,11 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from typer.testing import CliRunner
 
 from deployments.checkpoints.source import fetch_checkpoint
+from serve_app.cli import cli
+from serve_app.config import ConfigError
 
 pytestmark = pytest.mark.slow
 
@@ -26,15 +29,16 @@ QUICKSTART = (ROOT / "configs" / "quickstart.yaml").read_text()
 ENV = os.environ | {"RAY_ADDRESS": "local", "NO_COLOR": "1", "COLUMNS": "80"}
 
 
-def refused(config: Path, *options: str) -> list[str]:
-    """The lines that it tells; it has started nothing."""
-    done = subprocess.run(
-        [RELAY, "serve", str(config), *options], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=120
-    )
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "Started a local Ray" not in done.stderr
-    lines = done.stderr.removeprefix("relay: ").splitlines()
-    return [line for line in lines if not line.startswith("port 8000 ")]  # which another may have
+def mistakes(config: Path, *options: str) -> list[str]:
+    """The lines that it tells, in this process."""
+    error = CliRunner().invoke(cli, ["serve", str(config), *options], env={"RAY_ADDRESS": "local"}).exception
+    assert isinstance(error, ConfigError)
+    return [line for line in str(error).splitlines() if not line.startswith("port 8000 ")]  # another may have it
+
+
+@pytest.fixture(autouse=True)
+def _own_import_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", sys.path.copy())
 
 
 @pytest.fixture
@@ -79,7 +83,7 @@ def config(tmp_path: Path) -> Path:
 def test_every_mistake_is_a_line_with_its_place(config: Path, old: str, new: str, told: list[str]) -> None:
     assert old in QUICKSTART
     config.write_text(QUICKSTART.replace(old, new))
-    lines = refused(config)
+    lines = mistakes(config)
     assert len(lines) == len(told)
     for line, expected in zip(lines, told, strict=True):
         assert line.startswith(f"{config}: {expected}")
@@ -96,7 +100,7 @@ def test_every_mistake_is_a_line_with_its_place(config: Path, old: str, new: str
 )
 def test_what_is_no_config_is_told_with_its_line(config: Path, text: str, told: str) -> None:
     config.write_text(text)
-    [line] = refused(config)
+    [line] = mistakes(config)
     assert line.startswith(f"{config}{told}")
 
 
@@ -105,15 +109,19 @@ def test_mistakes_of_all_kinds_are_told_at_once(config: Path) -> None:
     config.write_text(
         text + "  - name: second\n    import_path: serve_app.app:build_ap\n    route_prefix: /second\n"
     )
-    assert [line.partition(", ")[0].partition(";")[0] for line in refused(config)] == [
+    assert [line.partition(", ")[0].partition(";")[0] for line in mistakes(config)] == [
         f"{config}: transformer.num_cpus: Input should be greater than or equal to 0",
         f"{config}: import_path 'serve_app.app:build_ap' does not exist (did you mean 'serve_app.app:build_app'?)",
         f"{config}: config: unknown key 'http_option' (did you mean 'http_options'?)",
     ]
 
 
-def test_a_file_that_is_not_there_is_told(config: Path) -> None:
-    assert refused(config) == [f"{config}: No such file or directory"]
+def test_what_keeps_it_from_starting_is_all_that_it_prints(config: Path) -> None:
+    done = subprocess.run(
+        [RELAY, "serve", str(config)], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=120
+    )
+    told = f"relay: {config}: No such file or directory\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", told)
 
 
 def test_of_several_applications_each_mistake_names_its_own(config: Path) -> None:
@@ -121,7 +129,7 @@ def test_of_several_applications_each_mistake_names_its_own(config: Path) -> Non
     broken = app.replace("vae: {num_cpus: 0.5}", "vae: {num_cpus: two}")
     other = broken.replace("route_prefix: /", "route_prefix: /two")
     config.write_text(f"{head}  - name: one{broken}\n  - name: two{other}")
-    assert [line.partition(": vae.num_cpus")[0] for line in refused(config)] == [
+    assert [line.partition(": vae.num_cpus")[0] for line in mistakes(config)] == [
         f"{config}, application one",
         f"{config}, application two",
     ]
@@ -132,19 +140,20 @@ def test_weights_that_are_not_whole_are_told_before_anything_starts(config: Path
     weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     config.write_text(QUICKSTART.replace("embedded://shapes", str(folder)))
-    [line] = refused(config)
+    [line] = mistakes(config)
     assert line.startswith(f"{config}: {weights} is cut short: it has ")
 
 
-def test_a_taken_port_is_told_with_its_holder(config: Path) -> None:
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_a_taken_port_is_told_with_its_holder(config: Path, host: str) -> None:
     config.write_text(QUICKSTART)
     with socket.socket() as holder:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        holder.bind(("127.0.0.1", 0))
+        holder.bind((host, 0))
         holder.listen()
         port = holder.getsockname()[1]
-        [line] = refused(config, "--port", str(port))
-    assert line.startswith(f"port {port} of 127.0.0.1 is taken by ")
+        [line] = mistakes(config, "--port", str(port), "--host", host)
+    assert line.startswith(f"port {port} of {host} is taken by ")
     assert f"(pid {os.getpid()})" in line
 
 
