@@ -22,6 +22,7 @@ from deployments.plan.sizes import default_size
 from serve_app.app import build_app, build_validator, resolve_family
 from serve_app.config import ConfigError, load_app_config, parse_app_config
 from serve_app.config_docs import render_config_docs
+from tests.relay_server import left_over
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -57,6 +58,7 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 from serve_app.app import build_app
 from serve_app.config import load_app_config
+from tests.relay_server import left_over
 
 def refuse(event, _):
     if event in ("socket.connect", "socket.getaddrinfo"):
@@ -129,8 +131,7 @@ def test_a_config_without_downloads_runs_by_serve_run_and_ends_without_a_trace(
         process.wait(timeout=60)
         log.close()
     assert children
-    _, alive = psutil.wait_procs(children, timeout=15)
-    assert not alive
+    assert left_over(children) == []
 
 
 def wait_for_200(url: str, process: "subprocess.Popen[bytes]") -> None:

@@ -43,6 +43,20 @@ def relay(
     return subprocess.run([RELAY, *args], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """What the command says that starts nothing, in this process; on one line."""
+
+    def told(*args: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["relay", *args])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 2
+        return " ".join(capsys.readouterr().err.split())
+
+    return told
+
+
 @pytest.fixture(scope="module")
 def address(ray_cluster: None) -> str:
     found: str = ray.get_runtime_context().gcs_address
@@ -63,21 +77,15 @@ def test_tiny_writes_a_checkpoint_that_diffusers_lays_out(tmp_path: Path) -> Non
     assert "wrote" in done.stderr
 
 
-def test_tiny_names_the_families_when_asked_for_another() -> None:
-    done = relay("tiny", "dalle", "/nowhere")
-    assert done.returncode == 2
-    assert "allowed: flux, sd15, sdxl, sd3, qwen-image, wan" in done.stderr
+def test_tiny_names_the_families_when_asked_for_another(refused: Callable[..., str]) -> None:
+    assert "allowed: flux, sd15, sdxl, sd3, qwen-image, wan" in refused("tiny", "dalle", "/nowhere")
 
 
 def test_train_shapes_refuses_a_folder_whose_checkpoint_is_complete(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    refused: Callable[..., str], tmp_path: Path
 ) -> None:
     (tmp_path / "shapes").mkdir()
-    monkeypatch.setattr(sys, "argv", ["relay", "train-shapes", str(tmp_path)])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 2
-    told = " ".join(capsys.readouterr().err.split())
+    told = refused("train-shapes", str(tmp_path))
     assert told.endswith("shapes is complete; remove it, or name another folder")
 
 
@@ -122,12 +130,6 @@ def test_generate_that_is_ended_ends_its_request(
     flux_app.wait_for_seats(0)
 
 
-def test_a_file_is_named_for_what_the_running_app_makes(relay_app: Any, address: str, tmp_path: Path) -> None:
-    done = relay("generate", "a fox", "--steps", "1", ray_address=address, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
-
-
 def test_a_video_models_file_is_an_mp4(
     wan_app: Any, start_ingress: Callable[..., Any], address: str, tmp_path: Path
 ) -> None:
@@ -162,13 +164,17 @@ def test_a_files_ending_chooses_the_format() -> None:
     assert choose_file(Path("a.mp4"), "video") == (Path("a.mp4"), {})
 
 
-def test_a_checkpoint_that_is_not_there_is_told_in_one_line(tmp_path: Path) -> None:
+def test_a_file_without_a_name_ends_as_what_the_model_makes() -> None:
+    assert choose_file(None, "image") == (Path("out.png"), {"output_format": "png"})
+    assert choose_file(None, "video") == (Path("out.mp4"), {})
+
+
+def test_a_checkpoint_that_is_not_there_is_told_in_one_line(refused: Callable[..., str], tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(Path(QUICKSTART).read_text().replace("embedded://shapes", "./no-such-model"))
-    done = relay("generate", "a fox", "--config", str(config))
-    assert done.returncode == 2
-    assert done.stderr.startswith("relay: model.checkpoint: checkpoint './no-such-model' looks like a path")
-    assert "Traceback" not in done.stderr
+    told = refused("generate", "a fox", "--config", str(config))
+    assert told.startswith("relay: model.checkpoint: checkpoint './no-such-model' looks like a path")
+    assert "Traceback" not in told
 
 
 def test_what_the_running_app_refuses_is_told_in_one_line(relay_app: Any, address: str, tmp_path: Path) -> None:
@@ -188,15 +194,16 @@ def test_generate_says_so_when_no_app_runs(address: str, tmp_path: Path) -> None
     )
 
 
-def test_generate_refuses_a_wrong_value_before_it_starts_anything(tmp_path: Path) -> None:
-    done = relay("generate", "a fox", "--config", QUICKSTART, "--steps", "999", "--out", str(tmp_path / "fox.png"))
-    assert done.returncode == 2
-    assert done.stderr.strip() == "relay: num_inference_steps must be between 1 and 150, got 999"
+def test_generate_refuses_a_wrong_value_before_it_starts_anything(
+    refused: Callable[..., str], tmp_path: Path
+) -> None:
+    options = ["--config", QUICKSTART, "--steps", "999", "--out", str(tmp_path / "fox.png")]
+    told = refused("generate", "a fox", *options)
+    assert told == "relay: num_inference_steps must be between 1 and 150, got 999"
 
 
-def test_generate_names_a_wrong_key_of_the_config(tmp_path: Path) -> None:
+def test_generate_names_a_wrong_key_of_the_config(refused: Callable[..., str], tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(Path(QUICKSTART).read_text().replace("transformer:", "transformr:"))
-    done = relay("generate", "a fox", "--config", str(config))
-    assert done.returncode == 2
-    assert "unknown key 'transformr' (did you mean 'transformer'?)" in done.stderr
+    told = refused("generate", "a fox", "--config", str(config))
+    assert "unknown key 'transformr' (did you mean 'transformer'?)" in told

@@ -1,32 +1,21 @@
-"""`relay serve`: mistakes are told before anything starts; what it starts ends with it."""
+"""`relay serve`: mistakes are told before anything starts. What it starts is tried in test_quickstart.py."""
 
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
-import psutil
 import pytest
 from typer.testing import CliRunner
 
 from deployments.checkpoints.source import fetch_checkpoint
 from serve_app.cli import cli
 from serve_app.config import ConfigError
+from tests.relay_server import ENV, QUICKSTART, RELAY, ROOT, free_port, serving
 
 pytestmark = pytest.mark.slow
-
-ROOT = Path(__file__).parent.parent.parent
-RELAY = str(Path(sys.executable).with_name("relay"))
-QUICKSTART = (ROOT / "configs" / "quickstart.yaml").read_text()
-ENV = os.environ | {"RAY_ADDRESS": "local", "NO_COLOR": "1", "COLUMNS": "80"}
 
 
 def mistakes(config: Path, *options: str) -> list[str]:
@@ -155,74 +144,6 @@ def test_a_taken_port_is_told_with_its_holder(config: Path, host: str) -> None:
         [line] = mistakes(config, "--port", str(port), "--host", host)
     assert line.startswith(f"port {port} of {host} is taken by ")
     assert f"(pid {os.getpid()})" in line
-
-
-@contextmanager
-def serving(config: Path, log: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A process of it; whatever it has started is gone at the end."""
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            [RELAY, "serve", str(config), *options], cwd=ROOT, env=ENV, stdout=out, stderr=out
-        )
-    try:
-        yield process
-    finally:
-        children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-        process.kill()
-        process.wait()
-        for child in children:
-            child.kill()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def wait_for(log: Path, text: str, process: "subprocess.Popen[bytes]") -> None:
-    deadline = time.monotonic() + 240
-    while text not in log.read_text(errors="replace"):
-        assert process.poll() is None, log.read_text(errors="replace")
-        assert time.monotonic() < deadline
-        time.sleep(0.3)
-
-
-def test_it_draws_and_at_sigterm_cuts_what_runs_over_its_grace_and_leaves_nothing(tmp_path: Path) -> None:
-    port, log, config = free_port(), tmp_path / "log", tmp_path / "config.yaml"
-    config.write_text(QUICKSTART)
-    with serving(config, log, "--port", str(port), "--grace", "1") as process:
-        wait_for(log, f"quickstart is ready: http://127.0.0.1:{port}/", process)
-        url = f"http://127.0.0.1:{port}/v1/images/generations"
-        assert httpx.post(url, json={"prompt": "a cat", "seed": 1}, timeout=120).status_code == 200
-        long = {"prompt": "a cat", "size": "1024x1024", "num_inference_steps": 150}
-        errors: list[Exception] = []
-
-        def ask() -> None:
-            try:
-                httpx.post(url, json=long, timeout=300)
-            except httpx.TransportError as error:
-                errors.append(error)
-
-        client = threading.Thread(target=ask)
-        client.start()
-        time.sleep(2)
-        children = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == 0
-        client.join(timeout=30)
-    _, left = psutil.wait_procs(children, timeout=5)
-    alive = [each for each in left if each.status() != psutil.STATUS_ZOMBIE]  # whom nobody has asked after yet
-    text = log.read_text()
-    assert (len(errors), alive) == (1, [])
-    assert "relay: encoder: ready" in text
-    assert "1 request in progress: 1 s more" in text
-    assert "graceful_shutdown" not in text
-    assert text.rstrip().endswith("relay: ending")
-    with socket.socket() as again:
-        again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that have ended may linger
-        again.bind(("127.0.0.1", port))
 
 
 def test_a_stage_that_cannot_be_made_ends_it_with_its_sentence(

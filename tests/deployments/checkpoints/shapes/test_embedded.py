@@ -13,7 +13,7 @@ from deployments.checkpoints.shapes.wording import describe_unseen
 from deployments.checkpoints.source import fetch_checkpoint
 from tests.shapes_grader import Grade, grade
 
-NUM_PROMPTS, NUM_THOROUGH = 80, 200
+NUM_PROMPTS, NUM_THOROUGH = 40, 200
 BATCH = 40
 STEPS = 8
 GUIDANCE = 1.5
