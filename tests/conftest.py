@@ -33,6 +33,8 @@ torch.set_num_threads(1)
 TEXT_TOKENS = 64
 """Of the prompt, here and there: FLUX would pad to 512."""
 PATIENCE_S = 60.0
+ENDLESS = 100_000
+"""Steps; no request of so many ends within a test."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -217,6 +219,30 @@ def start_ingress(flux_app: App) -> Iterator[Callable[..., App]]:
     yield start
     for app in apps:
         app.client.close()
+
+
+@pytest.fixture(scope="session")
+def patient_app(start_ingress: Callable[..., App]) -> App:
+    """Takes requests of so many steps that none ends within a test."""
+    return start_ingress("patient", max_num_inference_steps=ENDLESS)
+
+
+@pytest.fixture(scope="session")
+def narrow_app(start_ingress: Callable[..., App]) -> App:
+    """Takes one request at a time."""
+    return start_ingress("narrow", max_concurrent_requests=1, max_num_inference_steps=ENDLESS)
+
+
+@pytest.fixture(scope="session")
+def hasty_app(start_ingress: Callable[..., App]) -> App:
+    """Waits for a second."""
+    return start_ingress("hasty", request_timeout_s=1.0, max_num_inference_steps=ENDLESS)
+
+
+@pytest.fixture(scope="session")
+def crossed_app(start_ingress: Callable[..., App]) -> App:
+    """Requests of one family go through stages of another."""
+    return start_ingress("crossed", family="sd15")
 
 
 @pytest.fixture(scope="session")

@@ -14,11 +14,10 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.conftest import PATIENCE_S, App
+from tests.conftest import ENDLESS, PATIENCE_S, App
 
 pytestmark = pytest.mark.slow
 PATH = "/v1/images/generations"
-ENDLESS = 100_000
 NUM_CROWD = 700
 
 

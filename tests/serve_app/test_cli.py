@@ -23,11 +23,10 @@ from ray import serve
 from deployments.checkpoints.source import fetch_checkpoint
 from serve_app.cli import choose_file, main
 from serve_app.config import APP_NAME, ConfigError
+from tests.conftest import ENDLESS
 
 pytestmark = pytest.mark.slow
 
-ENDLESS = 100_000
-"""Steps; no request of so many ends within a test."""
 MARK = "LATENT_RELAY_TEST"
 ROOT = Path(__file__).parent.parent.parent
 RELAY = str(Path(sys.executable).with_name("relay"))

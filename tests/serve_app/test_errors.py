@@ -11,7 +11,7 @@ from openai import BadRequestError, NotFoundError, OpenAI
 from ray import serve
 
 from deployments.vae import Vae
-from tests.conftest import PATIENCE_S
+from tests.conftest import ENDLESS, PATIENCE_S
 
 pytestmark = pytest.mark.slow
 PROMPT = {"prompt": "a cat"}
@@ -55,9 +55,6 @@ WRONG_IMAGES: list[tuple[dict[str, Any], str]] = [
     ({"stream": True, "size": "65x64"}, "size"),
     ({"stream": "perhaps"}, "stream"),
 ]
-
-ENDLESS = 100_000
-"""Steps; no request of so many ends within a test."""
 
 
 def check_error(answer: Any, status: int, param: str | None) -> dict[str, Any]:
@@ -222,12 +219,8 @@ def test_after_all_that_the_server_serves(flux_app: Any) -> None:
     assert flux_app.client.post("/v1/images/generations", json=PROMPT).status_code == 200
 
 
-def test_a_stage_that_raises_is_a_500_that_names_it_and_harms_nobody(
-    flux_app: Any, start_ingress: Callable[..., Any]
-) -> None:
-    """Requests of one family go through stages of another."""
-    app = start_ingress("crossed", family="sd15")
-    answer = app.client.post("/v1/images/generations", json=PROMPT)
+def test_a_stage_that_raises_is_a_500_that_names_it_and_harms_nobody(flux_app: Any, crossed_app: Any) -> None:
+    answer = crossed_app.client.post("/v1/images/generations", json=PROMPT)
     error = check_error(answer, 500, None)
     assert (error["type"], error["code"]) == ("server_error", "stage_failed")
     assert error["message"].startswith("the denoise stage failed: TypeError")
@@ -243,18 +236,18 @@ def test_health_is_a_503_that_names_the_stage_that_cannot_serve(start_ingress: C
     assert [name for name, state in stages.items() if state != "ok"] == ["vae"]
 
 
-def test_a_stage_whose_replicas_are_full_is_healthy(flux_app: Any, start_ingress: Callable[..., Any]) -> None:
-    app = start_ingress("crowded", max_num_inference_steps=ENDLESS)
+def test_a_stage_whose_replicas_are_full_is_healthy(flux_app: Any, patient_app: Any) -> None:
     fields = {"prompt": "a cat", "n": 10, "num_inference_steps": ENDLESS}
-    running = [app.handle.generate.remote(**fields) for _ in range(4)]
+    running = [patient_app.handle.generate.remote(**fields) for _ in range(4)]
     try:
-        told = wait_until_full(app)
+        told = wait_until_full(patient_app)
         assert told["transformer"]["message"].startswith(
             "1 did not answer: as many requests as max_ongoing_requests"
         )
         assert told["num_in_progress"] == len(running)
         assert len(told["vae"]["replicas"]) == 1
-        assert app.client.get("/health").json()["stages"] == dict.fromkeys(["encoder", "transformer", "vae"], "ok")
+        stages = patient_app.client.get("/health").json()["stages"]
+        assert stages == dict.fromkeys(["encoder", "transformer", "vae"], "ok")
     finally:
         for response in running:
             response.cancel()
@@ -305,25 +298,19 @@ def test_a_stage_that_sleeps_is_healthy_and_is_not_woken_to_say_so(start_ingress
     assert not any(serve.status().applications["asleep"].deployments["Vae"].replica_states.values())
 
 
-def test_one_request_too_many_gets_a_429_with_retry_after(
-    flux_app: Any, start_ingress: Callable[..., Any]
-) -> None:
-    app = start_ingress("narrow", max_concurrent_requests=1, max_num_inference_steps=ENDLESS)
-    running = app.handle.generate.remote(prompt="a cat", num_inference_steps=ENDLESS)
+def test_one_request_too_many_gets_a_429_with_retry_after(flux_app: Any, narrow_app: Any) -> None:
+    running = narrow_app.handle.generate.remote(prompt="a cat", num_inference_steps=ENDLESS)
     flux_app.wait_for_seats(1)
-    answer = app.client.post("/v1/images/generations", json=PROMPT)
+    answer = narrow_app.client.post("/v1/images/generations", json=PROMPT)
     assert answer.headers["retry-after"] == "5"
     assert check_error(answer, 429, None)["code"] == "overloaded"
     running.cancel()
     flux_app.wait_for_seats(0)
-    assert app.client.post("/v1/images/generations", json=PROMPT).status_code == 200
+    assert narrow_app.client.post("/v1/images/generations", json=PROMPT).status_code == 200
 
 
-def test_a_request_past_its_deadline_gets_a_504_and_frees_its_seat(
-    flux_app: Any, start_ingress: Callable[..., Any]
-) -> None:
-    app = start_ingress("hasty", request_timeout_s=1.0, max_num_inference_steps=ENDLESS)
-    answer = app.client.post("/v1/images/generations", json=PROMPT | {"num_inference_steps": ENDLESS})
+def test_a_request_past_its_deadline_gets_a_504_and_frees_its_seat(flux_app: Any, hasty_app: Any) -> None:
+    answer = hasty_app.client.post("/v1/images/generations", json=PROMPT | {"num_inference_steps": ENDLESS})
     error = check_error(answer, 504, None)
     assert error["message"] == "not done within request_timeout_s (1 s)"
     assert error["code"] == "deadline_exceeded"

@@ -1,7 +1,6 @@
 """The same generation by a Python handle, as `serve.get_app_handle("relay")` gives it."""
 
 import base64
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ from deployments.request import Progress
 from serve_app.errors import BadRequest, UnknownModel
 from serve_app.generation import Picture
 from serve_app.partials import PartialImage
+from tests.conftest import ENDLESS
 
 pytestmark = pytest.mark.slow
 
@@ -96,11 +96,8 @@ def test_a_wrong_model_raises_unknown_model(handle: Any) -> None:
         handle.generate.remote(prompt="a fox", model="other").result()
 
 
-def test_a_cancelled_call_frees_its_seat_in_the_transformer(
-    flux_app: Any, start_ingress: Callable[..., Any]
-) -> None:
-    patient = start_ingress("patient", max_num_inference_steps=100_000)
-    response = patient.handle.generate.remote(prompt="a fox", num_inference_steps=100_000)
+def test_a_cancelled_call_frees_its_seat_in_the_transformer(flux_app: Any, patient_app: Any) -> None:
+    response = patient_app.handle.generate.remote(prompt="a fox", num_inference_steps=ENDLESS)
     flux_app.wait_for_seats(1)
     response.cancel()
     flux_app.wait_for_seats(0)

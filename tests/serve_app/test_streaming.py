@@ -18,19 +18,13 @@ from openai import APIError, InternalServerError, OpenAI
 from openai.types import ImageGenCompletedEvent, ImageGenPartialImageEvent
 from PIL import Image
 
+from tests.conftest import ENDLESS
+
 pytestmark = pytest.mark.slow
 Plain = Callable[..., Any]
 Pixels = np.ndarray
 
-ENDLESS = 100_000
-"""Steps; no request of so many ends within a test."""
 PATH = "/v1/images/generations"
-
-
-@pytest.fixture(scope="module")
-def patient_app(start_ingress: Callable[..., Any]) -> Any:
-    """An ingress that takes requests of any length."""
-    return start_ingress("patient-stream", max_num_inference_steps=ENDLESS)
 
 
 def stream(app: Any, prompt: str, **settings: Any) -> list[Any]:
@@ -209,28 +203,26 @@ def test_a_client_that_leaves_before_the_first_event_frees_its_seat(flux_app: An
 
 
 def test_an_error_before_the_first_event_is_an_ordinary_answer(
-    flux_app: Any, start_ingress: Callable[..., Any]
+    flux_app: Any, crossed_app: Any, narrow_app: Any
 ) -> None:
     with pytest.raises(InternalServerError, match="the denoise stage failed: TypeError"):
-        stream(start_ingress("crossed-stream", family="sd15"), "a cat", partial_images=2)
-    answer = start_ingress("narrow-stream", max_concurrent_requests=1, max_num_inference_steps=ENDLESS)
-    with closing(raw_events(answer, num_inference_steps=ENDLESS, progress=True)) as events:
+        stream(crossed_app, "a cat", partial_images=2)
+    with closing(raw_events(narrow_app, num_inference_steps=ENDLESS, progress=True)) as events:
         next(events)
-        refused = answer.client.post(PATH, json={"prompt": "a cat", "stream": True})
+        refused = narrow_app.client.post(PATH, json={"prompt": "a cat", "stream": True})
         assert (refused.status_code, refused.headers["retry-after"]) == (429, "5")
         assert refused.json()["error"]["code"] == "overloaded"
     flux_app.wait_for_seats(0)
 
 
 def test_a_deadline_is_a_504_before_the_first_event_and_an_error_event_after_it(
-    flux_app: Any, start_ingress: Callable[..., Any]
+    flux_app: Any, hasty_app: Any
 ) -> None:
-    app = start_ingress("hasty-stream", request_timeout_s=1.0, max_num_inference_steps=ENDLESS)
     with pytest.raises(InternalServerError) as before:
-        stream(app, "a cat", num_inference_steps=ENDLESS)
+        stream(hasty_app, "a cat", num_inference_steps=ENDLESS)
     assert before.value.status_code == 504
     with pytest.raises(APIError, match=r"not done within request_timeout_s \(1 s\)") as after:
-        stream(app, "a cat", num_inference_steps=ENDLESS, progress=True)
+        stream(hasty_app, "a cat", num_inference_steps=ENDLESS, progress=True)
     assert after.value.body["code"] == "deadline_exceeded"
     flux_app.wait_for_seats(0)
 
