@@ -109,19 +109,18 @@ class Description:
         self, key: str, sizes: tuple[MediaSize, ...], num_text_tokens: int
     ) -> tuple[Denoiser, nn.Module, BlockBytes, Working]:
         config = TransformerConfig.model_validate_json(key)
-        denoiser = open_denoiser(self._model, config)
-        stored = as_stored(denoiser.skeleton, config)
-        blocks = block_bytes(stored) if denoiser.block_names else BlockBytes(stored_bytes(stored), (), 0)
-        model, working = self._working(
+        denoiser, model, working = self._working(
             _key(config.model_copy(update={"quantization": None})), sizes, num_text_tokens
         )
+        stored = as_stored(denoiser.skeleton, config)
+        blocks = block_bytes(stored) if denoiser.block_names else BlockBytes(stored_bytes(stored), (), 0)
         peak_bytes = working.peak_bytes + dequantized_bytes(model, config)
         return denoiser, stored, blocks, replace(working, peak_bytes=peak_bytes)
 
     def _run_denoiser(
         self, key: str, sizes: tuple[MediaSize, ...], num_text_tokens: int
-    ) -> tuple[nn.Module, Working]:
-        """The denoiser on the meta device, not quantised, and what its most expensive size takes."""
+    ) -> tuple[Denoiser, nn.Module, Working]:
+        """The denoiser, its model on the meta device, not quantised, and what its most expensive size takes."""
         config = TransformerConfig.model_validate_json(key)
         denoiser = open_denoiser(self._model, config)
         model = as_stored(denoiser.skeleton, config, is_quantized=False).to(META)
@@ -132,7 +131,7 @@ class Description:
             run = partial(model, **to_meta(merged), return_dict=False)
             boundary_bytes = _boundary_bytes(denoiser.block_names, model, run)
             found.append(Working(working_bytes(model, run), boundary_bytes, batch_size))
-        return model, max(found, key=lambda working: working.peak_bytes)
+        return denoiser, model, max(found, key=lambda working: working.peak_bytes)
 
     def _describe_vae(self, key: str, sizes: tuple[MediaSize, ...]) -> tuple[dict[str, nn.Module], int]:
         config = VaeConfig.model_validate_json(key)
