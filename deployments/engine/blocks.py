@@ -47,10 +47,17 @@ def build_skeleton(model_class: type[ModelMixin], checkpoint_dir: Path, subfolde
     """The model of this checkpoint on the meta device: all of its structure, none of its weights.
 
     Not thread-safe: accelerate changes `nn.Module` for as long as it takes.
+
+    Raises:
+        ValueError: its config.json is none of this class.
     """
     config = model_class.load_config(checkpoint_dir, subfolder=subfolder, local_files_only=True)
-    with init_empty_weights():
-        skeleton: nn.Module = model_class.from_config(config)
+    try:
+        with init_empty_weights():
+            skeleton: nn.Module = model_class.from_config(config)
+    except Exception as error:  # whatever a constructor makes of it
+        described = f"{checkpoint_dir / subfolder / 'config.json'} describes no {model_class.__name__}"
+        raise ValueError(f"{described}: {type(error).__name__}: {error}") from error
     return skeleton
 
 

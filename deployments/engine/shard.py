@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -132,15 +132,20 @@ def _shard_class(model_class: Any, cut: Cut, foreign: Iterable[str]) -> type[Mod
 
 def _check_keys(keys: Mapping[str, Any], folder: Path, class_name: str) -> None:
     """Strict both ways: a random weight or an unread one is a wrong picture, not a warning."""
-    if keys.get("missing_keys"):
-        raise ValueError(
-            f"{folder} lacks weights that {class_name} needs: {_shown(keys['missing_keys'])}; the download "
-            "is incomplete, or config.json describes another model: fetch the checkpoint again"
-        )
+    check_complete(keys["missing_keys"], folder, class_name)
     if keys.get("unexpected_keys"):
         raise ValueError(
             f"{folder} has weights that no shard of {class_name} reads: {_shown(keys['unexpected_keys'])}; "
             "config.json describes another model, or needs a newer diffusers"
+        )
+
+
+def check_complete(missing: Collection[str], folder: Path, class_name: str) -> None:
+    """Raises ValueError if from_pretrained has found no weights for `missing`, which it would draw at random."""
+    if missing:
+        raise ValueError(
+            f"{folder} lacks weights that {class_name} needs: {_shown(missing)}; the download is incomplete, or "
+            "config.json describes another model: fetch the checkpoint again"
         )
 
 

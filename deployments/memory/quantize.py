@@ -6,7 +6,6 @@ from typing import Any
 
 import diffusers
 import transformers
-from diffusers import PipelineQuantizationConfig
 
 from deployments.device import resolve_dtype
 from deployments.memory.config import Dtype, QuantizationConfig
@@ -29,10 +28,10 @@ def plan_quantization(config: QuantizationConfig, dtype: Dtype, library: str) ->
     )
 
 
-def plan_pipeline_quantization(
+def plan_stage_quantization(
     config: QuantizationConfig, dtype: Dtype, index: Mapping[str, Any], models: Iterable[str]
-) -> PipelineQuantizationConfig:
-    """`quantization_config` of a pipeline's `from_pretrained`, for its components named in `models`.
+) -> dict[str, Any]:
+    """`quantization_config` of those of a stage's models that are quantised.
 
     Raises ValueError if config names a component that is none of them.
     """
@@ -41,6 +40,4 @@ def plan_pipeline_quantization(
     unknown = [name for name in components if name not in models]
     if unknown:
         raise ValueError(f"quantization.components: no {unknown[0]} in this stage; it has {', '.join(models)}")
-    return PipelineQuantizationConfig(
-        quant_mapping={name: plan_quantization(config, dtype, index[name][0]) for name in components}
-    )
+    return {name: plan_quantization(config, dtype, index[name][0]) for name in components}

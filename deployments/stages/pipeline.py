@@ -1,21 +1,25 @@
 """A diffusers pipeline of which only some components are loaded."""
 
+import importlib
 from collections.abc import Iterator
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import torch
 from diffusers import ModelMixin
 from diffusers.utils import logging as diffusers_logging
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from deployments.checkpoints.components import ModelIndex, component_names, left_out
+from deployments.checkpoints.weights import find_variants
 from deployments.config import StageConfig
 from deployments.device import resolve_dtype
 from deployments.engine.blocks import build_skeleton
-from deployments.memory.quantize import plan_pipeline_quantization
+from deployments.engine.shard import check_complete
+from deployments.memory.quantize import plan_stage_quantization
 
 
 class Elsewhere:
@@ -49,19 +53,47 @@ def load_pipeline(
     known = dict(_known_models(folder, index, frozenset(absent)))
     if "requires_safety_checker" in index:
         absent["requires_safety_checker"] = False
-    options: dict[str, Any] = {"dtype": resolve_dtype(config.dtype), "variant": variant}
-    models = [name for name in keep if name.startswith(("text_encoder", "vae"))]
-    if config.quantization is not None and models:
-        options["quantization_config"] = plan_pipeline_quantization(
-            config.quantization, config.dtype, index, models
-        )
+    names = sorted(name for name in keep if name.startswith(("text_encoder", "vae")))
+    quantized: dict[str, Any] = {}
+    if config.quantization is not None and names:
+        quantized = plan_stage_quantization(config.quantization, config.dtype, index, names)
+    models = {
+        name: _load_model(folder / name, index[name], resolve_dtype(config.dtype), variant, quantized.get(name))
+        for name in names
+    }
     # DiffusionPipeline's own takes Wan's optional transformer for a setting, and would load it in every stage.
     pipeline_class = getattr(diffusers, index["_class_name"], diffusers.DiffusionPipeline)
-    pipe = pipeline_class.from_pretrained(folder, **absent | known, **options, local_files_only=True)
+    pipe = pipeline_class.from_pretrained(folder, **absent | known | models, local_files_only=True)
     for name, model in known.items():
         setattr(pipe, name, Elsewhere(model))
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _load_model(
+    folder: Path, entry: tuple[str, str], dtype: torch.dtype, variant: str | None, quantization: Any
+) -> nn.Module:
+    """As its pipeline would, but raises ValueError where that draws weights at random, which the files lack."""
+    library, class_name = entry
+    options: dict[str, Any] = {"dtype": dtype, "variant": variant, "quantization_config": quantization}
+    if variant not in find_variants(folder, library):
+        del options["variant"]
+    if quantization is None:
+        del options["quantization_config"]
+    if library == "transformers":
+        options["ignore_mismatched_sizes"] = True  # it would refuse them without a word of which
+    model, keys = getattr(importlib.import_module(library), class_name).from_pretrained(
+        folder, local_files_only=True, output_loading_info=True, **options
+    )
+    check_complete(keys["missing_keys"], folder, class_name)
+    if keys["mismatched_keys"]:
+        name, stored, needed = sorted(keys["mismatched_keys"])[0]
+        raise ValueError(
+            f"{folder}: {name} has the shape {list(stored)}, and {class_name} needs {list(needed)}: config.json "
+            "describes another model: fetch the checkpoint again"
+        )
+    loaded: nn.Module = model
+    return loaded
 
 
 def _known_models(folder: Path, index: ModelIndex, names: frozenset[str]) -> Iterator[tuple[str, nn.Module]]:
