@@ -31,8 +31,14 @@ THOROUGH: tuple[str, ...] = (
     "deployments/test_warm_up.py",
 )
 
-GPU_THOROUGH: tuple[str, ...] = ("deployments/test_same_picture.py", "serve_app/test_on_gpu.py")
-"""Of the tests for GPUs, those whose processes take long to start; in one process, others claim the same."""
+CONFIG = "test_configs_on_gpu.py::test_a_config_draws_what_it_draws_where_all_weights_lie_on_the_gpu"
+GPU_THOROUGH: tuple[str, ...] = (
+    "deployments/test_same_picture.py",
+    "serve_app/test_on_gpu.py",
+    *(f"{CONFIG}[{name}" for name in ("flux_dev]", "flux_dev_2x16gb", "flux_schnell", "qwen_image]", "sd", "wan")),
+)
+"""Of the tests for GPUs, those whose processes take long to start, in place of which others claim the same in one
+process; and configs whose techniques others have."""
 
 OTHER_WAY = "on a GPU bitsandbytes takes another way than in the plain pipeline on the CPU"
 EXCEPT: dict[str, str] = {
