@@ -105,6 +105,23 @@ def record_event(stream: Any) -> Any:
     return event
 
 
+def mark_queued(device: torch.device) -> Any:
+    """An event that is done when all that this thread has queued by now is; None on the CPU."""
+    return record_event(current_stream(device)) if is_accelerator(device) else None
+
+
+def queue_after(event: Any, device: torch.device) -> None:
+    """What this thread queues from now on waits for it; the thread itself does not."""
+    if event is not None:
+        current_stream(device).wait_event(event)
+
+
+def use_here(tensor: torch.Tensor) -> None:
+    """Its memory is of another stream, which may not use it again before this thread's stream is done with it."""
+    if is_accelerator(tensor.device):
+        tensor.record_stream(current_stream(tensor.device))
+
+
 def default_generators(device: torch.device) -> list[torch.Generator]:
     """What draws there without being given a generator; none on the CPU."""
     return [_module(device).default_generators[device.index]] if is_accelerator(device) else []

@@ -153,8 +153,36 @@ class StageConfig(MemoryConfig, ResourceConfig):
         return self
 
 
-class EncoderConfig(StageConfig):
+class SpreadConfig(StageConfig):
+    """What stages may be told whose models may lie on several GPUs at once."""
+
+    device_map: Literal["auto", "balanced"] | None = Field(
+        None,
+        description="spread the models of one process over all GPUs Ray gives it (num_gpus), by accelerate; one "
+        "layer after another",
+    )
+    max_memory: dict[str, str] | None = Field(
+        None, description='of device_map: memory per device, such as {"0": "14GiB", "cpu": "30GiB"}'
+    )
+
+    @model_validator(mode="after")
+    def _check_max_memory(self) -> Self:
+        if self.max_memory is not None and self.device_map is None:
+            raise ValueError("max_memory is of device_map: set device_map to auto or balanced")
+        return self
+
+
+class EncoderConfig(SpreadConfig):
     """The text encoders."""
+
+    @model_validator(mode="after")
+    def _check_spread(self) -> Self:
+        if self.device_map is not None and self.quantization is not None:
+            raise ValueError(
+                "quantization and device_map do not combine for text encoders, which quantised fit one GPU: leave "
+                "out device_map"
+            )
+        return self
 
     cache_mib: float = Field(512.0, ge=0, description="embeddings kept per replica, in MiB; 0: none")
     max_sequence_length: int | None = Field(
@@ -162,7 +190,7 @@ class EncoderConfig(StageConfig):
     )
 
 
-class TransformerConfig(StageConfig):
+class TransformerConfig(SpreadConfig):
     """The denoiser: a transformer, or a UNet."""
 
     shards: int = Field(
@@ -170,13 +198,6 @@ class TransformerConfig(StageConfig):
     )
     cuts: tuple[int, ...] | None = Field(
         None, description="blocks at which shards begin, such as [19, 38]; None: balanced by bytes"
-    )
-    device_map: Literal["auto", "balanced"] | None = Field(
-        None,
-        description="spread one shard over all GPUs Ray gives it, by accelerate; one layer after another",
-    )
-    max_memory: dict[str, str] | None = Field(
-        None, description='of device_map: memory per device, such as {"0": "14GiB", "cpu": "30GiB"}'
     )
     transport: Literal["auto", "object_store"] = Field(
         "auto",
@@ -218,8 +239,6 @@ class TransformerConfig(StageConfig):
             raise ValueError(f"cuts must be rising block numbers from 1, got {list(self.cuts)}")
         if self.cuts is not None and self.shards not in (1, len(self.cuts) + 1):
             raise ValueError(f"{len(self.cuts)} cuts make {len(self.cuts) + 1} shards, got shards: {self.shards}")
-        if self.max_memory is not None and self.device_map is None:
-            raise ValueError("max_memory is of device_map: set device_map to auto or balanced")
         return self
 
 

@@ -26,7 +26,7 @@ from deployments.config import ModelConfig
 from deployments.families import FAMILIES
 from serve_app.app import build_app, build_ingress, resolve_family
 from serve_app.config import AppConfig, IngressConfig, LimitsConfig, parse_app_config
-from tests.pretend_cuda.collect import HAS_PRETENDED, Groups
+from tests.pretend_cuda.collect import Groups
 from tests.pretend_cuda.items import Pretended
 
 torch.set_num_threads(1)
@@ -42,7 +42,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--thorough", action="store_true", help="all prompts and pairs, and nodes that come and go: half an hour"
     )
     parser.addoption(
-        "--pretend-gpu", action="store_true", help="what needs a GPU runs on a pretended one: docs/gpu-tests.md"
+        "--no-pretend-gpu", action="store_true", help="what needs a GPU is skipped where there is none"
     )
 
 
@@ -55,13 +55,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     A test that asks for its app by name (`getfixturevalue`) says `usefixtures("ray_cluster")`.
     """
-    if config.getoption("--pretend-gpu"):
-        PRETENDED.take_over(items, is_thorough=config.getoption("--thorough"))
-    elif not HAS_PRETENDED:
-        missing = {"pretended_gpu"} if torch.cuda.is_available() else {"gpu", "pretended_gpu"}
-        for item in items:
-            if missing & {mark.name for mark in item.iter_markers()}:
-                item.add_marker(pytest.mark.skip("needs a GPU, or --pretend-gpu"))
+    is_pretended = not config.getoption("--no-pretend-gpu")
+    PRETENDED.take_over(items, is_wanted=is_pretended, is_thorough=config.getoption("--thorough"))
     for item in items:
         if isinstance(item, Pretended):
             continue

@@ -37,6 +37,7 @@ FOLDERS = {
     "sd3_medium": "sd3_medium",
     "qwen_image": "qwen_image",
     "wan_t2v_1_3b": "wan_2_1_1_3b",
+    "wan_t2v_14b": "wan_2_1_14b",
 }
 MODEL = {"name": "m", "checkpoint": "tiny://flux"}
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from cluster import accelerator
 from cluster.message import Message
 from cluster.ring import Ring, RingStats, StopRing
 from cluster.transport import Transport
@@ -16,6 +17,15 @@ from deployments.engine.step_queue import Seat, StepQueue
 from deployments.engine.work import Leader
 from deployments.memory.needs import Needs
 from deployments.refusal import OutOfShare, ShardGroupLost
+
+
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """One forward, as its request's thread has asked for it."""
+
+    inputs: Inputs
+    ready: Any
+    """The event after which the inputs are there: requests have a stream beside the one that computes."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +63,7 @@ class Engine:
         """
         self._merger, self._patch_size, self._on_lost = merger, patch_size, on_lost
         self._needs, self._foresee, self._leader = needs, foresee, leader
-        self._max_batch_size = config.max_batch_size
+        self._max_batch_size, self._device = config.max_batch_size, device
         self._flights: dict[int, _Flight] = {}
         self.queue = StepQueue(
             num_shards=config.num_ranks,
@@ -74,14 +84,18 @@ class Engine:
         self._ring.start()
 
     def forward(self, seat: Seat, inputs: Inputs) -> torch.Tensor:
-        """One forward of the denoiser, perhaps merged with others'. The request's thread calls it and waits.
+        """One forward of the denoiser, perhaps merged with others'. The request's thread calls it and waits, and
+        may use what it returns on its own stream.
 
         Raises Cancelled, ShardGroupLost, NeverFits, or what the forward itself raised.
         """
         signature, tokens = self._merger.signature(inputs), num_tokens(inputs, self._patch_size)
+        at_most = self._at_most(signature, tokens, inputs)
+        asked = _Asked(inputs, accelerator.mark_queued(self._device))
         prediction: torch.Tensor = self.queue.forward(
-            seat, inputs, signature=signature, tokens=tokens, at_most=self._at_most(signature, tokens, inputs)
+            seat, asked, signature=signature, tokens=tokens, at_most=at_most
         )
+        accelerator.use_here(prediction)
         return prediction
 
     def _at_most(self, signature: Hashable, tokens: int, inputs: Inputs) -> int | None:
@@ -91,8 +105,11 @@ class Engine:
         label = f"a forward of {tokens} latent positions"
         return self._needs.at_most(signature, label, partial(self._foresee, inputs), up_to=self._max_batch_size)
 
-    def _compute(self, body: tuple[Sequence[Inputs], tuple[int, ...]]) -> Any:
-        group, released = body
+    def _compute(self, body: tuple[Sequence[_Asked], tuple[int, ...]]) -> Any:
+        asked, released = body
+        for forward in asked:
+            accelerator.queue_after(forward.ready, self._device)
+        group = [forward.inputs for forward in asked]
         if self._needs is None or not group:
             return self._leader.run(group, released)
         with self._needs.measured(self._merger.signature(group[0]), len(group)):
@@ -115,7 +132,7 @@ class Engine:
 
     def _take(self) -> Message:
         batch = self.queue.take()
-        flight = _Flight(batch.payloads, self._leader.take_released())
+        flight = _Flight(tuple(asked.inputs for asked in batch.payloads), self._leader.take_released())
         self._flights[batch.id] = flight
         return Message(batch.id, (batch.payloads, flight.released))
 

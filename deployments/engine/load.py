@@ -23,6 +23,7 @@ from deployments.memory.keeper import Keeper
 from deployments.memory.on_demand import turn_to_load
 from deployments.memory.quantize import plan_quantization
 from deployments.memory.share import take_share
+from deployments.memory.spread import memory_by_device
 from deployments.memory.stored import as_stored
 
 
@@ -94,7 +95,7 @@ def load_rank(denoiser: Denoiser, model: ModelConfig, config: TransformerConfig,
         disk = tempfile.TemporaryDirectory(prefix="latent-relay-")  # for what fits nowhere
         options |= {
             "device_map": config.device_map,
-            "max_memory": _max_memory(config),
+            "max_memory": memory_by_device(config),
             "offload_folder": disk.name,
         }
     share = take_share(config, denoiser.device)
@@ -128,10 +129,3 @@ def cut_ranks(weights: BlockBytes, config: TransformerConfig) -> list[tuple[int,
             raise ValueError(f"cuts must be below {num_blocks}, the number of blocks, got {config.cuts[-1]}")
         return list(pairwise((0, *config.cuts, num_blocks)))
     return list(pairwise(plan_cuts(weights.blocks, config.shards, tail_cost=weights.tail)))
-
-
-def _max_memory(config: TransformerConfig) -> dict[int | str, str] | None:
-    """As accelerate spells it: GPUs by number, "cpu" and "disk" by name."""
-    if config.max_memory is None:
-        return None
-    return {int(key) if key.isdecimal() else key: size for key, size in config.max_memory.items()}

@@ -9,7 +9,7 @@ graphs see the final modules.
 import resource
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -105,6 +105,10 @@ class Keeper:
         # Named again before the turn ends: an error's frames hold tensors, which must not outlast it.
         with self._share.naming(), turn, self._share.naming():
             yield
+
+    def naming(self) -> AbstractContextManager[None]:
+        """Around what else is at work on the device: raises OutOfShare where there is no room for it."""
+        return self._share.naming()
 
     def release(self) -> None:
         """The stage is idle: what came to the device for its work leaves it; with `on_demand`, if anyone asks."""

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from deployments.config import StageConfig, TransformerConfig
+from deployments.config import SpreadConfig, StageConfig
 
 CONTEXT_BYTES = int(0.45 * 2**30)
 """Of each process on its GPU, outside of torch's sight: CUDA's context, the kernels it has loaded, NCCL's buffers.
@@ -35,7 +35,7 @@ def plan_limit(config: StageConfig, total_bytes: int | None) -> Limit | None:
     if config.memory_limit_gib is not None:
         num_bytes = int(config.memory_limit_gib * 2**30)
         return Limit(num_bytes, total_bytes is not None, f"memory_limit_gib: {config.memory_limit_gib:g}")
-    spreads = isinstance(config, TransformerConfig) and config.device_map is not None
+    spreads = isinstance(config, SpreadConfig) and config.device_map is not None
     if total_bytes is None or spreads or config.num_gpus > 1:
         return None
     if config.on_demand is not None:

@@ -47,7 +47,7 @@ def find_lack(stages: StageConfigs, sizes: ModelSizes | None, gpus: Sequence[Gpu
     few = [f"no room for {', '.join(sorted(missing))}: {_in_words(gpus)}"] if missing else []
     if sizes is None:
         return Lack((), tuple(few))
-    if stages.transformer.device_map is not None:  # what is too much for GPUs goes to the CPU and to disk
+    if stages.encoder.device_map or stages.transformer.device_map:  # too much for GPUs goes to the CPU and to disk
         return Lack((), (*few, *_too_heavy(first)))
     largest = max(gpu.memory_bytes for gpu in gpus)  # only Ray knows which of several sizes it will choose
     best = place(one, [replace(gpu, memory_bytes=largest) for gpu in gpus])

@@ -61,6 +61,8 @@ class Denoising:
         self._draws_noise = self._trial.start()
         self.finite = FiniteCheck()
         self.loaded = load_rank(self._denoiser, model, config, rank=0)
+        # Who waits for a copy of its own does not wait for the forward of another that is under way.
+        self._stream = accelerator.open_stream(self._denoiser.device, priority=-1)
         self._store: TCPStore | None = None
 
     def _check_geometry(self, model: ModelConfig) -> None:
@@ -150,8 +152,23 @@ class Denoising:
     ) -> torch.Tensor:
         """The latents as the pipeline returns them, on the CPU. Blocks.
 
-        Raises Cancelled, WrongField, NotFinite, or what the engine does.
+        Raises Cancelled, WrongField, NotFinite, OutOfShare, or what the engine does.
         """
+        with self.loaded.keeper.naming(), accelerator.on_stream(self._stream):
+            latents = self._run(seat, embeds, request, on_step, num_partial_images, on_partial)
+            self.finite.check(latents, partial(self._explain, request))
+            return latents.cpu().contiguous()
+
+    def _run(
+        self,
+        seat: Seat,
+        embeds: Embeds,
+        request: GenerationRequest,
+        on_step: OnStep,
+        num_partial_images: int,
+        on_partial: OnPartial | None,
+    ) -> torch.Tensor:
+        """The latents on the device."""
         partials = None if on_partial is None else PartialLatents(num_partial_images, on_partial)
 
         def after_step(pipe: Any, index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -162,7 +179,7 @@ class Denoising:
 
         device = self._denoiser.device
         try:
-            latents = self._call.run(
+            return self._call.run(
                 embeds,
                 request,
                 partial(self.engine.forward, seat),
@@ -175,8 +192,6 @@ class Denoising:
             if field is None:
                 raise
             raise WrongField(f"{self._call} does not take this {field}: {describe_cause(error)}", field) from error
-        self.finite.check(latents, partial(self._explain, request))
-        return latents.cpu().contiguous()
 
     def _explain(self, request: GenerationRequest) -> str:
         """Why latents are no numbers."""

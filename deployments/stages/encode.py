@@ -12,6 +12,7 @@ from deployments.families.family import Embeds
 from deployments.memory.keeper import Keeper
 from deployments.memory.on_demand import turn_to_load
 from deployments.memory.share import take_share
+from deployments.memory.spread import spread_models
 from deployments.refusal import CannotServe, describe_cause
 from deployments.request import Prompt
 from deployments.stages.finite import FiniteCheck, dtype_advice
@@ -36,7 +37,10 @@ class TextEncoding:
         share = take_share(config, device)
         with turn_to_load(config, device), share.naming():
             self._pipe = load_pipeline(folder, index, keep, config, variant=model.variant)
-            self.keeper = Keeper(loaded_models(self._pipe), config, device, share=share)
+            models = loaded_models(self._pipe)
+            if config.device_map is not None:
+                spread_models(models, config)
+            self.keeper = Keeper(models, config, device, config.device_map, share=share)
         if config.compile is None and not config.moves_weights:  # else it would cost what a request costs
             self._try(default_prompt(model), sorted(left_out(index)))
 

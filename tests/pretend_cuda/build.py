@@ -13,6 +13,7 @@ from filelock import FileLock
 NATIVE = Path(__file__).parent / "native"
 FOLDER = Path.home() / ".cache" / "latent-relay" / "pretend-cuda"
 COMPILER = "g++"
+HEADERS = Path(sysconfig.get_paths()["include"])
 FLAGS = ("-O1", "-std=c++20", "-fPIC", "-shared", "-w")
 
 
@@ -24,6 +25,10 @@ def build() -> Path:
     """The library; 20 s of a core the first time. Raises NoCompiler."""
     if shutil.which(COMPILER) is None:
         raise NoCompiler(f"the pretended CUDA device is built with {COMPILER}, and there is none: install it")
+    if not (HEADERS / "Python.h").exists():
+        raise NoCompiler(
+            f"the pretended CUDA device is built with Python.h, which is not in {HEADERS}: install it"
+        )
     FOLDER.mkdir(parents=True, exist_ok=True)
     with FileLock(FOLDER / "lock"):  # other workers of the suite wait
         library = FOLDER / f"{_version()}.so"
@@ -44,7 +49,7 @@ def _version() -> str:
 
 def _command(library: Path) -> list[str]:
     root = Path(torch.__file__).parent
-    includes = [root / "include", root / "include/torch/csrc/api/include", sysconfig.get_paths()["include"]]
+    includes = [root / "include", root / "include/torch/csrc/api/include", HEADERS]
     libraries = ["-ltorch", "-ltorch_cpu", "-lc10", f"-L{root / 'lib'}", f"-Wl,-rpath,{root / 'lib'}"]
     return [
         COMPILER,

@@ -22,14 +22,17 @@ class Groups:
     def __init__(self) -> None:
         self._groups: dict[str, Group] = {}
 
-    def take_over(self, items: list[pytest.Item], *, is_thorough: bool) -> None:
-        """In place: tests that need a GPU run on the pretended one, and those of the sweep run there too."""
+    def take_over(self, items: list[pytest.Item], *, is_wanted: bool, is_thorough: bool) -> None:
+        """In place: tests that need a GPU run on the pretended one, and those of the sweep run there too.
+
+        is_wanted: else they are skipped, as where torch has a CUDA of its own: there a real GPU runs what it can.
+        """
         if HAS_PRETENDED:
             return
-        if IS_FOR_CUDA:
-            for item in items:
-                if item.get_closest_marker("pretended_gpu"):
-                    item.add_marker(pytest.mark.skip("torch has a CUDA of its own: nothing can be pretended"))
+        if IS_FOR_CUDA or not is_wanted:
+            _skip(
+                items, "torch has a CUDA of its own: nothing is pretended" if IS_FOR_CUDA else "--no-pretend-gpu"
+            )
             return
         items[:] = [made for item in items for made in self._made_of(item, is_thorough)]
 
@@ -54,6 +57,13 @@ class Groups:
     def _group(self, part: str, *options: str) -> Group:
         name = f"pretended GPU, {part}"
         return self._groups.setdefault(name, Group(name, options))
+
+
+def _skip(items: list[pytest.Item], reason: str) -> None:
+    missing = {"pretended_gpu"} if torch.cuda.is_available() else {"gpu", "pretended_gpu"}
+    for item in items:
+        if missing & {mark.name for mark in item.iter_markers()}:
+            item.add_marker(pytest.mark.skip(reason))
 
 
 def _part(item: pytest.Item) -> str:

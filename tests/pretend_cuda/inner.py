@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -25,17 +26,19 @@ def problems() -> Problems:
 
 
 @pytest.fixture
-def lose_gpu() -> Iterator[Callable[[str], None]]:
-    """`lose_gpu("ServeReplica:app:Vae")`: whose command line has this in it has lost its GPU, for good."""
-    lost = Path(os.environ["PRETEND_CUDA_LOST"])
+def lose_gpu() -> Callable[[str], AbstractContextManager[None]]:
+    """`with lose_gpu("ServeReplica:app:Vae"):` who has this in its command line loses its GPU, for good."""
 
-    def lose(whose: str) -> None:
+    @contextmanager
+    def lose(whose: str) -> Iterator[None]:
+        lost = Path(os.environ["PRETEND_CUDA_LOST"])
         unseen = lost.with_suffix(".unseen")
         unseen.write_text(whose)
         unseen.replace(lost)  # nobody reads half of it
+        yield
+        lost.unlink()
 
-    yield lose
-    lost.unlink(missing_ok=True)
+    return lose
 
 
 @pytest.hookimpl(wrapper=True)

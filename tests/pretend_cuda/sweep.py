@@ -12,7 +12,8 @@ MEMORY = "deployments/memory"
 ALWAYS: tuple[str, ...] = (
     f"{MEMORY}/test_techniques.py::test_the_encoder_gives_the_same_embeddings",
     f"{MEMORY}/test_techniques.py::test_the_vae_decodes_the_same_pixels",
-    f"{MEMORY}/test_vram_limit.py::test_every_family_draws_the_same_under_a_limit",
+    f"{MEMORY}/test_vram_limit.py::test_every_family_draws_the_same_under_a_limit[flux-",
+    f"{MEMORY}/test_vram_limit.py::test_every_family_draws_the_same_under_a_limit[wan-plain",
     f"{MEMORY}/test_vram_limit.py::test_text_encoders_under_a_limit",
     f"{MEMORY}/test_vram_limit.py::test_a_vae_under_a_limit",
     "deployments/test_encoder.py",
@@ -26,11 +27,18 @@ THOROUGH: tuple[str, ...] = (
     f"{MEMORY}/test_keeper.py",
     f"{MEMORY}/test_mapped.py",
     f"{MEMORY}/test_techniques.py",
+    f"{MEMORY}/test_vram_limit.py::test_every_family_draws_the_same_under_a_limit",
     "deployments/test_warm_up.py",
 )
 
-GPU_THOROUGH: tuple[str, ...] = ("deployments/test_same_picture.py",)
-"""Of the tests for GPUs, those whose processes take long to start; in one process, others claim the same."""
+CONFIG = "test_configs_on_gpu.py::test_a_config_draws_what_it_draws_where_all_weights_lie_on_the_gpu"
+GPU_THOROUGH: tuple[str, ...] = (
+    "deployments/test_same_picture.py",
+    "serve_app/test_on_gpu.py",
+    *(f"{CONFIG}[{name}" for name in ("flux_dev]", "flux_dev_2x16gb", "flux_schnell", "qwen_image]", "sd", "wan")),
+)
+"""Of the tests for GPUs, those whose processes take long to start, in place of which others claim the same in one
+process; and configs whose techniques others have."""
 
 OTHER_WAY = "on a GPU bitsandbytes takes another way than in the plain pipeline on the CPU"
 EXCEPT: dict[str, str] = {

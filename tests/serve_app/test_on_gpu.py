@@ -2,7 +2,10 @@
 
 import base64
 import io
+import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +18,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
+PATIENCE_S = 60.0
 BODY = {"prompt": "a red cat", "size": "64x64", "seed": 7}
 
 
@@ -39,3 +43,33 @@ def test_every_process_has_its_weights_on_the_gpu_and_knows_its_share(app: Any) 
     for memory in memories:
         assert {place.partition(" ")[0] for place in memory["weights_bytes"]} == {"cuda:0"}
         assert memory["limit_bytes"] > 0
+
+
+@pytest.mark.pretended_gpu
+@pytest.mark.parametrize(("stage", "rank"), [("encoder", 0), ("transformer", 0), ("transformer", 1), ("vae", 0)])
+def test_a_gpu_that_is_lost_costs_no_request_and_its_replica_comes_back(
+    app: Any, lose_gpu: Callable[[str], AbstractContextManager[None]], stage: str, rank: int
+) -> None:
+    before = process_of(app, stage, rank)
+    whose = "ray::Rank" if rank else f"ServeReplica:{app.name}:{stage.capitalize()}"
+    with lose_gpu(whose):
+        wait_until(lambda: not Path(f"/proc/{before}").exists())
+    answer = app.client.post("/v1/images/generations", json=BODY)
+    assert answer.status_code == 200, answer.text
+    wait_until(lambda: process_of(app, stage, rank) not in (None, before))
+
+
+def process_of(app: Any, stage: str, rank: int) -> int | None:
+    """Its id; None while it is not there."""
+    replicas = app.client.get("/v1/status").json()[stage]["replicas"]
+    if not replicas:
+        return None
+    pid: int = replicas[0]["ranks"][rank]["pid"] if stage == "transformer" else replicas[0]["pid"]
+    return pid
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

@@ -324,7 +324,7 @@ def test_a_shard_quantised_holds_what_the_whole_holds(technique: str, shards: in
     ],
     ids=str,
 )
-@pytest.mark.parametrize("family", ["flux", "qwen-image"])
+@pytest.mark.parametrize("family", ["flux", "qwen-image", "sd15"])
 def test_the_encoder_gives_the_same_embeddings(family: str, settings: dict[str, Any]) -> None:
     model = ModelConfig(name="tiny", checkpoint=f"tiny://{family}", family=family)
     prompt = build_request(family).prompt

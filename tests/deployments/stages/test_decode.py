@@ -1,5 +1,7 @@
 """Latents to pixels as the pipeline itself does it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from diffusers import DiffusionPipeline
 
 from deployments.checkpoints.source import fetch_checkpoint
 from deployments.config import ModelConfig, VaeConfig
+from deployments.refusal import OutOfShare
 from deployments.request import GenerationRequest, Prompt
 from deployments.stages.decode import Decoding
 
@@ -35,3 +38,26 @@ def test_a_vae_in_float16_decodes_in_what_its_pipeline_decodes_in(family: str, d
     assert weights.endswith(str(decodes_in).removeprefix("torch."))
     expected = (np.asarray(draw("np")) * 255).round().astype(np.uint8)
     assert np.array_equal(stage.decode(latents, REQUEST), expected)
+
+
+@pytest.mark.parametrize(("family", "shape"), [("wan", (1, 16, 2, 8, 8)), ("qwen-image", (1, 16, 64))])
+def test_a_vae_that_fails_half_way_keeps_no_frames(family: str, shape: tuple[int, ...]) -> None:
+    """What it remembers between frames would lie on the GPU until the next is decoded."""
+    stage = Decoding(ModelConfig(name="t", checkpoint=f"tiny://{family}", family=family), VaeConfig())
+    vae = stage._pipe.vae
+    request = replace(REQUEST, num_frames=5 if family == "wan" else 1)
+    found: list[int] = []
+
+    def remembered() -> int:
+        return sum(isinstance(kept, torch.Tensor) for kept in vae._feat_map)
+
+    def fail(*_: object) -> None:
+        found.append(remembered())
+        raise torch.OutOfMemoryError("told so")
+
+    hook = vae.decoder.conv_out.register_forward_hook(fail)
+    with pytest.raises(OutOfShare, match="told so"):
+        stage.decode(torch.zeros(shape), request)
+    hook.remove()
+    assert found[0] > 0
+    assert remembered() == 0

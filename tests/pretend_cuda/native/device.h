@@ -35,7 +35,10 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   c10::Stream exchangeStream(c10::Stream stream) const override {
     return torch_stream(stream.device_index(), std::exchange(current_stream[stream.device_index()], int(stream.id())));
   }
-  bool queryStream(const c10::Stream&) const override { return true; }
+  bool queryStream(const c10::Stream&) const override {
+    check_lost();
+    return true;
+  }
   void synchronizeStream(const c10::Stream& stream) const override { synchronize_stream(key_of(stream)); }
   void recordDataPtrOnStream(const c10::DataPtr& data, const c10::Stream& stream) const override { record_stream(data, key_of(stream)); }
 

@@ -32,5 +32,5 @@ PYBIND11_MODULE(pretend_cuda_native, m) {
     std::lock_guard<std::recursive_mutex> hold(lock);
     told.clear();
   }, NoGil());
-  m.def("lose", [] { is_lost = true; });
+  m.def("lose", [](bool lost) { is_lost = lost; }, py::arg("lost") = true);
 }

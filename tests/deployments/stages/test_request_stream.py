@@ -1,0 +1,87 @@
+"""Requests have a stream of their own: who waits for a copy of his own does not wait for another's forward."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from deployments.config import EncoderConfig, ModelConfig, TransformerConfig
+from deployments.families import FAMILIES
+from deployments.refusal import OutOfShare
+from deployments.stages import load_stage
+from tests.deployments.memory.tiny_request import build_request
+
+pytestmark = pytest.mark.pretended_gpu
+GARBAGE = [0xEE] * 4
+
+
+class Forwards:
+    """Something that is under way on the stream that computes, as another's forward would be."""
+
+    def __init__(self) -> None:
+        self._source = torch.ones(4, dtype=torch.uint8, device="cuda")
+        self._host = torch.zeros(4, dtype=torch.uint8, pin_memory=True)
+        torch.cuda.synchronize()
+
+    def launch(self) -> None:
+        with torch.cuda.stream(torch.cuda.default_stream()):
+            self._host.copy_(self._source, non_blocking=True)
+
+    @property
+    def is_under_way(self) -> bool:
+        """Nobody has waited for it since."""
+        return self._host.tolist() == GARBAGE
+
+
+class Stage:
+    """The denoise stage on a GPU, and embeddings for it."""
+
+    def __init__(self, family: str) -> None:
+        model = ModelConfig(name="tiny", checkpoint=f"tiny://{family}", family=family)
+        tokens = 64 if FAMILIES[family].max_sequence_length else None
+        encoding = load_stage("encode", model, EncoderConfig(max_sequence_length=tokens))
+        self._request = replace(build_request(family), num_inference_steps=3)
+        self._embeds = encoding.encode(self._request.prompt)
+        self.denoising = load_stage("denoise", model, TransformerConfig(num_gpus=1))
+        self.denoising.connect(None, pytest.fail)
+
+    def draw(self) -> None:
+        seat = self.denoising.join()
+        try:
+            self.denoising.denoise(seat, self._embeds, self._request, on_step=lambda *_: None)
+        finally:
+            self.denoising.leave(seat)
+
+
+@pytest.mark.parametrize("family", ["flux", "sd15", "wan"])
+def test_what_a_request_waits_for_is_its_own(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before its first forward, between any two, and after the last."""
+    stage, others, waited = Stage(family), Forwards(), []
+    engine = stage.denoising.engine
+    forward = engine.forward
+
+    def watched(*args: Any) -> torch.Tensor:
+        waited.append(not others.is_under_way)
+        prediction: torch.Tensor = forward(*args)
+        others.launch()
+        return prediction
+
+    monkeypatch.setattr(engine, "forward", watched)
+    others.launch()
+    stage.draw()
+    waited.append(not others.is_under_way)
+    stage.denoising.close()
+    assert len(waited) > 3
+    assert not any(waited)
+
+
+def test_a_request_whose_own_tensors_find_no_room_is_told_so() -> None:
+    stage = Stage("flux")
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_allocated() / total)
+    with pytest.raises(OutOfShare, match="out of memory"):
+        stage.draw()
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    stage.draw()
+    stage.denoising.close()

@@ -1,0 +1,72 @@
+"""Every config for GPUs is run on one, with tiny weights in place of the model's."""
+
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from deployments.config import ModelConfig, StageConfig
+from deployments.families import FAMILIES
+from deployments.stages import load_stage
+from serve_app.config import load_app_config
+from tests.deployments.memory.tiny_request import build_request
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+CONFIGS = sorted(
+    path
+    for path in (Path(__file__).parent.parent / "configs").glob("*.yaml")
+    if load_app_config(path).encoder.num_gpus
+)
+TINY_GIB = 1e-4
+"""Of a model's weights on the GPU: a part of the tiny ones', as the config's is of the real ones'."""
+MOVES = ("offload", "vram_limit_gib", "on_demand", "compile")
+
+
+def tiny(config: StageConfig, **settings: Any) -> StageConfig:
+    """Alone on the GPU, and with what torch can compile for it here."""
+    changes: dict[str, Any] = {"num_gpus": 1.0, "host_copy": "memory", **settings}
+    if config.vram_limit_gib is not None:
+        changes.setdefault("vram_limit_gib", TINY_GIB)
+    if config.compile is not None and find_spec("triton") is None:
+        changes.setdefault("compile", {"scope": config.compile.scope, "backend": "eager"})
+    return type(config).model_validate(config.model_dump() | changes)
+
+
+def draw(path: Path, **settings: Any) -> tuple[Any, torch.Tensor, Any]:
+    """Embeddings, latents and frames."""
+    app = load_app_config(path)
+    assert app.model.family is not None
+    model = ModelConfig(name="tiny", checkpoint=f"tiny://{app.model.family}", family=app.model.family)
+    request = replace(build_request(app.model.family), num_inference_steps=3)
+    tokens = 64 if FAMILIES[app.model.family].max_sequence_length else None
+    encoding = load_stage("encode", model, tiny(app.encoder, max_sequence_length=tokens, **settings))
+    denoising = load_stage("denoise", model, tiny(app.transformer, shards=1, **settings))
+    denoising.connect(None, pytest.fail)
+    decoding = load_stage("decode", model, tiny(app.vae, **settings))
+    for _ in range(2):  # the second time weights have left and come again, and layers are fetched ahead
+        embeds = encoding.encode(request.prompt)
+        seat = denoising.join()
+        latents = denoising.denoise(seat, embeds, request, on_step=lambda *_: None)
+        denoising.leave(seat)
+        frames = decoding.decode(latents, request)
+    denoising.close()
+    return embeds, latents, frames
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_draws_what_it_draws_where_all_weights_lie_on_the_gpu(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # where turns are taken, and weights on disk
+    embeds, latents, frames = draw(path)
+    at_rest = draw(path, **dict.fromkeys(MOVES))
+    for name, value in at_rest[0].items():
+        assert value is None or torch.equal(embeds[name], value), name
+    assert torch.equal(latents, at_rest[1])
+    assert (frames == at_rest[2]).all()
