@@ -78,6 +78,7 @@ def run(*, cells: Sequence[Cell], with_killer: bool, with_leavers: bool, json_fi
         lost. grey_levels: the largest difference of a picture, new ones too, from the plain pipeline's.
     door_s: the longest that a new request waited for its picture, from the signal until all was as before; for a
         request that kills, until it was given up; for clients that leave, until their seats were free.
+    start_s: how long the app took to start in this run: what door_s is to be measured by.
     encoded_again, steps_again: work done twice, as far as the processes tell that live at the end.
     left_over: processes that should have ended and have not; for clients that leave, seats. zombies: processes
         that have ended since, but were not reaped. shm_bytes: what /dev/shm holds more than before.
@@ -85,13 +86,13 @@ def run(*, cells: Sequence[Cell], with_killer: bool, with_leavers: bool, json_fi
     config = _config()
     judge = Judge(PlainPipeline(config))
     rows: list[Row] = []
-    with _serving(config) as url, Progress() as progress:
+    with _serving(config) as (url, start_s), Progress() as progress:
         bench = Faults(url, judge)
         others = [bench.killer()] if with_killer else []
         others += [bench.leave()] if with_leavers else []
         task = progress.add_task("faults", total=len(cells) + len(others))
         for scenario in [*(bench.fault(cell) for cell in cells), *others]:
-            rows.append(asyncio.run(scenario))
+            rows.append({**asyncio.run(scenario), "start_s": start_s})
             progress.console.print(rows[-1])
             progress.advance(task)
             if json_file is not None:
@@ -278,16 +279,17 @@ def _config() -> AppConfig:
 
 
 @contextmanager
-def _serving(config: AppConfig) -> Iterator[str]:
-    """The app on a private Ray and a free port."""
+def _serving(config: AppConfig) -> Iterator[tuple[str, float]]:
+    """The app on a private Ray and a free port; the seconds that its replicas took to start, all at once."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
+        began = time.perf_counter()
         serve.run(build_app(config), name=APP_NAME)
-        yield f"http://127.0.0.1:{port}"
+        yield f"http://127.0.0.1:{port}", time.perf_counter() - began
     finally:
         serve.shutdown()
         ray.shutdown()
