@@ -66,8 +66,15 @@ def faults(
         str, typer.Option(help="of those that serve; left out, all, and requests that kill or are left")
     ] = "",
     signals: Annotated[str, typer.Option(help="SIGSTOP ends after 20 s")] = "SIGKILL,SIGTERM,SIGSTOP",
-    when: Annotated[str, typer.Option(help="loaded: under eight requests")] = "loaded,idle",
-    json_file: JsonFile = None,
+    when: Annotated[
+        str,
+        typer.Option(
+            help="loaded: under eight requests; starting, serving: and once more when a successor does so"
+        ),
+    ] = "loaded,idle",
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="keep the rows in this file, beside those of other cells")
+    ] = None,
     quick: Quick = False,
 ) -> None:
     """Every process killed, told to go and stopped, idle and loaded: who is answered, and when."""

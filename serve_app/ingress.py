@@ -18,6 +18,8 @@ class Ingress(DrainOnSigterm, Relay):
     def __init__(self, *args: Any) -> None:
         self.drain_on_sigterm()
         super().__init__(*args)
+        for stage in self._stages.by_name.values():
+            stage.options()  # connects it; the first call would stop the event loop while Serve is silent
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve asks for the HTTP application once this replica is made."""

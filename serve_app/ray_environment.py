@@ -14,6 +14,7 @@ RAY_ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     # A proxy that died is missed at the third check: with Ray's 10 s the door is shut for half a minute.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.25",
+    "RAY_SERVE_CONTROLLER_CALLBACK_IMPORT_PATH": "cluster.termination:exit_on_sigterm",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_app.proxy_middleware:build_middlewares",
 }
 """By name; what the shell says already wins. To be set before Ray is imported, which reads some at once."""

@@ -31,6 +31,16 @@ async def post(client: httpx.AsyncClient, body: Body) -> bytes:
     return base64.b64decode(answer.json()["data"][0]["b64_json"])
 
 
+def is_refusal(answer: bytes | BaseException) -> bool:
+    """A 5xx whose body is an error in our form."""
+    if not isinstance(answer, httpx.HTTPStatusError):
+        return False
+    try:
+        return bool(answer.response.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
 class Judge:
     """Compares pictures with those of the plain pipeline, each of which it draws once."""
 

@@ -5,6 +5,7 @@ FLUX of two shards; the plain pipeline in this process knows the right pictures.
 """
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -20,17 +21,20 @@ from ray import serve
 from rich.progress import Progress
 
 from serve_app.app import build_app
-from serve_app.bench.answers import Body, Judge, open_client, post
+from serve_app.bench.answers import Body, Judge, is_refusal, open_client, post
 from serve_app.bench.census import ask, take_census, until_idle, until_seated, work_again
 from serve_app.bench.door import Door
-from serve_app.bench.processes import TITLES, count_zombies, find_processes, is_alive, shared_memory_bytes
-from serve_app.bench.report import Row, report
+from serve_app.bench.processes import TITLES, Leavings, find_processes, is_alive
+from serve_app.bench.report import Row, report, write_rows
 from serve_app.bench.whole import PlainPipeline
 from serve_app.config import APP_NAME, AppConfig, parse_app_config
 
 PROCESSES = tuple(TITLES)
+WHO = (*PROCESSES, "client")
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGSTOP")
-WHEN = ("loaded", "idle")
+TWICE = ("starting", "serving")
+"""Loaded, and a second time when the successor is starting, or as soon as it serves."""
+WHEN = ("loaded", "idle", *TWICE)
 GROUP = ("rank 0", "rank 1")
 """They end together."""
 STOPPED_S = 20.0
@@ -53,6 +57,11 @@ class Cell:
     signal: str
     when: str
 
+    @property
+    def is_twice(self) -> bool:
+        """Who is only stopped has no successor."""
+        return self.when in TWICE and self.signal != "SIGSTOP"
+
 
 QUICK = (
     Cell("rank 0", "SIGTERM", "loaded"),
@@ -69,6 +78,7 @@ def run(*, cells: Sequence[Cell], with_killer: bool, with_leavers: bool, json_fi
         lost. grey_levels: the largest difference of a picture, new ones too, from the plain pipeline's.
     door_s: the longest that a new request waited for its picture, from the signal until all was as before; for a
         request that kills, until it was given up; for clients that leave, until their seats were free.
+    start_s: how long the app took to start in this run: what door_s is to be measured by.
     encoded_again, steps_again: work done twice, as far as the processes tell that live at the end.
     left_over: processes that should have ended and have not; for clients that leave, seats. zombies: processes
         that have ended since, but were not reaped. shm_bytes: what /dev/shm holds more than before.
@@ -76,16 +86,29 @@ def run(*, cells: Sequence[Cell], with_killer: bool, with_leavers: bool, json_fi
     config = _config()
     judge = Judge(PlainPipeline(config))
     rows: list[Row] = []
-    with _serving(config) as url, Progress() as progress:
+    with _serving(config) as (url, start_s), Progress() as progress:
         bench = Faults(url, judge)
         others = [bench.killer()] if with_killer else []
         others += [bench.leave()] if with_leavers else []
         task = progress.add_task("faults", total=len(cells) + len(others))
         for scenario in [*(bench.fault(cell) for cell in cells), *others]:
-            rows.append(asyncio.run(scenario))
+            rows.append({**asyncio.run(scenario), "start_s": start_s})
             progress.console.print(rows[-1])
             progress.advance(task)
-    report("faults, and what follows", rows, json_file)
+            if json_file is not None:
+                _keep(rows[-1], json_file)
+    report("faults, and what follows", rows, None)
+
+
+def _keep(row: Row, json_file: Path) -> None:
+    """Rows that the file has of other cells stay: all of them take an hour."""
+    rows = json.loads(json_file.read_text())["rows"] if json_file.exists() else []
+    others = [other for other in rows if _key(other) != _key(row)]
+    write_rows(sorted([*others, row], key=_key), json_file)
+
+
+def _key(row: Row) -> tuple[int, str, str]:
+    return WHO.index(str(row["process"])), str(row["when"]), str(row["signal"])
 
 
 class Faults:
@@ -96,7 +119,8 @@ class Faults:
 
     async def fault(self, cell: Cell) -> Row:
         """All requests that run have been encoded when it happens, and none is denoised."""
-        running = [_body(i) for i in range(NUM_REQUESTS)] if cell.when == "loaded" else []
+        running = [] if cell.when == "idle" else [_body(i) for i in range(NUM_REQUESTS)]
+        doomed = GROUP if cell.process in GROUP else (cell.process,)
         await until_idle()
         before, processes, leavings = await take_census(), find_processes(), Leavings.now()
         door = Door(self._url)
@@ -105,20 +129,31 @@ class Faults:
             await until_seated(len(running))
             async with door.knocked_at():
                 await _send(signal.Signals[cell.signal], processes[cell.process][0])
+                if cell.is_twice:
+                    await _send(signal.Signals[cell.signal], await self._successor(cell, processes, door))
                 answers = await asyncio.gather(*posts, return_exceptions=True)
-                doomed = GROUP if cell.process in GROUP else (cell.process,)
                 left_over = await _settle(processes, () if cell.signal == "SIGSTOP" else doomed)
         return {
             "process": cell.process,
             "signal": cell.signal,
             "when": cell.when,
-            "signals": 1,
+            "signals": 1 + cell.is_twice,
             **self._judged(running, answers, door),
             "door_s": door.shut_s,
             **work_again(before, await take_census(), running, door.sent),
             "left_over": left_over,
             **leavings.since(),
         }
+
+    async def _successor(self, cell: Cell, before: Mapping[str, Sequence[int]], door: Door) -> int:
+        """The process id of who takes the place of the first, when it has started, or when it serves."""
+        async with asyncio.timeout(SETTLE_S):
+            while not (new := set(find_processes()[cell.process]) - set(before[cell.process])):
+                await asyncio.sleep(0.02)
+        if cell.when == "serving":
+            await _settle(before, (cell.process,))
+            await door.answers_anew()
+        return new.pop()
 
     async def killer(self) -> Row:
         """Of eight requests, each time that one is at a step the transformer's process is killed."""
@@ -186,7 +221,7 @@ class Faults:
         row = dict(self._judge.judge(bodies, answers))
         new = [] if door is None else door.answered
         levels = self._judge.judge([body for body, _ in new], [picture for _, picture in new])["grey_levels"]
-        return row | {"refused": sum(map(_is_refusal, answers)), "grey_levels": max(row["grey_levels"], levels)}
+        return row | {"refused": sum(map(is_refusal, answers)), "grey_levels": max(row["grey_levels"], levels)}
 
 
 async def _send(number: signal.Signals, pid: int) -> None:
@@ -207,36 +242,6 @@ async def _settle(before: Mapping[str, Sequence[int]], doomed: Sequence[str]) ->
             break
         await asyncio.sleep(0.2)
     return sum(map(is_alive, pids))
-
-
-@dataclass(frozen=True)
-class Leavings:
-    """What processes leave behind that nobody clears away."""
-
-    zombies: int
-    shm_bytes: int
-
-    @classmethod
-    def now(cls) -> "Leavings":
-        return cls(count_zombies(), shared_memory_bytes())
-
-    def since(self) -> Row:
-        """What is there now that was not."""
-        now = Leavings.now()
-        return {
-            "zombies": max(0, now.zombies - self.zombies),
-            "shm_bytes": max(0, now.shm_bytes - self.shm_bytes),
-        }
-
-
-def _is_refusal(answer: bytes | BaseException) -> bool:
-    """A 5xx whose body is an error in our form."""
-    if not isinstance(answer, httpx.HTTPStatusError):
-        return False
-    try:
-        return bool(answer.response.json()["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return False
 
 
 async def _lines(client: httpx.AsyncClient, body: Body) -> AsyncGenerator[str]:
@@ -274,16 +279,17 @@ def _config() -> AppConfig:
 
 
 @contextmanager
-def _serving(config: AppConfig) -> Iterator[str]:
-    """The app on a private Ray and a free port."""
+def _serving(config: AppConfig) -> Iterator[tuple[str, float]]:
+    """The app on a private Ray and a free port; the seconds that its replicas took to start, all at once."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
+        began = time.perf_counter()
         serve.run(build_app(config), name=APP_NAME)
-        yield f"http://127.0.0.1:{port}"
+        yield f"http://127.0.0.1:{port}", time.perf_counter() - began
     finally:
         serve.shutdown()
         ray.shutdown()

@@ -2,7 +2,10 @@
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+
+from serve_app.bench.report import Row
 
 TITLES = {
     "encoder": "ray::ServeReplica:relay:Encoder",
@@ -31,6 +34,26 @@ def find_processes() -> dict[str, list[int]]:
 def count_zombies() -> int:
     """Processes of anybody that have ended and are not reaped; orphans are the child of the machine's first."""
     return sum(_status(pid)[0] == "Z" for pid in _all_pids())
+
+
+@dataclass(frozen=True)
+class Leavings:
+    """What processes leave behind that nobody clears away."""
+
+    zombies: int
+    shm_bytes: int
+
+    @classmethod
+    def now(cls) -> "Leavings":
+        return cls(count_zombies(), shared_memory_bytes())
+
+    def since(self) -> Row:
+        """What is there now that was not."""
+        now = Leavings.now()
+        return {
+            "zombies": max(0, now.zombies - self.zombies),
+            "shm_bytes": max(0, now.shm_bytes - self.shm_bytes),
+        }
 
 
 def is_alive(pid: int) -> bool:

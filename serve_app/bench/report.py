@@ -20,4 +20,10 @@ def report(title: str, rows: Sequence[Row], json_file: Path | None) -> None:
         table.add_row(*(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row.values()))
     Console().print(table)
     if json_file is not None:
-        json_file.write_text(json.dumps({"machine": machine, "rows": list(rows)}, indent=1) + "\n")
+        write_rows(rows, json_file)
+
+
+def write_rows(rows: Sequence[Row], json_file: Path) -> None:
+    """With the machine that they are of: this one."""
+    document = {"machine": describe_machine(), "rows": list(rows)}
+    json_file.write_text(json.dumps(document, indent=1) + "\n")

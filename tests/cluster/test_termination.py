@@ -5,13 +5,17 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
+from ray._common.utils import import_attr
+from ray.exceptions import RayActorError
 
-from cluster.termination import DrainOnSigterm, ToldToGo
+from cluster.termination import DrainOnSigterm, ToldToGo, exit_on_sigterm
+from serve_app.ray_environment import RAY_ENVIRONMENT
 
 ROOT = Path(__file__).parent.parent.parent
 PROGRAM = """
@@ -70,6 +74,38 @@ def test_a_replica_that_got_one_is_unhealthy_and_serves_on(ray_cluster: None) ->
         pass
     assert ray.get([running, replica.serve.remote()]) == ["served", "served"]
     ray.kill(replica)
+
+
+class Controller:
+    """Like Serve's: a call that waits for news runs in it always."""
+
+    def __init__(self) -> None:
+        exit_on_sigterm()
+
+    async def pid(self) -> int:
+        return os.getpid()
+
+    async def listen(self) -> None:
+        await asyncio.Event().wait()
+
+
+@pytest.mark.slow
+def test_a_controller_that_got_one_is_started_anew_though_calls_run_in_it(ray_cluster: None) -> None:
+    actor = ray.remote(Controller).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
+    pid = ray.get(actor.pid.remote())
+    listening = actor.listen.remote()
+    os.kill(pid, signal.SIGTERM)
+    deadline = time.monotonic() + 20
+    while ray.get(actor.pid.remote(), timeout=20) == pid:
+        assert time.monotonic() < deadline
+    ray.kill(actor)
+    with pytest.raises(RayActorError):
+        ray.get(listening)
+
+
+def test_serves_controller_loads_it() -> None:
+    path = RAY_ENVIRONMENT["RAY_SERVE_CONTROLLER_CALLBACK_IMPORT_PATH"]
+    assert import_attr(path) is exit_on_sigterm
 
 
 def test_outside_of_rays_processes_nothing_is_changed() -> None:
