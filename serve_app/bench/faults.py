@@ -64,9 +64,8 @@ class Cell:
 
 
 QUICK = (
-    Cell("rank 0", "SIGTERM", "loaded"),
     Cell("rank 1", "SIGTERM", "loaded"),
-    Cell("encoder", "SIGKILL", "loaded"),
+    Cell("encoder", "SIGTERM", "loaded"),
     Cell("HTTP proxy", "SIGTERM", "idle"),
 )
 
