@@ -71,11 +71,24 @@ def load_app_config(path: Path) -> AppConfig:
     return parse_app_config(ours[0].get("args") or {}, source=str(path))
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Of a key that is there twice, YAML would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                problem = f"the key {key.value!r} is there twice"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+        return super().construct_mapping(node, deep)
+
+
 def read_serve_file(path: Path) -> dict[str, Any]:
     """The YAML of a Serve config. Raises ConfigError where there is no such file, or it is no YAML."""
     try:
         text = path.read_text(encoding="utf-8-sig")
-        config = yaml.safe_load(text)
+        config = yaml.load(text, Loader=_UniqueKeys)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
@@ -91,7 +104,8 @@ def read_serve_file(path: Path) -> dict[str, Any]:
 def find_our_applications(path: Path, config: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Those that serve a checkpoint. Raises ConfigError where applications are none."""
     applications = config.get("applications")
-    if not isinstance(applications, list) or not all(isinstance(each, dict) for each in applications):
+    is_list = isinstance(applications, list) and all(isinstance(each, dict) for each in applications)
+    if not (is_list and applications):
         raise ConfigError(
             f"{path}: not a Ray Serve config with applications, a list of name, import_path and args"
         )

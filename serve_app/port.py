@@ -26,6 +26,8 @@ def url_of(host: str, port: int) -> str:
 
 def find_port_fault(host: str, port: int) -> str | None:
     """One sentence, or None if the port is free."""
+    if not 1 <= port <= 65535:
+        return f"http_options.port must be between 1 and 65535, got {port}"
     try:
         found = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except socket.gaierror as error:

@@ -85,6 +85,8 @@ def test_every_mistake_is_a_line_with_its_place(config: Path, old: str, new: str
         ("applications: [\n", ", line 2, column 1: "),
         ("", ": not a Ray Serve config"),
         ("applications: 3", ": not a Ray Serve config with applications"),
+        ("applications: []", ": not a Ray Serve config with applications"),
+        ("http_options:\n  port: 1\n  port: 2", ", line 3, column 3: the key 'port' is there twice"),
     ],
 )
 def test_what_is_no_config_is_told_with_its_line(config: Path, text: str, told: str) -> None:
@@ -131,6 +133,12 @@ def test_weights_that_are_not_whole_are_told_before_anything_starts(config: Path
     config.write_text(QUICKSTART.replace("embedded://shapes", str(folder)))
     [line] = mistakes(config)
     assert line.startswith(f"{config}: {weights} is cut short: it has ")
+
+
+@pytest.mark.parametrize("port", [-1, 0, 70000])
+def test_a_port_that_cannot_be_is_told(config: Path, port: int) -> None:
+    config.write_text(QUICKSTART.replace("port: 8000", f"port: {port}"))
+    assert mistakes(config) == [f"http_options.port must be between 1 and 65535, got {port}"]
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
