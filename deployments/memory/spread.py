@@ -5,6 +5,7 @@ them, on the CPU and on disk.
 import tempfile
 import weakref
 from collections.abc import Mapping
+from typing import Any
 
 import accelerate
 from accelerate.utils import get_balanced_memory, send_to_device
@@ -34,7 +35,8 @@ def spread_models(models: Mapping[str, nn.Module], config: SpreadConfig) -> None
     device_map = accelerate.infer_auto_device_map(together, memory, no_split_module_classes=whole)
     for name, model in models.items():
         _dispatch(model, _part_of(device_map, name))
-    first = next(iter(models.values()))._hf_hook.execution_device
+    hook: Any = next(iter(models.values()))._hf_hook
+    first = hook.execution_device
     for model in models.values():  # pipelines join what several encoders return
         model.register_forward_hook(lambda _model, _inputs, output: send_to_device(output, first))
 
