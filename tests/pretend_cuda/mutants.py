@@ -28,6 +28,7 @@ VRAM_LIMIT, TRANSPORT = "deployments/memory/vram_limit.py", "cluster/transport.p
 TEST_VRAM_LIMIT = "tests/deployments/memory/test_vram_limit.py"
 TEST_GLOO = "tests/cluster/test_transport.py::test_gloo_brings_tensors_between_two_ranks_of_one_gpu"
 TEST_GPU = "tests/deployments/stages/test_on_gpu.py::test_a_gpu_gives_what_the_cpu_gives"
+TEST_REQUESTS = "tests/deployments/stages/test_request_stream.py"
 
 MUTANTS = (
     Mutant(
@@ -91,14 +92,14 @@ MUTANTS = (
         ENGINE,
         r"accelerator\.use_here\(.*",
         "pass",
-        f"{TEST_GPU}[sd15]",
+        f"{TEST_REQUESTS}::test_what_a_request_is_at_work_on_is_not_used_again_by_anothers_forward",
     ),
     Mutant(
         "requests on the stream that computes",
         "deployments/stages/denoise.py",
         r"self\._stream = .*",
         "self._stream = None",
-        "tests/deployments/stages/test_request_stream.py::test_what_a_request_waits_for_is_its_own[flux]",
+        f"{TEST_REQUESTS}::test_what_a_request_waits_for_is_its_own[flux]",
     ),
     Mutant(
         "a replica that stays without its GPU",
