@@ -1,6 +1,7 @@
 """The packages' arrows: serve_app -> deployments -> cluster, and who may import what."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -89,3 +90,9 @@ def test_the_ray_side_imports_no_torch(module: str) -> None:
     program = f"import sys, {module}; print([name for name in {heavy} if name in sys.modules])"
     run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_one_file_alone_knows_what_kinds_of_accelerators_torch_has() -> None:
+    kinds = re.compile(r"torch\.(cuda|xpu|mps|accelerator)\.")
+    found = {str(path.relative_to(ROOT)) for path in FILES if kinds.search(path.read_text())}
+    assert found == {"cluster/accelerator.py"}

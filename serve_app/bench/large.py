@@ -16,6 +16,7 @@ import transformers
 
 from cluster import accelerator
 from deployments.checkpoints.source import fetch_checkpoint
+from serve_app.bench.draw import write_weights
 
 Settings = Mapping[str, Any]
 
@@ -76,17 +77,57 @@ PUBLISHED: Mapping[str, Mapping[str, Settings]] = {
 """By family and component, what differs from the tiny checkpoint: FLUX.1-dev, Qwen-Image."""
 
 
-def write_large(family: str, folder: Path, sizes: Mapping[str, Settings], device: torch.device) -> None:
-    """A checkpoint in diffusers' layout: 34 GB for FLUX, 57 GB for Qwen-Image. Weights are drawn on `device`."""
+MEMORY_FOLDER = Path("/dev/shm")
+SPARE_BYTES = 10 * 2**30
+"""Of host memory, beside what is written there and a pinned copy of it: for processes, and for what is loaded."""
+
+
+def write_large(
+    family: str,
+    folder: Path,
+    sizes: Mapping[str, Settings],
+    device: torch.device,
+    *,
+    in_memory: Path | None = None,
+    deadline: float | None = None,
+) -> None:
+    """A checkpoint in diffusers' layout: 34 GB for FLUX, 57 GB for Qwen-Image. Weights are drawn on `device`.
+
+    in_memory: a folder of host memory, for components that it has room for. Raises OSError where none has room,
+    OutOfTime at `deadline`.
+    """
     tiny = fetch_checkpoint(f"tiny://{family}", ())
     shutil.copytree(tiny, folder)
     for name, settings in sizes.items():
         shutil.rmtree(folder / name)
-        with _in_bf16(), device:
+        with _in_bf16(), torch.device("meta"):
             model = build_model(tiny, name, settings)
-        model.save_pretrained(folder / name)
-        del model
+        num_bytes = sum(parameter.nbytes for parameter in model.parameters())
+        place = _find_room(name, num_bytes, folder, in_memory) / name
+        write_weights(model, place, device, deadline=deadline)
+        if place.parent != folder:
+            (folder / name).symlink_to(place)
         accelerator.empty_cache(device)
+
+
+def _find_room(name: str, num_bytes: int, folder: Path, in_memory: Path | None) -> Path:
+    """Host memory must have room for it twice: as it is written, and as its stage keeps it."""
+    room = (_available_bytes() - SPARE_BYTES) // 2
+    if in_memory is not None and min(room, shutil.disk_usage(in_memory).free) > num_bytes:
+        return in_memory
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise OSError(
+            f"{name} takes {num_bytes / 1e9:.0f} GB: {folder} has {free / 1e9:.0f} GB free, and host memory no "
+            "room for it and a copy; set TMPDIR to a larger disk"
+        )
+    return folder
+
+
+def _available_bytes() -> int:
+    """Of host memory, caches that can be dropped included, as Linux counts."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return int(dict(line.split(":") for line in lines)["MemAvailable"].split()[0]) * 2**10
 
 
 def build_model(tiny: Path, name: str, settings: Settings) -> Any:

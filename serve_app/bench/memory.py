@@ -9,11 +9,15 @@ switching_s  per picture, for weights to come and go by turns
 
 import csv
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 from rich.progress import track
@@ -112,18 +116,23 @@ def run(
 
 
 def measure(case: Mapping[str, Any], timeout_s: float | None = None) -> dict[str, Any]:
-    """In a process that ends with it, so that no way inherits another's memory."""
+    """In a process that ends with it, so that no way inherits another's memory. What fails is an `error`."""
     command = [sys.executable, "-m", "serve_app.bench.memory_case"]
+    with subprocess.Popen(
+        command, stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            output, errors = process.communicate(json.dumps(case), timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            return {"error": f"not done within {timeout_s:.0f} s"}
+        finally:
+            with suppress(ProcessLookupError):  # compilers that it has started would hold its output open
+                os.killpg(process.pid, signal.SIGKILL)
     try:
-        done = subprocess.run(
-            command, input=json.dumps(case), capture_output=True, text=True, check=False, timeout=timeout_s
-        )
-    except subprocess.TimeoutExpired:
-        return {"error": f"not done within {timeout_s:.0f} s"}
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        return {"error": lines[-1][:200]}
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        result: dict[str, Any] = json.loads(output.splitlines()[-1])
+    except (IndexError, ValueError):
+        lines = errors.strip().splitlines() or ["without a word"]
+        return {"error": f"exit status {process.returncode}: {lines[-1][:200]}"}
     return result
 
 

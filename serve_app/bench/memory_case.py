@@ -7,6 +7,7 @@ import resource
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -155,4 +156,9 @@ def _most_resident_bytes() -> int:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Exception as error:  # the caller's table has a row for it
+        traceback.print_exc()
+        first_line = str(error).strip().partition("\n")[0]
+        print(json.dumps({"error": f"{type(error).__name__}: {first_line}"}))

@@ -333,3 +333,31 @@ def test_gloo_brings_tensors_between_two_ranks_of_one_gpu(threads: ThreadPoolExe
     first.send(Message(0, body))
     assert_same(receiving.result(SOON_S).body, body)
     first.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.pretended_gpu  # whose memory is as full as it is made
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_over_nccl_what_finds_no_room_fails_alone(threads: ThreadPoolExecutor) -> None:
+    """In pieces, of which the receiver keeps none; the ring goes on."""
+    here, there = torch.device("cuda", 0), torch.device("cuda", 1)
+    store = open_store(HOST, 2)
+    joining = threads.submit(
+        lambda: GroupTransport(1, 2, join_store(HOST, store.port, 2), backend="nccl", device=there)
+    )
+    first = GroupTransport(0, 2, store, backend="nccl", device=here)
+    second = joining.result(SOON_S)
+    body = torch.arange(3 * 2**22 + 5, device=here, dtype=torch.int32)
+    torch.cuda.synchronize()
+    total = torch.cuda.get_device_properties(there).total_memory
+    torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_allocated(there) / total, there)
+    receiving = threads.submit(second.receive)
+    first.send(Message(0, body))
+    message = receiving.result(SOON_S)
+    torch.cuda.set_per_process_memory_fraction(1.0, there)
+    assert (message.batch_id, message.body) == (0, None)
+    assert isinstance(message.error, torch.OutOfMemoryError)
+    receiving = threads.submit(second.receive)
+    first.send(Message(1, body))
+    assert torch.equal(receiving.result(SOON_S).body.cpu(), body.cpu())
+    first.close()

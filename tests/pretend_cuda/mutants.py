@@ -23,10 +23,12 @@ class Mutant:
         path.write_text(changed)
 
 
+ENGINE = "deployments/engine/engine.py"
 VRAM_LIMIT, TRANSPORT = "deployments/memory/vram_limit.py", "cluster/transport.py"
 TEST_VRAM_LIMIT = "tests/deployments/memory/test_vram_limit.py"
 TEST_GLOO = "tests/cluster/test_transport.py::test_gloo_brings_tensors_between_two_ranks_of_one_gpu"
 TEST_GPU = "tests/deployments/stages/test_on_gpu.py::test_a_gpu_gives_what_the_cpu_gives"
+TEST_REQUESTS = "tests/deployments/stages/test_request_stream.py"
 
 MUTANTS = (
     Mutant(
@@ -77,6 +79,34 @@ MUTANTS = (
         r"accelerator\.synchronize_stream\(self\._device\)",
         "pass",
         "tests/cluster/test_ring.py::test_two_ranks_of_one_gpu_compute_what_one_would",
+    ),
+    Mutant(
+        "a forward that does not wait for its inputs",
+        ENGINE,
+        r"accelerator\.queue_after\(.*",
+        "pass",
+        f"{TEST_GPU}[sd15]",
+    ),
+    Mutant(
+        "a prediction without record_stream",
+        ENGINE,
+        r"accelerator\.use_here\(.*",
+        "pass",
+        f"{TEST_REQUESTS}::test_what_a_request_is_at_work_on_is_not_used_again_by_anothers_forward",
+    ),
+    Mutant(
+        "requests on the stream that computes",
+        "deployments/stages/denoise.py",
+        r"self\._stream = .*",
+        "self._stream = None",
+        f"{TEST_REQUESTS}::test_what_a_request_waits_for_is_its_own[flux]",
+    ),
+    Mutant(
+        "a replica that stays without its GPU",
+        "deployments/memory/keeper.py",
+        r"return accelerator\.is_lost\(.*",
+        "return False",
+        "tests/deployments/test_replica.py",
     ),
     Mutant(
         "a share without a cap",

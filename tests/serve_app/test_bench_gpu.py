@@ -1,19 +1,26 @@
 """`relay bench gpu`: every way is a config that stands, sizes are the published ones, and bounds are judged."""
 
+import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
 import pytest
 import torch
 from diffusers import ModelMixin
+from safetensors.torch import load_file
 
 from deployments.checkpoints.source import fetch_checkpoint
 from deployments.config import EncoderConfig, TransformerConfig, VaeConfig
+from serve_app.bench.draw import OutOfTime
 from serve_app.bench.gpu import WAYS, Way, judge
 from serve_app.bench.large import PUBLISHED, Settings, build_model, write_large
+from serve_app.bench.memory import measure
 
 GIB = 1024.0
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(("family", "name"), [(family, name) for family in WAYS for name in WAYS[family]])
@@ -49,13 +56,65 @@ def test_every_model_of_published_size_can_be_built(family: str, name: str, sett
     assert sum(parameter.numel() for parameter in model.parameters()) > 5e7
 
 
-def test_a_checkpoint_of_other_sizes_is_written_in_bf16(tmp_path: Path) -> None:
-    sizes = {"transformer": {"num_layers": 1}, "text_encoder_2": {"num_layers": 3}}
-    write_large("flux", tmp_path / "flux", sizes, torch.device("cpu"))
+SMALL: dict[str, dict[str, Any]] = {
+    "transformer": {"num_layers": 1},
+    "text_encoder": {"num_hidden_layers": 1},
+    "text_encoder_2": {"num_layers": 3},
+    "vae": {"layers_per_block": 2},
+}
+
+
+def test_a_checkpoint_of_other_sizes_is_written_in_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In parts, and some of it in a second place, as host memory is."""
+    monkeypatch.setattr("serve_app.bench.draw.PART_BYTES", 100_000)
+    memory = tmp_path / "memory"
+    memory.mkdir()
+    write_large("flux", tmp_path / "flux", SMALL, torch.device("cpu"), in_memory=memory)
+    assert {path.name for path in memory.iterdir()} == SMALL.keys()
+    assert len(list((memory / "transformer").glob("*.safetensors"))) > 1
     pipe: Any = diffusers.FluxPipeline.from_pretrained(tmp_path / "flux", dtype=torch.bfloat16)
     assert len(pipe.transformer.transformer_blocks) == 1
     assert len(pipe.text_encoder_2.encoder.block) == 3
     assert torch.get_default_dtype() == torch.float32
+    stored = load_file(next((memory / "transformer").glob("*.safetensors")))
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+
+
+def test_what_is_written_draws_finite_pictures(tmp_path: Path) -> None:
+    write_large("qwen-image", tmp_path / "qwen", {"transformer": {}, "text_encoder": {}, "vae": {}}, CPU)
+    pipe: Any = diffusers.QwenImagePipeline.from_pretrained(tmp_path / "qwen", dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    pixels = pipe("a cat", width=64, height=64, num_inference_steps=2, output_type="pt").images
+    assert pixels.isfinite().all()
+    assert pixels.std() > 0
+
+
+def test_what_finds_no_room_says_how_much_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=0))
+    with pytest.raises(OSError, match=r"transformer takes .* GB: .* has 0 GB free.* set TMPDIR"):
+        write_large("flux", tmp_path / "flux", SMALL, CPU, in_memory=tmp_path)
+
+
+def test_writing_ends_in_time(tmp_path: Path) -> None:
+    with pytest.raises(OutOfTime, match="FluxTransformer2DModel is not written in time"):
+        write_large("flux", tmp_path / "flux", SMALL, CPU, deadline=0.0)
+
+
+def test_a_way_that_takes_too_long_is_cut_off_with_all_that_it_has_started(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A compiler of its own would hold its output open."""
+    slow = tmp_path / "slow"
+    slow.write_text("#!/bin/sh\nsleep 60 &\nsleep 60\n")
+    slow.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(slow))
+    began = time.monotonic()
+    assert measure({}, timeout_s=0.5) == {"error": "not done within 0 s"}
+    assert time.monotonic() - began < 10
+
+
+def test_a_way_tells_the_published_figure() -> None:
+    assert Way({}, most_gib=14.9, faster_than=("nf4", 1.26)).published == "14.9 GiB, 1.26 times as fast as nf4"
 
 
 @pytest.mark.parametrize(

@@ -107,3 +107,22 @@ def allocated_bytes() -> int:
     """Without the workspaces of cuBLAS, which are larger than the tiny model."""
     torch._C._cuda_clearCublasWorkspaces()
     return torch.cuda.memory_allocated()
+
+
+def test_8_bit_layers_say_nothing_at_their_forwards(caplog: pytest.LogCaptureFixture) -> None:
+    """bitsandbytes warns of bfloat16, per layer: 14,000 lines a picture of FLUX."""
+    stage = Stage(quantization="int8")
+    stage.draw()
+    stage.denoising.close()
+    assert not [record for record in caplog.records if record.name.startswith("bitsandbytes")]
+
+
+def test_quantised_layers_are_weighed_once_and_have_no_device_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To be asked for their scales they wait for the GPU, one layer after another."""
+    stage = Stage(quantization={"kind": "nf4", "double_quant": True})
+    [before] = stage.denoising.stats().ranks
+    monkeypatch.setattr(stage.denoising.loaded.shard.model, "state_dict", lambda **_: pytest.fail("asked again"))
+    [after] = stage.denoising.stats().ranks
+    stage.denoising.close()
+    assert after.memory.weights_bytes == before.memory.weights_bytes
+    assert before.device_map is None

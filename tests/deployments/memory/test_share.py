@@ -99,3 +99,19 @@ def test_who_takes_more_than_its_share_fails_alone() -> None:
         assert torch.empty(GIB // 2, dtype=torch.uint8, device=device).nbytes == GIB // 2, "the process goes on"
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_libraries_that_threads_share_are_loaded_before_there_are_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wan's scheduler solves equations in each request's thread, and torch fails where two load its solver."""
+    solved: list[str] = []
+    solve = torch.linalg.solve
+
+    def noted(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        solved.append(left.device.type)
+        return solve(left, right)
+
+    monkeypatch.setattr(torch.linalg, "solve", noted)
+    take_share(StageConfig(num_gpus=1), torch.device("cuda"))
+    assert solved == ["cuda"]

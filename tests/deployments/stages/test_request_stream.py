@@ -1,5 +1,6 @@
 """Requests have a stream of their own: who waits for a copy of his own does not wait for another's forward."""
 
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -37,21 +38,24 @@ class Forwards:
 class Stage:
     """The denoise stage on a GPU, and embeddings for it."""
 
-    def __init__(self, family: str) -> None:
+    def __init__(self, family: str, **settings: Any) -> None:
         model = ModelConfig(name="tiny", checkpoint=f"tiny://{family}", family=family)
         tokens = 64 if FAMILIES[family].max_sequence_length else None
         encoding = load_stage("encode", model, EncoderConfig(max_sequence_length=tokens))
         self._request = replace(build_request(family), num_inference_steps=3)
         self._embeds = encoding.encode(self._request.prompt)
-        self.denoising = load_stage("denoise", model, TransformerConfig(num_gpus=1))
+        self.denoising = load_stage("denoise", model, TransformerConfig(num_gpus=1, **settings))
         self.denoising.connect(None, pytest.fail)
 
-    def draw(self) -> None:
+    def draw(self) -> torch.Tensor:
         seat = self.denoising.join()
         try:
-            self.denoising.denoise(seat, self._embeds, self._request, on_step=lambda *_: None)
+            latents: torch.Tensor = self.denoising.denoise(
+                seat, self._embeds, self._request, on_step=lambda *_: None
+            )
         finally:
             self.denoising.leave(seat)
+        return latents
 
 
 @pytest.mark.parametrize("family", ["flux", "sd15", "wan"])
@@ -74,6 +78,29 @@ def test_what_a_request_waits_for_is_its_own(family: str, monkeypatch: pytest.Mo
     stage.denoising.close()
     assert len(waited) > 3
     assert not any(waited)
+
+
+def test_what_a_request_is_at_work_on_is_not_used_again_by_anothers_forward(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A prediction that its request lets go of while the GPU still reads it: the next forward has other memory."""
+    stage = Stage("flux")
+    engine = stage.denoising.engine
+    forward = engine.forward
+
+    def lets_go(*args: Any) -> torch.Tensor:
+        prediction: torch.Tensor = forward(*args)
+        time.sleep(0.05)  # until the engine has let go of it
+        used = prediction.clone()
+        del prediction
+        with torch.cuda.stream(torch.cuda.default_stream()):
+            torch.empty(1, device="cuda")
+        return used
+
+    expected = stage.draw()
+    monkeypatch.setattr(engine, "forward", lets_go)
+    assert torch.equal(stage.draw(), expected)
+    stage.denoising.close()
 
 
 def test_a_request_whose_own_tensors_find_no_room_is_told_so() -> None:
