@@ -183,7 +183,7 @@ def test_all_mistakes_are_told_at_once() -> None:
 
 
 def test_a_file_without_an_application_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "x.yaml").write_text("applications: []")
+    (tmp_path / "x.yaml").write_text("applications: [{import_path: 'other:app'}]")
     with pytest.raises(
         ConfigError, match=r"x\.yaml: one application must have import_path: serve_app\.app:build_app, got none"
     ):
