@@ -62,8 +62,9 @@ inline void take_room(int device, int64_t num_bytes) {
 }
 
 inline void free_block(void* context) {
-  std::lock_guard<std::recursive_mutex> hold(lock);
   auto* block = static_cast<Block*>(context);
+  const at::Tensor owner = std::move(block->owner);  // goes after the lock
+  std::lock_guard<std::recursive_mutex> hold(lock);
   for (auto& [stream, at] : block->used)
     if (!block->recorded.count(stream) && !order.is_ordered(block->stream, {stream, at}))
       freed_early[block->stream].push_back(
@@ -71,7 +72,7 @@ inline void free_block(void* context) {
            ", is used again, and " + name_of(stream) + " may not be done with it: no record_stream"});
   cards[block->device].live -= block->num_bytes;
   blocks.erase(block->data);
-  if (!block->owner.defined()) std::free(block->data);
+  if (!owner.defined()) std::free(block->data);
   delete block;
 }
 

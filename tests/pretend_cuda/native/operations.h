@@ -83,12 +83,13 @@ inline Tensor& copy_(Tensor& to, const Tensor& from, bool non_blocking) {
   if (to.numel() == 0 && from.numel() == 0) return to;
   Stream target = stream_of((to.is_cuda() ? to : from).device().index());
   Stream stream = stream_of((from.is_cuda() ? from : to).device().index());
-  std::lock_guard<std::recursive_mutex> hold(lock);
+  std::unique_lock<std::recursive_mutex> hold(lock);
   if (stream != target) order.wait(stream, order.reached(target));
   Use use{stream, order.launch(stream)};
   if (from.is_cuda()) touch(from, false, "a copy from it", use);
   if (to.is_cuda()) touch(to, true, "a copy to it", use);
   if (stream != target) order.wait(target, order.reached(stream));
+  hold.unlock();  // a handle of a tensor that goes may wait for Python
   if (to.is_cuda() && from.is_cuda()) on_cpu(to).copy_(on_cpu(from));
   else copy_between_host_and_device(to, from, non_blocking, use);
   return to;
