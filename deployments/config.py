@@ -175,6 +175,11 @@ class SpreadConfig(StageConfig):
 class EncoderConfig(SpreadConfig):
     """The text encoders."""
 
+    cache_mib: float = Field(512.0, ge=0, description="embeddings kept per replica, in MiB; 0: none")
+    max_sequence_length: int | None = Field(
+        None, ge=1, le=1024, description="text tokens per prompt; None: the family's"
+    )
+
     @model_validator(mode="after")
     def _check_spread(self) -> Self:
         if self.device_map is not None and self.quantization is not None:
@@ -183,11 +188,6 @@ class EncoderConfig(SpreadConfig):
                 "out device_map"
             )
         return self
-
-    cache_mib: float = Field(512.0, ge=0, description="embeddings kept per replica, in MiB; 0: none")
-    max_sequence_length: int | None = Field(
-        None, ge=1, le=1024, description="text tokens per prompt; None: the family's"
-    )
 
 
 class TransformerConfig(SpreadConfig):

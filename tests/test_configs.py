@@ -20,7 +20,7 @@ from deployments.plan.place import place
 from deployments.plan.plan import StageConfigs, demands_of
 from deployments.plan.sizes import default_size
 from serve_app.app import build_app, build_validator, resolve_family
-from serve_app.config import ConfigError, load_app_config, parse_app_config
+from serve_app.config import ConfigError, load_app_config, parse_app_config, read_serve_file
 from serve_app.config_docs import render_config_docs
 from tests.relay_server import left_over
 
@@ -180,6 +180,11 @@ def test_all_mistakes_are_told_at_once() -> None:
         parse_app_config({"model": MODEL, "vae": {"dtype": "x"}, "encoder": {"device": "tpu"}})
     assert "vae.dtype" in str(refused.value)
     assert "encoder.device" in str(refused.value)
+
+
+def test_what_is_merged_into_a_mapping_may_be_said_anew_in_it(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("a: &a {k: 1}\nz: [[{b: &b {<<: *a, k: 2}}]]\nc: {<<: *b, k: 3}\n")
+    assert read_serve_file(tmp_path / "x.yaml")["c"] == {"k": 3}
 
 
 def test_a_file_without_an_application_is_refused(tmp_path: Path) -> None:
