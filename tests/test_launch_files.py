@@ -22,6 +22,7 @@ from ray.serve.schema import ServeDeploySchema
 from cluster.serve_options import plan_serve_options
 from deployments.config import StageConfig
 from serve_app.config import AppConfig, load_app_config, parse_app_config
+from serve_app.ray_environment import RAY_ENVIRONMENT
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "cluster" / "launch"
@@ -307,3 +308,16 @@ def test_the_images_command_serves_the_quickstart_to_the_outside() -> None:
     assert (program, name, options) == ("relay", "serve", ["--host", "0.0.0.0"])
     assert config == "configs/quickstart.yaml"
     assert (ROOT / config).exists()
+
+
+ONE_MACHINE_ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"}
+"""It binds Ray to loopback: not for the nodes of a cluster."""
+
+
+@pytest.mark.parametrize("file", ["Makefile", "cluster/launch/Dockerfile", "cluster/launch/cluster.yaml"])
+def test_whoever_starts_ray_gives_it_the_same_environment(file: str) -> None:
+    text = re.sub(r"[ \t]*=[ \t]*", "=", (ROOT / file).read_text())
+    left_out = set() if file == "Makefile" else ONE_MACHINE_ALONE
+    expected = {f"{name}={value}" for name, value in RAY_ENVIRONMENT.items() if name not in left_out}
+    assert expected
+    assert {each for each in expected if each not in text} == set()
