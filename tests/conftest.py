@@ -65,10 +65,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: item.path.name != "test_faults.py")  # or one process would wait for it at the end
 
 
-def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
     if not isinstance(item, Pretended):
         return None
     item.tell()
+    item.session._setupstate.teardown_exact(nextitem)  # the test before left what this one's folder has in common
     return True
 
 

@@ -1,5 +1,9 @@
 """What of the suite runs on the pretended device, and what is said where it cannot be built."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from tests.pretend_cuda import build as building
@@ -17,3 +21,15 @@ def test_without_a_compiler_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(building, "COMPILER", "no-such-compiler")
     with pytest.raises(building.NoCompiler, match="is built with no-such-compiler, and there is none: install it"):
         building.build()
+
+
+def test_after_a_test_on_the_pretended_gpu_nothing_is_left_of_the_one_before() -> None:
+    share = "tests/deployments/memory/test_share.py"
+    chosen = [
+        f"{share}::test_who_has_a_whole_gpu_has_all_of_it_without_a_cap",
+        f"{share}::test_who_takes_more_than_its_share_fails_alone",
+        f"{Path(__file__).relative_to(ROOT)}::test_without_a_compiler_the_reason_is_told",
+    ]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *chosen]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert ran.returncode == 0, ran.stdout
