@@ -1,42 +1,38 @@
-"""Embeddings of prompts seen lately."""
+"""What text encoders made of texts seen lately."""
 
+import threading
 from collections import OrderedDict
-from typing import TYPE_CHECKING
-
-from deployments.request import Prompt
-
-if TYPE_CHECKING:
-    from deployments.families.family import Embeds
+from collections.abc import Hashable
+from typing import Any
 
 
 class EmbeddingCache:
-    """Least recently used first out, bounded by the tensors' bytes. Not thread-safe: for one event loop."""
+    """Least recently used first out, bounded by the tensors' bytes. Thread-safe."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._entries: OrderedDict[Prompt, Embeds] = OrderedDict()
+        self._entries: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
+        self._lock = threading.Lock()
         self.num_bytes = 0
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def get(self, prompt: Prompt) -> "Embeds | None":
-        embeds = self._entries.get(prompt)
-        if embeds is not None:
-            self._entries.move_to_end(prompt)
-        return embeds
+    def get(self, key: Hashable) -> Any:
+        """What was put there, or None."""
+        with self._lock:
+            if key not in self._entries:
+                return None
+            self._entries.move_to_end(key)
+            return self._entries[key][0]
 
-    def put(self, prompt: Prompt, embeds: "Embeds") -> None:
-        """Keep embeds, at the expense of the oldest. What is larger than the whole cache is not kept."""
-        if prompt in self._entries or num_bytes(embeds) > self._max_bytes:
-            return
-        self._entries[prompt] = embeds
-        self.num_bytes += num_bytes(embeds)
-        while self.num_bytes > self._max_bytes:
-            _, oldest = self._entries.popitem(last=False)
-            self.num_bytes -= num_bytes(oldest)
-
-
-def num_bytes(embeds: "Embeds") -> int:
-    """Of all its tensors."""
-    return sum(value.nbytes for value in embeds.values() if value is not None)
+    def put(self, key: Hashable, value: Any, num_bytes: int) -> None:
+        """Keep it, at the expense of the oldest. What is larger than the whole cache is not kept."""
+        with self._lock:
+            if key in self._entries or num_bytes > self._max_bytes:
+                return
+            self._entries[key] = value, num_bytes
+            self.num_bytes += num_bytes
+            while self.num_bytes > self._max_bytes:
+                _, (_, oldest_bytes) = self._entries.popitem(last=False)
+                self.num_bytes -= oldest_bytes

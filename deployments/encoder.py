@@ -1,4 +1,4 @@
-"""The encode stage's deployment: prompts in, embeddings out, repeated prompts from memory."""
+"""The encode stage's deployment: texts in, embeddings out, repeated texts from memory."""
 
 import asyncio
 import os
@@ -7,17 +7,15 @@ from typing import TYPE_CHECKING
 
 from cluster.metrics import StageMetrics, export_regularly
 from deployments.config import EncoderConfig, ModelConfig
-from deployments.embedding_cache import EmbeddingCache, num_bytes
 from deployments.lane import Lane
 from deployments.refusal import raised_in
 from deployments.replica import StageReplica
-from deployments.request import Conditioning, Prompt
+from deployments.request import Conditioning, GenerationRequest, num_bytes
 from deployments.stages import load_stage
 from deployments.stats import EncoderStats
 from deployments.warm_up import NO_WARM_UP, WarmUp
 
 if TYPE_CHECKING:
-    from deployments.families.family import Embeds
     from deployments.memory.keeper import Keeper
 
 
@@ -30,9 +28,7 @@ class Encoder(StageReplica):
         self._lane = Lane("encode")
         self._stage = load_stage("encode", model, config)
         self._lane.run_first(self._stage.warm_up, warm_up)
-        self._cache = EmbeddingCache(int(config.cache_mib * 2**20))
-        self._running: dict[Prompt, asyncio.Future[Embeds]] = {}
-        self._num_forwards = self._num_cache_hits = self._answered_bytes = 0
+        self._num_cache_hits = self._answered_bytes = 0
         self._metrics = StageMetrics(stage="encode", rank=0, model=model.name)
         self._cold_start_s = time.perf_counter() - began
         export_regularly(self._export)
@@ -41,37 +37,26 @@ class Encoder(StageReplica):
     def keeper(self) -> "Keeper":
         return self._stage.keeper
 
-    async def encode(self, prompt: Prompt) -> Conditioning:
-        """The prompt's embeddings. Equal prompts at the same time share one forward."""
+    async def encode(self, request: GenerationRequest) -> Conditioning:
+        """The embeddings of the request's texts. Equal texts at the same time share one forward."""
         start = time.perf_counter()
         with raised_in("encode"), self._metrics.request():
-            embeds = self._cache.get(prompt)
-            self._num_cache_hits += embeds is not None
-            if embeds is None:
-                embeds = await self._encode_once(prompt)
-        self._answered_bytes += num_bytes(embeds)
-        return Conditioning(embeds, (time.perf_counter() - start) * 1e3)
-
-    async def _encode_once(self, prompt: Prompt) -> "Embeds":
-        future = self._running.get(prompt)
-        if future is None:
-            self._num_forwards += 1
-            future = self._lane.run(self.guarded(self._stage.encode), prompt)
-            self._running[prompt] = future
-            future.add_done_callback(lambda _: self._running.pop(prompt))
-        embeds = await asyncio.shield(future)  # a client that leaves must not cancel it for the others
-        self._cache.put(prompt, embeds)
-        return embeds
+            encodings = await asyncio.to_thread(self._stage.recall, request)
+            self._num_cache_hits += encodings is not None
+            if encodings is None:
+                encodings = await self._lane.run(self.guarded(self._stage.encode), request)
+            self._answered_bytes += num_bytes(encodings)
+        return Conditioning(encodings, (time.perf_counter() - start) * 1e3)
 
     def _export(self) -> None:
         self._metrics.export_requests()
         self._metrics.export(
             {
-                "relay_forwards_total": self._num_forwards,
+                "relay_forwards_total": self._stage.num_forwards,
                 "relay_cache_hits_total": self._num_cache_hits,
                 "relay_queue_wait_seconds_total": self._lane.queue_wait_s,
                 "relay_answered_bytes_total": self._answered_bytes,
-                "relay_cached_bytes": self._cache.num_bytes,
+                "relay_cached_bytes": self._stage.cache.num_bytes,
                 "relay_not_finite_total": self._stage.finite.num_refused,
                 "relay_cold_start_seconds": self._cold_start_s,
                 **self._stage.keeper.stats().metrics(),
@@ -86,8 +71,8 @@ class Encoder(StageReplica):
             os.getpid(),
             self._stage.keeper.stats(),
             self._metrics.num_in_flight,
-            self._num_forwards,
+            self._stage.num_forwards,
             self._num_cache_hits,
-            num_cached=len(self._cache),
-            cached_bytes=self._cache.num_bytes,
+            num_cached=len(self._stage.cache),
+            cached_bytes=self._stage.cache.num_bytes,
         )

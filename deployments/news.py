@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from deployments.request import PartialDenoised, Progress, StreamOptions
+from deployments.request import DecodeArguments, PartialDenoised, Progress, StreamOptions
 
 if TYPE_CHECKING:
     import torch
@@ -51,15 +51,15 @@ class News:
             eta_s = round((now - self._started) / step * left, 3) if step else None
             self._tell(Progress(step, self._num_steps, eta_s))
 
-    def on_partial(self, index: int, latents: "torch.Tensor") -> None:
-        self._tell(PartialDenoised(index), latents)
+    def on_partial(self, index: int, arguments: DecodeArguments) -> None:
+        self._tell(PartialDenoised(index), arguments)
 
     def on_end(self, done: "asyncio.Future[Any]") -> None:
         """A callback of the thread's future, on the event loop."""
         done.cancelled() or done.exception()  # seen: of a cancelled request nobody else asks for it
         self._items.put_nowait(None)
 
-    async def next(self) -> "tuple[Progress | PartialDenoised | torch.Tensor, ...] | None":
+    async def next(self) -> tuple[Progress | PartialDenoised | DecodeArguments, ...] | None:
         """Items that belong together; None once the request's thread has ended."""
         return await self._items.get()
 

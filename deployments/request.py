@@ -1,25 +1,22 @@
 """What travels between the stages: one frozen dataclass per hop. Torch is named here, never imported.
 
-Prompt --> encoder --> Conditioning --> transformer --> Denoised, and the latents --> VAE --> Media
+encoder --> Conditioning --> transformer --> Denoised, and DecodeArguments --> VAE --> Media
 
-The latents are a bare tensor, handed on by reference; a GenerationRequest goes with each call. Beside it,
-StreamOptions say what the caller wants to hear on the way: Progress, and a PartialDenoised before the latents of
-each partial picture.
+What is to be decoded is handed on by reference; a GenerationRequest goes with each call. Beside it, StreamOptions
+say what the caller wants to hear on the way: Progress, and a PartialDenoised before what is to be decoded for each
+partial picture.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
-
-if TYPE_CHECKING:
-    import torch
+from typing import Any, Literal
 
 OutputFormat = Literal["png", "jpeg", "webp", "mp4"]
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """All that determines an embedding for a given checkpoint: the encoder's argument and its cache's key."""
+    """The texts of a request."""
 
     text: str
     negative_text: str | None
@@ -63,13 +60,30 @@ class GenerationRequest:
         return MediaSize(self.width, self.height, self.num_frames)
 
 
+Encodings = tuple[tuple[str, Any], ...]
+"""In the order of the pipeline's call: (name of its encoding method, what that returned). Tensors lie in tuples,
+lists and dicts, beside plain values."""
+
+
 @dataclass(frozen=True)
 class Conditioning:
     """The encoder's answer."""
 
-    embeds: "Mapping[str, torch.Tensor | None]"
-    """CPU tensors, named as the pipeline's call spells them: `prompt_embeds` [1, S, D], and so on."""
+    encodings: Encodings
+    """Tensors are on the CPU."""
     encode_ms: float
+
+
+@dataclass(frozen=True, eq=False)
+class DecodeArguments:
+    """What the pipeline passes to `vae.decode`: latents, already unscaled, [B, C, H, W] or [B, C, F, H, W]."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    @property
+    def nbytes(self) -> int:
+        return num_bytes((self.args, self.kwargs))
 
 
 @dataclass(frozen=True)
@@ -97,14 +111,14 @@ class Progress:
 
 @dataclass(frozen=True)
 class PartialDenoised:
-    """The latents of partial picture `partial_image_index` follow, by reference."""
+    """What is to be decoded for partial picture `partial_image_index` follows, by reference."""
 
     partial_image_index: int
 
 
 @dataclass(frozen=True)
 class Denoised:
-    """What the ingress learns of a finished denoise; the latents follow it, by reference."""
+    """What the ingress learns of a finished denoise; what is to be decoded follows it, by reference."""
 
     encode_ms: float
     queue_ms: float
@@ -119,3 +133,12 @@ class Media:
     data: bytes
     media_type: str
     decode_ms: float
+
+
+def num_bytes(value: Any) -> int:
+    """Of all tensors in what pipelines pass about: in tuples, lists and dicts, beside plain values."""
+    if isinstance(value, Mapping):
+        return sum(map(num_bytes, value.values()))
+    if isinstance(value, tuple | list):
+        return sum(map(num_bytes, value))
+    return int(getattr(value, "nbytes", 0))

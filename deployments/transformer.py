@@ -20,6 +20,7 @@ from deployments.replica import StageReplica, exit_replica
 from deployments.request import (
     NO_NEWS,
     Conditioning,
+    DecodeArguments,
     Denoised,
     GenerationRequest,
     PartialDenoised,
@@ -31,8 +32,6 @@ from deployments.stats import TransformerStats
 from deployments.warm_up import NO_WARM_UP, WarmUp
 
 if TYPE_CHECKING:
-    import torch
-
     from deployments.engine.step_queue import Seat
     from deployments.memory.keeper import Keeper
 
@@ -82,11 +81,11 @@ class Transformer(StageReplica):
 
     async def denoise(
         self, conditioning: Conditioning, request: GenerationRequest, options: StreamOptions = NO_NEWS
-    ) -> "AsyncIterator[Progress | PartialDenoised | Denoised | torch.Tensor]":
-        """Yields what options ask for (Progress a few times a second), then Denoised, then the latents.
+    ) -> AsyncIterator[Progress | PartialDenoised | Denoised | DecodeArguments]:
+        """Yields what options ask for (Progress a few times a second), then Denoised, then what is to be decoded.
 
-        Latents, partial ones too, come alone and are announced by the item before them, so that the caller may
-        hand on their reference without reading them.
+        DecodeArguments, of partial pictures too, come alone and are announced by the item before them, so that the
+        caller may hand on their reference without reading them.
         A caller that stops listening cancels the request at its next step.
         """
         news = News(request.num_inference_steps, options, partial(self._metrics[0].observe, "relay_step_seconds"))
@@ -100,12 +99,12 @@ class Transformer(StageReplica):
                 while (items := await news.next()) is not None:
                     for item in items:
                         yield item
-                latents = await running
+                arguments = await running
         finally:
             self._stage.leave(seat)
-        self._answered_bytes += latents.nbytes
+        self._answered_bytes += arguments.nbytes
         yield Denoised(conditioning.encode_ms, queue_ms=news.queue_ms, denoise_ms=news.denoise_ms)
-        yield latents
+        yield arguments
 
     def _denoise(
         self,
@@ -114,11 +113,11 @@ class Transformer(StageReplica):
         request: GenerationRequest,
         options: StreamOptions,
         news: News,
-    ) -> "torch.Tensor":
+    ) -> DecodeArguments:
         """In the request's thread."""
         news.on_start()
         return self._stage.denoise(
-            seat, conditioning.embeds, request, news.on_step, options.num_partial_images, news.on_partial
+            seat, conditioning.encodings, request, news.on_step, options.num_partial_images, news.on_partial
         )
 
     def record_autoscaling_stats(self) -> dict[str, float]:

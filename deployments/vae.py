@@ -9,14 +9,12 @@ from cluster.metrics import StageMetrics, export_regularly
 from deployments.config import ModelConfig, VaeConfig
 from deployments.lane import Lane
 from deployments.replica import StageReplica
-from deployments.request import GenerationRequest, Media
+from deployments.request import DecodeArguments, GenerationRequest, Media
 from deployments.stages import load_stage
 from deployments.stats import VaeStats
 from deployments.warm_up import NO_WARM_UP, WarmUp
 
 if TYPE_CHECKING:
-    import torch
-
     from deployments.memory.keeper import Keeper
 
 
@@ -49,13 +47,13 @@ class Vae(StageReplica):
         """Raises NeverFits if the picture or video could never be decoded here. Beside what is being decoded."""
         await asyncio.to_thread(self._stage.check, request)
 
-    async def decode(self, latents: "torch.Tensor", request: GenerationRequest) -> Media:
-        """The picture or video that the latents stand for, in the request's format."""
+    async def decode(self, arguments: DecodeArguments, request: GenerationRequest) -> Media:
+        """The picture or video that the pipeline would decode with these, in the request's format."""
         self._num_pictures += 1
         self._no_picture_waits.clear()
         try:
             with self._metrics.request():
-                media = await self._decode(latents, request)
+                media = await self._decode(arguments, request)
         finally:
             self._num_pictures -= 1
             if not self._num_pictures:
@@ -64,7 +62,7 @@ class Vae(StageReplica):
         self._answered_bytes += len(media.data)
         return media
 
-    async def decode_partial(self, latents: "torch.Tensor", request: GenerationRequest) -> Media | None:
+    async def decode_partial(self, arguments: DecodeArguments, request: GenerationRequest) -> Media | None:
         """Like `decode`, once no picture waits; None if so many do that they would keep pictures out."""
         if self._num_partial >= self._max_partial:
             return None
@@ -72,13 +70,13 @@ class Vae(StageReplica):
         try:
             async with self._partial_turn:
                 await self._no_picture_waits.wait()
-                return await self._decode(latents, request)
+                return await self._decode(arguments, request)
         finally:
             self._num_partial -= 1
 
-    async def _decode(self, latents: "torch.Tensor", request: GenerationRequest) -> Media:
+    async def _decode(self, arguments: DecodeArguments, request: GenerationRequest) -> Media:
         start = time.perf_counter()
-        data, media_type = await self._lane.run(self.guarded(self._stage.decode_media), latents, request)
+        data, media_type = await self._lane.run(self.guarded(self._stage.decode_media), arguments, request)
         return Media(data, media_type, (time.perf_counter() - start) * 1e3)
 
     def _export(self) -> None:

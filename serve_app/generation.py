@@ -17,7 +17,6 @@ from deployments.request import (
     MediaSize,
     PartialDenoised,
     Progress,
-    Prompt,
     StreamOptions,
 )
 from serve_app.errors import BadRequest, DeadlineExceeded, RelayError, StageFailed
@@ -128,7 +127,7 @@ async def _draw(
     timeout_s: float,
     tell: Callable[[Event], None],
 ) -> None:
-    prompts = {request.prompt: SharedConditioning(stages.encoder, request.prompt) for request in requests}
+    prompts = {request.prompt: SharedConditioning(stages.encoder, request) for request in requests}
 
     async def picture(index: int, request: GenerationRequest) -> None:
         conditioning = prompts[request.prompt]
@@ -154,14 +153,14 @@ def _size_param(request: GenerationRequest) -> str:
 class SharedConditioning:
     """The encoder's answer, asked for once, passed on un-awaited, and asked for again when it is lost."""
 
-    def __init__(self, encoder: Any, prompt: Prompt) -> None:
-        self._encoder, self._prompt = encoder, prompt
+    def __init__(self, encoder: Any, request: GenerationRequest) -> None:
+        self._encoder, self._request = encoder, request
         self._response: Any = None
 
     @property
     def response(self) -> Any:
         if self._response is None:
-            self._response = self._encoder.encode.remote(self._prompt)
+            self._response = self._encoder.encode.remote(self._request)
         return self._response
 
     def forget(self, lost: Any) -> None:
@@ -215,7 +214,7 @@ async def _denoise(
     partials: Partials,
     tell: Callable[[News], None],
 ) -> tuple[Denoised, Any]:
-    """The summary, and a reference to the latents that this process owns and never reads."""
+    """The summary, and a reference to what is to be decoded, which this process owns and never reads."""
     async with reference_stream(
         lambda: transformer.options(stream=True).denoise.remote(conditioning, request, options)
     ) as references:

@@ -34,7 +34,8 @@ def read_index(folder: Path) -> ModelIndex:
 def stage_components(index: ModelIndex, family: Family, stage: Stage) -> frozenset[str]:
     """Names of the components that `stage` needs."""
     if stage == "encode":
-        return frozenset(n for n in component_names(index) if n.startswith(("text_encoder", "tokenizer")))
+        texts = frozenset(n for n in component_names(index) if n.startswith(("text_encoder", "tokenizer")))
+        return texts | {"scheduler"}
     return frozenset({"vae"} if stage == "decode" else {family.denoiser, "scheduler"})
 
 

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
+from inspect import signature
 from typing import Any
 
 import torch
@@ -9,9 +11,6 @@ from torch import nn
 
 Inputs = Mapping[str, Any]
 """Keyword arguments of the denoiser's forward: tensors, or nested dicts and lists of them, and flags."""
-
-POSITIONAL = ("sample", "timestep", "encoder_hidden_states")
-"""What the UNet pipelines pass by position (`UNet2DConditionModel.forward`)."""
 
 
 class StandIn(nn.Module):
@@ -48,6 +47,12 @@ class StandIn(nn.Module):
         yield
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor]:
-        inputs = dict(zip(POSITIONAL, args, strict=False)) | kwargs
+        inputs = dict(zip(_names(type(self.__dict__["skeleton"])), args, strict=False)) | kwargs
         inputs.pop("return_dict", None)
         return (self._submit(inputs),)
+
+
+@cache
+def _names(model_class: type[nn.Module]) -> tuple[str, ...]:
+    """Of its forward's inputs, some of which pipelines pass by position."""
+    return tuple(signature(model_class.forward).parameters)[1:]

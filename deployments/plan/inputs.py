@@ -7,7 +7,9 @@ import torch
 from deployments.config import ModelConfig, TransformerConfig
 from deployments.engine.load import Denoiser
 from deployments.engine.merge import RULES, Inputs, Merger, num_tokens
+from deployments.engine.stand_in import StandIn
 from deployments.request import MediaSize
+from deployments.stages.blank import BlankTexts
 from deployments.stages.call import PipelineCall
 from deployments.stages.pipeline import load_pipeline
 from deployments.warm_up import default_request
@@ -35,11 +37,16 @@ def denoiser_inputs(
         raise _Called(inputs)
 
     pipe = load_pipeline(denoiser.folder, denoiser.index, frozenset({"scheduler"}), config, variant=None)
-    call = PipelineCall(pipe, denoiser, model.architecture)
-    request = default_request(model, size)
-    embeds = call.blank_embeds(num_text_tokens, num_text_tokens if request.prompt.is_guided else None)
+    call = PipelineCall(pipe)
+    cpu = torch.device("cpu")
+    stand_in = StandIn(denoiser.skeleton, dtype=denoiser.dtype, device=cpu, submit=submit)
+    blank = BlankTexts(denoiser.folder, denoiser.index, denoiser.dtype).on(cpu)
     try:
-        call.run(embeds, request, submit, torch.device("cpu"))
+        call.denoise(
+            default_request(model, size),
+            {denoiser.name: stand_in, **blank},
+            max_sequence_length=num_text_tokens or None,
+        )
     except _Called as called:
         return called.inputs
     raise AssertionError(f"{call} never called its denoiser")

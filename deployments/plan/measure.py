@@ -56,14 +56,14 @@ class _Loaded:
         usual = default_request(self._model, size).num_inference_steps
         watch, working = self._stopwatch, dict[str, int]()
         watch.clear()
-        embeds, encode_s = _timed("encode", working, partial(self._encoding.encode, request.prompt))
+        encodings, encode_s = _timed("encode", working, partial(self._encoding.encode, request))
         seat = self.denoising.join()
         try:
-            denoise = partial(self.denoising.denoise, seat, embeds, request, on_step=lambda *_: None)
-            latents, _ = _timed("denoise", working, denoise)
+            denoise = partial(self.denoising.denoise, seat, encodings, request)
+            arguments, _ = _timed("denoise", working, denoise)
         finally:
             self.denoising.leave(seat)
-        _, decode_s = _timed("decode", working, partial(self._decoding.decode, latents, request))
+        _, decode_s = _timed("decode", working, partial(self._decoding.decode, arguments, request))
         blocks_s = tuple(watch.median_s(name) for name in watch.blocks)
         tail_s = sum(watch.median_s(name) for name in watch.tail)
         return Times(

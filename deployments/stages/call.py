@@ -1,91 +1,191 @@
-"""Diffusers' own pipeline call, for one request after another."""
+"""Diffusers' own pipeline call, of which each stage does its part.
+
+encode   runs until the denoiser is asked, and keeps what the methods returned that reach a text encoder
+denoise  answers those methods with it, and runs until the VAE is asked to decode: with what, is the result
+"""
 
 import copy
+import functools
+from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from inspect import signature
-from typing import Any
+from types import MethodType
+from typing import Any, NamedTuple
 
 import torch
 
-from deployments.engine.load import Denoiser
-from deployments.engine.merge import Inputs
-from deployments.engine.stand_in import StandIn
-from deployments.families.family import Embeds, Family
-from deployments.request import GenerationRequest
+from deployments.request import DecodeArguments, Encodings, GenerationRequest
 from deployments.stages.draws import Draws
+from deployments.stages.encoding_methods import encoding_methods
+from deployments.stages.stub import Reached
 
-AfterStep = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
-"""As `callback_on_step_end`."""
+Method = Callable[..., Any]
+AfterStep = Callable[[Any, int, torch.Tensor], None]
+"""(scheduler, index of the timestep that is done, latents after it)"""
 
 
 class PipelineCall:
-    """A checkpoint's pipeline over whatever answers its denoiser's forwards. Thread-safe.
+    """A checkpoint's pipeline, with stubs for the models that this stage lacks. Thread-safe.
 
     Every request has a shallow copy of the pipeline, and a scheduler of its own (schedulers keep their state in
     themselves). So every scheduler and guidance mode of diffusers works, and the result is the pipeline's.
     """
 
-    def __init__(self, pipe: Any, denoiser: Denoiser, family: Family) -> None:
-        self._pipe, self._denoiser, self._family = pipe, denoiser, family
-        self._parameters = frozenset(signature(type(pipe).__call__).parameters)
+    def __init__(self, pipe: Any) -> None:
+        self._pipe = pipe
+        encoders = frozenset(name for name in pipe.components if name.startswith("text_encoder"))
+        self._methods = encoding_methods(type(pipe), encoders)
 
     def __str__(self) -> str:
         return f"{type(self._pipe).__name__} with {type(self._pipe.scheduler).__name__}"
 
-    def run(
+    def encode(
         self,
-        embeds: Embeds,
         request: GenerationRequest,
-        submit: Callable[[Inputs], torch.Tensor],
-        device: torch.device,
+        replace: Callable[[str, Method], Method],
+        *,
+        max_sequence_length: int | None,
+    ) -> None:
+        """Up to the first forward of a denoiser.
+
+        replace: (name, encoding method of the pipeline) -> what is called in its place.
+        """
+        pipe = self._copy()
+        vars(pipe).update({name: replace(name, getattr(pipe, name)) for name in self._methods})
+        with suppress(Reached):
+            self._run(pipe, request, max_sequence_length)
+
+    def denoise(
+        self,
+        request: GenerationRequest,
+        components: Mapping[str, Any],
+        encodings: Encodings | None = None,
         *,
         draws: Draws | None = None,
         after_step: AfterStep | None = None,
-    ) -> torch.Tensor:
-        """The latents as the pipeline returns them.
+        max_sequence_length: int | None = None,
+    ) -> DecodeArguments:
+        """What the pipeline decodes in the end.
 
-        submit: answers a forward of the denoiser. draws: for schedulers that are given no generator.
+        Args:
+            components: what stands for the denoisers, by name; without encodings, for the text models too.
+            encodings: what the encode stage kept, where it is needed.
+            draws: for schedulers that are given no generator.
         """
+        pipe = self._copy()
+        vars(pipe).update(components)
+        if encodings is not None:
+            self._replay(pipe, encodings)
+        if draws is not None or after_step is not None:
+            _watch_steps(pipe.scheduler, draws, after_step)
+        return self._until_decode(pipe, request, max_sequence_length)
+
+    def finish(
+        self,
+        request: GenerationRequest,
+        components: Mapping[str, Any],
+        encodings: Encodings,
+        latents: torch.Tensor,
+    ) -> DecodeArguments:
+        """What the pipeline would decode if these were the latents after its last step.
+
+        components: denoisers that predict nothing and cost nothing.
+        """
+        pipe = self._copy()
+        vars(pipe).update(components)
+        self._replay(pipe, encodings)
+        vars(pipe.scheduler)["step"] = lambda *_, **__: _Step(latents, latents)
+        return self._until_decode(pipe, request, None)
+
+    def _copy(self) -> Any:
         pipe = copy.copy(self._pipe)
-        pipe.scheduler = copy.deepcopy(self._pipe.scheduler)
-        if draws is not None:
-            pipe.scheduler.step = draws.within(pipe.scheduler.step)
-        stand_in = StandIn(self._denoiser.skeleton, dtype=self._denoiser.dtype, device=device, submit=submit)
-        setattr(pipe, self._denoiser.name, stand_in)
-        latents: torch.Tensor = pipe(
-            **{name: self._place(value, device) for name, value in embeds.items()},
-            **self._family.call(request),
-            **self._keep_size(request),
-            height=request.height,
-            width=request.width,
-            num_inference_steps=request.num_inference_steps,
-            generator=torch.Generator("cpu").manual_seed(request.seed),
-            output_type="latent",
-            return_dict=False,
-            callback_on_step_end=after_step,
-        )[0]
-        return latents
+        # Not by setattr, which would write each into the pipeline's config.
+        vars(pipe)["scheduler"] = copy.deepcopy(self._pipe.scheduler)
+        return pipe
 
-    def blank_embeds(self, num_tokens: int, num_negative_tokens: int | None = None) -> dict[str, torch.Tensor]:
-        """num_negative_tokens: of a guided prompt."""
-        shapes = self._family.embed_shapes(self._denoiser.config, num_tokens)
-        embeds = {name: torch.zeros(shape) for name, shape in shapes.items()}
-        if num_negative_tokens is None:
-            return embeds
-        negative = self.blank_embeds(num_negative_tokens)
-        return embeds | {f"negative_{name}": value for name, value in negative.items()}
+    def _replay(self, pipe: Any, encodings: Encodings) -> None:
+        left = deque(encodings)
 
-    def _keep_size(self, request: GenerationRequest) -> Mapping[str, Any]:
-        """For pipelines that would choose another size near the one that is asked for (FLUX.1-Kontext)."""
-        keep = {
-            "max_area": request.width * request.height,
-            "_auto_resize": False,
-            "use_resolution_binning": False,
-        }
-        return {name: value for name, value in keep.items() if name in self._parameters}
+        def replay(name: str) -> Method:
+            def replayed(*_: Any, **__: Any) -> Any:
+                if not left or left[0][0] != name:
+                    there = left[0][0] if left else "nothing"
+                    raise RuntimeError(f"{self} calls {name} where the encode stage's called {there}")
+                return left.popleft()[1]
 
-    def _place(self, value: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
-        """Embeddings in the denoiser's dtype, masks in their own."""
-        if value is None:
-            return None
-        return value.to(device, self._denoiser.dtype if value.is_floating_point() else value.dtype)
+            return replayed
+
+        vars(pipe).update({name: replay(name) for name in self._methods})
+
+    def _until_decode(
+        self, pipe: Any, request: GenerationRequest, max_sequence_length: int | None
+    ) -> DecodeArguments:
+        try:
+            self._run(pipe, request, max_sequence_length)
+        except Reached as reached:
+            args, kwargs = reached.arguments
+            return DecodeArguments(
+                args, {n: v for n, v in kwargs.items() if n not in {"generator", "return_dict"}}
+            )
+        raise RuntimeError(f"{self} ended without decoding anything")
+
+    def _run(self, pipe: Any, request: GenerationRequest, max_sequence_length: int | None) -> None:
+        """Always ends by an exception: Reached, or a fault."""
+        pipe(**call_arguments(type(pipe), request, max_sequence_length))
+
+
+def call_arguments(
+    pipeline_class: Any, request: GenerationRequest, max_sequence_length: int | None = None
+) -> dict[str, Any]:
+    """What a pipeline is called with for a request: those of its fields that are set and that it knows."""
+    values = {
+        "prompt": request.prompt.text,
+        "negative_prompt": request.prompt.negative_text,
+        "height": request.height,
+        "width": request.width,
+        "num_frames": request.num_frames,
+        "num_inference_steps": request.num_inference_steps,
+        "guidance_scale": request.guidance_scale,
+        "true_cfg_scale": request.true_cfg_scale,
+        "max_sequence_length": max_sequence_length,
+        "generator": torch.Generator("cpu").manual_seed(request.seed),
+        "output_type": "np",
+        # For pipelines that would choose another size near the one that is asked for (FLUX.1-Kontext).
+        "max_area": request.width * request.height,
+        "_auto_resize": False,
+        "use_resolution_binning": False,
+    }
+    parameters = _parameters(pipeline_class)
+    return {name: value for name, value in values.items() if name in parameters and value is not None}
+
+
+@functools.cache
+def _parameters(pipeline_class: Any) -> frozenset[str]:
+    return frozenset(signature(pipeline_class.__call__).parameters)
+
+
+class _Step(NamedTuple):
+    """As schedulers return it, as a tuple or with names."""
+
+    prev_sample: torch.Tensor
+    pred_original_sample: torch.Tensor
+
+
+def _watch_steps(scheduler: Any, draws: Draws | None, after_step: AfterStep | None) -> None:
+    """In place. A bound method with the signature of the original: pipelines read from it whether to pass a
+    generator, and those that copy their scheduler copy it too."""
+    original = type(scheduler).step
+    drawing = original if draws is None else draws.within(original)
+    num_done = 0
+
+    @functools.wraps(original)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal num_done
+        result = drawing(self, *args, **kwargs)
+        num_done += 1
+        if after_step is not None:
+            after_step(self, num_done - 1, result[0])
+        return result
+
+    vars(scheduler)["step"] = MethodType(step, scheduler)

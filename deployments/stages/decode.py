@@ -14,11 +14,12 @@ from deployments.memory.on_demand import turn_to_load
 from deployments.memory.share import take_share
 from deployments.memory.tiling import set_tiles
 from deployments.refusal import CannotServe, describe_cause
-from deployments.request import GenerationRequest, MediaSize
+from deployments.request import DecodeArguments, GenerationRequest, MediaSize
 from deployments.stages.finite import FiniteCheck, dtype_advice
-from deployments.stages.foresee import DecodeForesight
+from deployments.stages.foresee import DecodeForesight, decode_inputs
 from deployments.stages.media import MEDIA_TYPES, Frames, encode_media
 from deployments.stages.pipeline import load_pipeline, loaded_models
+from deployments.stages.tensors import to_device
 from deployments.warm_up import WarmUp
 
 
@@ -63,7 +64,7 @@ class Decoding:
         size = MediaSize(side, side)
         try:
             with self.keeper.at_work():
-                self._pixels(torch.zeros(self._family.latents_shape(self._geometry, size)), size)
+                self._pixels(self._blank(size), size)
         except Exception as error:  # VAEs raise what they like
             raise CannotServe(
                 f"the decode stage cannot run {type(self._pipe.vae).__name__}: {describe_cause(error)}"
@@ -74,8 +75,11 @@ class Decoding:
     def warm_up(self, warm_up: WarmUp) -> None:
         """Blank latents of every size, to files."""
         for request in warm_up.requests:
-            latents = torch.zeros(self._family.latents_shape(self._geometry, request.size))
-            self.decode_media(latents, request)
+            self.decode_media(self._blank(request.size), request)
+
+    def _blank(self, size: MediaSize) -> DecodeArguments:
+        empty = decode_inputs(self._pipe.vae.config, self._geometry, size, self._dtype)
+        return DecodeArguments((torch.zeros_like(empty, device="cpu"),), {})
 
     def check(self, request: GenerationRequest) -> None:
         """Raises NeverFits. Thread-safe; takes up to seconds the first time for a size."""
@@ -84,12 +88,12 @@ class Decoding:
             self.keeper.needs.at_most(size, f"decoding {size}", partial(self._foresee, size))
 
     @torch.no_grad()
-    def decode(self, latents: torch.Tensor, request: GenerationRequest) -> Frames:
-        """Latents as the pipeline returns them -> uint8 [F, H, W, 3], F = 1 for a picture. Raises NeverFits."""
+    def decode(self, arguments: DecodeArguments, request: GenerationRequest) -> Frames:
+        """The call's own `vae.decode` -> uint8 [F, H, W, 3], F = 1 for a picture. Raises NeverFits."""
         self.check(request)
         try:
             with self.keeper.at_work(), self.keeper.needs.measured(request.size):
-                return self._decode(latents, request)
+                return self._decode(arguments, request)
         except BaseException:
             self._forget_frames()
             raise
@@ -101,16 +105,15 @@ class Decoding:
         if hasattr(self._pipe.vae, "clear_cache"):
             self._pipe.vae.clear_cache()
 
-    def _decode(self, latents: torch.Tensor, request: GenerationRequest) -> Frames:
+    def _decode(self, arguments: DecodeArguments, request: GenerationRequest) -> Frames:
         """What lay on the device for it is free again; frames leave it one by one, for float pixels are large."""
-        frames = torch.split(self._pixels(latents, request.size), 1)
+        frames = torch.split(self._pixels(arguments, request.size), 1)
         return np.concatenate([self._to_uint8(frame) for frame in frames])
 
-    def _pixels(self, latents: torch.Tensor, size: MediaSize) -> torch.Tensor:
+    def _pixels(self, arguments: DecodeArguments, size: MediaSize) -> torch.Tensor:
         """[F, C, H, W], on the device."""
-        latents = latents.to(self._device, self._dtype)
-        latents = self._family.unscale(self._pipe, latents, size.height, size.width)
-        pixels: torch.Tensor = self._pipe.vae.decode(latents, return_dict=False)[0]
+        args, kwargs = to_device((arguments.args, dict(arguments.kwargs)), self._device, self._dtype)
+        pixels: torch.Tensor = self._pipe.vae.decode(*args, **kwargs, return_dict=False)[0]
         frames = pixels[0].transpose(0, 1) if pixels.ndim == 5 else pixels
         self._check_size(frames, size)
         return frames
@@ -136,10 +139,10 @@ class Decoding:
         rounded: Frames = (processor.postprocess(frame, output_type="np") * 255).round().astype(np.uint8)
         return rounded
 
-    def decode_media(self, latents: torch.Tensor, request: GenerationRequest) -> tuple[bytes, str]:
+    def decode_media(self, arguments: DecodeArguments, request: GenerationRequest) -> tuple[bytes, str]:
         """The request's file and its media type: encoded where it is decoded."""
         data = encode_media(
-            self.decode(latents, request),
+            self.decode(arguments, request),
             request.output_format,
             compression=request.output_compression,
             fps=request.fps,

@@ -20,26 +20,30 @@ from deployments.config import ModelConfig, TransformerConfig
 from deployments.engine.blocks import shape_only_inputs
 from deployments.engine.engine import Engine
 from deployments.engine.load import load_rank, open_denoiser
-from deployments.engine.merge import Merger, takes_any_length
+from deployments.engine.merge import Inputs, Merger, takes_any_length
 from deployments.engine.outline import Outliner
+from deployments.engine.stand_in import StandIn
 from deployments.engine.step_queue import Seat
 from deployments.engine.work import Leader
-from deployments.families.family import Embeds
 from deployments.refusal import CannotServe, WrongField, describe_cause
-from deployments.request import GenerationRequest
-from deployments.stages.call import PipelineCall
+from deployments.request import DecodeArguments, Encodings, GenerationRequest
+from deployments.stages.blank import BlankTexts
+from deployments.stages.call import AfterStep, PipelineCall
 from deployments.stages.draws import Draws
 from deployments.stages.finite import FiniteCheck, dtype_advice
 from deployments.stages.follow import rank_stats
 from deployments.stages.foresee import ForwardForesight
-from deployments.stages.partial import OnPartial, PartialLatents
+from deployments.stages.partial import PartialLatents
 from deployments.stages.pipeline import load_pipeline
-from deployments.stages.trial import Trial
+from deployments.stages.tensors import each_tensor, to_cpu, to_device
+from deployments.stages.trial import Trial, answer_zeros
 from deployments.stats import TransformerStats
 from deployments.warm_up import WarmUp
 
 OnStep = Callable[[int, torch.Tensor], None]
 """(steps done, latents after them), after every timestep: some schedulers have several to a step."""
+OnPartial = Callable[[int, DecodeArguments], None]
+"""(partial_image_index, what the pipeline would decode if the request ended here)"""
 
 PIPELINE_ERRORS = (ArithmeticError, AssertionError, LookupError, RuntimeError, ValueError)
 """What pipelines and schedulers raise of a field that they cannot take; and others of much else."""
@@ -56,8 +60,9 @@ class Denoising:
         self._check_geometry(model)
         folder, index = self._denoiser.folder, self._denoiser.index
         pipe = load_pipeline(folder, index, frozenset({"scheduler"}), config, variant=model.variant)
-        self._call = PipelineCall(pipe, self._denoiser, self._family)
-        self._trial = Trial(self._call, model, self._denoiser)
+        self._call = PipelineCall(pipe)
+        self._blank = BlankTexts(folder, index, self._denoiser.dtype)
+        self._trial = Trial(self._call, pipe, self._blank, model, self._denoiser)
         self._draws_noise = self._trial.start()
         self.finite = FiniteCheck()
         self.loaded = load_rank(self._denoiser, model, config, rank=0)
@@ -105,17 +110,18 @@ class Denoising:
         )
 
     def warm_up(self, warm_up: WarmUp) -> None:
-        """Blank embeddings through all ranks, for every size. Once connected."""
-        length = warm_up.max_sequence_length or self._family.max_sequence_length or 0
+        """Blank texts through all ranks, for every size. Once connected."""
+        longest = warm_up.max_sequence_length or self._family.max_sequence_length
+        lengths = [longest]
+        if longest is not None and takes_any_length(self._denoiser.model_class.__name__):
+            lengths.append(max(2, longest // 2))  # then torch compiles for any
         for request in warm_up.requests:
-            # Of another length where lengths differ: then torch compiles for any.
-            other = max(2, length // 2) if takes_any_length(self._denoiser.model_class.__name__) else length
-            embeds = self._call.blank_embeds(length, other if request.prompt.is_guided else None)
-            seat = self.join()
-            try:
-                self.denoise(seat, embeds, request, on_step=lambda _step, _latents: None)
-            finally:
-                self.leave(seat)
+            for length in lengths:
+                seat = self.join()
+                try:
+                    self.denoise(seat, None, request, max_sequence_length=length)
+                finally:
+                    self.leave(seat)
 
     def join(self) -> Seat:
         """A seat for one request; `leave` frees it."""
@@ -144,54 +150,76 @@ class Denoising:
     def denoise(
         self,
         seat: Seat,
-        embeds: Embeds,
+        encodings: Encodings | None,
         request: GenerationRequest,
-        on_step: OnStep,
+        on_step: OnStep = lambda _step, _latents: None,
         num_partial_images: int = 0,
         on_partial: OnPartial | None = None,
-    ) -> torch.Tensor:
-        """The latents as the pipeline returns them, on the CPU. Blocks.
+        *,
+        max_sequence_length: int | None = None,
+    ) -> DecodeArguments:
+        """What the pipeline's VAE is to decode, on the CPU. Blocks.
+
+        Args:
+            encodings: the encode stage's; None: blank ones, as long as max_sequence_length lets them be.
 
         Raises Cancelled, WrongField, NotFinite, OutOfShare, or what the engine does.
         """
         with self.loaded.keeper.naming(), accelerator.on_stream(self._stream):
-            latents = self._run(seat, embeds, request, on_step, num_partial_images, on_partial)
-            self.finite.check(latents, partial(self._explain, request))
-            return latents.cpu().contiguous()
+            components = self._stand_in(partial(self.engine.forward, seat))
+            if encodings is None:
+                components |= self._blank.on(self._denoiser.device)
+            else:
+                encodings = to_device(encodings, self._denoiser.device, self._denoiser.dtype)
+            try:
+                arguments = self._call.denoise(
+                    request,
+                    components,
+                    encodings,
+                    draws=Draws(request.seed, self._denoiser.device) if self._draws_noise else None,
+                    after_step=self._after_step(request, encodings, on_step, num_partial_images, on_partial),
+                    max_sequence_length=max_sequence_length,
+                )
+            except PIPELINE_ERRORS as error:
+                field = self._trial.find_fault(request)
+                if field is None:
+                    raise
+                message = f"{self._call} does not take this {field}: {describe_cause(error)}"
+                raise WrongField(message, field) from error
+            for tensor in each_tensor((arguments.args, arguments.kwargs)):
+                self.finite.check(tensor, partial(self._explain, request))
+            return _to_cpu(arguments)
 
-    def _run(
+    def _after_step(
         self,
-        seat: Seat,
-        embeds: Embeds,
         request: GenerationRequest,
+        encodings: Encodings | None,
         on_step: OnStep,
         num_partial_images: int,
         on_partial: OnPartial | None,
-    ) -> torch.Tensor:
-        """The latents on the device."""
-        partials = None if on_partial is None else PartialLatents(num_partial_images, on_partial)
+    ) -> AfterStep:
+        """What a request does between its steps."""
 
-        def after_step(pipe: Any, index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            on_step(_num_done(pipe, index, request.num_inference_steps), tensors["latents"])
-            if partials is not None:
-                partials.after_step(pipe, index, tensors["latents"])
-            return {}
+        def finish(index: int, latents: torch.Tensor) -> None:
+            assert on_partial is not None
+            assert encodings is not None
+            arguments = self._call.finish(request, self._stand_in(answer_zeros), encodings, latents)
+            on_partial(index, _to_cpu(arguments))
 
-        device = self._denoiser.device
-        try:
-            return self._call.run(
-                embeds,
-                request,
-                partial(self.engine.forward, seat),
-                device,
-                draws=Draws(request.seed, device) if self._draws_noise else None,
-                after_step=after_step,
-            )
-        except PIPELINE_ERRORS as error:
-            field = self._trial.find_fault(request)
-            if field is None:
-                raise
-            raise WrongField(f"{self._call} does not take this {field}: {describe_cause(error)}", field) from error
+        partials = PartialLatents(num_partial_images, finish)
+
+        def after_step(scheduler: Any, index: int, latents: torch.Tensor) -> None:
+            on_step(_num_done(scheduler, index, request.num_inference_steps), latents)
+            if on_partial is not None:
+                partials.after_step(scheduler, index, latents)
+
+        return after_step
+
+    def _stand_in(self, submit: Callable[[Inputs], torch.Tensor]) -> dict[str, Any]:
+        """For the pipeline's denoiser."""
+        denoiser = self._denoiser
+        stand_in = StandIn(denoiser.skeleton, dtype=denoiser.dtype, device=denoiser.device, submit=submit)
+        return {denoiser.name: stand_in}
 
     def _explain(self, request: GenerationRequest) -> str:
         """Why latents are no numbers."""
@@ -204,9 +232,12 @@ class Denoising:
         return f"{what}: {dtype_advice('transformer.dtype', self._denoiser.dtype)}"
 
 
-def _num_done(pipe: Any, index: int, num_inference_steps: int) -> int:
+def _num_done(scheduler: Any, index: int, num_inference_steps: int) -> int:
     """Of the request's steps, after timestep `index`, as the pipelines' progress bars count: PNDM and Heun have
     more timesteps than steps."""
-    order: int = pipe.scheduler.order
-    num_done: int = (index + 1 - pipe.num_timesteps) // order + num_inference_steps
+    num_done: int = (index + 1 - len(scheduler.timesteps)) // scheduler.order + num_inference_steps
     return max(0, num_done)
+
+
+def _to_cpu(arguments: DecodeArguments) -> DecodeArguments:
+    return DecodeArguments(to_cpu(arguments.args), to_cpu(arguments.kwargs))

@@ -1,95 +1,171 @@
-"""Text to embeddings."""
+"""Text to embeddings: diffusers' own pipeline call, until it asks its denoiser."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 
 from deployments.checkpoints.components import fetch_stage, left_out, stage_components
+from deployments.checkpoints.geometry import with_geometry
 from deployments.config import EncoderConfig, ModelConfig
 from deployments.device import resolve_device, resolve_dtype
-from deployments.families.family import Embeds
+from deployments.embedding_cache import EmbeddingCache
 from deployments.memory.keeper import Keeper
 from deployments.memory.on_demand import turn_to_load
 from deployments.memory.share import take_share
 from deployments.memory.spread import spread_models
 from deployments.refusal import CannotServe, describe_cause
-from deployments.request import Prompt
+from deployments.request import Encodings, GenerationRequest, MediaSize, num_bytes
+from deployments.stages.blank import LEAST_TOKENS
+from deployments.stages.call import Method, PipelineCall
 from deployments.stages.finite import FiniteCheck, dtype_advice
-from deployments.stages.pipeline import Elsewhere, load_pipeline, loaded_models
-from deployments.warm_up import WarmUp, default_prompt
+from deployments.stages.pipeline import load_pipeline, loaded_models
+from deployments.stages.tensors import each_tensor, map_tensors, to_cpu
+from deployments.warm_up import WarmUp, default_request
 
-NUM_TRIAL_TOKENS = 8
-"""Of the prompt that is encoded at start."""
+log = logging.getLogger("ray.serve")
+
+
+class _NotCached(Exception):
+    """A text encoder would have to run."""
 
 
 class TextEncoding:
-    """The checkpoint's text encoders and tokenizers. Not thread-safe: tokenizers keep their padding state."""
+    """The checkpoint's text encoders and tokenizers.
+
+    Not thread-safe but for `recall`: tokenizers keep their padding state.
+    """
 
     def __init__(self, model: ModelConfig, config: EncoderConfig) -> None:
         torch.set_num_threads(config.num_threads)
+        model = with_geometry(model)
         self._family, self._config = model.architecture, config
         self.finite = FiniteCheck()
+        self.cache = EmbeddingCache(int(config.cache_mib * 2**20))
+        self.num_forwards = 0
+        """Calls of encoding methods that requests needed and the cache did not have."""
         self._max_sequence_length = config.max_sequence_length or self._family.max_sequence_length
         folder, index = fetch_stage(model, "encode")
         keep = stage_components(index, self._family, "encode")
-        device = resolve_device(config)
-        share = take_share(config, device)
-        with turn_to_load(config, device), share.naming():
+        self._device = resolve_device(config)
+        share = take_share(config, self._device)
+        with turn_to_load(config, self._device), share.naming():
             self._pipe = load_pipeline(folder, index, keep, config, variant=model.variant)
             models = loaded_models(self._pipe)
             if config.device_map is not None:
                 spread_models(models, config)
-            self.keeper = Keeper(models, config, device, config.device_map, share=share)
+            self.keeper = Keeper(models, config, self._device, config.device_map, share=share)
+        self._call = PipelineCall(self._pipe)
         if config.compile is None and not config.moves_weights:  # else it would cost what a request costs
-            self._try(default_prompt(model), sorted(left_out(index)))
+            self._try(model, sorted(left_out(index)))
 
-    def _try(self, prompt: Prompt, missing: Sequence[str]) -> None:
-        """Raises CannotServe where no prompt could be encoded for the denoiser."""
-        limit = self._max_sequence_length
+    def _try(self, model: ModelConfig, missing: Sequence[str]) -> None:
+        """Raises CannotServe where no text could be encoded."""
+        side, limit = model.geometry.size_multiple, self._max_sequence_length
+        request = default_request(model, MediaSize(side, side))
         try:
-            embeds = self._encode(prompt, limit and min(limit, NUM_TRIAL_TOKENS))
+            self._encode(request, EmbeddingCache(0), limit and min(limit, LEAST_TOKENS))
+            self.num_forwards = 0
         except Exception as error:  # pipelines and tokenizers raise what they like
             parts = [name for name in missing if name.startswith(("text_encoder", "tokenizer"))]
             without = f"; the checkpoint leaves out {', '.join(parts)}" if parts else ""
             raise CannotServe(
                 f"the encode stage cannot run {type(self._pipe).__name__}: {describe_cause(error)}{without}"
             ) from error
-        denoiser = getattr(self._pipe, self._family.denoiser)
-        if not isinstance(denoiser, Elsewhere):
-            return
-        for name, shape in self._family.embed_shapes(denoiser.config, NUM_TRIAL_TOKENS).items():
-            made = embeds[name]
-            if made is not None and made.shape[-1] != shape[-1]:
-                raise CannotServe(
-                    f"the encode stage makes {name} of width {made.shape[-1]}, and the {self._family.denoiser} "
-                    f"takes {shape[-1]}: its config.json is of another model, or a text encoder is missing"
-                )
 
     def warm_up(self, warm_up: WarmUp) -> None:
         """Texts of one length, or of any: sizes of pictures do not matter here."""
-        for prompt in dict.fromkeys(request.prompt for request in warm_up.requests):
-            self.encode(prompt)
+        for request in warm_up.requests:
+            self.encode(request)
+        self.num_forwards = 0
 
-    def encode(self, prompt: Prompt) -> Embeds:
-        """CPU tensors, named as the pipeline's call spells them. Raises NotFinite."""
-        embeds = self._encode(prompt, self._max_sequence_length)
-        for name, value in embeds.items():
-            if value is not None:
-                self.finite.check(value, partial(self._explain, name))
-        return embeds
+    def recall(self, request: GenerationRequest) -> Encodings | None:
+        """What `encode` returns, if no text encoder need run for it. Thread-safe; takes a millisecond or so."""
+
+        def answer(name: str, _method: Method, key: Hashable, _args: Any, _kwargs: Any) -> Any:
+            value = self.cache.get(key)
+            if value is None:
+                raise _NotCached
+            return value
+
+        try:
+            return self._run(request, answer, self._max_sequence_length)
+        except _NotCached:
+            return None
+
+    def encode(self, request: GenerationRequest) -> Encodings:
+        """What the pipeline's encoding methods return for a request, on the CPU. Raises NotFinite."""
+        return self._encode(request, self.cache, self._max_sequence_length)
 
     @torch.no_grad()
-    def _encode(self, prompt: Prompt, max_sequence_length: int | None) -> Embeds:
+    def _encode(
+        self, request: GenerationRequest, cache: EmbeddingCache, max_sequence_length: int | None
+    ) -> Encodings:
+        def answer(name: str, method: Method, key: Hashable, args: Any, kwargs: Any) -> Any:
+            value = cache.get(key)
+            if value is None:
+                self.num_forwards += 1
+                value = to_cpu(method(*args, **kwargs))
+                for tensor in each_tensor(value):
+                    self.finite.check(tensor, partial(self._explain, name))
+                cache.put(key, value, num_bytes(value))
+            return value
+
         try:
             with self.keeper.at_work():
-                embeds = self._family.encode(self._pipe, prompt, max_sequence_length)
-                return {
-                    name: value if value is None else value.cpu().contiguous() for name, value in embeds.items()
-                }
+                return self._run(request, answer, max_sequence_length)
         finally:
             self.keeper.release()
 
+    def _run(
+        self, request: GenerationRequest, answer: Callable[..., Any], max_sequence_length: int | None
+    ) -> Encodings:
+        """answer: (name of an encoding method, the method, its call's key, its arguments) -> CPU tensors.
+
+        What else fails in the pipeline's call fails in the denoise stage too, which knows what to say of it.
+        """
+        made: list[tuple[str, Any]] = []
+        failed: list[Exception] = []
+
+        def replace(name: str, method: Method) -> Method:
+            def encode(*args: Any, **kwargs: Any) -> Any:
+                try:
+                    value = answer(name, method, _key(name, args, kwargs), args, kwargs)
+                except Exception as error:
+                    failed.append(error)
+                    raise
+                made.append((name, value))
+                return map_tensors(
+                    lambda tensor: tensor.to(self._device), value
+                )  # as the rest of the call expects it
+
+            return encode
+
+        try:
+            self._call.encode(request, replace, max_sequence_length=max_sequence_length)
+        except Exception as error:
+            if error in failed:
+                raise
+            log.debug("%s fails behind its text encoders: %s", self._call, error)
+        return tuple(made)
+
     def _explain(self, name: str) -> str:
         advice = dtype_advice("encoder.dtype", resolve_dtype(self._config.dtype))
-        return f"{name} of {type(self._pipe).__name__} are NaN or infinite: {advice}"
+        return f"what {name} of {type(self._pipe).__name__} returned is NaN or infinite: {advice}"
+
+
+def _key(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
+    """Equal for calls that return equal values. What is not plain is equal to nothing."""
+    return name, _plain(args), _plain(kwargs)
+
+
+def _plain(value: Any) -> Hashable:
+    if isinstance(value, dict):
+        return tuple(sorted((key, _plain(entry)) for key, entry in value.items()))
+    if isinstance(value, tuple | list):
+        return tuple(map(_plain, value))
+    if value is None or isinstance(value, str | int | float | bool | torch.device | torch.dtype):
+        return value
+    return object()

@@ -7,7 +7,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 OnPartial = Callable[[int, torch.Tensor], None]
-"""(partial_image_index, latents as the pipeline would return them, on the CPU)"""
+"""(partial_image_index, latents that the request is heading for, as its scheduler has them)"""
 
 
 class PartialLatents:
@@ -17,13 +17,12 @@ class PartialLatents:
         self._num_partial_images, self._on_partial = num_partial_images, on_partial
         self._before: torch.Tensor | None = None
 
-    def after_step(self, pipe: Any, index: int, latents: torch.Tensor) -> None:
-        """Called after timestep `index` of `pipe.num_timesteps`, with the latents after it."""
-        steps = plan_partial_steps(pipe.num_timesteps, self._num_partial_images)
+    def after_step(self, scheduler: Any, index: int, latents: torch.Tensor) -> None:
+        """Called after timestep `index` of the scheduler's, with the latents after it."""
+        steps = plan_partial_steps(len(scheduler.timesteps), self._num_partial_images)
         if index + 1 in steps:
             assert self._before is not None
-            clean = predict_clean(pipe.scheduler, self._before, latents)
-            self._on_partial(steps.index(index + 1), clean.cpu().contiguous())
+            self._on_partial(steps.index(index + 1), predict_clean(scheduler, self._before, latents))
         self._before = latents if index + 2 in steps else None
 
 

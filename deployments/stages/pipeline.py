@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Iterator
+from functools import partial
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
@@ -20,21 +21,7 @@ from deployments.device import resolve_dtype
 from deployments.engine.blocks import build_skeleton
 from deployments.engine.shard import check_complete
 from deployments.memory.quantize import plan_stage_quantization
-
-
-class Elsewhere:
-    """What a pipeline finds in place of a model that another stage has: its config, and no weights.
-
-    No `nn.Module`, for pipelines take their device from those that they have.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "_model":
-            raise AttributeError(name)
-        return getattr(self._model, name)
+from deployments.stages.stub import ModelStub
 
 
 def load_pipeline(
@@ -42,9 +29,9 @@ def load_pipeline(
 ) -> Any:
     """The checkpoint's own pipeline class with the components named in `keep`.
 
-    Denoisers and VAEs that are not among them are known to it by their configs, and so are the sizes that it
-    computes from them; all else is None. Safety checkers and image encoders are none of the three stages' and are
-    never loaded.
+    In place of denoisers and VAEs that are not among them it has stubs that know their configs, and so it knows
+    the sizes that it computes from them; all else is None. Safety checkers and image encoders are never loaded:
+    none of the three stages has them.
     """
     for library in (diffusers_logging, transformers_logging):
         library.disable_progress_bar()
@@ -64,8 +51,9 @@ def load_pipeline(
     # DiffusionPipeline's own takes Wan's optional transformer for a setting, and would load it in every stage.
     pipeline_class = getattr(diffusers, index["_class_name"], diffusers.DiffusionPipeline)
     pipe = pipeline_class.from_pretrained(folder, **absent | known | models, local_files_only=True)
-    for name, model in known.items():
-        setattr(pipe, name, Elsewhere(model))
+    for name, face in known.items():
+        build = partial(build_skeleton, type(face), folder, name)
+        setattr(pipe, name, ModelStub(face, build, resolve_dtype(config.dtype)))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

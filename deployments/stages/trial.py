@@ -1,28 +1,38 @@
 """The pipeline's call with zeros for every forward: what fails here fails whatever the model would answer."""
 
+import copy
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from deployments.config import ModelConfig
 from deployments.engine.load import Denoiser
 from deployments.engine.merge import Inputs, latents_of
+from deployments.engine.stand_in import StandIn
+from deployments.memory.working import META
 from deployments.refusal import CannotServe, describe_cause
-from deployments.request import GenerationRequest, MediaSize
+from deployments.request import DecodeArguments, GenerationRequest, MediaSize
+from deployments.stages.blank import LEAST_TOKENS, BlankTexts
 from deployments.stages.call import PipelineCall
 from deployments.stages.draws import Draws
+from deployments.stages.stub import Reached, reach
+from deployments.stages.tensors import each_tensor, map_tensors
 from deployments.warm_up import default_request
 
-NUM_TOKENS = 8
-"""Of blank texts."""
 CPU = torch.device("cpu")
 
 
 class Trial:
     """Of one checkpoint's pipeline and scheduler. Takes milliseconds: nothing is computed."""
 
-    def __init__(self, call: PipelineCall, model: ModelConfig, denoiser: Denoiser) -> None:
-        self._call, self._model, self._denoiser = call, model, denoiser
+    def __init__(
+        self, call: PipelineCall, pipe: Any, blank: BlankTexts, model: ModelConfig, denoiser: Denoiser
+    ) -> None:
+        """pipe: that of the call, whose VAE is a stub."""
+        self._call, self._pipe, self._blank, self._model, self._denoiser = call, pipe, blank, model, denoiser
         side = model.geometry.size_multiple
         self._usual = default_request(model, MediaSize(side, side))
 
@@ -33,19 +43,60 @@ class Trial:
         """
         draws = Draws(self._usual.seed, CPU)
         try:
-            latents = self._run(self._usual, draws)
+            arguments = self._run(self._usual, draws, submit=self._check_first())
         except Exception as error:  # schedulers and pipelines raise what they like
             raise CannotServe(
                 f"the denoise stage cannot run {self._call}: {describe_cause(error)}. {self._advice()}"
             ) from error
-        expected = self._model.architecture.latents_shape(self._model.geometry, self._usual.size)
-        if tuple(latents.shape) != expected:
-            raise CannotServe(
-                f"the denoise stage cannot run {self._call}: for {self._usual.size} it makes latents of shape "
-                f"{list(latents.shape)}, and the vae takes {list(expected)}, by its config and as family "
-                f"{self._model.family} has it: {self._denoiser.name} and vae are not of one model"
-            )
+        self._check_decodable(arguments)
         return draws.were_taken
+
+    def _check_first(self) -> Callable[[Inputs], torch.Tensor]:
+        """Answers zeros, once the model has been seen to take the inputs of the first forward."""
+        checked: list[bool] = []
+
+        def submit(inputs: Inputs) -> torch.Tensor:
+            if not checked:
+                checked.append(True)
+                self._check_taken(inputs)
+            return answer_zeros(inputs)
+
+        return submit
+
+    def _check_taken(self, inputs: Inputs) -> None:
+        """Raises ValueError. Only what comes before the blocks is run, for on the meta device each costs much."""
+        model, blocks = copy.deepcopy(self._denoiser.skeleton).to(META), self._denoiser.block_names
+        try:
+            if (width := model.config.get("cross_attention_dim")) and self._denoiser.name == "unet":
+                _check_width(inputs["encoder_hidden_states"], width)
+            if blocks:
+                model.get_submodule(blocks[0]).register_forward_pre_hook(reach, with_kwargs=True)
+                with suppress(Reached):
+                    model(**map_tensors(_as_weights, dict(inputs)), return_dict=False)
+        except RuntimeError as error:
+            raise ValueError(
+                f"its {self._denoiser.name} does not take what its text encoders and scheduler give it ({error}): "
+                "a component is of another model"
+            ) from error
+
+    def _check_decodable(self, arguments: DecodeArguments) -> None:
+        """Raises CannotServe if the VAE would make another size of this, or does not take it."""
+        vae, asked = copy.deepcopy(self._pipe.vae.skeleton).to(META), self._usual.size
+        args, kwargs = map_tensors(_as_weights, (arguments.args, arguments.kwargs))
+        shapes = [list(tensor.shape) for tensor in each_tensor(args)]
+        try:
+            made = vae.decode(*args, **kwargs, return_dict=False)[0].shape
+        except Exception as error:  # VAEs raise what they like
+            raise CannotServe(
+                f"the denoise stage cannot run {self._call}: its vae does not take latents of shape {shapes[0]}, "
+                f"which it makes for {asked}: {describe_cause(error)}; they are not of one model"
+            ) from error
+        if (made[-1], made[-2]) != (asked.width, asked.height):
+            raise CannotServe(
+                f"the denoise stage cannot run {self._call}: for {asked} it makes latents of shape {shapes[0]}, "
+                f"and the vae makes {made[-1]}x{made[-2]} of them: {self._denoiser.name} and vae are not of one "
+                "model"
+            )
 
     def find_fault(self, request: GenerationRequest) -> str | None:
         """The field for which this request would fail whatever the model answers, if there is one."""
@@ -67,7 +118,8 @@ class Trial:
 
     def is_finite(self, request: GenerationRequest) -> bool:
         """Whether the scheduler makes numbers of zeros."""
-        return bool(self._run(request).isfinite().all())
+        arguments = self._run(request)
+        return all(bool(tensor.isfinite().all()) for tensor in each_tensor((arguments.args, arguments.kwargs)))
 
     def _fails(self, request: GenerationRequest) -> bool:
         try:
@@ -77,10 +129,20 @@ class Trial:
         return False
 
     @torch.no_grad()
-    def _run(self, request: GenerationRequest, draws: Draws | None = None) -> torch.Tensor:
-        embeds = self._call.blank_embeds(NUM_TOKENS, NUM_TOKENS if request.prompt.is_guided else None)
-        draws = draws or Draws(request.seed, CPU)
-        return self._call.run(embeds, request, _answer_zeros, CPU, draws=draws)
+    def _run(
+        self,
+        request: GenerationRequest,
+        draws: Draws | None = None,
+        submit: Callable[[Inputs], torch.Tensor] | None = None,
+    ) -> DecodeArguments:
+        denoiser, limit = self._denoiser, self._model.architecture.max_sequence_length
+        stand_in = StandIn(denoiser.skeleton, dtype=denoiser.dtype, device=CPU, submit=submit or answer_zeros)
+        return self._call.denoise(
+            request,
+            {denoiser.name: stand_in, **self._blank.on(CPU)},
+            draws=draws or Draws(request.seed, CPU),
+            max_sequence_length=limit and min(limit, LEAST_TOKENS),
+        )
 
     def _advice(self) -> str:
         family, name = self._model.architecture, self._denoiser.index["_class_name"]
@@ -94,5 +156,16 @@ class Trial:
         )
 
 
-def _answer_zeros(inputs: Inputs) -> torch.Tensor:
+def answer_zeros(inputs: Inputs) -> torch.Tensor:
+    """A prediction that nothing was computed for."""
     return torch.zeros_like(latents_of(inputs))
+
+
+def _as_weights(tensor: torch.Tensor) -> torch.Tensor:
+    """Without values, in the dtype of a skeleton's weights."""
+    return tensor.to(META, torch.float32 if tensor.is_floating_point() else tensor.dtype)
+
+
+def _check_width(texts: torch.Tensor, width: int) -> None:
+    if texts.shape[-1] != width:
+        raise RuntimeError(f"encoder_hidden_states of width {texts.shape[-1]}, not {width}")

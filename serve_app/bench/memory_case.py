@@ -20,6 +20,7 @@ from deployments.checkpoints.geometry import with_geometry
 from deployments.checkpoints.source import fetch_checkpoint
 from deployments.config import EncoderConfig, ModelConfig, TransformerConfig, VaeConfig
 from deployments.stages import load_stage
+from deployments.stages.call import call_arguments
 from deployments.stats import MemoryStats
 from serve_app.bench.models import bench_request, fail
 
@@ -86,14 +87,14 @@ class _Relay:
     def __call__(self) -> None:
         seat = self._denoising.join()
         try:
-            embeds = self._encoding.encode(self._request.prompt)
-            latents = self._denoising.denoise(seat, embeds, self._request, on_step=lambda _step, _latents: None)
+            encodings = self._encoding.encode(self._request)
+            arguments = self._denoising.denoise(seat, encodings, self._request)
         finally:
             num_computed = self._denoising.engine.stats().num_computed
             self._denoising.leave(seat)
         while self._leaves_when_idle and self._denoising.engine.stats().num_computed == num_computed:
             time.sleep(0.001)  # until its weights have left, for the VAE is to have the room
-        self._decoding.decode(latents, self._request)
+        self._decoding.decode(arguments, self._request)
         self._num_pictures += 1
 
     def peak_bytes(self) -> int:
@@ -125,18 +126,9 @@ class _Plain:
         self._pipe.to(GPU or "cpu")
         self._pipe.set_progress_bar_config(disable=True)
         self._request = bench_request(model, num_steps)
-        tokens = {} if model.architecture.max_sequence_length is None else {"max_sequence_length": NUM_TEXT_TOKENS}
-        self._settings = {**model.architecture.call(self._request), **tokens}
 
     def __call__(self) -> None:
-        self._pipe(
-            self._request.prompt.text,
-            width=self._request.width,
-            height=self._request.height,
-            num_inference_steps=self._request.num_inference_steps,
-            generator=torch.Generator("cpu").manual_seed(self._request.seed),
-            **self._settings,
-        )
+        self._pipe(**call_arguments(type(self._pipe), self._request, NUM_TEXT_TOKENS))
 
     def peak_bytes(self) -> int:
         return _most_resident_bytes() if GPU is None else accelerator.peak_bytes(GPU)[0]

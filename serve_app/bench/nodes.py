@@ -171,7 +171,7 @@ class Nodes:
 
 async def _denoise(request: GenerationRequest) -> None:
     encoder, transformer = (serve.get_deployment_handle(name, APP_NAME) for name in ("Encoder", "Transformer"))
-    conditioning = encoder.encode.remote(request.prompt)
+    conditioning = encoder.encode.remote(request)
     async for _ in transformer.options(stream=True).denoise.remote(conditioning, request):
         pass
 

@@ -11,18 +11,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import DiffusionPipeline
 from rich.progress import Progress
 
 from deployments.checkpoints.source import fetch_checkpoint
 from deployments.config import EncoderConfig, ModelConfig, TransformerConfig
-from deployments.families import FAMILIES
 from deployments.stages import load_stage
+from deployments.stages.call import call_arguments
 from serve_app.bench.models import bench_model, bench_request, fail
 from serve_app.bench.report import Row, report
 
-FAMILY = "flux"
 NUM_TEXT_TOKENS = 16
 
 
@@ -54,36 +52,27 @@ def run(*, loads: Mapping[str, tuple[int, int]], json_file: Path | None) -> None
     report("a lone request's denoise", rows, json_file)
 
 
-def _ways(model: ModelConfig, num_steps: int) -> dict[str, Callable[[], torch.Tensor]]:
+def _ways(model: ModelConfig, num_steps: int) -> dict[str, Callable[[], object]]:
     """By design, one denoise, to latents."""
     request = bench_request(model, num_steps)
     encoding = load_stage("encode", model, EncoderConfig(max_sequence_length=NUM_TEXT_TOKENS))
-    embeds = encoding.encode(request.prompt)
+    encodings = encoding.encode(request)
     stage = load_stage("denoise", model, TransformerConfig())
     stage.connect(None, fail)
     absent: dict[str, Any] = dict.fromkeys(("text_encoder", "text_encoder_2", "vae"))
     pipe: Any = DiffusionPipeline.from_pretrained(fetch_checkpoint(model.checkpoint, ()), **absent)
     pipe.set_progress_bar_config(disable=True)
+    prompt_embeds, pooled_prompt_embeds, _ = dict(encodings)["encode_prompt"]
+    texts = {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds, "prompt": None}
 
-    def through_the_engine() -> torch.Tensor:
+    def through_the_engine() -> object:
         seat = stage.join()
         try:
-            latents: torch.Tensor = stage.denoise(seat, embeds, request, on_step=lambda _step, _latents: None)
-            return latents
+            return stage.denoise(seat, encodings, request)
         finally:
             stage.leave(seat)
 
-    def plain() -> torch.Tensor:
-        latents: torch.Tensor = pipe(
-            **embeds,
-            **FAMILIES[FAMILY].call(request),
-            width=request.width,
-            height=request.height,
-            num_inference_steps=num_steps,
-            generator=torch.Generator("cpu").manual_seed(request.seed),
-            output_type="latent",
-            return_dict=False,
-        )[0]
-        return latents
+    def plain() -> object:
+        return pipe(**call_arguments(type(pipe), request) | texts | {"output_type": "latent"})
 
     return {"plain": plain, "engine": through_the_engine}

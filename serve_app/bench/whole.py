@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 
 from deployments.checkpoints.source import fetch_checkpoint
 from deployments.device import resolve_device, resolve_dtype
-from deployments.request import GenerationRequest
+from deployments.stages.call import call_arguments
 from serve_app.app import build_validator
 from serve_app.config import AppConfig
 
@@ -32,21 +32,10 @@ class PlainPipeline:
         """The fields of an HTTP body in, a PNG out."""
         [request] = self._validator.requests(fields)
         file = io.BytesIO()
-        self._pipe(**self._arguments(request)).images[0].save(file, "png", compress_level=1)
+        length = self._max_sequence_length or self._validator.family.max_sequence_length
+        arguments = call_arguments(type(self._pipe), request, length) | {"output_type": "pil"}
+        self._pipe(**arguments).images[0].save(file, "png", compress_level=1)
         return file.getvalue()
-
-    def _arguments(self, request: GenerationRequest) -> dict[str, Any]:
-        family = self._validator.family
-        length = self._max_sequence_length or family.max_sequence_length
-        return {
-            "prompt": request.prompt.text,
-            "width": request.width,
-            "height": request.height,
-            "num_inference_steps": request.num_inference_steps,
-            "generator": torch.Generator("cpu").manual_seed(request.seed),
-            **family.call(request),
-            **({} if length is None else {"max_sequence_length": length}),
-        }
 
 
 class WholePipeline:

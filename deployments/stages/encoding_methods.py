@@ -1,0 +1,56 @@
+"""Which of a pipeline's methods run its text encoders: read from its source, so that no pipeline is named."""
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Callable, Collection, Iterator
+from functools import cache
+from typing import Any
+
+_NOT_ENCODING = frozenset({"check_inputs", "maybe_free_model_hooks", "__call__"})
+
+
+@cache
+def encoding_methods(pipeline_class: Any, encoders: frozenset[str]) -> tuple[str, ...]:
+    """Methods that `__call__` calls and that, through whatever they call, touch one of `encoders` and no VAE.
+
+    Those that touch the VAE too prepare latents; SDXL's look at a text encoder only to know what is offloaded. An
+    encoder that `__call__` calls itself is such a method by its own name (LTX-2's connectors).
+    """
+    called = dict.fromkeys(_own_names(pipeline_class.__call__))
+    reached = {name: _reached(pipeline_class, name) for name in called if name not in _NOT_ENCODING | encoders}
+    methods = [name for name, touched in reached.items() if touched & encoders and "vae" not in touched]
+    return (*methods, *sorted(set(_called_components(pipeline_class.__call__, encoders))))
+
+
+def _reached(pipeline_class: Any, name: str, seen: frozenset[str] = frozenset()) -> frozenset[str]:
+    """Names of `self` that a method uses, through whatever methods it calls."""
+    method = inspect.getattr_static(pipeline_class, name, None)
+    method = getattr(method, "__func__", method)  # of a static one
+    if name in seen or not inspect.isfunction(method):
+        return frozenset({name})
+    return frozenset().union(*(_reached(pipeline_class, other, seen | {name}) for other in _own_names(method)))
+
+
+@cache
+def _own_names(function: Callable[..., Any]) -> tuple[str, ...]:
+    """What is asked of `self`, in the order of the source."""
+    nodes = [node for node in ast.walk(_tree(function)) if isinstance(node, ast.Attribute) and _is_own(node)]
+    nodes.sort(key=lambda node: (node.lineno, node.col_offset))
+    return tuple(dict.fromkeys(node.attr for node in nodes))
+
+
+def _called_components(function: Callable[..., Any], encoders: Collection[str]) -> Iterator[str]:
+    for node in ast.walk(_tree(function)):
+        called = node.func if isinstance(node, ast.Call) else None
+        if isinstance(called, ast.Attribute) and _is_own(called) and called.attr in encoders:
+            yield called.attr
+
+
+def _is_own(node: ast.Attribute) -> bool:
+    return isinstance(node.value, ast.Name) and node.value.id == "self"
+
+
+@cache
+def _tree(function: Callable[..., Any]) -> ast.AST:
+    return ast.parse(textwrap.dedent(inspect.getsource(function)))

@@ -1,0 +1,39 @@
+"""Tensors in what pipelines pass about: in tuples, lists and dicts, beside plain values."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+
+def map_tensors(change: Callable[[torch.Tensor], Any], value: Any) -> Any:
+    """The same, with every tensor changed."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: map_tensors(change, entry) for key, entry in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)([map_tensors(change, entry) for entry in value])
+    return value
+
+
+def each_tensor(value: Any) -> Iterator[torch.Tensor]:
+    """All of them."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for entry in value.values():
+            yield from each_tensor(entry)
+    elif isinstance(value, tuple | list):
+        for entry in value:
+            yield from each_tensor(entry)
+
+
+def to_cpu(value: Any) -> Any:
+    """For another process."""
+    return map_tensors(lambda tensor: tensor.cpu().contiguous(), value)
+
+
+def to_device(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """Numbers in this dtype; masks and ids in their own."""
+    return map_tensors(lambda one: one.to(device, dtype if one.is_floating_point() else one.dtype), value)
