@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, PrivateAttr, field_validator, model
 from cluster.config import Config
 from cluster.resources import ResourceConfig
 from deployments.families import FAMILIES, Defaults, Family, Geometry
-from deployments.memory.config import OFF, MemoryConfig, TilingConfig
+from deployments.memory.config import OFF, Dtype, MemoryConfig, TilingConfig
 from deployments.request import MediaSize
 
 WARM_UP_SIZE = re.compile(r"(\d{1,5}x\d{1,5})(?:x(\d{1,5}))?")
@@ -50,6 +50,7 @@ class ModelConfig(Config):
     )
 
     _geometry: Geometry | None = PrivateAttr(None)
+    _vae_dtype: Dtype | None = PrivateAttr(None)
 
     @property
     def architecture(self) -> Family:
@@ -86,6 +87,17 @@ class ModelConfig(Config):
                 f"{self.checkpoint!r} says no sample_size"
             )
         return MediaSize(width, height, said.num_frames or own.num_frames)
+
+    @property
+    def vae_dtype(self) -> Dtype | None:
+        """That of the decode stage, if it is known: some pipelines scale their latents back in it."""
+        return self._vae_dtype
+
+    def with_vae_dtype(self, dtype: Dtype) -> Self:
+        """A copy for the other stages."""
+        copy = self.model_copy()
+        copy._vae_dtype = dtype
+        return copy
 
     def with_geometry(self, geometry: Geometry) -> Self:
         """The same, and what sizes its checkpoint makes."""

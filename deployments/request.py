@@ -81,6 +81,16 @@ class DecodeArguments:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
 
+    @classmethod
+    def of(cls, latents: Any) -> "DecodeArguments":
+        """Latents alone, as of most pipelines."""
+        return cls((latents,), {})
+
+    @property
+    def latents(self) -> Any:
+        """The first of them."""
+        return self.args[0]
+
     @property
     def nbytes(self) -> int:
         return num_bytes((self.args, self.kwargs))

@@ -43,7 +43,7 @@ def compose_app(config: AppConfig) -> Application:
     Raises ConfigError, also if files are not whole, or the cluster has too few CPUs or GPUs or too small ones.
     """
     config = resolve_family(config)
-    model, timeout_s = config.model, config.limits.request_timeout_s
+    model, timeout_s = config.model.with_vae_dtype(config.vae.dtype), config.limits.request_timeout_s
     check_defaults(model, config.limits)
     if is_alone():
         check_files(config)

@@ -4,6 +4,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -264,16 +265,33 @@ def plain(plain_pipeline: Callable[[str], Any]) -> Plain:
         defaults: dict[str, Any] = {"width": 64, "height": 64, "num_inference_steps": 4}
         if FAMILIES[family].media == "video":
             defaults["num_frames"] = 5
-        output = plain_pipeline(family)(
-            prompt,
-            generator=torch.Generator("cpu").manual_seed(seed),
-            output_type=output_type,
-            return_dict=False,
-            **defaults | _text_tokens(family) | settings,
-        )[0]
-        return output if output_type == "latent" else output[0]
+        pipe = plain_pipeline(family)
+        with decoded_by(pipe) as decoded:
+            output = pipe(
+                prompt,
+                generator=torch.Generator("cpu").manual_seed(seed),
+                output_type="np" if output_type == "latent" else output_type,
+                return_dict=False,
+                **defaults | _text_tokens(family) | settings,
+            )[0]
+        return decoded[0] if output_type == "latent" else output[0]
 
     return draw
+
+
+@contextmanager
+def decoded_by(pipe: Any) -> Iterator[list[torch.Tensor]]:
+    """The latents that a pipeline passes to `vae.decode` meanwhile: what crosses to the decode stage."""
+    decoded: list[torch.Tensor] = []
+    decode = pipe.vae.decode
+
+    def noting(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        decoded.append(latents)
+        return decode(latents, *args, **kwargs)
+
+    pipe.vae.decode = noting
+    yield decoded
+    del pipe.vae.decode
 
 
 def _load_plain(family: str) -> Any:

@@ -47,12 +47,13 @@ class StandIn(nn.Module):
         yield
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor]:
-        inputs = dict(zip(_names(type(self.__dict__["skeleton"])), args, strict=False)) | kwargs
+        model_class: Any = type(self.__dict__["skeleton"])
+        inputs = dict(zip(_names(model_class), args, strict=False)) | kwargs
         inputs.pop("return_dict", None)
         return (self._submit(inputs),)
 
 
 @cache
-def _names(model_class: type[nn.Module]) -> tuple[str, ...]:
+def _names(model_class: Any) -> tuple[str, ...]:
     """Of its forward's inputs, some of which pipelines pass by position."""
     return tuple(signature(model_class.forward).parameters)[1:]

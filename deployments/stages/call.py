@@ -35,7 +35,8 @@ class PipelineCall:
     def __init__(self, pipe: Any) -> None:
         self._pipe = pipe
         encoders = frozenset(name for name in pipe.components if name.startswith("text_encoder"))
-        self._methods = encoding_methods(type(pipe), encoders)
+        pipeline_class: Any = type(pipe)
+        self._methods = encoding_methods(pipeline_class, encoders)
 
     def __str__(self) -> str:
         return f"{type(self._pipe).__name__} with {type(self._pipe.scheduler).__name__}"

@@ -79,7 +79,7 @@ class Decoding:
 
     def _blank(self, size: MediaSize) -> DecodeArguments:
         empty = decode_inputs(self._pipe.vae.config, self._geometry, size, self._dtype)
-        return DecodeArguments((torch.zeros_like(empty, device="cpu"),), {})
+        return DecodeArguments.of(torch.zeros_like(empty, device="cpu"))
 
     def check(self, request: GenerationRequest) -> None:
         """Raises NeverFits. Thread-safe; takes up to seconds the first time for a size."""

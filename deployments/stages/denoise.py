@@ -17,6 +17,7 @@ from cluster.place import Place, Rendezvous, plan_backend
 from cluster.transport import open_store
 from deployments.checkpoints.geometry import read_geometry, with_geometry
 from deployments.config import ModelConfig, TransformerConfig
+from deployments.device import resolve_dtype
 from deployments.engine.blocks import shape_only_inputs
 from deployments.engine.engine import Engine
 from deployments.engine.load import load_rank, open_denoiser
@@ -60,6 +61,7 @@ class Denoising:
         self._check_geometry(model)
         folder, index = self._denoiser.folder, self._denoiser.index
         pipe = load_pipeline(folder, index, frozenset({"scheduler"}), config, variant=model.variant)
+        pipe.vae.dtype = resolve_dtype(model.vae_dtype or config.dtype)
         self._call = PipelineCall(pipe)
         self._blank = BlankTexts(folder, index, self._denoiser.dtype)
         self._trial = Trial(self._call, pipe, self._blank, model, self._denoiser)

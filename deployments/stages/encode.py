@@ -16,7 +16,7 @@ from deployments.memory.keeper import Keeper
 from deployments.memory.on_demand import turn_to_load
 from deployments.memory.share import take_share
 from deployments.memory.spread import spread_models
-from deployments.refusal import CannotServe, describe_cause
+from deployments.refusal import CannotServe, NotFinite, describe_cause
 from deployments.request import Encodings, GenerationRequest, MediaSize, num_bytes
 from deployments.stages.blank import LEAST_TOKENS
 from deployments.stages.call import Method, PipelineCall
@@ -60,6 +60,7 @@ class TextEncoding:
         self._call = PipelineCall(self._pipe)
         if config.compile is None and not config.moves_weights:  # else it would cost what a request costs
             self._try(model, sorted(left_out(index)))
+            self.finite, self.num_forwards = FiniteCheck(), 0
 
     def _try(self, model: ModelConfig, missing: Sequence[str]) -> None:
         """Raises CannotServe where no text could be encoded."""
@@ -67,7 +68,8 @@ class TextEncoding:
         request = default_request(model, MediaSize(side, side))
         try:
             self._encode(request, EmbeddingCache(0), limit and min(limit, LEAST_TOKENS))
-            self.num_forwards = 0
+        except NotFinite:  # for this text; whoever asks for another may be served
+            pass
         except Exception as error:  # pipelines and tokenizers raise what they like
             parts = [name for name in missing if name.startswith(("text_encoder", "tokenizer"))]
             without = f"; the checkpoint leaves out {', '.join(parts)}" if parts else ""

@@ -65,7 +65,8 @@ class Trial:
 
     def _check_taken(self, inputs: Inputs) -> None:
         """Raises ValueError. Only what comes before the blocks is run, for on the meta device each costs much."""
-        model, blocks = copy.deepcopy(self._denoiser.skeleton).to(META), self._denoiser.block_names
+        model: Any = copy.deepcopy(self._denoiser.skeleton).to(META)
+        blocks = self._denoiser.block_names
         try:
             if (width := model.config.get("cross_attention_dim")) and self._denoiser.name == "unet":
                 _check_width(inputs["encoder_hidden_states"], width)

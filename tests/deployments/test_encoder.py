@@ -2,6 +2,8 @@
 
 import asyncio
 import pickle
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -9,16 +11,26 @@ import torch
 from deployments.config import EncoderConfig, ModelConfig
 from deployments.encoder import Encoder
 from deployments.families import FAMILIES
-from deployments.request import Prompt
+from deployments.request import Conditioning, GenerationRequest, Prompt
+from deployments.stages.tensors import each_tensor
 from deployments.stats import EncoderStats
 
 MODEL = ModelConfig(name="tiny", checkpoint="tiny://sd15", family="sd15")
-CAT = Prompt("a cat", "blurry", is_guided=True)
+CAT = GenerationRequest(
+    Prompt("a cat", "blurry", is_guided=True), 64, 64, 1, 2, guidance_scale=5.0, true_cfg_scale=1.0, seed=0,
+    output_format="png", output_compression=100, fps=8,
+)  # fmt: skip
+IMPOSSIBLE = replace(CAT, prompt=Prompt("\ud800", None, is_guided=False))
+"""Half a character, which no tokenizer takes."""
 
 
 @pytest.fixture
 def encoder() -> Encoder:
     return Encoder(MODEL, EncoderConfig())
+
+
+def tensors(conditioning: Conditioning) -> list[torch.Tensor]:
+    return list(each_tensor(conditioning.encodings))
 
 
 def stats(encoder: Encoder) -> EncoderStats:
@@ -27,20 +39,20 @@ def stats(encoder: Encoder) -> EncoderStats:
 
 def test_a_repeated_prompt_costs_no_forward(encoder: Encoder) -> None:
     first, second = (asyncio.run(encoder.encode(CAT)) for _ in range(2))
-    assert second.embeds is first.embeds
+    assert all(one is other for one, other in zip(tensors(second), tensors(first), strict=True))
     assert (stats(encoder).num_forwards, stats(encoder).num_cache_hits) == (1, 1)
 
 
 def test_the_stats_tell_how_much_is_cached(encoder: Encoder) -> None:
-    embeds = asyncio.run(encoder.encode(CAT)).embeds
-    num_bytes = sum(value.nbytes for value in embeds.values() if value is not None)
+    conditioning = asyncio.run(encoder.encode(CAT))
+    num_bytes = sum(tensor.nbytes for tensor in tensors(conditioning))
     assert (stats(encoder).num_cached, stats(encoder).cached_bytes) == (1, num_bytes)
 
 
 def test_equal_prompts_at_the_same_time_share_one_forward(encoder: Encoder) -> None:
     async def at_once() -> None:
         one, *others = await asyncio.gather(*(encoder.encode(CAT) for _ in range(5)))
-        assert all(other.embeds is one.embeds for other in others)
+        assert all(tensors(other)[0] is tensors(one)[0] for other in others)
 
     asyncio.run(at_once())
     assert stats(encoder).num_forwards == 1
@@ -48,24 +60,38 @@ def test_equal_prompts_at_the_same_time_share_one_forward(encoder: Encoder) -> N
 
 def test_what_the_encoder_raises_knows_its_stage(encoder: Encoder) -> None:
     """It comes out of the denoiser's call, which is given the encoder's answer."""
-    with pytest.raises(AttributeError, match=r"no attribute .shape.") as raised:
-        asyncio.run(encoder.encode(Prompt(7, None, is_guided=False)))  # type: ignore[arg-type]
+    with pytest.raises(TypeError) as raised:
+        asyncio.run(encoder.encode(IMPOSSIBLE))
     assert pickle.loads(pickle.dumps(raised.value)).stage == "encode"
 
 
 def test_another_negative_prompt_is_another_forward_with_another_result(encoder: Encoder) -> None:
-    dark = Prompt(CAT.text, "dark", is_guided=True)
-    one, other = (asyncio.run(encoder.encode(prompt)).embeds for prompt in (CAT, dark))
+    dark = replace(CAT, prompt=replace(CAT.prompt, negative_text="dark"))
+    one, other = (tensors(asyncio.run(encoder.encode(request))) for request in (CAT, dark))
     assert stats(encoder).num_forwards == 2
-    assert torch.equal(one["prompt_embeds"], other["prompt_embeds"])
-    assert not torch.equal(one["negative_prompt_embeds"], other["negative_prompt_embeds"])
+    assert [torch.equal(*pair) for pair in zip(one, other, strict=True)] == [True, False]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"seed": 1}, {"num_inference_steps": 5}, {"width": 128}, {"guidance_scale": 3.0}]
+)
+def test_the_same_texts_at_another_size_or_in_other_steps_cost_no_forward(
+    encoder: Encoder, changes: dict[str, Any]
+) -> None:
+    asyncio.run(encoder.encode(CAT))
+    asyncio.run(encoder.encode(replace(CAT, **changes)))
+    assert (stats(encoder).num_forwards, stats(encoder).num_cache_hits) == (1, 1)
+
+
+def test_what_cannot_be_drawn_is_left_to_the_denoise_stage_to_tell(encoder: Encoder) -> None:
+    """The encode stage runs the pipeline's own checks too, and knows of no field to blame."""
+    assert asyncio.run(encoder.encode(replace(CAT, width=63))).encodings == ()
 
 
 def test_a_failed_encode_raises_and_is_not_remembered(encoder: Encoder) -> None:
-    impossible = Prompt(7, None, is_guided=False)  # type: ignore[arg-type]
     for num_forwards in (1, 2):
-        with pytest.raises((AttributeError, TypeError, ValueError)):
-            asyncio.run(encoder.encode(impossible))
+        with pytest.raises(TypeError):
+            asyncio.run(encoder.encode(IMPOSSIBLE))
         assert (stats(encoder).num_forwards, stats(encoder).num_cached) == (num_forwards, 0)
     asyncio.run(encoder.encode(CAT))
     assert stats(encoder).num_cache_hits == 0
@@ -77,7 +103,7 @@ def test_a_client_that_leaves_takes_nothing_from_the_others(encoder: Encoder) ->
         await asyncio.sleep(0)
         leaving.cancel()
         conditioning = await staying
-        assert conditioning.embeds["prompt_embeds"] is not None
+        assert tensors(conditioning)
         assert leaving.cancelled()
 
     asyncio.run(one_leaves())
@@ -88,20 +114,19 @@ def test_without_a_cache_every_prompt_is_encoded() -> None:
     encoder = Encoder(MODEL, EncoderConfig(cache_mib=0))
     one, other = (asyncio.run(encoder.encode(CAT)) for _ in range(2))
     assert stats(encoder).num_forwards == 2
-    assert torch.equal(one.embeds["prompt_embeds"], other.embeds["prompt_embeds"])
+    assert torch.equal(tensors(one)[0], tensors(other)[0])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_embeddings_are_cpu_tensors_that_can_be_sent_without_a_copy(family: str) -> None:
     model = ModelConfig(name="tiny", checkpoint=f"tiny://{family}", family=family)
-    conditioning = asyncio.run(Encoder(model, EncoderConfig()).encode(CAT))
-    tensors = [value for value in conditioning.embeds.values() if value is not None]
-    assert tensors
-    assert all(value.device.type == "cpu" and value.is_contiguous() for value in tensors)
-    assert not any(value.requires_grad for value in tensors)
+    made = tensors(asyncio.run(Encoder(model, EncoderConfig()).encode(CAT)))
+    assert made
+    assert all(value.device.type == "cpu" and value.is_contiguous() for value in made)
+    assert not any(value.requires_grad for value in made)
 
 
 def test_max_sequence_length_bounds_the_text_tokens() -> None:
     model = ModelConfig(name="tiny", checkpoint="tiny://flux", family="flux")
     encoder = Encoder(model, EncoderConfig(max_sequence_length=24))
-    assert asyncio.run(encoder.encode(CAT)).embeds["prompt_embeds"].shape[:2] == (1, 24)
+    assert tensors(asyncio.run(encoder.encode(CAT)))[0].shape[:2] == (1, 24)

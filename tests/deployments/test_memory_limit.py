@@ -8,7 +8,7 @@ import torch
 
 from deployments.config import ModelConfig, TransformerConfig, VaeConfig
 from deployments.refusal import NeverFits
-from deployments.request import GenerationRequest, Prompt
+from deployments.request import DecodeArguments, GenerationRequest, Prompt
 from deployments.stages import load_stage
 
 MODEL = ModelConfig(name="tiny", checkpoint="tiny://flux", family="flux")
@@ -26,8 +26,6 @@ def build_request(side: int, seed: int = 0) -> GenerationRequest:
 def test_forwards_that_do_not_fit_now_wait_and_those_that_never_fit_are_refused() -> None:
     config = TransformerConfig(memory_limit_gib=TRANSFORMER_GIB, batch_wait_ms=50)
     stage = load_stage("denoise", MODEL, config)
-    shapes = stage._family.embed_shapes(stage._denoiser.config, 64)
-    embeds = {name: torch.zeros(shape) for name, shape in shapes.items()}
     stage.connect(None, pytest.fail)
     begin = threading.Barrier(8)
 
@@ -36,7 +34,8 @@ def test_forwards_that_do_not_fit_now_wait_and_those_that_never_fit_are_refused(
         try:
             if together:
                 begin.wait(30)
-            latents: torch.Tensor = stage.denoise(seat, embeds, build_request(side, seed), lambda *_: None)
+            request = build_request(side, seed)
+            latents: torch.Tensor = stage.denoise(seat, None, request, max_sequence_length=64).latents
             return latents
         finally:
             stage.leave(seat)
@@ -55,6 +54,6 @@ def test_forwards_that_do_not_fit_now_wait_and_those_that_never_fit_are_refused(
 def test_a_vae_refuses_what_it_could_never_decode_and_goes_on() -> None:
     stage = load_stage("decode", MODEL, VaeConfig(memory_limit_gib=2e6 / 2**30))
     with pytest.raises(NeverFits, match="decoding 128x128 needs"):
-        stage.decode(torch.zeros(1, 64, 64), build_request(128))
-    assert stage.decode(torch.zeros(1, 16, 64), build_request(64)).shape == (1, 64, 64, 3)
+        stage.decode(DecodeArguments.of(torch.zeros(1, 16, 16, 16)), build_request(128))
+    assert stage.decode(DecodeArguments.of(torch.zeros(1, 16, 8, 8)), build_request(64)).shape == (1, 64, 64, 3)
     assert [need.call for need in stage.keeper.stats().needs] == ["decoding 128x128", "decoding 64x64"]

@@ -12,7 +12,7 @@ import torch
 from deployments.config import EncoderConfig, ModelConfig, TransformerConfig, VaeConfig
 from deployments.encoder import Encoder
 from deployments.replica import StageReplica
-from deployments.request import Conditioning
+from deployments.request import Conditioning, DecodeArguments
 from deployments.transformer import Transformer
 from deployments.vae import Vae
 from tests.deployments.memory.tiny_request import build_request
@@ -51,17 +51,16 @@ def lost_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[], AbstractContextMan
 
 
 def encode(encoder: Encoder) -> Coroutine[Any, Any, Any]:
-    return encoder.encode(REQUEST.prompt)
+    return encoder.encode(REQUEST)
 
 
 def decode(vae: Vae) -> Coroutine[Any, Any, Any]:
-    return vae.decode(LATENTS, REQUEST)
+    return vae.decode(DecodeArguments.of(LATENTS), REQUEST)
 
 
 async def denoise(transformer: Transformer) -> list[Any]:
-    shapes = {"prompt_embeds": (1, 77, 64), "negative_prompt_embeds": (1, 77, 64)}
-    embeds = {name: torch.zeros(shape) for name, shape in shapes.items()}
-    return [item async for item in transformer.denoise(Conditioning(embeds, 0.0), REQUEST)]
+    encodings = (("encode_prompt", (torch.zeros(1, 77, 64), torch.zeros(1, 77, 64))),)
+    return [item async for item in transformer.denoise(Conditioning(encodings, 0.0), REQUEST)]
 
 
 STAGES = [
@@ -93,5 +92,5 @@ def test_a_gpu_that_is_lost_between_two_requests_ends_the_process(
 def test_another_error_ends_nothing() -> None:
     vae = Vae(MODEL, VaeConfig(num_gpus=1))
     with pytest.raises(RuntimeError, match="channels"):
-        asyncio.run(vae.decode(torch.zeros(1, 3, 8, 8), REQUEST))
+        asyncio.run(vae.decode(DecodeArguments.of(torch.zeros(1, 3, 8, 8)), REQUEST))
     asyncio.run(decode(vae))

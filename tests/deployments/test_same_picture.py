@@ -62,7 +62,7 @@ class StageProcess:
                 stage.leave(seat)
 
         try:
-            latents: torch.Tensor = stage.denoise(seat, embeds, request, on_step)
+            latents: torch.Tensor = stage.denoise(seat, embeds, request, on_step).latents
             return latents
         except Cancelled:
             return None
@@ -92,7 +92,7 @@ class Processes:
         ray.get(
             [self.encoder.load.remote("encode", family, encode), self.vae.load.remote("decode", family, decode)]
         )
-        embeds = self.encoder.call.remote("encode", family, encode, "encode", request.prompt)
+        embeds = self.encoder.call.remote("encode", family, encode, "encode", request)
         latents = ray.get(self.ranks[0].denoise.remote(family, denoise, embeds, request))
         frames = self.vae.call.remote("decode", family, decode, "decode", latents, request)
         return latents, ray.get(frames)
@@ -237,7 +237,7 @@ def test_forty_mixed_requests_are_neither_swapped_nor_lost(
         ray.get(processes.encoder.load.remote("encode", family, encode))
         requests.append((family, request, cancel_at, encode))
     for family, request, cancel_at, encode in requests:
-        embeds = processes.encoder.call.remote("encode", family, encode, "encode", request.prompt)
+        embeds = processes.encoder.call.remote("encode", family, encode, "encode", request)
         answers.append(processes.ranks[0].denoise.remote(family, config, embeds, request, cancel_at))
     assert sum(cancel_at is not None for *_, cancel_at, _ in requests) >= 5
     for (family, request, cancel_at, _), answer in zip(requests, ray.get(answers), strict=True):

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from deployments.config import EncoderConfig, ModelConfig, TransformerConfig
 from deployments.engine.step_queue import StepQueueStats
 from deployments.request import (
     Conditioning,
+    DecodeArguments,
     Denoised,
     GenerationRequest,
     PartialDenoised,
@@ -55,11 +57,16 @@ def transformer() -> Transformer:
 @pytest.fixture(scope="module")
 def conditioning() -> Conditioning:
     encoding = load_stage("encode", MODEL, EncoderConfig(max_sequence_length=32))
-    return Conditioning(encoding.encode(PROMPT), 1.0)
+    return Conditioning(encoding.encode(build_request()), 1.0)
 
 
 async def collect(transformer: Transformer, conditioning: Conditioning, request: GenerationRequest) -> list[Any]:
-    return [item async for item in transformer.denoise(conditioning, request, PROGRESS)]
+    """What is to be decoded, as bare latents."""
+    return await _items(transformer.denoise(conditioning, request, PROGRESS))
+
+
+async def _items(stream: AsyncIterator[Any]) -> list[Any]:
+    return [item.latents if isinstance(item, DecodeArguments) else item async for item in stream]
 
 
 async def cancel_after_the_first_step(transformer: Transformer, conditioning: Conditioning) -> None:
@@ -94,7 +101,7 @@ def test_nobody_gets_progress_who_did_not_ask(transformer: Transformer, conditio
     async def run() -> list[type]:
         return [type(item) async for item in transformer.denoise(conditioning, build_request())]
 
-    assert asyncio.run(run()) == [Denoised, torch.Tensor]
+    assert asyncio.run(run()) == [Denoised, DecodeArguments]
 
 
 def test_the_time_left_is_known_once_a_step_is_done(
@@ -115,7 +122,7 @@ def test_the_time_left_is_known_once_a_step_is_done(
 def test_partial_latents_come_announced_and_in_order(transformer: Transformer, conditioning: Conditioning) -> None:
     async def run() -> list[Any]:
         stream = transformer.denoise(conditioning, build_request(8), StreamOptions(num_partial_images=3))
-        return [item async for item in stream]
+        return await _items(stream)
 
     *partials, denoised, latents = asyncio.run(run())
     assert partials[::2] == [PartialDenoised(0), PartialDenoised(1), PartialDenoised(2)]
@@ -133,11 +140,11 @@ def test_the_summary_passes_on_what_the_encoder_said(transformer: Transformer, c
     assert denoised.denoise_ms > 0
 
 
-def test_latents_are_packed_cpu_tensors_that_can_be_sent_without_a_copy(
+def test_latents_are_cpu_tensors_that_can_be_sent_without_a_copy(
     transformer: Transformer, conditioning: Conditioning
 ) -> None:
     *_, latents = asyncio.run(collect(transformer, conditioning, build_request()))
-    assert latents.shape == (1, 64 // 16 * 48 // 16, 64)
+    assert latents.shape == (1, 16, 48 // 8, 64 // 8)
     assert latents.device.type == "cpu"
     assert latents.is_contiguous()
 
@@ -235,7 +242,8 @@ def test_a_cancelled_request_leaves_no_complaint_behind(
 def test_what_a_forward_raises_reaches_its_request_and_no_other(
     transformer: Transformer, conditioning: Conditioning
 ) -> None:
-    wrong = replace(conditioning, embeds={name: torch.zeros(1, 7, 5) for name in conditioning.embeds})
+    name, outputs = conditioning.encodings[0]
+    wrong = replace(conditioning, encodings=((name, tuple(torch.zeros(1, 7, 5) for _ in outputs)),))
 
     async def at_once() -> list[Any]:
         both = (collect(transformer, given, build_request()) for given in (wrong, conditioning))
@@ -247,8 +255,8 @@ def test_what_a_forward_raises_reaches_its_request_and_no_other(
 
 
 def test_a_request_that_fails_frees_its_seat(transformer: Transformer, conditioning: Conditioning) -> None:
-    impossible = replace(conditioning, embeds={"prompt_embeds": None, "pooled_prompt_embeds": None})
-    with pytest.raises(ValueError, match="prompt"):
+    impossible = replace(conditioning, encodings=())
+    with pytest.raises(RuntimeError, match="calls encode_prompt where the encode stage's called nothing"):
         asyncio.run(collect(transformer, impossible, build_request()))
     assert asyncio.run(queue_stats(transformer)).num_seats == 0
 

@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 from deployments.config import ModelConfig, VaeConfig
-from deployments.request import GenerationRequest, Media, OutputFormat, Prompt
+from deployments.request import DecodeArguments, GenerationRequest, Media, OutputFormat, Prompt
 from deployments.stages.decode import Decoding
 from deployments.vae import Vae
 
-LATENTS = {"flux": (1, 12, 64), "sd15": (1, 4, 6, 8), "wan": (1, 16, 2, 6, 8)}
+LATENTS = {"flux": (1, 16, 6, 8), "sd15": (1, 4, 6, 8), "wan": (1, 16, 2, 6, 8)}
 """Of 64 x 48 pixels; five frames of them."""
 
 
@@ -28,8 +28,8 @@ def build_request(output_format: OutputFormat, output_compression: int = 100) ->
     return GenerationRequest(prompt, 64, 48, 5, 3, None, None, 0, output_format, output_compression, fps=8)
 
 
-def build_latents(family: str) -> torch.Tensor:
-    return torch.randn(LATENTS[family], generator=torch.Generator().manual_seed(0))
+def build_latents(family: str) -> DecodeArguments:
+    return DecodeArguments.of(torch.randn(LATENTS[family], generator=torch.Generator().manual_seed(0)))
 
 
 def decode(family: str, request: GenerationRequest) -> tuple[Media, Any]:
@@ -66,9 +66,9 @@ def test_a_video_is_an_mp4_of_the_decoded_frames() -> None:
 def test_latents_that_may_not_be_written_to_are_left_as_they_are() -> None:
     """So they come from Ray: as views of shared memory."""
     vae, latents = Vae(build_model("sd15"), VaeConfig()), build_latents("sd15")
-    before = latents.clone()
+    before = latents.latents.clone()
     asyncio.run(vae.decode(latents, build_request("png")))
-    assert torch.equal(latents, before)
+    assert torch.equal(latents.latents, before)
 
 
 def test_the_vae_tells_how_long_it_took() -> None:

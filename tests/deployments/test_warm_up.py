@@ -13,8 +13,9 @@ from torch._dynamo.utils import counters
 from deployments.checkpoints.geometry import with_geometry
 from deployments.config import EncoderConfig, ModelConfig, TransformerConfig, VaeConfig
 from deployments.families import FAMILIES
-from deployments.request import Conditioning, GenerationRequest
+from deployments.request import Conditioning, DecodeArguments, GenerationRequest
 from deployments.stages import load_stage
+from deployments.stages.tensors import each_tensor
 from deployments.transformer import Transformer
 from deployments.warm_up import WarmUp
 from serve_app.config import ConfigError, LimitsConfig
@@ -66,14 +67,14 @@ def graphs() -> Iterator[Any]:
 def test_the_first_picture_of_a_listed_size_compiles_nothing(family: str, graphs: Any) -> None:
     """And is the picture that a replica draws which was neither warm nor compiled."""
     request = build_request(family)
-    embeds = build_stage("encode", family, encoder_config(family)).encode(request.prompt)
+    embeds = build_stage("encode", family, encoder_config(family)).encode(request)
 
     def draw(warm_up: WarmUp, **settings: Any) -> torch.Tensor:
         stage = build_stage("denoise", family, TransformerConfig(**settings))
         stage.connect(None, pytest.fail)
         stage.warm_up(warm_up)
         before.append(graphs())
-        latents: torch.Tensor = stage.denoise(stage.join(), embeds, request, on_step=lambda *_: None)
+        latents: torch.Tensor = stage.denoise(stage.join(), embeds, request, on_step=lambda *_: None).latents
         stage.close()
         return latents
 
@@ -84,15 +85,30 @@ def test_the_first_picture_of_a_listed_size_compiles_nothing(family: str, graphs
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_blank_latents_are_shaped_as_real_ones(family: str) -> None:
+def test_blank_texts_and_latents_are_shaped_as_real_ones(family: str) -> None:
     request = build_request(family)
-    embeds = build_stage("encode", family, encoder_config(family)).encode(request.prompt)
+    encodings = build_stage("encode", family, encoder_config(family)).encode(request)
     stage = build_stage("denoise", family, TransformerConfig())
     stage.connect(None, pytest.fail)
-    latents = stage.denoise(stage.join(), embeds, request, on_step=lambda *_: None)
+    seen: list[list[torch.Size]] = []
+    forward = stage.engine.forward
+
+    def noting(seat: Any, inputs: Any) -> torch.Tensor:
+        seen.append([tensor.shape for tensor in each_tensor(dict(inputs))])
+        prediction: torch.Tensor = forward(seat, inputs)
+        return prediction
+
+    stage.engine.forward = noting
+    length = encoder_config(family).max_sequence_length
+    real = stage.denoise(stage.join(), encodings, request).latents
+    blank = stage.denoise(stage.join(), None, request, max_sequence_length=length).latents
     stage.close()
-    of = FAMILIES[family]
-    assert of.latents_shape(build_model(family).geometry, request.size) == latents.shape
+    assert blank.shape == real.shape
+    half = len(seen) // 2
+    if family != "qwen-image":  # whose texts are as long as they are
+        assert seen[:half] == seen[half:]
+    vae = build_stage("decode", family, VaeConfig())
+    assert vae._blank(request.size).latents.shape == real.shape
 
 
 @pytest.mark.parametrize("stage", ["encode", "decode"])
@@ -104,9 +120,9 @@ def test_encoder_and_vae_compile_nothing_afterwards(stage: str, graphs: Any) -> 
     warm.warm_up(build_warm_up("sd15"))
     before = graphs()
     if stage == "encode":
-        warm.encode(request.prompt)
+        warm.encode(request)
     else:
-        frames = warm.decode(torch.zeros(1, 4, 48 // 8, 64 // 8), request)
+        frames = warm.decode(DecodeArguments.of(torch.zeros(1, 4, 48 // 8, 64 // 8)), request)
         assert isinstance(frames, np.ndarray)
     assert graphs() == before > 0
 
@@ -114,7 +130,7 @@ def test_encoder_and_vae_compile_nothing_afterwards(stage: str, graphs: Any) -> 
 def test_a_replica_is_warm_once_it_is_built(graphs: Any) -> None:
     family = "flux"
     request = build_request(family)
-    embeds = build_stage("encode", family, encoder_config(family)).encode(request.prompt)
+    embeds = build_stage("encode", family, encoder_config(family)).encode(request)
     transformer = Transformer(build_model(family), TransformerConfig(**COMPILE), build_warm_up(family))
     before = graphs()
 

@@ -15,8 +15,7 @@ from deployments.checkpoints.components import left_out, read_index
 from deployments.checkpoints.geometry import with_geometry
 from deployments.checkpoints.source import fetch_checkpoint, with_family
 from deployments.config import EncoderConfig, ModelConfig, TransformerConfig, VaeConfig
-from deployments.families.family import Embeds
-from deployments.request import GenerationRequest, MediaSize, Prompt
+from deployments.request import DecodeArguments, Encodings, GenerationRequest, MediaSize
 from deployments.stages import load_stage
 from deployments.stages.denoise import Denoising
 from deployments.warm_up import default_request
@@ -74,14 +73,14 @@ def load_denoising(model: ModelConfig) -> Denoising:
     return stage
 
 
-def encode(model: ModelConfig, prompt: Prompt) -> Embeds:
-    return load_stage("encode", model, EncoderConfig()).encode(prompt)
+def encode(model: ModelConfig, request: GenerationRequest) -> Encodings:
+    return load_stage("encode", model, EncoderConfig()).encode(request)
 
 
-def denoise(stage: Denoising, embeds: Embeds, request: GenerationRequest) -> torch.Tensor:
+def denoise(stage: Denoising, encodings: Encodings, request: GenerationRequest) -> DecodeArguments:
     seat = stage.join()
     try:
-        return stage.denoise(seat, embeds, request, lambda *_: None)
+        return stage.denoise(seat, encodings, request)
     finally:
         stage.leave(seat)
 
@@ -90,10 +89,10 @@ def draw_staged(model: ModelConfig, request: GenerationRequest, **vae: Any) -> n
     """[F, H, W, 3] by the three stages."""
     stage = load_denoising(model)
     try:
-        latents = denoise(stage, encode(model, request.prompt), request)
+        arguments = denoise(stage, encode(model, request), request)
     finally:
         stage.close()
-    return load_stage("decode", model, VaeConfig(**vae)).decode(latents, request)
+    return load_stage("decode", model, VaeConfig(**vae)).decode(arguments, request)
 
 
 def draw_plain(folder: Path, request: GenerationRequest, **call: Any) -> np.ndarray:

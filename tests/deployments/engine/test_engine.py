@@ -21,8 +21,8 @@ from deployments.engine.merge import Merger
 from deployments.engine.outline import Holder, Outliner
 from deployments.engine.work import Blocks, Follower, Leader
 from deployments.refusal import OutOfShare, ShardGroupLost
-from deployments.request import Prompt
 from deployments.stages import load_stage
+from tests.deployments.memory.tiny_request import build_request
 
 CPU = torch.device("cpu")
 MODEL = ModelConfig(name="tiny", checkpoint="tiny://flux", family="flux")
@@ -34,11 +34,11 @@ SOON_S = 20.0
 @pytest.fixture
 def inputs() -> dict[str, Any]:
     encoding = load_stage("encode", MODEL, EncoderConfig(max_sequence_length=16))
-    embeds = encoding.encode(Prompt("a red cat", None, is_guided=False))
+    prompt_embeds, pooled, _ = dict(encoding.encode(build_request("flux")))["encode_prompt"]
     return {
         "hidden_states": torch.randn(1, 16, 64),
-        "encoder_hidden_states": embeds["prompt_embeds"],
-        "pooled_projections": embeds["pooled_prompt_embeds"],
+        "encoder_hidden_states": prompt_embeds,
+        "pooled_projections": pooled,
         "timestep": torch.ones(1),
         "guidance": torch.ones(1),
         "img_ids": torch.zeros(16, 3),

@@ -29,9 +29,9 @@ def test_a_device_map_draws_what_the_plain_pipeline_draws(
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     stage = load_stage("denoise", MODEL, TransformerConfig(device_map=device_map, max_memory=max_memory))
-    embeds = load_stage("encode", MODEL, EncoderConfig(max_sequence_length=64)).encode(PROMPT)
+    embeds = load_stage("encode", MODEL, EncoderConfig(max_sequence_length=64)).encode(REQUEST)
     stage.connect(None, pytest.fail)
-    latents = stage.denoise(stage.join(), embeds, REQUEST, on_step=lambda *_: None)
+    latents = stage.denoise(stage.join(), embeds, REQUEST, on_step=lambda *_: None).latents
     assert torch.equal(latents, plain("flux", "a red cat", seed=7, num_inference_steps=2, output_type="latent"))
 
     [rank] = stage.stats().ranks

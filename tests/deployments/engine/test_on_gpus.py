@@ -28,7 +28,7 @@ SOON_S = 60.0
 def embeds(family: str) -> Any:
     tokens = 64 if FAMILIES[family].max_sequence_length else None
     config = EncoderConfig(max_sequence_length=tokens)
-    return load_stage("encode", build_model(family), config).encode(build_request(family).prompt)
+    return load_stage("encode", build_model(family), config).encode(build_request(family))
 
 
 def build_steps(family: str) -> GenerationRequest:
@@ -63,7 +63,7 @@ class ShardGroup:
         try:
             latents: torch.Tensor = self.head.denoise(
                 seat, embeds(self.family), build_steps(self.family), **{"on_step": lambda *_: None, **on}
-            )
+            ).latents
         finally:
             self.head.leave(seat)
         return latents
@@ -161,7 +161,7 @@ def test_a_device_map_over_two_gpus_draws_what_one_does(open_group: Open, device
     config = TransformerConfig(num_gpus=2, device_map=device_map, max_memory=memory)
     stage = load_stage("denoise", model, config)
     stage.connect(None, pytest.fail)
-    latents = stage.denoise(stage.join(), embeds("flux"), build_steps("flux"), on_step=lambda *_: None)
+    latents = stage.denoise(stage.join(), embeds("flux"), build_steps("flux"), on_step=lambda *_: None).latents
     [rank] = stage.stats().ranks
     stage.close()
     assert set(rank.device_map.values()) == {"0", "1"}

@@ -41,8 +41,9 @@ def open_stage(checkpoint: Path, **settings: Any) -> Any:
 
 
 def draw(stage: Any) -> torch.Tensor:
-    embeds = {"prompt_embeds": torch.ones(1, 77, stage._denoiser.config["cross_attention_dim"])}
-    latents: torch.Tensor = stage.denoise(stage.join(), embeds, build_request("sd15"), on_step=lambda *_: None)
+    latents: torch.Tensor = stage.denoise(
+        stage.join(), None, build_request("sd15"), on_step=lambda *_: None
+    ).latents
     stage.close()
     return latents
 

@@ -35,13 +35,13 @@ class Pipeline:
 
     def draw(self) -> Any:
         request = build_request(self.family)
-        embeds = self.encoding.encode(request.prompt)
+        embeds = self.encoding.encode(request)
         self.check_places("encode")
         seat = self.denoising.join()
-        latents = self.denoising.denoise(seat, embeds, request, on_step=lambda *_: None)
+        arguments = self.denoising.denoise(seat, embeds, request)
         self.denoising.leave(seat)
         self.check_places("denoise")
-        frames = self.decoding.decode(latents, request)
+        frames = self.decoding.decode(arguments, request)
         self.check_places("decode")
         return frames
 

@@ -61,7 +61,7 @@ class Stage:
         try:
             latents: torch.Tensor = self.denoising.denoise(
                 seat, embeds(), build_request("flux"), on_step=lambda *_: None
-            )
+            ).latents
         finally:
             self.denoising.leave(seat)
         return latents
@@ -70,7 +70,7 @@ class Stage:
 @cache
 def embeds() -> Any:
     config = EncoderConfig(max_sequence_length=64)
-    return load_stage("encode", MODEL, config).encode(build_request("flux").prompt)
+    return load_stage("encode", MODEL, config).encode(build_request("flux"))
 
 
 @pytest.mark.parametrize(

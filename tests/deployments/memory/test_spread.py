@@ -13,26 +13,25 @@ from deployments.families import FAMILIES
 from deployments.plan.place import place
 from deployments.plan.plan import StageConfigs, demands_of
 from deployments.stages import load_stage
+from deployments.stages.tensors import each_tensor
 from tests.deployments.memory.tiny_request import build_request
 from tests.deployments.plan.published import sizes_of
 
 
-def encode(family: str, **settings: Any) -> tuple[dict[str, torch.Tensor], Counter[str]]:
+def encode(family: str, **settings: Any) -> tuple[list[torch.Tensor], Counter[str]]:
     """Embeddings, and the bytes of weights by device."""
     model = ModelConfig(name="tiny", checkpoint=f"tiny://{family}", family=family)
     tokens = 64 if FAMILIES[family].max_sequence_length else None
     stage = load_stage("encode", model, EncoderConfig(max_sequence_length=tokens, **settings))
-    embeds = stage.encode(build_request(family).prompt)
+    embeds = stage.encode(build_request(family))
     weights: Counter[str] = Counter()
     for place_and_dtype, num_bytes in stage.keeper.stats().weights_bytes.items():
         weights[place_and_dtype.partition(" ")[0]] += num_bytes
-    return {name: value for name, value in embeds.items() if value is not None}, weights
+    return list(each_tensor(embeds)), weights
 
 
-def assert_equal(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert got.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.equal(got[name], value), name
+def assert_equal(got: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
 
 
 @pytest.mark.parametrize("family", ["flux", "qwen-image", "wan"])

@@ -23,8 +23,10 @@ from deployments.config import EncoderConfig, ModelConfig, TransformerConfig, Va
 from deployments.families import FAMILIES
 from deployments.memory.conflicts import find_conflict
 from deployments.memory.movable import make_movable
-from deployments.request import GenerationRequest
+from deployments.request import DecodeArguments, GenerationRequest
 from deployments.stages import load_stage
+from deployments.stages.tensors import each_tensor
+from tests.conftest import decoded_by
 from tests.deployments.memory.tiny_request import NUM_STEPS, PROMPT, build_request
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quantize_on_cpu", "fresh_torch", "own_turns")]
@@ -93,7 +95,9 @@ def draw(family: str, model: ModelConfig | None = None, **settings: Any) -> torc
     stage = load_stage("denoise", model, TransformerConfig(**settings))
     stage.connect(None, pytest.fail)
     try:
-        latents: torch.Tensor = stage.denoise(stage.join(), embeds(family), request, on_step=lambda *_: None)
+        latents: torch.Tensor = stage.denoise(
+            stage.join(), embeds(family), request, on_step=lambda *_: None
+        ).latents
     finally:
         stage.close()
     return latents
@@ -102,7 +106,20 @@ def draw(family: str, model: ModelConfig | None = None, **settings: Any) -> torc
 @cache
 def embeds(family: str) -> Any:
     model = ModelConfig(name="tiny", checkpoint=f"tiny://{family}", family=family)
-    return load_stage("encode", model, build_encoder_config(family)).encode(build_request(family).prompt)
+    return load_stage("encode", model, build_encoder_config(family)).encode(build_request(family))
+
+
+def prompt_embeds(family: str) -> dict[str, torch.Tensor]:
+    """As the pipeline's call spells them."""
+    names = {
+        "flux": ("prompt_embeds", "pooled_prompt_embeds"),
+        "qwen-image": ("prompt_embeds", "prompt_embeds_mask"),
+    }.get(
+        family,
+        ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"),
+    )
+    made = dict(embeds(family))["encode_prompt"]
+    return {name: value for name, value in zip(names, made, strict=False) if value is not None}
 
 
 def build_encoder_config(family: str, **settings: Any) -> EncoderConfig:
@@ -133,24 +150,24 @@ def plain_latents(family: str, technique: str | None, dtype: torch.dtype = torch
     settings: dict[str, Any] = {"prompt": PROMPT}
     if dtype != torch.float32:  # of the denoiser alone: the pipeline must not see its text encoders
         pipe.register_modules(**{part: None for part in pipe.components if part.startswith("text_encoder")})
-        settings = {key: value.to(dtype) for key, value in embeds(family).items() if value is not None}
+        settings = {key: value.to(dtype) for key, value in prompt_embeds(family).items()}
     if request.true_cfg_scale is not None:
         settings["true_cfg_scale"] = request.true_cfg_scale
     if FAMILIES[family].media == "video":
         settings["num_frames"] = 5
     if FAMILIES[family].max_sequence_length is not None:
         settings["max_sequence_length"] = 64
-    latents: torch.Tensor = pipe(
-        width=64,
-        height=64,
-        num_inference_steps=NUM_STEPS,
-        guidance_scale=request.guidance_scale,
-        generator=torch.Generator("cpu").manual_seed(7),
-        output_type="latent",
-        return_dict=False,
-        **settings,
-    )[0]
-    return latents
+    pipe.vae.to(dtype)
+    with decoded_by(pipe) as decoded:
+        pipe(
+            width=64,
+            height=64,
+            num_inference_steps=NUM_STEPS,
+            guidance_scale=request.guidance_scale,
+            generator=torch.Generator("cpu").manual_seed(7),
+            **settings,
+        )
+    return decoded[0]
 
 
 def expected(family: str, techniques: tuple[str, ...]) -> torch.Tensor:
@@ -273,7 +290,7 @@ def test_an_8_bit_model_that_moves_takes_all_its_layers_hold_along(has_run: bool
     model._apply(torch.clone)
     after = held_by_8_bit_layers(model)
     assert not {tensor.data_ptr() for tensor in before} & {tensor.data_ptr() for tensor in after}
-    latents = stage.denoise(stage.join(), embeds("flux"), request, on_step=lambda *_: None)
+    latents = stage.denoise(stage.join(), embeds("flux"), request, on_step=lambda *_: None).latents
     assert torch.equal(latents, plain_latents("flux", "int8"))
     stage.close()
 
@@ -327,11 +344,10 @@ def test_a_shard_quantised_holds_what_the_whole_holds(technique: str, shards: in
 @pytest.mark.parametrize("family", ["flux", "qwen-image", "sd15"])
 def test_the_encoder_gives_the_same_embeddings(family: str, settings: dict[str, Any]) -> None:
     model = ModelConfig(name="tiny", checkpoint=f"tiny://{family}", family=family)
-    prompt = build_request(family).prompt
     stage = load_stage("encode", model, build_encoder_config(family, **settings))
     for _ in range(2):
-        for name, value in stage.encode(prompt).items():
-            torch.testing.assert_close(value, embeds(family)[name], atol=1e-5, rtol=1e-5)
+        got = list(each_tensor(stage.encode(build_request(family))))
+        torch.testing.assert_close(got, list(each_tensor(embeds(family))), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("components", [None, ("text_encoder_2",)])
@@ -340,10 +356,11 @@ def test_the_encoder_quantises_the_models_it_is_told_to(kind: str, components: t
     model = ModelConfig(name="tiny", checkpoint="tiny://flux", family="flux")
     config = build_encoder_config("flux", quantization={"kind": kind, "components": components})
     stage = load_stage("encode", model, config)
-    got, whole = stage.encode(build_request("flux").prompt), embeds("flux")
-    assert not torch.equal(got["prompt_embeds"], whole["prompt_embeds"])  # T5's
-    assert torch.equal(got["pooled_prompt_embeds"], whole["pooled_prompt_embeds"]) == (components is not None)
-    torch.testing.assert_close(got["prompt_embeds"], whole["prompt_embeds"], atol=0.5, rtol=0.5)
+    got, got_pooled, _ = dict(stage.encode(build_request("flux")))["encode_prompt"]
+    whole, whole_pooled, _ = dict(embeds("flux"))["encode_prompt"]
+    assert not torch.equal(got, whole)  # T5's
+    assert torch.equal(got_pooled, whole_pooled) == (components is not None)
+    torch.testing.assert_close(got, whole, atol=0.5, rtol=0.5)
 
 
 def test_an_unknown_component_is_named() -> None:
@@ -398,9 +415,9 @@ def test_the_vae_decodes_the_same_pixels(family: str, settings: dict[str, Any]) 
     """A picture of one tile is not tiled."""
     model, request = ModelConfig(name="tiny", checkpoint=f"tiny://{family}", family=family), build_request(family)
     latents = plain_latents(family, None)
-    whole = load_stage("decode", model, VaeConfig()).decode(latents, request)
+    whole = load_stage("decode", model, VaeConfig()).decode(DecodeArguments.of(latents), request)
     stage = load_stage("decode", model, VaeConfig(**settings))
-    frames = stage.decode(latents, request)
+    frames = stage.decode(DecodeArguments.of(latents), request)
     assert abs(frames.astype(int) - whole.astype(int)).max() <= 1
 
 
@@ -410,8 +427,10 @@ def test_the_vae_in_fp8_decodes_what_diffusers_decodes_in_fp8() -> None:
     vae: Any = diffusers.AutoencoderKL.from_pretrained(fetch_checkpoint("tiny://sd15", ()), subfolder="vae")
     vae.enable_layerwise_casting(torch.float8_e4m3fn, compute_dtype=torch.float32)
     with torch.no_grad():
-        pixels = vae.decode(latents / vae.config.scaling_factor).sample
-    frames = load_stage("decode", model, VaeConfig(layerwise_casting=True)).decode(latents, request)
+        pixels = vae.decode(latents).sample
+    frames = load_stage("decode", model, VaeConfig(layerwise_casting=True)).decode(
+        DecodeArguments.of(latents), request
+    )
     expected_frames = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1)
     assert torch.equal(torch.from_numpy(frames).float(), expected_frames)
 
@@ -430,7 +449,7 @@ def test_tiles_make_the_whole_picture_without_seams(family: str, overlap: float)
     if family in {"flux", "qwen-image"}:
         latents = pack(latents)
     stage = load_stage("decode", model, VaeConfig(tiling={"tile_size": 64, "overlap": overlap}))
-    tiled = stage.decode(latents, request).astype(int)
+    tiled = stage.decode(DecodeArguments.of(latents), request).astype(int)
     assert tiled.shape[1:] == (144, 176, 3)
     steps = abs(tiled[:, :, 1:] - tiled[:, :, :-1]).mean(axis=(0, 1, 3))
     assert steps.max() < 4 * steps.mean() + 1

@@ -10,8 +10,9 @@ from diffusers import DiffusionPipeline
 from deployments.checkpoints.source import fetch_checkpoint
 from deployments.config import ModelConfig, VaeConfig
 from deployments.refusal import OutOfShare
-from deployments.request import GenerationRequest, Prompt
+from deployments.request import DecodeArguments, GenerationRequest, Prompt
 from deployments.stages.decode import Decoding
+from tests.conftest import decoded_by
 
 REQUEST = GenerationRequest(
     Prompt("a cat", None, True), 64, 64, 1, 2, guidance_scale=2.0, true_cfg_scale=None, seed=0,
@@ -32,15 +33,15 @@ def test_a_vae_in_float16_decodes_in_what_its_pipeline_decodes_in(family: str, d
         size = {"width": 64, "height": 64, "num_inference_steps": 2, "generator": generator}
         return pipe("a cat", output_type=output_type, **size).images
 
-    latents = draw("latent")
+    with decoded_by(pipe) as decoded:
+        expected = (np.asarray(draw("np")) * 255).round().astype(np.uint8)
     stage = Decoding(ModelConfig(name="t", checkpoint=checkpoint, family=family), VaeConfig(dtype="float16"))
     [weights] = stage.keeper.stats().weights_bytes
     assert weights.endswith(str(decodes_in).removeprefix("torch."))
-    expected = (np.asarray(draw("np")) * 255).round().astype(np.uint8)
-    assert np.array_equal(stage.decode(latents, REQUEST), expected)
+    assert np.array_equal(stage.decode(DecodeArguments.of(decoded[0]), REQUEST), expected)
 
 
-@pytest.mark.parametrize(("family", "shape"), [("wan", (1, 16, 2, 8, 8)), ("qwen-image", (1, 16, 64))])
+@pytest.mark.parametrize(("family", "shape"), [("wan", (1, 16, 2, 8, 8)), ("qwen-image", (1, 16, 1, 8, 8))])
 def test_a_vae_that_fails_half_way_keeps_no_frames(family: str, shape: tuple[int, ...]) -> None:
     """What it remembers between frames would lie on the GPU until the next is decoded."""
     stage = Decoding(ModelConfig(name="t", checkpoint=f"tiny://{family}", family=family), VaeConfig())
@@ -57,7 +58,7 @@ def test_a_vae_that_fails_half_way_keeps_no_frames(family: str, shape: tuple[int
 
     hook = vae.decoder.conv_out.register_forward_hook(fail)
     with pytest.raises(OutOfShare, match="told so"):
-        stage.decode(torch.zeros(shape), request)
+        stage.decode(DecodeArguments.of(torch.zeros(shape)), request)
     hook.remove()
     assert found[0] > 0
     assert remembered() == 0

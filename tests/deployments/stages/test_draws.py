@@ -73,10 +73,11 @@ def test_requests_at_the_same_time_draw_each_its_own(tmp_path: Path) -> None:
     model = read_model(folder)
     stage = load_denoising(model)
     requests = [replace(build_request(model), seed=seed) for seed in (1, 2, 1, 3)]
-    embeds = encode(model, requests[0].prompt)
+    embeds = encode(model, requests[0])
 
     def draw(request: GenerationRequest) -> torch.Tensor:
-        return denoise(stage, embeds, request)
+        latents: torch.Tensor = denoise(stage, embeds, request).latents
+        return latents
 
     alone = [draw(request) for request in requests]
     with ThreadPoolExecutor(4) as pool:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from deployments.config import EncoderConfig, VaeConfig
 from deployments.refusal import NotFinite
+from deployments.request import DecodeArguments
 from deployments.stages import load_stage
 from tests.deployments.variants import (
     build_request,
@@ -52,7 +53,7 @@ def test_a_scheduler_that_divides_by_zero_is_named(
     model = read_model(folder)
     stage, request = load_denoising(model), build_request(model, **changes)
     with pytest.raises(NotFinite, match=f"{class_name} with .*Ask for more num_inference_steps, or check"):
-        denoise(stage, encode(model, request.prompt), request)
+        denoise(stage, encode(model, request), request)
     assert stage.finite.num_refused == 1
     stage.close()
 
@@ -60,10 +61,10 @@ def test_a_scheduler_that_divides_by_zero_is_named(
 def test_what_the_model_makes_infinite_is_not_laid_to_the_scheduler(tmp_path: Path) -> None:
     model = read_model(write_tiny("flux", tmp_path / "x"))
     stage, request = load_denoising(model), build_request(model)
-    embeds = stage._call.blank_embeds(8)
-    embeds["prompt_embeds"] += float("inf")
+    prompt_embeds, pooled, ids = dict(encode(model, request))["encode_prompt"]
+    encodings = (("encode_prompt", (prompt_embeds + float("inf"), pooled, ids)),)
     with pytest.raises(NotFinite, match=r"after 3 steps of FluxPipeline.*: transformer\.dtype is "):
-        stage.denoise(stage.join(), embeds, request, lambda *_: None)
+        stage.denoise(stage.join(), encodings, request)
     stage.close()
 
 
@@ -73,10 +74,10 @@ def test_a_vae_that_overflows_in_float16_says_so(tmp_path: Path) -> None:
     model = read_model(folder)
     stage = load_stage("decode", model, VaeConfig(dtype="float16"))
     with pytest.raises(NotFinite, match=r"AutoencoderKL .* NaN or infinite: .* set vae\.dtype to bfloat16 or"):
-        stage.decode(torch.ones(1, 4, 8, 8), build_request(model))
+        stage.decode(DecodeArguments.of(torch.ones(1, 4, 8, 8)), build_request(model))
     assert stage.finite.num_refused == 1
     wider = load_stage("decode", model, VaeConfig(dtype="bfloat16"))
-    assert wider.decode(torch.ones(1, 4, 8, 8), build_request(model)).any()
+    assert wider.decode(DecodeArguments.of(torch.ones(1, 4, 8, 8)), build_request(model)).any()
 
 
 def test_a_text_encoder_that_overflows_in_float16_says_so(tmp_path: Path) -> None:
@@ -85,7 +86,8 @@ def test_a_text_encoder_that_overflows_in_float16_says_so(tmp_path: Path) -> Non
     model = read_model(folder)
     stage = load_stage("encode", model, EncoderConfig(dtype="float16"))
     with pytest.raises(
-        NotFinite, match=r"prompt_embeds of StableDiffusionPipeline .* set encoder\.dtype to bfloat16"
+        NotFinite,
+        match=r"encode_prompt of StableDiffusionPipeline returned .* set encoder\.dtype to bfloat16",
     ):
-        stage.encode(build_request(model).prompt)
+        stage.encode(build_request(model))
     assert stage.finite.num_refused == 1

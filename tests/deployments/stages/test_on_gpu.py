@@ -8,7 +8,9 @@ import torch
 
 from deployments.config import EncoderConfig, ModelConfig, TransformerConfig, VaeConfig
 from deployments.families import FAMILIES
+from deployments.request import DecodeArguments, Encodings
 from deployments.stages import load_stage
+from deployments.stages.tensors import each_tensor
 from tests.deployments.memory.tiny_request import build_request
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -27,27 +29,28 @@ class Stages:
         self._denoising.connect(None, pytest.fail)
         self._decoding = load_stage("decode", model, VaeConfig(num_gpus=num_gpus))
 
-    def encode(self) -> dict[str, torch.Tensor]:
-        embeds = self._encoding.encode(self.request.prompt)
-        return {name: value for name, value in embeds.items() if value is not None}
+    def encode(self) -> Encodings:
+        return self._encoding.encode(self.request)
 
     def denoise(self, embeds: Any) -> torch.Tensor:
         seat = self._denoising.join()
-        latents: torch.Tensor = self._denoising.denoise(seat, embeds, self.request, on_step=lambda *_: None)
+        latents: torch.Tensor = self._denoising.denoise(
+            seat, embeds, self.request, on_step=lambda *_: None
+        ).latents
         self._denoising.leave(seat)
         self._denoising.close()
         return latents
 
     def decode(self, latents: torch.Tensor) -> Any:
-        return self._decoding.decode(latents, self.request)
+        return self._decoding.decode(DecodeArguments.of(latents), self.request)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_gpu_gives_what_the_cpu_gives(family: str) -> None:
     here, there = Stages(family, 0), Stages(family, 1)
     embeds, got = here.encode(), there.encode()
-    assert {value.device.type for value in got.values()} == {"cpu"}
-    torch.testing.assert_close(got, embeds, atol=2e-3, rtol=2e-3)
+    assert {tensor.device.type for tensor in each_tensor(got)} == {"cpu"}
+    torch.testing.assert_close(list(each_tensor(got)), list(each_tensor(embeds)), atol=2e-3, rtol=2e-3)
     latents, got_latents = here.denoise(embeds), there.denoise(embeds)
     assert got_latents.device.type == "cpu"
     torch.testing.assert_close(got_latents, latents, atol=2e-3, rtol=2e-3)

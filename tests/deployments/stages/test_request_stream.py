@@ -43,7 +43,7 @@ class Stage:
         tokens = 64 if FAMILIES[family].max_sequence_length else None
         encoding = load_stage("encode", model, EncoderConfig(max_sequence_length=tokens))
         self._request = replace(build_request(family), num_inference_steps=3)
-        self._embeds = encoding.encode(self._request.prompt)
+        self._embeds = encoding.encode(self._request)
         self.denoising = load_stage("denoise", model, TransformerConfig(num_gpus=1, **settings))
         self.denoising.connect(None, pytest.fail)
 
@@ -52,7 +52,7 @@ class Stage:
         try:
             latents: torch.Tensor = self.denoising.denoise(
                 seat, self._embeds, self._request, on_step=lambda *_: None
-            )
+            ).latents
         finally:
             self.denoising.leave(seat)
         return latents
