@@ -234,7 +234,7 @@ def hasty_app(start_ingress: Callable[..., App]) -> App:
 
 @pytest.fixture(scope="session")
 def crossed_app(start_ingress: Callable[..., App]) -> App:
-    """Requests of one family go through stages of another."""
+    """Requests of one family go through stages of another, which makes another size of some."""
     return start_ingress("crossed", family="sd15")
 
 

@@ -10,6 +10,7 @@ from deployments.config import EncoderConfig, ModelConfig, VaeConfig
 from deployments.memory.compile import copied
 from deployments.request import DecodeArguments
 from deployments.stages import load_stage
+from deployments.stages.tensors import each_tensor
 from tests.deployments.memory.tiny_request import build_request
 
 pytestmark = pytest.mark.usefixtures("own_turns")
@@ -25,7 +26,7 @@ def test_an_encoder_with_weights_in_8_bits_gives_embeddings_in_its_own_dtype(fam
     config = EncoderConfig(layerwise_casting=True, dtype="bfloat16", max_sequence_length=64)
     stage = load_stage("encode", model(family), config)
     assert any("float8" in place for place in stage.keeper.stats().weights_bytes)
-    found = {value.dtype for value in stage.encode(build_request(family)).values() if value is not None}
+    found = {value.dtype for value in each_tensor(stage.encode(build_request(family)))}
     assert torch.bfloat16 in found
     assert not [dtype for dtype in found if dtype.itemsize == 1 and dtype.is_floating_point]
 
@@ -45,7 +46,9 @@ def test_a_stage_that_has_failed_gives_its_turn_up() -> None:
     with pytest.raises(RuntimeError):
         failing.decode(DecodeArguments.of(torch.zeros(1, 7, 8, 8)), build_request("flux"))
     with ThreadPoolExecutor(1) as thread:
-        decoding = thread.submit(waiting.decode, torch.zeros(1, 16, 64), build_request("flux"))
+        decoding = thread.submit(
+            waiting.decode, DecodeArguments.of(torch.zeros(1, 16, 8, 8)), build_request("flux")
+        )
         assert decoding.result(timeout=30).shape == (1, 64, 64, 3)
 
 

@@ -446,19 +446,8 @@ def test_tiles_make_the_whole_picture_without_seams(family: str, overlap: float)
     latents = torch.randn(1, 16 if family != "sd15" else 4, 144 // 8, 176 // 8).mul(0.1)
     if family in {"wan", "qwen-image"}:
         latents = latents.unsqueeze(2).repeat(1, 1, frames, 1, 1)
-    if family in {"flux", "qwen-image"}:
-        latents = pack(latents)
     stage = load_stage("decode", model, VaeConfig(tiling={"tile_size": 64, "overlap": overlap}))
     tiled = stage.decode(DecodeArguments.of(latents), request).astype(int)
     assert tiled.shape[1:] == (144, 176, 3)
     steps = abs(tiled[:, :, 1:] - tiled[:, :, :-1]).mean(axis=(0, 1, 3))
     assert steps.max() < 4 * steps.mean() + 1
-
-
-def pack(latents: torch.Tensor) -> torch.Tensor:
-    """[1, 16, (1,) H, W] -> [1, H/2 * W/2, 64], as FLUX's and Qwen-Image's pipelines do."""
-    if latents.ndim == 5:
-        latents = latents[:, :, 0]
-    height, width = latents.shape[-2:]
-    blocks = latents.view(1, 16, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
-    return blocks.reshape(1, height * width // 4, 64)

@@ -60,9 +60,7 @@ def test_encodings_of_another_call_are_not_taken_for_this_ones(
     model: ModelConfig, stage: Any, encodings: Encodings
 ) -> None:
     others = tuple((f"not {name}", value) for name, value in encodings)
-    with pytest.raises(
-        RuntimeError, match=r"calls encode_prompt where .* called not encode_prompt"
-    ):
+    with pytest.raises(RuntimeError, match=r"calls encode_prompt where .* called not encode_prompt"):
         denoise(stage, others, build_request(model))
 
 
