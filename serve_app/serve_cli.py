@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +25,8 @@ from serve_app.validation import check_defaults
 
 SERVER = "serve_app.server"
 SERVE_SCHEMA = "ray.serve.schema"
-"""Both import Ray, so they are looked up only once the config is read."""
+SERVE_CHECKS = "ray.serve._private.utils"
+"""They import Ray, so they are looked up only once the config is read."""
 LOCAL = "local"
 
 
@@ -107,6 +109,17 @@ def check_schema(path: Path, raw: dict[str, Any], http_options: dict[str, Any]) 
     deployment = None
     try:
         deployment = schema.model_validate(known)
+        lines += _find_route_faults(deployment)
     except ValidationError as error:
         lines += describe_errors(error).splitlines()
     return deployment, [f"{path}: {line}" for line in lines]
+
+
+def _find_route_faults(deployment: Any) -> Iterator[str]:
+    """What Serve would say once an application is built."""
+    check = importlib.import_module(SERVE_CHECKS).validate_route_prefix
+    for i, application in enumerate(deployment.applications):
+        try:
+            check(application.route_prefix)
+        except ValueError as error:
+            yield f"applications.{i}: {error}"

@@ -82,7 +82,7 @@ def run_server(deployment: ServeDeploySchema, models: Mapping[str, str], *, addr
         code = 1
         if isinstance(error, RayGone):
             kill(code, server.seen)
-    on_signals(lambda number, _frame: kill(128 + number))
+    on_signals(lambda number, _frame: kill(128 + number, server.seen))
     server.end()
     return code
 
@@ -174,12 +174,12 @@ class Server:
                     self._client.shutdown()
                 ray.shutdown()
                 return
-            ours, node = find_descendants(), ray_worker._global_node
+            self.seen, node = find_descendants(), ray_worker._global_node
             for name, process in node.live_processes() if node is not None else ():
                 if name not in _ESSENTIAL:  # ray.shutdown gives each a second, one after the other
                     process.terminate()
             ray.shutdown()
-            kill_all(ours)
+            kill_all(self.seen)
 
     def _urls(self) -> dict[str, str]:
         """By application, of those that serve a checkpoint over HTTP."""

@@ -132,7 +132,10 @@ def local_folder(checkpoint: str, revision: str | None = None) -> Path | None:
         return None
     if checkpoint.startswith(_EMBEDDED_PREFIX):
         return _embedded_folder(checkpoint)
-    path = Path(checkpoint).expanduser()
+    try:
+        path = Path(checkpoint).expanduser()
+    except RuntimeError as error:
+        raise FileNotFoundError(f"checkpoint {checkpoint!r} names no user of {_node()}") from error
     if path.exists():
         return open_hub_cache(path, revision)
     if checkpoint in (".", "..") or checkpoint.startswith(("/", "./", "../", "~")):

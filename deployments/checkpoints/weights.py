@@ -113,9 +113,7 @@ def _find_lora_faults(weights: Path, names: Iterable[str]) -> Iterator[str]:
 
 
 def find_file_faults(path: Path) -> list[str]:
-    """A sentence if a file is a pointer, a link to nothing, empty, cut short, not JSON or unreadable; none if it is
-    whole.
-    """
+    """A sentence if a file is a pointer, a dangling link, empty, cut, not JSON or unreadable; none if whole."""
     if path.is_symlink() and not path.exists():
         return [
             f"{path} is a link to {path.readlink()}, which does not exist: was a hub snapshot copied without its "
