@@ -18,10 +18,10 @@ def reachable_host(host: str) -> str:
     return _WILDCARDS.get(host, host)
 
 
-def url_of(host: str, port: int) -> str:
+def url_of(host: str, port: int, scheme: str = "http") -> str:
     """That a browser on this machine can open."""
     name = reachable_host(host)
-    return f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
+    return f"{scheme}://[{name}]:{port}" if ":" in name else f"{scheme}://{name}:{port}"
 
 
 def find_port_fault(host: str, port: int) -> str | None:

@@ -21,6 +21,7 @@ from serve_app.config import (
 )
 from serve_app.files import check_files, resolve_family
 from serve_app.port import find_port_fault
+from serve_app.tls import find_tls_fault
 from serve_app.validation import check_defaults
 
 SERVER = "serve_app.server"
@@ -50,8 +51,9 @@ def serve_command(
     deployment, more = check_schema(config, raw, given)
     mistakes += more
     if is_local and deployment is not None:
-        fault = find_port_fault(deployment.http_options.host, deployment.http_options.port)
-        mistakes += [] if fault is None else [fault]
+        http = deployment.http_options
+        faults = (find_port_fault(http.host, http.port), find_tls_fault(http))
+        mistakes += [fault for fault in faults if fault is not None]
     if mistakes:
         raise ConfigError("\n".join(mistakes))
     names = {name: app.model.name for name, app in apps.items()}
