@@ -147,6 +147,15 @@ def test_defaults_that_no_request_could_have_are_told_at_start(tmp_path: Path) -
         load_stage("denoise", model, TransformerConfig())
 
 
+def test_a_scheduler_that_knows_fewer_steps_than_the_default_says_what_to_set(tmp_path: Path) -> None:
+    folder = write_tiny("sd15", tmp_path / "x")
+    set_scheduler(folder, "LCMScheduler", original_inference_steps=20, **SD_BETAS)
+    with pytest.raises(CannotServe, match=r"Set model.defaults.num_inference_steps, which is 50: with 4 it runs"):
+        load_stage("denoise", read_model(folder), TransformerConfig())
+    few = DefaultsConfig(num_inference_steps=8)
+    load_stage("denoise", read_model(folder, defaults=few), TransformerConfig())
+
+
 def test_what_fails_for_the_models_answers_is_not_the_requests_mistake(tmp_path: Path) -> None:
     model = read_model(write_tiny("sd15", tmp_path / "x"))
     stage, request = load_denoising(model), build_request(model)
