@@ -8,9 +8,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 
 class Config(BaseModel):
-    """A frozen pydantic model that refuses unknown keys by naming the allowed ones."""
+    """A frozen pydantic model that refuses unknown keys by naming the allowed ones, and numbers without end."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod

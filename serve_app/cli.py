@@ -3,6 +3,8 @@
 import importlib
 import importlib.metadata
 import os
+import signal
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
@@ -146,6 +148,8 @@ def generate(
     if app_config is not None:  # refuse at once what would be refused once the app is started
         validator = Validator(resolve_family(app_config).model, app_config.limits)
         validator.requests(given | choose_file(out, validator.family.media)[1])
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # `nohup` has it ignored
+        signal.signal(signal.SIGHUP, lambda number, _frame: sys.exit(128 + number))
     with local.app_handle(app_config) as handle:
         out, chosen = choose_file(out, handle.model.remote().result().media)
         picture = _watch(handle, given | chosen)

@@ -17,7 +17,7 @@ def resolve_family(config: AppConfig) -> AppConfig:
     """The same, the model's family as said or as the checkpoint says, and its sizes. Raises ConfigError."""
     try:
         return config.model_copy(update={"model": with_geometry(with_family(config.model))})
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         raise ConfigError(f"model.checkpoint: {error}") from error
 
 
@@ -33,7 +33,7 @@ def check_files(config: AppConfig) -> None:
         try:
             if _is_here(config.model):
                 faults |= dict.fromkeys(find_stage_faults(config.model, stage, stage_config))
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, OSError) as error:
             faults[f"model.checkpoint: {error}"] = None
     if faults:
         raise ConfigError("\n".join(faults))

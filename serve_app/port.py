@@ -18,10 +18,10 @@ def reachable_host(host: str) -> str:
     return _WILDCARDS.get(host, host)
 
 
-def url_of(host: str, port: int) -> str:
+def url_of(host: str, port: int, scheme: str = "http") -> str:
     """That a browser on this machine can open."""
     name = reachable_host(host)
-    return f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
+    return f"{scheme}://[{name}]:{port}" if ":" in name else f"{scheme}://{name}:{port}"
 
 
 def find_port_fault(host: str, port: int) -> str | None:
@@ -30,8 +30,8 @@ def find_port_fault(host: str, port: int) -> str | None:
         return f"http_options.port must be between 1 and 65535, got {port}"
     try:
         found = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except socket.gaierror as error:
-        return f"host {host!r} is no address of this machine: {error.strerror}"
+    except (socket.gaierror, UnicodeError) as error:
+        return f"host {host!r} is no address of this machine: {getattr(error, 'strerror', None) or error}"
     family, _, _, _, address = found[0]
     try:
         with socket.socket(family, socket.SOCK_STREAM) as probe:

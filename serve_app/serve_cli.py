@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,11 +21,13 @@ from serve_app.config import (
 )
 from serve_app.files import check_files, resolve_family
 from serve_app.port import find_port_fault
+from serve_app.tls import find_tls_fault
 from serve_app.validation import check_defaults
 
 SERVER = "serve_app.server"
 SERVE_SCHEMA = "ray.serve.schema"
-"""Both import Ray, so they are looked up only once the config is read."""
+SERVE_CHECKS = "ray.serve._private.utils"
+"""They import Ray, so they are looked up only once the config is read."""
 LOCAL = "local"
 
 
@@ -48,8 +51,9 @@ def serve_command(
     deployment, more = check_schema(config, raw, given)
     mistakes += more
     if is_local and deployment is not None:
-        fault = find_port_fault(deployment.http_options.host, deployment.http_options.port)
-        mistakes += [] if fault is None else [fault]
+        http = deployment.http_options
+        faults = (find_port_fault(http.host, http.port), find_tls_fault(http))
+        mistakes += [fault for fault in faults if fault is not None]
     if mistakes:
         raise ConfigError("\n".join(mistakes))
     names = {name: app.model.name for name, app in apps.items()}
@@ -107,6 +111,17 @@ def check_schema(path: Path, raw: dict[str, Any], http_options: dict[str, Any]) 
     deployment = None
     try:
         deployment = schema.model_validate(known)
+        lines += _find_route_faults(deployment)
     except ValidationError as error:
         lines += describe_errors(error).splitlines()
     return deployment, [f"{path}: {line}" for line in lines]
+
+
+def _find_route_faults(deployment: Any) -> Iterator[str]:
+    """What Serve would say once an application is built."""
+    check = importlib.import_module(SERVE_CHECKS).validate_route_prefix
+    for i, application in enumerate(deployment.applications):
+        try:
+            check(application.route_prefix)
+        except ValueError as error:
+            yield f"applications.{i}: {error}"

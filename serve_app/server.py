@@ -37,7 +37,19 @@ _UNPLACED = re.compile(r"Resources required for each replica: (\{.*?\}), total r
 _MODULE = re.compile(r"^(?:\w+\.)+(?=\w+: )")
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
-console = Console(stderr=True, soft_wrap=True, highlight=False)
+
+class Terminal(Console):
+    """Where nobody reads any more, because a pipe is closed or a terminal has hung up, it is silent."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        with contextlib.suppress(OSError):
+            super().print(*objects, **options)
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
+console = Terminal(stderr=True, soft_wrap=True, highlight=False)
 
 
 class CannotServe(Exception):
@@ -49,7 +61,7 @@ class RayGone(CannotServe):
 
 
 def run_server(deployment: ServeDeploySchema, models: Mapping[str, str], *, address: str, grace_s: float) -> int:
-    """Serves until SIGINT or SIGTERM, then ends what it started; the exit code.
+    """Serves until SIGINT, SIGTERM or SIGHUP, then ends what it started; the exit code.
 
     Args:
         models: names of the models by application, of those that serve a checkpoint.
@@ -57,7 +69,7 @@ def run_server(deployment: ServeDeploySchema, models: Mapping[str, str], *, addr
         grace_s: what running requests get. A second signal ends at once.
     """
     server, code = Server(deployment, models, address), 0
-    _on_signals(_interrupt)
+    on_signals(_interrupt)
     try:
         server.start()
         server.wait_until_ready()
@@ -70,7 +82,7 @@ def run_server(deployment: ServeDeploySchema, models: Mapping[str, str], *, addr
         code = 1
         if isinstance(error, RayGone):
             kill(code, server.seen)
-    _on_signals(lambda number, _frame: kill(128 + number))
+    on_signals(lambda number, _frame: kill(128 + number, server.seen))
     server.end()
     return code
 
@@ -85,8 +97,10 @@ def _interrupt(_signal: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _on_signals(handler: Callable[[int, FrameType | None], None]) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
+def on_signals(handler: Callable[[int, FrameType | None], None]) -> None:
+    """A SIGHUP that is ignored stays so: that is how `nohup` keeps a program."""
+    hangup = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)
+    for number in (signal.SIGINT, signal.SIGTERM, *hangup):
         signal.signal(number, handler)
 
 
@@ -105,7 +119,7 @@ class Server:
         """Returns before anything is ready. Raises CannotServe."""
         try:
             ray.init(address=self._address, namespace="serve")
-            _on_signals(_interrupt)  # ray.init has put its own in the place
+            on_signals(_interrupt)  # ray.init has put its own in the place
             self._deploy()
         except (ConnectionError, TimeoutError, RayError) as error:
             raise CannotServe(_last_line(str(error))) from error
@@ -160,19 +174,20 @@ class Server:
                     self._client.shutdown()
                 ray.shutdown()
                 return
-            ours, node = find_descendants(), ray_worker._global_node
+            self.seen, node = find_descendants(), ray_worker._global_node
             for name, process in node.live_processes() if node is not None else ():
                 if name not in _ESSENTIAL:  # ray.shutdown gives each a second, one after the other
                     process.terminate()
             ray.shutdown()
-            kill_all(ours)
+            kill_all(self.seen)
 
     def _urls(self) -> dict[str, str]:
         """By application, of those that serve a checkpoint over HTTP."""
         http = self._deployment.http_options
+        base = url_of(http.host, http.port, "http" if http.ssl_certfile is None else "https")
         routes = {each.name: each.route_prefix for each in self._deployment.applications}
         return {
-            name: url_of(http.host, http.port) + str(routes[name]).rstrip("/")
+            name: base + str(routes[name]).rstrip("/")
             for name in self._models
             if routes[name] is not None and self._deployment.proxy_location != "Disabled"
         }
@@ -254,7 +269,9 @@ def _state(deployment: Any) -> str:
 
 
 def _is_healthy(url: str) -> bool:
+    """A certificate is for the name by which others ask, so it is not judged here."""
     try:
-        return httpx.get(f"{url}/health", timeout=5, trust_env=False).status_code == HTTPStatus.OK
+        answer = httpx.get(f"{url}/health", timeout=5, trust_env=False, verify=False)
+        return answer.status_code == HTTPStatus.OK
     except httpx.TransportError:
         return False

@@ -217,7 +217,7 @@ def check_defaults(model: ModelConfig, limits: LimitsConfig) -> None:
     }
     if model.architecture.media == "video":
         fields["num_frames"] = size.num_frames
-    unsaid = DefaultsConfig(width=size.width, height=size.height)
+    unsaid = DefaultsConfig.model_construct(width=size.width, height=size.height)  # judged below
     judge = Validator(model.model_copy(update={"defaults": unsaid}), limits)
     try:
         judge.requests({"prompt": "-"} | fields | given)

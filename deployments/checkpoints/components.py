@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from deployments.checkpoints.json_file import read_json
+from deployments.checkpoints.json_file import read_settings
 from deployments.checkpoints.source import fetch_checkpoint, fetch_configs
 from deployments.config import ModelConfig
 from deployments.families import Family
@@ -27,8 +27,8 @@ def fetch_stage(model: ModelConfig, stage: Stage) -> tuple[Path, ModelIndex]:
 
 
 def read_index(folder: Path) -> ModelIndex:
-    index: ModelIndex = read_json(folder / "model_index.json")
-    return index
+    """Raises as `read_settings`."""
+    return read_settings(folder / "model_index.json")
 
 
 def stage_components(index: ModelIndex, family: Family, stage: Stage) -> frozenset[str]:

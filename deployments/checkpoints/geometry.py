@@ -4,8 +4,9 @@ import logging
 from pathlib import Path
 
 from deployments.checkpoints.components import check_served, read_index
-from deployments.checkpoints.json_file import read_json
+from deployments.checkpoints.json_file import read_settings
 from deployments.checkpoints.source import fetch_configs
+from deployments.checkpoints.weights import find_file_faults
 from deployments.config import ModelConfig
 from deployments.families import Family, Geometry
 
@@ -19,7 +20,7 @@ def with_geometry(model: ModelConfig) -> ModelConfig:
     denoise stage, which can read it, compares.
 
     Raises:
-        ValueError: a component is missing, or would be served by no stage.
+        ValueError: a component is missing, or would be served by no stage, or a config is broken.
         FileNotFoundError: the checkpoint is here and lacks a config.
     """
     if model.has_geometry:
@@ -40,6 +41,14 @@ def read_geometry(folder: Path, family: Family) -> Geometry:
     check_served(folder, read_index(folder), family)
     files = {name: folder / name / "config.json" for name in family.published}
     for name, file in files.items():
-        if not file.is_file():
+        if not file.exists() and not file.is_symlink():
             raise FileNotFoundError(f"{folder} lacks {name}/config.json, by which sizes are told")
-    return family.geometry({name: read_json(file) for name, file in files.items()})
+        for fault in find_file_faults(file):
+            raise ValueError(fault)
+    configs = {name: read_settings(file) for name, file in files.items()}
+    try:
+        return family.geometry(configs)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # What configs say may be of any type.
+        where = " and ".join(str(file) for file in files.values())
+        raise ValueError(f"no sizes can be told by {where}: {error}") from error

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from deployments.checkpoints.components import ModelIndex, Stage, component_names, fetch_stage, stage_components
-from deployments.checkpoints.json_file import read_json
+from deployments.checkpoints.json_file import read_json, read_settings
 from deployments.checkpoints.weights import (
     find_file_faults,
     find_variants,
@@ -110,8 +110,11 @@ def _find_config_faults(path: Path) -> list[str]:
     if not path.exists() and not path.is_symlink():
         return [f"{path} is missing: fetch it"]
     faults = find_file_faults(path)
-    if not faults and not isinstance(read_json(path), dict):
-        return [f"{path} holds no settings (a JSON object): fetch it again"]
+    if not faults:
+        try:
+            read_settings(path)
+        except ValueError as error:
+            return [str(error)]
     return faults
 
 
@@ -149,7 +152,10 @@ def _find_cut_faults(stored: Mapping[str, Any], config: StageConfig) -> Iterator
 
 def _find_quantization_faults(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
     stored = config.get("quantization_config")
+    if stored is None:
+        return
     if not isinstance(stored, Mapping):
+        yield f"{folder / 'config.json'}: quantization_config must be a JSON object: fetch the file again"
         return
     method = str(stored.get("quant_method") or "")
     is_bitsandbytes = stored.get("load_in_4bit") or stored.get("load_in_8bit")

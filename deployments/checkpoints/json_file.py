@@ -14,3 +14,11 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not JSON ({where}): fetch it again, or mend it") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises as `read_json`, and ValueError for any other JSON."""
+    settings = read_json(path)
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} holds no settings (a JSON object): fetch it again")
+    return settings

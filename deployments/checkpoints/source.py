@@ -28,7 +28,7 @@ from huggingface_hub.errors import (
 )
 
 from deployments.checkpoints.byte_order_mark import without_byte_order_marks
-from deployments.checkpoints.json_file import read_json
+from deployments.checkpoints.json_file import read_settings
 from deployments.checkpoints.layout import MODEL_INDEX, describe_other_layout, open_hub_cache
 from deployments.checkpoints.weights import find_file_faults
 from deployments.config import ModelConfig
@@ -69,8 +69,7 @@ def detect_family(checkpoint: str, revision: str | None) -> str:
     else:
         _check_complete(folder, components=())
         index_file = folder / MODEL_INDEX
-    index = read_json(index_file)
-    pipeline = str(index.get("_class_name") if isinstance(index, dict) else None)
+    pipeline = str(read_settings(index_file).get("_class_name") or f"pipeline that {MODEL_INDEX} does not name")
     if pipeline not in FAMILY_BY_PIPELINE:
         raise ValueError(
             f"checkpoint {checkpoint!r} is a {pipeline}; supported are {', '.join(FAMILY_BY_PIPELINE)}. "
@@ -133,7 +132,10 @@ def local_folder(checkpoint: str, revision: str | None = None) -> Path | None:
         return None
     if checkpoint.startswith(_EMBEDDED_PREFIX):
         return _embedded_folder(checkpoint)
-    path = Path(checkpoint).expanduser()
+    try:
+        path = Path(checkpoint).expanduser()
+    except RuntimeError as error:
+        raise FileNotFoundError(f"checkpoint {checkpoint!r} names no user of {_node()}") from error
     if path.exists():
         return open_hub_cache(path, revision)
     if checkpoint in (".", "..") or checkpoint.startswith(("/", "./", "../", "~")):

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from deployments.checkpoints.json_file import read_json
 
 _STEMS = {
@@ -72,11 +74,13 @@ def find_weight_faults(weights: Path) -> Iterator[str]:
 
 
 def _find_part_faults(index: Path) -> Iterator[str]:
-    try:
-        parts: Mapping[str, str] = dict(read_json(index)["weight_map"])
-    except (KeyError, TypeError, ValueError):
+    content = read_json(index)
+    parts = content.get("weight_map") if isinstance(content, dict) else None
+    if not (isinstance(parts, dict) and parts and all(isinstance(part, str) for part in parts.values())):
         yield f"{index} has no weight_map, so it is no index of weights: fetch it again"
         return
+    if "metadata" not in content:
+        yield f"{index} has no metadata, without which it is not read: fetch it again"
     for part in sorted(set(parts.values())):
         path = index.parent / part
         if not path.exists() and not path.is_symlink():
@@ -109,17 +113,22 @@ def _find_lora_faults(weights: Path, names: Iterable[str]) -> Iterator[str]:
 
 
 def find_file_faults(path: Path) -> list[str]:
-    """A sentence if a file is a pointer, a link to nothing, empty, cut short or not JSON; none if it is whole."""
+    """A sentence if a file is a pointer, a dangling link, empty, cut, not JSON or unreadable; none if whole."""
     if path.is_symlink() and not path.exists():
         return [
             f"{path} is a link to {path.readlink()}, which does not exist: was a hub snapshot copied without its "
             "blobs? Copy it with `cp -rL`, or fetch it again"
         ]
+    if path.is_dir():
+        return [f"{path} is a folder, and must be a file: fetch it again"]
     num_bytes = path.stat().st_size
     if num_bytes == 0:
         return [f"{path} is empty: fetch it again"]
-    with path.open("rb") as file:
-        head = file.read(64)
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        return [f"{path} cannot be read: {error.strerror}"]
     if num_bytes < _MAX_LFS_BYTES and head.startswith(_LFS_HEAD):
         return [
             f"{path} is a Git LFS pointer, not the file itself: the repository was cloned without git-lfs; "
@@ -130,6 +139,7 @@ def find_file_faults(path: Path) -> list[str]:
             read_json(path)
         elif path.suffix == ".safetensors":
             read_header(path)
+            _check_tensors(path)
         elif path.suffix == ".bin" and head.startswith(b"PK") and not zipfile.is_zipfile(path):
             return [f"{path} is cut short ({num_bytes:,} bytes): fetch it again"]
     except ValueError as error:
@@ -156,6 +166,15 @@ def read_header(path: Path) -> Header:
         what = "cut short" if num_bytes < end else "longer than it should be"
         raise ValueError(f"{path} is {what}: it has {num_bytes:,} of {end:,} bytes; fetch it again")
     return header
+
+
+def _check_tensors(path: Path) -> None:
+    """What the library says of dtypes, shapes and places. Raises ValueError, naming the file."""
+    try:
+        with safe_open(path, "numpy"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{path} has a broken safetensors header ({error}): fetch it again") from None
 
 
 def stored_dtypes(weights: Path) -> set[str]:

@@ -44,6 +44,13 @@ class Geometry:
     max_side: int | None = None
     """Pixels each way that the denoiser has positions for; None: any."""
 
+    def __post_init__(self) -> None:
+        """Raises ValueError."""
+        for name, value in vars(self).items():
+            is_unsaid = value is None and name in ("width", "height", "max_side")
+            if not is_unsaid and not (isinstance(value, int) and value >= 1):
+                raise ValueError(f"{name} comes to {value!r}, and must be 1 or more")
+
 
 def blocks_factor(vae: Config) -> int:
     """`vae_scale_factor` of the pipelines whose VAE halves a picture between its blocks."""

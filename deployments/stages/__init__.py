@@ -44,8 +44,8 @@ def load_stage(stage: Literal["decode"], model: ModelConfig, config: VaeConfig) 
 def load_stage(stage: str, model: ModelConfig, config: StageConfig, *args: Any) -> Any:
     """Build a stage by name. Looked up late: a replica does everything of Ray before it imports torch.
 
-    What torch, diffusers and transformers raise gets a note, which Python prints last: which stage it was, and of
-    several lines the first. Raises BrokenCheckpoint before anything is imported.
+    What torch, diffusers and transformers raise gets a note, which Python prints last: which checkpoint and stage
+    it was, and of several lines the first. Raises BrokenCheckpoint before anything is imported.
     """
     checkpoint_stage: Stage = "denoise" if stage == "follow" else stage  # type: ignore[assignment]
     check_stage(model, checkpoint_stage, config)
@@ -53,7 +53,7 @@ def load_stage(stage: str, model: ModelConfig, config: StageConfig, *args: Any) 
         return _load(stage, model, config, *args)
     except Exception as error:
         first = str(error).strip().partition("\n")[0]
-        if first != str(error) or not isinstance(error, ValueError):
+        if first != str(error) or not isinstance(error, ValueError) or model.checkpoint not in first:
             error.add_note(f"{model.checkpoint}, {checkpoint_stage} stage: {type(error).__name__}: {first}")
         raise
 

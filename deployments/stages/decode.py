@@ -59,9 +59,10 @@ class Decoding:
 
     @torch.no_grad()
     def _try(self) -> None:
-        """Blank latents of the smallest size. Raises CannotServe."""
-        side = self._geometry.size_multiple
-        size = MediaSize(side, side)
+        """Blank latents of the smallest size; of a video's two frames, for the first is like no other. Raises
+        CannotServe."""
+        of = self._geometry
+        size = MediaSize(of.size_multiple, of.size_multiple, of.frame_stride + 1 if of.num_frames > 1 else 1)
         try:
             with self.keeper.at_work():
                 self._pixels(self._blank(size), size)

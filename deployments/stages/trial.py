@@ -22,6 +22,8 @@ from deployments.stages.stub import Reached, reach
 from deployments.stages.tensors import each_tensor, map_tensors
 from deployments.warm_up import default_request
 
+FEW_STEPS = 4
+"""What distilled models take: their schedulers may not know as many as a family's default."""
 CPU = torch.device("cpu")
 
 
@@ -146,6 +148,11 @@ class Trial:
         )
 
     def _advice(self) -> str:
+        if not self._fails(replace(self._usual, num_inference_steps=FEW_STEPS)):
+            return (
+                f"Set model.defaults.num_inference_steps, which is {self._usual.num_inference_steps}: with "
+                f"{FEW_STEPS} it runs"
+            )
         family, name = self._model.architecture, self._denoiser.index["_class_name"]
         if name != family.pipeline_class:
             return (

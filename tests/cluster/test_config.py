@@ -99,6 +99,7 @@ def test_more_than_one_gpu_must_be_a_whole_number(num_gpus: float) -> None:
     ("key", "value"),
     [
         ("num_cpus", -1),
+        ("num_cpus", float("inf")),
         ("num_gpus", -0.5),
         ("min_replicas", -1),
         ("max_replicas", 0),

@@ -246,7 +246,7 @@ def test_forty_mixed_requests_are_neither_swapped_nor_lost(
             continue
         settings = build_settings(family, request)
         expected = plain(family, "a red cat", seed=request.seed, output_type="latent", **settings)
-        # 2e-5 of what the scheduler has; the call divides by the VAE's scaling factor, 0.13 at least, before decoding.
+        # 2e-5 of the scheduler's latents; before decoding they are divided by the VAE's factor, 0.13 at least.
         torch.testing.assert_close(answer.latents, expected, atol=1.5e-4, rtol=2e-5)
     sizes = [
         ray.get(processes.ranks[0].call.remote("denoise", f, config, "stats")).queue.batch_sizes for f in FAMILIES

@@ -119,7 +119,7 @@ def test_generate_asks_the_running_app(relay_app: Any, address: str, tmp_path: P
     assert Image.open(io.BytesIO(picture.media.data)).format == "WEBP"
 
 
-@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_generate_that_is_ended_ends_its_request(
     flux_app: Any, relay_app: Any, address: str, tmp_path: Path, end: signal.Signals
 ) -> None:

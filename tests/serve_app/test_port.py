@@ -42,6 +42,8 @@ def test_a_port_that_was_let_go_a_moment_ago_is_free(shared: int) -> None:
     [
         ("192.0.2.1", "host 192.0.2.1 is no address of this machine"),
         ("no such host", "host 'no such host' is no address of this machine"),
+        ("no..host", "host 'no..host' is no address of this machine"),
+        ("a" * 300, f"host '{'a' * 300}' is no address of this machine"),
     ],
 )
 def test_a_host_of_another_machine_is_refused(host: str, told: str) -> None:

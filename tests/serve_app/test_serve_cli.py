@@ -54,6 +54,8 @@ def config(tmp_path: Path) -> Path:
             "route_prefx",
             ["applications.0: unknown key 'route_prefx' (did you mean 'route_prefix'?)"],
         ),
+        ("route_prefix: /", "route_prefix: relay", ["applications.0: Invalid route_prefix 'relay', must start"]),
+        ("route_prefix: /", "route_prefix: /a/", ["applications.0: Invalid route_prefix '/a/', may not end"]),
         ("  port: 8000", "  port: many", ["http_options.port: Input should be a valid integer, unable to parse"]),
         (
             "encoder: {num_cpus: 0.5, max",
@@ -65,6 +67,8 @@ def config(tmp_path: Path) -> Path:
             "/no/such/folder",
             ["model.checkpoint: checkpoint '/no/such/folder' looks like a path"],
         ),
+        ("embedded://shapes", "/" + "a" * 300, ["model.checkpoint: [Errno 36] File name too long: "]),
+        ("embedded://shapes", "~no-one/x", ["model.checkpoint: checkpoint '~no-one/x' names no user of"]),
         ("embedded://shapes", "tiny://flix", ["model.checkpoint: checkpoint 'tiny://flix' names no tiny family"]),
         ("width: 128", "width: 120", ["model.defaults, or the family's"]),
     ],

@@ -114,6 +114,35 @@ def test_a_vae_of_unknown_blocks_is_refused_not_guessed(tmp_path: Path) -> None:
         read_model(folder)
 
 
+@pytest.mark.parametrize(
+    ("family", "changes", "told"),
+    [
+        ("flux", {"vae": {"block_out_channels": 4}}, "has no len"),
+        ("sd15", {"unet": {"sample_size": "8"}}, "not enough values"),
+        ("sd15", {"unet": {"sample_size": 0}}, "width comes to 0"),
+        ("sd15", {"unet": {"sample_size": [-8, 8]}}, "height comes to -64"),
+        ("sd15", {"vae": {"latent_channels": None}}, "latent_channels comes to None"),
+        ("wan", {"vae": {"scale_factor_spatial": None}}, "unsupported operand"),
+        ("wan", {"vae": {"scale_factor_temporal": None}}, "frame_stride comes to None"),
+        ("wan", {"transformer": {"patch_size": 2}}, "cannot unpack"),
+    ],
+)
+def test_a_config_that_tells_no_size_is_named(tmp_path: Path, family: str, changes: Changes, told: str) -> None:
+    folder = write_tiny(family, tmp_path / family)
+    change(folder, changes)
+    with pytest.raises(ValueError, match=rf"no sizes can be told by .*/vae/config.json: .*{told}"):
+        read_model(folder)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", ""])
+@pytest.mark.parametrize("file", ["model_index.json", "vae/config.json"])
+def test_a_file_without_settings_is_named(tmp_path: Path, file: str, text: str) -> None:
+    folder = write_tiny("flux", tmp_path / "x")
+    (folder / file).write_text(text)
+    with pytest.raises((ValueError, FileNotFoundError), match=f"/{file} (holds no settings|is empty)"):
+        read_model(folder, "flux")
+
+
 def test_what_the_config_says_goes_before_the_checkpoint(tmp_path: Path) -> None:
     folder = write_tiny("sd15", tmp_path / "x")
     assert read_model(folder).default_size == MediaSize(64, 64)

@@ -15,6 +15,7 @@ import pytest
 from deployments.checkpoints.components import Stage
 from deployments.checkpoints.integrity import BrokenCheckpoint, check_stage, find_offload_faults, find_stage_faults
 from deployments.checkpoints.source import detect_family, fetch_checkpoint
+from deployments.checkpoints.weights import read_header
 from deployments.config import EncoderConfig, ModelConfig, StageConfig, TransformerConfig, VaeConfig
 
 STAGES: dict[Stage, StageConfig] = {
@@ -54,6 +55,15 @@ def cut(path: Path, num_bytes: int) -> None:
 
 def rewrite(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def rewrite_header(path: Path, **changes: Any) -> None:
+    """Of its first tensor."""
+    header, tensors = read_header(path), path.read_bytes()
+    header = {**header, min(header): header[min(header)] | changes}
+    text = json.dumps(header).encode()
+    start = 8 + struct.unpack("<Q", tensors[:8])[0]
+    path.write_bytes(struct.pack("<Q", len(text)) + text + tensors[start:])
 
 
 def write_safetensors(path: Path, *names: str) -> None:
@@ -107,6 +117,15 @@ BREAKS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda path: path.write_bytes(struct.pack("<Q", 9) + b'{"a": 1}}' + bytes(99)),
         " has a broken safetensors header",
     ),
+    "a dtype that is none": (
+        lambda path: rewrite_header(path, dtype="float32"),
+        r" has a broken safetensors header \(.*unknown variant `float32`",
+    ),
+    "a shape of another length": (
+        lambda path: rewrite_header(path, shape=[1, 2, 3]),
+        r" has a broken safetensors header \(.*",
+    ),
+    "a folder": (lambda path: (path.unlink(), path.mkdir()), " is a folder, and must be a file"),
 }
 
 
@@ -186,11 +205,35 @@ def test_a_part_of_another_checkpoint_is_named(folder: Path) -> None:
     assert "two.safetensors has not got y.weight, which" in fault
 
 
-@pytest.mark.parametrize("text", ["[1]", "{}", '{"weight_map": 3}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[1]",
+        "{}",
+        '{"weight_map": 3}',
+        '{"weight_map": {}}',
+        '{"weight_map": {"x": 5}}',
+        '{"weight_map": {"x": null}}',
+    ],
+)
 def test_an_index_without_a_map_is_refused(folder: Path, text: str) -> None:
     index = write_parts(folder)
     index.write_text(text)
     assert faults(folder) == [f"{index} has no weight_map, so it is no index of weights: fetch it again"]
+
+
+def test_an_index_without_metadata_is_refused(folder: Path) -> None:
+    """The libraries ask for it."""
+    index = write_parts(folder)
+    index.write_text(json.dumps({"weight_map": json.loads(index.read_text())["weight_map"]}))
+    assert faults(folder) == [f"{index} has no metadata, without which it is not read: fetch it again"]
+
+
+@pytest.mark.parametrize("stored", ["int8", [8]])
+def test_a_quantisation_that_is_no_object_is_named(folder: Path, stored: Any) -> None:
+    rewrite(folder / "transformer" / "config.json", quantization_config=stored)
+    [fault] = faults(folder)
+    assert fault.startswith(f"{folder / 'transformer' / 'config.json'}: quantization_config must be a JSON object")
 
 
 def test_pickles_in_parts_come_with_the_command_that_converts_them(folder: Path) -> None:

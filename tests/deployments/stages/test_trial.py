@@ -118,8 +118,16 @@ def test_a_vae_of_another_factor_than_its_config_says_is_told_at_start(tmp_path:
     folder = write_tiny("wan", tmp_path / "x")
     edit(folder / "vae" / "config.json", scale_factor_spatial=16)
     with pytest.raises(
-        CannotServe, match="AutoencoderKLWan: ValueError: AutoencoderKLWan made 16x16 of latents for 32"
+        CannotServe, match="AutoencoderKLWan: ValueError: AutoencoderKLWan made 16x16x5 of latents for 32x32x5"
     ):
+        load_stage("decode", read_model(folder), VaeConfig())
+
+
+def test_a_vae_of_another_stride_than_its_config_says_is_told_at_start(tmp_path: Path) -> None:
+    """Of one frame alone it could not be seen."""
+    folder = write_tiny("wan", tmp_path / "x")
+    edit(folder / "vae" / "config.json", scale_factor_temporal=8)
+    with pytest.raises(CannotServe, match="AutoencoderKLWan made 16x16x5 of latents for 16x16x9"):
         load_stage("decode", read_model(folder), VaeConfig())
 
 
@@ -143,6 +151,15 @@ def test_defaults_that_no_request_could_have_are_told_at_start(tmp_path: Path) -
     model = read_model(folder, defaults=DefaultsConfig(num_inference_steps=60))
     with pytest.raises(CannotServe, match="with LCMScheduler: ValueError"):
         load_stage("denoise", model, TransformerConfig())
+
+
+def test_a_scheduler_that_knows_fewer_steps_than_the_default_says_what_to_set(tmp_path: Path) -> None:
+    folder = write_tiny("sd15", tmp_path / "x")
+    set_scheduler(folder, "LCMScheduler", original_inference_steps=20, **SD_BETAS)
+    with pytest.raises(CannotServe, match=r"Set model.defaults.num_inference_steps, which is 50: with 4 it runs"):
+        load_stage("denoise", read_model(folder), TransformerConfig())
+    few = DefaultsConfig(num_inference_steps=8)
+    load_stage("denoise", read_model(folder, defaults=few), TransformerConfig())
 
 
 def test_what_fails_for_the_models_answers_is_not_the_requests_mistake(tmp_path: Path) -> None:
