@@ -7,6 +7,7 @@ import hashlib
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -63,6 +64,16 @@ def num_tokens(inputs: Inputs, patch_size: int | Sequence[int] = 1) -> int:
     space = latents.shape[2:]
     patch = [patch_size] * 2 if isinstance(patch_size, int) else list(patch_size)
     return int(latents.shape[0] * math.prod(space) // math.prod(patch))
+
+
+def split(output: Any, sizes: Sequence[int]) -> list[Any]:
+    """What a model returned for a merged forward, of which each part has so many samples."""
+    if isinstance(output, torch.Tensor):
+        return list(output.split_with_sizes(list(sizes)))
+    if isinstance(output, tuple):
+        return list(zip(*(split(part, sizes) for part in output), strict=True))
+    ends = list(accumulate(sizes))
+    return [output[end - size : end] for end, size in zip(ends, sizes, strict=True)]
 
 
 class Merger:

@@ -36,7 +36,7 @@ class PipelineCall:
         self,
         embeds: Embeds,
         request: GenerationRequest,
-        submit: Callable[[Inputs], torch.Tensor],
+        submit: Callable[[Inputs], Any],
         device: torch.device,
         *,
         draws: Draws | None = None,

@@ -94,5 +94,5 @@ class Trial:
         )
 
 
-def _answer_zeros(inputs: Inputs) -> torch.Tensor:
-    return torch.zeros_like(latents_of(inputs))
+def _answer_zeros(inputs: Inputs) -> tuple[torch.Tensor]:
+    return (torch.zeros_like(latents_of(inputs)),)

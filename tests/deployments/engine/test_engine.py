@@ -89,7 +89,7 @@ def test_torch_watches_tensors_only_where_a_technique_writes_to_them(
     rank.shard.model.norm_out.register_forward_hook(lambda *_: seen.append(torch.is_inference_mode_enabled()))
     typed = {k: v.to(denoiser.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
     with torch.no_grad():
-        prediction = rank.run(typed)
+        [prediction] = rank.run(typed)
         prediction.add_(1)  # as a scheduler may
     assert seen == [is_inference]
 
@@ -97,7 +97,7 @@ def test_torch_watches_tensors_only_where_a_technique_writes_to_them(
 def burst(engine: Engine, inputs: dict[str, Any]) -> torch.Tensor:
     """Two requests, one after the other has begun."""
     seats = [engine.queue.join(), engine.queue.join()]
-    answers = [engine.forward(seat, inputs) for seat in seats]
+    answers = [engine.forward(seat, inputs)[0] for seat in seats]
     for seat in seats:
         engine.queue.leave(seat)
     assert torch.equal(*answers)
