@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from deployments.checkpoints.tiny import TINY_FAMILIES, write_tiny_checkpoint
+from deployments.checkpoints.tiny.names import TINY_FAMILIES
+from deployments.checkpoints.tiny.write import write_tiny_checkpoint
 from deployments.engine.blocks import block_bytes, block_names, build_skeleton, shape_only_inputs
 from deployments.engine.cut import Boundary, Recorder, Stub
 from deployments.engine.shard import Shard, load_shard
