@@ -87,22 +87,24 @@ def build_lumina2() -> Lumina2Pipeline:
 def build_lumina() -> LuminaPipeline:
     """Lumina-Next: Gemma as text encoder."""
     tokenizer = build_chat_tokenizer()
+    transformer = LuminaNextDiT2DModel(
+        sample_size=LATENT_SIZE,
+        patch_size=2,
+        in_channels=4,
+        hidden_size=128,
+        num_layers=_NUM_BLOCKS,
+        num_attention_heads=4,
+        num_kv_heads=4,
+        multiple_of=16,
+        cross_attention_dim=TEXT_WIDTH,
+    )
+    transformer.pad_token.data.normal_()  # left uninitialised
     return LuminaPipeline(
+        transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=build_sd_vae(),
         text_encoder=build_language_model("Gemma", tokenizer),
         tokenizer=tokenizer,
-        transformer=LuminaNextDiT2DModel(
-            sample_size=LATENT_SIZE,
-            patch_size=2,
-            in_channels=4,
-            hidden_size=128,
-            num_layers=_NUM_BLOCKS,
-            num_attention_heads=4,
-            num_kv_heads=4,
-            multiple_of=16,
-            cross_attention_dim=TEXT_WIDTH,
-        ),
     )
 
 
