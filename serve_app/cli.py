@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from deployments.families import FAMILIES
+from deployments.checkpoints.tiny.names import TINY_MODULES
 from deployments.stages.imports import silence_imports
 from serve_app.bench_cli import bench
 from serve_app.config import ConfigError, load_app_config
@@ -40,7 +40,7 @@ cli.command(name="profile")(profile_command)
 cli.command(name="serve")(serve_command)
 console = Console(stderr=True)
 
-TINY = "deployments.checkpoints.tiny"
+TINY = "deployments.checkpoints.tiny.write"
 SHAPES = "deployments.checkpoints.shapes.train"
 """Both import torch and diffusers, so they are looked up only by the command that needs them."""
 LOCAL = "serve_app.local"
@@ -92,13 +92,13 @@ def options(
 
 @cli.command()
 def tiny(
-    family: Annotated[str, typer.Argument(help=f"one of: {', '.join(FAMILIES)}")],
+    name: Annotated[str, typer.Argument(help=f"one of: {', '.join(TINY_MODULES)}")],
     out_dir: Annotated[Path, typer.Argument(help="a folder that does not exist yet")],
 ) -> None:
     """Write a complete checkpoint of random weights, in diffusers' layout, for tests and trials."""
-    if family not in FAMILIES:
-        raise typer.BadParameter(f"unknown family {family!r}; allowed: {', '.join(FAMILIES)}")
-    importlib.import_module(TINY).write_tiny_checkpoint(family, out_dir)
+    if name not in TINY_MODULES:
+        raise typer.BadParameter(f"unknown checkpoint {name!r}; allowed: {', '.join(TINY_MODULES)}")
+    importlib.import_module(TINY).write_tiny_checkpoint(name, out_dir)
     size = sum(path.stat().st_size for path in out_dir.rglob("*") if path.is_file())
     console.print(f"wrote {out_dir} ({size / 2**20:.1f} MiB)")
 

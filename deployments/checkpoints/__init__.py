@@ -3,6 +3,5 @@
 Read `source` first: it names a checkpoint's family and brings its files to this machine, without torch; `layout`
 (what is no checkpoint, and what it is instead), `byte_order_mark`, `components` (which belong to which stage),
 `geometry` (what sizes it makes), `integrity` and `weights` (whether its files are whole, by their headers). Then
-`tiny` (writes a random checkpoint of a family), `tiny_pipelines` (their shapes), `tiny_text` (tokenizers and text
-encoders).
+`tiny`, which writes random checkpoints.
 """

@@ -30,6 +30,7 @@ from huggingface_hub.errors import (
 from deployments.checkpoints.byte_order_mark import without_byte_order_marks
 from deployments.checkpoints.json_file import read_settings
 from deployments.checkpoints.layout import MODEL_INDEX, describe_other_layout, open_hub_cache
+from deployments.checkpoints.tiny.names import TINY_MODULES
 from deployments.checkpoints.weights import find_file_faults
 from deployments.config import ModelConfig
 from deployments.families import FAMILIES
@@ -61,7 +62,7 @@ def detect_family(checkpoint: str, revision: str | None) -> str:
             does not give.
     """
     if is_tiny(checkpoint):
-        return _tiny_family(checkpoint)
+        return _tiny_name(checkpoint, FAMILIES)
     folder = local_folder(checkpoint, revision)
     if folder is None:
         with _hub(checkpoint):
@@ -92,12 +93,12 @@ def fetch_checkpoint(
     downloads.
 
     Raises:
-        ValueError: an embedded checkpoint or a tiny family that does not exist.
+        ValueError: an embedded or a tiny checkpoint that does not exist.
         FileNotFoundError: a local path that does not exist, a component that the checkpoint lacks, or a hub id
             that the hub does not give.
     """
     if is_tiny(checkpoint):
-        folder = _fetch_tiny(_tiny_family(checkpoint))
+        folder = _fetch_tiny(_tiny_name(checkpoint, TINY_MODULES))
     else:
         local = local_folder(checkpoint, revision)
         folder = local or _download(checkpoint, frozenset(components), revision, variant)
@@ -111,7 +112,7 @@ def fetch_configs(checkpoint: str, *, revision: str | None = None) -> Path:
     Raises as `detect_family`.
     """
     if is_tiny(checkpoint):
-        return _fetch_tiny(_tiny_family(checkpoint))
+        return _fetch_tiny(_tiny_name(checkpoint, TINY_MODULES))
     folder = local_folder(checkpoint, revision)
     if folder is None:
         patterns = [MODEL_INDEX, "*/config.json", "scheduler/*.json"]
@@ -170,24 +171,23 @@ def is_tiny(checkpoint: str) -> bool:
     return checkpoint.startswith(_TINY_PREFIX)
 
 
-def _tiny_family(checkpoint: str) -> str:
-    family = checkpoint.removeprefix(_TINY_PREFIX)
-    families = FAMILY_BY_PIPELINE.values()
-    if family not in families:
-        raise ValueError(f"checkpoint {checkpoint!r} names no tiny family; choose one of: {', '.join(families)}")
-    return family
+def _tiny_name(checkpoint: str, names: Collection[str]) -> str:
+    name = checkpoint.removeprefix(_TINY_PREFIX)
+    if name not in names:
+        raise ValueError(f"checkpoint {checkpoint!r} names no tiny one; choose one of: {', '.join(names)}")
+    return name
 
 
-def _fetch_tiny(family: str) -> Path:
+def _fetch_tiny(name: str) -> Path:
     """Writes the tiny checkpoint on first use; a rename makes it, so a folder that exists is complete."""
     tag = f"diffusers-{version('diffusers')}-format-{_TINY_FORMAT}"
-    folder = Path.home() / ".cache" / "latent-relay" / "tiny" / tag / family
+    folder = Path.home() / ".cache" / "latent-relay" / "tiny" / tag / name
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.parent / f"{family}.lock"):
+    with FileLock(folder.parent / f"{name}.lock"):
         if not folder.is_dir():  # another process may have written it while we waited
-            importlib.import_module("deployments.checkpoints.tiny").write_tiny_checkpoint(family, folder)
+            importlib.import_module("deployments.checkpoints.tiny.write").write_tiny_checkpoint(name, folder)
     return folder
 
 

@@ -1,7 +1,7 @@
 """The blocks of a denoiser: their names in forward order, and what they weigh."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,18 @@ TAIL = (
     "audio_proj_out",
 )
 """What diffusers calls the modules that run after the last block; only the last shard has them."""
+
+CHAINS: Mapping[str, tuple[str, ...]] = {
+    "BriaTransformer2DModel": ("transformer_blocks", "single_transformer_blocks"),
+    "HiDreamImageTransformer2DModel": ("double_stream_blocks", "single_stream_blocks"),
+    "Kandinsky5Transformer3DModel": ("visual_transformer_blocks",),
+    "Lumina2Transformer2DModel": ("layers",),
+    "LuminaNextDiT2DModel": ("layers",),
+    "PRXTransformer2DModel": ("blocks",),
+    "ZImageTransformer2DModel": ("layers",),
+}
+"""The lists whose blocks each feed the next, in forward order, of the classes that declare none or others beside
+them: refiners of text and of latents, which run before the chain, in every shard's head."""
 
 _UNET_ORDER = ("down_blocks", "mid_block", "up_blocks")
 _SECOND_HALF = "single_transformer_blocks"
@@ -64,14 +76,14 @@ def build_skeleton(model_class: type[ModelMixin], checkpoint_dir: Path, subfolde
 def block_names(model: nn.Module) -> tuple[str, ...]:
     """Names of the blocks that may go to different shards, in forward order.
 
-    A transformer's blocks are the lists whose elements' classes diffusers declares as repeated or as not to
-    be split; a UNet's are its down, mid and up blocks.
+    A transformer's blocks are the lists in `CHAINS`, or else those whose elements' classes diffusers declares as
+    repeated or as not to be split; a UNet's are its down, mid and up blocks.
 
     Raises:
         ValueError: there are none, or several lists of them of which nothing says that each feeds the next.
     """
     children = dict(model.named_children())
-    lists = [name for name in _UNET_ORDER if name in children] if _is_unet(model) else _declared_lists(model)
+    lists = [name for name in _UNET_ORDER if name in children] if _is_unet(model) else _lists(model)
     if not lists:
         raise ValueError(
             f"{type(model).__name__} declares no blocks that could go to different shards (no list of its "
@@ -107,7 +119,9 @@ def _is_unet(model: nn.Module) -> bool:
     return {"down_blocks", "up_blocks"} <= {name for name, _ in model.named_children()}
 
 
-def _declared_lists(model: Any) -> Sequence[str]:
+def _lists(model: Any) -> Sequence[str]:
+    if named := CHAINS.get(type(model).__name__):
+        return named
     kinds = {*(model._repeated_blocks or ()), *(model._no_split_modules or ())}
     lists = [
         name

@@ -1,7 +1,7 @@
 """Where a shard begins and ends in its model's forward: stubs for foreign blocks, recorders at the cut.
 
 rank 0   [block 0][block 1]✂ stub   stub        ✂ ends the forward; the boundary leaves here
-rank 1    stub  ─▶ stub  ─▶[block 2][block 3]   a stub before the range replays the boundary
+rank 1    stub  ─▶ stub  ─▶[block 2][block 3]   a stub before the range replays what crossed
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,8 +13,8 @@ from torch import nn
 
 from deployments.engine.blocks import tail_names
 
-Output: TypeAlias = "torch.Tensor | tuple[Output, ...]"
-"""What a block returns; tuples nest where a UNet block returns its skips."""
+Output: TypeAlias = "torch.Tensor | list[torch.Tensor] | tuple[Output, ...]"
+"""What a block returns, or a model: tuples nest where a UNet block returns its skips."""
 
 Boundary: TypeAlias = dict[str, Output]
 """What crosses a cut: block names and what those blocks returned. The last block before the cut is always
@@ -75,7 +75,8 @@ class Cut:
             self._received, self._recorded = {}, {}
 
     def replay(self, name: str) -> Output:
-        """What the stub of `name` returns: its block's output, if it crossed, else that of the range's last.
+        """What the stub of `name` returns: its block's output, if that crossed; else the last that crossed of its
+        list, whose blocks return as many tensors; else that of the last block before the range.
 
         Foreign blocks in between pass through: whatever they return, the last stub's answer replaces it.
         """
@@ -84,7 +85,10 @@ class Cut:
                 f"{name} was called on the shard that ends at {self.names[self.end - 1]}, which was not: "
                 "blocks were skipped or run in another order; serve such requests from one shard"
             )
-        return self._received.get(name, self._received[self.names[self.start - 1]])
+        if name in self._received:
+            return self._received[name]
+        siblings = [other for other in self._received if _list_of(other) == _list_of(name)]
+        return self._received[siblings[-1] if siblings else self.names[self.start - 1]]
 
     def record(self, name: str, output: Output) -> None:
         """Notes what a block returned; behind the last block of the range, ends the forward."""
@@ -110,7 +114,7 @@ class Cut:
 
     def _list_ends(self) -> set[str]:
         """The last block of each list of blocks."""
-        return set({name.rpartition(".")[0]: name for name in self.names}.values())
+        return set({_list_of(name): name for name in self.names}.values())
 
     def _checked(self, boundary: Boundary | None) -> Boundary:
         if self.is_first:
@@ -167,6 +171,10 @@ def _public(module: nn.Module, name: str, owner: str) -> Any:
     if name.startswith("_"):
         raise AttributeError(f"{owner!r} object has no attribute {name!r}")
     return getattr(module, name)
+
+
+def _list_of(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _nesting(output: Output) -> Any:

@@ -6,13 +6,14 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from cluster import accelerator
 from cluster.message import Message
 from cluster.ring import Ring, RingStats, StopRing
 from cluster.transport import Transport
 from deployments.config import TransformerConfig
-from deployments.engine.merge import Inputs, Merger, num_samples, num_tokens
+from deployments.engine.merge import Inputs, Merger, num_samples, num_tokens, split
 from deployments.engine.step_queue import Seat, StepQueue
 from deployments.engine.work import Leader
 from deployments.memory.needs import Needs
@@ -83,20 +84,18 @@ class Engine:
         )
         self._ring.start()
 
-    def forward(self, seat: Seat, inputs: Inputs) -> torch.Tensor:
-        """One forward of the denoiser, perhaps merged with others'. The request's thread calls it and waits, and
-        may use what it returns on its own stream.
+    def forward(self, seat: Seat, inputs: Inputs) -> Any:
+        """One forward of the denoiser, perhaps merged with others': what the model returns without `return_dict`.
+        The request's thread calls it and waits, and may use the tensors on its own stream.
 
         Raises Cancelled, ShardGroupLost, NeverFits, or what the forward itself raised.
         """
         signature, tokens = self._merger.signature(inputs), num_tokens(inputs, self._patch_size)
         at_most = self._at_most(signature, tokens, inputs)
         asked = _Asked(inputs, accelerator.mark_queued(self._device))
-        prediction: torch.Tensor = self.queue.forward(
-            seat, asked, signature=signature, tokens=tokens, at_most=at_most
-        )
-        accelerator.use_here(prediction)
-        return prediction
+        output = self.queue.forward(seat, asked, signature=signature, tokens=tokens, at_most=at_most)
+        tree_map_only(torch.Tensor, accelerator.use_here, output)
+        return output
 
     def _at_most(self, signature: Hashable, tokens: int, inputs: Inputs) -> int | None:
         """How many such forwards fit the memory at once."""
@@ -140,7 +139,7 @@ class Engine:
         flight = self._flights.pop(message.batch_id)
         if message.error is None:
             sizes = [num_samples(inputs) for inputs in flight.payloads]
-            self.queue.finish(message.batch_id, message.body.split_with_sizes(sizes) if sizes else ())
+            self.queue.finish(message.batch_id, split(message.body, sizes) if sizes else ())
             return
         self._leader.release_again(flight.released)
         error: BaseException = message.error

@@ -10,13 +10,14 @@ from typing import Any
 import diffusers
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from cluster.partition import plan_cuts
 from deployments.checkpoints.components import ModelIndex, fetch_stage
 from deployments.config import ModelConfig, TransformerConfig
 from deployments.device import resolve_device, resolve_dtype
 from deployments.engine.blocks import BlockBytes, block_bytes, block_names, build_skeleton
-from deployments.engine.cut import Boundary
+from deployments.engine.cut import Boundary, Output
 from deployments.engine.merge import Inputs
 from deployments.engine.shard import Shard, load_shard
 from deployments.memory.keeper import Keeper
@@ -62,7 +63,7 @@ class LoadedRank:
     shard: Shard
     keeper: Keeper
 
-    def run(self, inputs: Inputs, boundary: Boundary | None = None) -> Boundary | torch.Tensor:
+    def run(self, inputs: Inputs, boundary: Boundary | None = None) -> Boundary | tuple[Output, ...]:
         """`Shard.run`, once the weights are there.
 
         In inference mode where no technique touches the weights: torch need not watch what becomes of tensors, and
@@ -72,7 +73,11 @@ class LoadedRank:
         with self.keeper.at_work():
             with torch.inference_mode(self.keeper.is_untouched):
                 output = self.shard.run(inputs, boundary)
-            return output.clone() if isinstance(output, torch.Tensor) and output.is_inference() else output
+            return output if isinstance(output, dict) else tree_map_only(torch.Tensor, _writable, output)
+
+
+def _writable(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def open_denoiser(model: ModelConfig, config: TransformerConfig) -> Denoiser:

@@ -6,10 +6,12 @@ The rules are a few lines per model class. A class that has none runs unmerged, 
 import hashlib
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 Inputs = Mapping[str, Any]
@@ -21,48 +23,82 @@ TEXT_BUCKET = 128
 
 @dataclass(frozen=True)
 class MergeRule:
-    """What is particular to one model class; every other tensor joins along its first dimension."""
+    """What is particular to one model class; every other tensor joins along its first dimension, in lists too."""
 
     equal: frozenset[str] = frozenset()
-    """Tensors without a batch dimension: equal by value, or no merging."""
+    """Tensors without a batch dimension, or of which the model reads the first sample alone: equal by value, or
+    no merging."""
     lists: frozenset[str] = frozenset()
     """Lists with one entry per sample."""
-    ragged: Mapping[str, str] | None = None
-    """[B, S, D] inputs whose S may differ, and the name of the boolean mask [B, S] that hides padding."""
+    ragged: Mapping[str, str | None] = field(default_factory=dict)
+    """[B, S, D] inputs whose S may differ, and the name of the boolean mask [B, S] that hides padding; None for
+    lists of [S, D], which the model pads itself."""
 
+
+_IDS = frozenset({"img_ids", "txt_ids"})
 
 RULES: Mapping[str, MergeRule] = {
-    "FluxTransformer2DModel": MergeRule(equal=frozenset({"img_ids", "txt_ids"})),
+    "AuraFlowTransformer2DModel": MergeRule(),
+    "BriaTransformer2DModel": MergeRule(equal=_IDS),
+    "ChromaTransformer2DModel": MergeRule(equal=_IDS),
+    "CogView3PlusTransformer2DModel": MergeRule(),
+    "CogView4Transformer2DModel": MergeRule(),
+    "Flux2Transformer2DModel": MergeRule(equal=_IDS),
+    "FluxTransformer2DModel": MergeRule(equal=_IDS),
+    "HunyuanVideoTransformer3DModel": MergeRule(),
+    "Krea2Transformer2DModel": MergeRule(equal=frozenset({"position_ids"})),
+    "LTXVideoTransformer3DModel": MergeRule(),
+    "LongCatImageTransformer2DModel": MergeRule(equal=_IDS),
+    "Lumina2Transformer2DModel": MergeRule(),
+    "OvisImageTransformer2DModel": MergeRule(equal=_IDS),
+    "PixArtTransformer2DModel": MergeRule(),
     "QwenImageTransformer2DModel": MergeRule(
         lists=frozenset({"img_shapes"}), ragged={"encoder_hidden_states": "encoder_hidden_states_mask"}
     ),
     "SD3Transformer2DModel": MergeRule(),
+    "SanaTransformer2DModel": MergeRule(),
+    "SanaVideoTransformer3DModel": MergeRule(),
     "UNet2DConditionModel": MergeRule(),
     "WanTransformer3DModel": MergeRule(),
+    "ZImageTransformer2DModel": MergeRule(lists=frozenset({"x", "cap_feats"}), ragged={"cap_feats": None}),
 }
 
 
 def takes_any_length(class_name: str) -> bool:
     """Whether texts come to a model of this class as long as they are; to the others they come padded."""
-    return class_name in RULES and RULES[class_name].ragged is not None
+    return class_name in RULES and bool(RULES[class_name].ragged)
 
 
 def num_samples(inputs: Inputs) -> int:
     """Samples in one forward: 2 where a pipeline puts both guidance passes into one batch."""
-    return int(latents_of(inputs).shape[0])
+    return len(latents_of(inputs))
 
 
 def num_tokens(inputs: Inputs, patch_size: int | Sequence[int] = 1) -> int:
     """Latent positions of one forward over its samples, after patching: what its cost grows with.
 
-    [B, S, D] -> B * S; [B, C, (F,) H, W] -> B * F * H * W / patch volume.
+    [B, S, D] -> B * S; [B, C, (F,) H, W], or a list of [C, (F,) H, W] -> B * F * H * W / patch volume.
     """
     latents = latents_of(inputs)
+    if not isinstance(latents, torch.Tensor):
+        return sum(num_tokens({"sample": sample[None]}, patch_size) for sample in latents)
     if latents.ndim == 3:
         return int(latents.shape[0] * latents.shape[1])
     space = latents.shape[2:]
     patch = [patch_size] * 2 if isinstance(patch_size, int) else list(patch_size)
     return int(latents.shape[0] * math.prod(space) // math.prod(patch))
+
+
+def split(output: Any, sizes: Sequence[int]) -> list[Any]:
+    """What a model returned for a merged forward, of which each part has so many samples."""
+    if len(sizes) == 1:
+        return [output]
+    if isinstance(output, torch.Tensor):
+        return list(output.split_with_sizes(list(sizes)))
+    if isinstance(output, tuple):
+        return list(zip(*(split(part, sizes) for part in output), strict=True))
+    ends = list(accumulate(sizes))
+    return [output[end - size : end] for end, size in zip(ends, sizes, strict=True)]
 
 
 class Merger:
@@ -81,7 +117,7 @@ class Merger:
         """Forwards of equal signature may be merged. Unknown classes get a new one each time."""
         if self._rule is None:
             return object()
-        masks = set((self._rule.ragged or {}).values())
+        masks = set(self._rule.ragged.values())
         return tuple((k, self._describe(k, v)) for k, v in sorted(inputs.items()) if k not in masks)
 
     def _describe(self, name: str, value: Any) -> Hashable:
@@ -89,14 +125,23 @@ class Merger:
         if isinstance(value, torch.Tensor):
             if name in self._rule.equal:
                 return self._digest(value)
-            if name in (self._rule.ragged or {}):
+            if name in self._rule.ragged:
                 return math.ceil(value.shape[1] / TEXT_BUCKET), tuple(value.shape[2:]), value.dtype
             return tuple(value.shape[1:]), value.dtype
         if isinstance(value, Mapping):
             return tuple((k, self._describe(k, v)) for k, v in sorted(value.items()))
         if name in self._rule.lists:
-            return repr(value[0])
+            return self._describe_samples(name, value)
+        if isinstance(value, list | tuple):
+            return tuple(self._describe(name, entry) for entry in value)
         return repr(value)
+
+    def _describe_samples(self, name: str, samples: Sequence[Any]) -> Hashable:
+        """Of a list whose entries are alike: tensors, or nests of numbers. Nests of tensors are like no other."""
+        if isinstance(samples[0], torch.Tensor):
+            return self._describe(name, max(samples, key=len)[None])
+        has_tensors = any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(samples))
+        return object() if has_tensors else repr(samples[0])
 
     def _digest(self, value: torch.Tensor) -> bytes:
         """Of shape, dtype and content; remembered, for a request passes the same tensor at every step."""
@@ -119,9 +164,11 @@ class Merger:
     def _pad(self, inputs: Inputs, group: Sequence[Inputs]) -> Inputs:
         assert self._rule is not None
         padded = dict(inputs)
-        for name, mask_name in (self._rule.ragged or {}).items():
+        for name, mask_name in self._rule.ragged.items():
+            if mask_name is None:
+                continue
             lengths = [int(other[name].shape[1]) for other in group]
-            if len(set(lengths)) == 1 and all(other.get(mask_name) is None for other in group):
+            if len(set(lengths)) == 1 and len({other.get(mask_name) is None for other in group}) == 1:
                 continue
             value, mask = inputs[name], inputs.get(mask_name)
             if mask is None:
@@ -141,10 +188,11 @@ class Merger:
             return {key: self._join(key, [value[key] for value in values], sizes) for key in first}
         if name in self._rule.lists:
             return [entry for value in values for entry in value]
+        if isinstance(first, list | tuple):
+            return type(first)(self._join(name, entries, sizes) for entries in zip(*values, strict=True))
         return first
 
 
-def latents_of(inputs: Inputs) -> torch.Tensor:
-    """What is denoised; the prediction has the same shape."""
-    latents: torch.Tensor = inputs["sample" if "sample" in inputs else "hidden_states"]
-    return latents
+def latents_of(inputs: Inputs) -> Any:
+    """What is denoised, [B, ...] or a list of samples; of UNets, of Z-Image and of all others."""
+    return inputs[next(name for name in ("sample", "x", "hidden_states") if name in inputs)]

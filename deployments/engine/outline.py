@@ -10,12 +10,13 @@ later one, and what flies once more is forgotten first, so that its tensors go w
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 from deployments.engine.merge import Inputs
@@ -50,9 +51,7 @@ class Outliner:
     def outline(self, inputs: Inputs) -> Inputs:
         """The inputs with every tensor replaced by what the other ranks need of it."""
         return {
-            name: ShapeOf(tuple(value.shape), value.dtype)
-            if name in self._shape_only
-            else _map_tensors(value, self._hold)
+            name: tree_map_only(torch.Tensor, _shape_of if name in self._shape_only else self._hold, value)
             for name, value in inputs.items()
         }
 
@@ -66,7 +65,7 @@ class Outliner:
 
     def forget(self, inputs: Inputs) -> None:
         """Send these tensors again, under other keys. From any thread, while none of them is outlined."""
-        _map_tensors(inputs, self._forget)
+        tree_map_only(torch.Tensor, self._forget, dict(inputs))
 
     def _forget(self, tensor: torch.Tensor) -> None:
         held: tuple[int, int] | None = self._held.pop(tensor, None)  # type: ignore[no-untyped-call]
@@ -92,7 +91,7 @@ class Holder:
 
     def fill(self, outlined: Inputs) -> Inputs:
         """The inputs again, on this rank's device."""
-        return {name: self._fill(value) for name, value in outlined.items()}
+        return {name: tree_map(self._fill, value) for name, value in outlined.items()}
 
     def release(self, keys: tuple[int, ...]) -> None:
         for key in keys:
@@ -106,15 +105,8 @@ class Holder:
                 # Received tensors are views of one buffer per message: a copy lets the rest of it go.
                 self._tensors[value.key] = value.tensor.to(self._device, copy=True)
             return self._tensors[value.key]
-        if isinstance(value, Mapping):
-            return {key: self._fill(entry) for key, entry in value.items()}
         return value
 
 
-def _map_tensors(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:
-    """Tensors are found in dicts, however deep (SDXL's `added_cond_kwargs`); lists carry plain numbers."""
-    if isinstance(value, torch.Tensor):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {key: _map_tensors(entry, change) for key, entry in value.items()}
-    return value
+def _shape_of(tensor: torch.Tensor) -> ShapeOf:
+    return ShapeOf(tuple(tensor.shape), tensor.dtype)

@@ -11,7 +11,7 @@ from diffusers import ModelMixin
 from torch import nn
 
 from deployments.engine.blocks import block_names, build_skeleton
-from deployments.engine.cut import Boundary, Cut, CutReached
+from deployments.engine.cut import Boundary, Cut, CutReached, Output
 
 _MAX_KEYS_SHOWN = 5
 
@@ -68,12 +68,12 @@ class Shard:
         self.blocks = None if cut is None else (cut.start, cut.end)
         """The range of `block_names` that it holds; None for the whole model."""
 
-    def run(self, inputs: Mapping[str, Any], boundary: Boundary | None = None) -> Boundary | torch.Tensor:
+    def run(self, inputs: Mapping[str, Any], boundary: Boundary | None = None) -> Boundary | tuple[Output, ...]:
         """One forward through these blocks.
 
         Every shard gets the same `inputs`, the keyword arguments of the model's forward; on shards after the
         first, those named by `shape_only_inputs` may be zeros. `boundary` is what the shard before returned.
-        The last shard returns the model's prediction.
+        The last shard returns what the model's forward does without `return_dict`: a tuple of predictions.
         """
         with torch.no_grad():
             arguments = {**inputs, "return_dict": False}
@@ -82,7 +82,8 @@ class Shard:
             else:
                 with self._cut.open(self.model, boundary):
                     output = self.model(**arguments)
-        result: Boundary | torch.Tensor = output if isinstance(output, dict) else output[0]
+        # Kandinsky 5 returns the bare tensor
+        result: Boundary | tuple[Output, ...] = (output,) if isinstance(output, torch.Tensor) else output
         return result
 
 

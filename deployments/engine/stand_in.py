@@ -22,9 +22,13 @@ class StandIn(nn.Module):
         *,
         dtype: torch.dtype,
         device: torch.device,
-        submit: Callable[[Inputs], torch.Tensor],
+        submit: Callable[[Inputs], Any],
     ) -> None:
-        """skeleton: the same model on the meta device, for what pipelines ask of its submodules."""
+        """
+        Args:
+            skeleton: the same model on the meta device, for what pipelines ask of its submodules.
+            submit: returns what the model's forward does without `return_dict`.
+        """
         super().__init__()
         self._dtype, self._device, self._submit = dtype, device, submit
         self.__dict__["skeleton"] = skeleton  # past nn.Module, which would list its meta parameters as ours
@@ -46,11 +50,11 @@ class StandIn(nn.Module):
         """Pipelines name their guidance passes by it; here every forward stands for itself."""
         yield
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor]:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         model_class: Any = type(self.__dict__["skeleton"])
         inputs = dict(zip(_names(model_class), args, strict=False)) | kwargs
         inputs.pop("return_dict", None)
-        return (self._submit(inputs),)
+        return self._submit(inputs)
 
 
 @cache

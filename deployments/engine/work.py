@@ -4,9 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-import torch
-
-from deployments.engine.cut import Boundary
+from deployments.engine.cut import Boundary, Output
 from deployments.engine.merge import Inputs, Merger
 from deployments.engine.outline import Holder, Outliner
 
@@ -14,7 +12,7 @@ from deployments.engine.outline import Holder, Outliner
 class Blocks(Protocol):
     """This rank's blocks, as `Shard` runs them."""
 
-    def run(self, inputs: Inputs, boundary: Boundary | None = None) -> Boundary | torch.Tensor: ...
+    def run(self, inputs: Inputs, boundary: Boundary | None = None) -> "Boundary | Output": ...
 
 
 OnIdle = Callable[[], None]
@@ -26,7 +24,7 @@ def do_nothing() -> None:
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """From one rank to the next. The last rank sends the bare prediction [B, ...] back to rank 0."""
+    """From one rank to the next. The last rank sends the bare predictions, of the whole batch, back to rank 0."""
 
     inputs: tuple[Inputs, ...]
     """One per forward, outlined; every rank merges them itself, so that embeddings need not cross again.
@@ -43,13 +41,13 @@ class Leader:
     def __init__(self, blocks: Blocks, merger: Merger, outliner: Outliner, on_idle: OnIdle = do_nothing) -> None:
         self._blocks, self._merger, self._outliner, self._on_idle = blocks, merger, outliner, on_idle
 
-    def run(self, group: Sequence[Inputs], released: tuple[int, ...]) -> "Work | torch.Tensor":
+    def run(self, group: Sequence[Inputs], released: tuple[int, ...]) -> "Work | Output":
         """The first blocks of a group of forwards of one signature; without any, on_idle."""
         if not group:
             self._on_idle()
             return Work((), released, {})
         output = self._blocks.run(self._merger.merge(group))
-        if isinstance(output, torch.Tensor):
+        if not isinstance(output, dict):
             return output
         outlined = tuple(self._outliner.outline(inputs) for inputs in group)
         return Work(outlined, released, output)
@@ -73,7 +71,7 @@ class Follower:
     def __init__(self, blocks: Blocks, merger: Merger, holder: Holder, on_idle: OnIdle = do_nothing) -> None:
         self._blocks, self._merger, self._holder, self._on_idle = blocks, merger, holder, on_idle
 
-    def run(self, work: Work) -> "Work | torch.Tensor":
+    def run(self, work: Work) -> "Work | Output":
         """These blocks, from where the rank before left off."""
         self._holder.release(work.released)
         if not work.inputs:
@@ -81,4 +79,4 @@ class Follower:
             return work
         inputs = self._merger.merge([self._holder.fill(outlined) for outlined in work.inputs])
         output = self._blocks.run(inputs, work.boundary)
-        return output if isinstance(output, torch.Tensor) else replace(work, boundary=output)
+        return replace(work, boundary=output) if isinstance(output, dict) else output

@@ -6,7 +6,7 @@ and what the allocator rounds up is not counted.
 """
 
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple, Self
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 META = torch.device("meta")
 
@@ -40,11 +40,7 @@ def on_meta() -> "Iterator[_LiveTensors]":
 
 def to_meta(value: Any) -> Any:
     """The same nest of shapes, on the meta device."""
-    if isinstance(value, torch.Tensor):
-        return value.to(META)
-    if isinstance(value, Mapping):
-        return {name: to_meta(entry) for name, entry in value.items()}
-    return value
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.to(META), value)
 
 
 class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -217,7 +217,7 @@ class Denoising:
 
         return after_step
 
-    def _stand_in(self, submit: Callable[[Inputs], torch.Tensor]) -> dict[str, Any]:
+    def _stand_in(self, submit: Callable[[Inputs], Any]) -> dict[str, Any]:
         """For the pipeline's denoiser."""
         denoiser = self._denoiser
         stand_in = StandIn(denoiser.skeleton, dtype=denoiser.dtype, device=denoiser.device, submit=submit)

@@ -53,11 +53,11 @@ class Trial:
         self._check_decodable(arguments)
         return draws.were_taken
 
-    def _check_first(self) -> Callable[[Inputs], torch.Tensor]:
+    def _check_first(self) -> Callable[[Inputs], Any]:
         """Answers zeros, once the model has been seen to take the inputs of the first forward."""
         checked: list[bool] = []
 
-        def submit(inputs: Inputs) -> torch.Tensor:
+        def submit(inputs: Inputs) -> tuple[torch.Tensor]:
             if not checked:
                 checked.append(True)
                 self._check_taken(inputs)
@@ -136,7 +136,7 @@ class Trial:
         self,
         request: GenerationRequest,
         draws: Draws | None = None,
-        submit: Callable[[Inputs], torch.Tensor] | None = None,
+        submit: Callable[[Inputs], Any] | None = None,
     ) -> DecodeArguments:
         denoiser, limit = self._denoiser, self._model.architecture.max_sequence_length
         stand_in = StandIn(denoiser.skeleton, dtype=denoiser.dtype, device=CPU, submit=submit or answer_zeros)
@@ -164,9 +164,9 @@ class Trial:
         )
 
 
-def answer_zeros(inputs: Inputs) -> torch.Tensor:
+def answer_zeros(inputs: Inputs) -> tuple[torch.Tensor]:
     """A prediction that nothing was computed for."""
-    return torch.zeros_like(latents_of(inputs))
+    return (torch.zeros_like(latents_of(inputs)),)
 
 
 def _as_weights(tensor: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,8 @@ from diffusers import DiffusionPipeline, QwenImagePipeline
 from torch import nn
 
 from deployments.checkpoints.source import FAMILY_BY_PIPELINE
-from deployments.checkpoints.tiny import TINY_FAMILIES, write_tiny_checkpoint
+from deployments.checkpoints.tiny.names import TINY_FAMILIES
+from deployments.checkpoints.tiny.write import write_tiny_checkpoint
 
 MAX_CHECKPOINT_BYTES = 8_000_000
 NF4_BLOCK = 64

@@ -9,6 +9,7 @@ from diffusers import (
     UNet2DConditionModel,
     VQModel,
     WanTransformer3DModel,
+    WanVACETransformer3DModel,
     ZImageTransformer2DModel,
 )
 from torch import nn
@@ -48,9 +49,14 @@ def test_a_model_without_blocks_is_refused() -> None:
 
 
 def test_lists_of_blocks_side_by_side_are_refused() -> None:
-    model = on_meta(ZImageTransformer2DModel, n_layers=1, n_refiner_layers=1)
-    with pytest.raises(ValueError, match=r"noise_refiner, context_refiner, layers.* one shard"):
+    model = on_meta(WanVACETransformer3DModel, num_layers=1, vace_layers=[0])
+    with pytest.raises(ValueError, match=r"blocks, vace_blocks.* one shard"):
         block_names(model)
+
+
+def test_refiners_are_no_part_of_the_chain() -> None:
+    model = on_meta(ZImageTransformer2DModel, n_layers=2, n_refiner_layers=1)
+    assert block_names(model) == ("layers.0", "layers.1")
 
 
 def test_flux_dev_weighs_what_is_published() -> None:

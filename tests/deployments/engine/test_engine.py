@@ -14,15 +14,18 @@ import torch
 
 from cluster.ring import Ring
 from cluster.transport import GroupTransport, join_store, open_store
+from deployments.checkpoints.source import fetch_checkpoint
 from deployments.config import EncoderConfig, ModelConfig, TransformerConfig
 from deployments.engine.engine import Engine
 from deployments.engine.load import load_rank, open_denoiser
 from deployments.engine.merge import Merger
 from deployments.engine.outline import Holder, Outliner
+from deployments.engine.shard import load_shard
 from deployments.engine.work import Blocks, Follower, Leader
 from deployments.refusal import OutOfShare, ShardGroupLost
 from deployments.stages import load_stage
 from tests.deployments.memory.tiny_request import build_request
+from tests.deployments.recorded import Recorded, record
 
 CPU = torch.device("cpu")
 MODEL = ModelConfig(name="tiny", checkpoint="tiny://flux", family="flux")
@@ -89,7 +92,7 @@ def test_torch_watches_tensors_only_where_a_technique_writes_to_them(
     rank.shard.model.norm_out.register_forward_hook(lambda *_: seen.append(torch.is_inference_mode_enabled()))
     typed = {k: v.to(denoiser.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
     with torch.no_grad():
-        prediction = rank.run(typed)
+        [prediction] = rank.run(typed)
         prediction.add_(1)  # as a scheduler may
     assert seen == [is_inference]
 
@@ -97,7 +100,7 @@ def test_torch_watches_tensors_only_where_a_technique_writes_to_them(
 def burst(engine: Engine, inputs: dict[str, Any]) -> torch.Tensor:
     """Two requests, one after the other has begun."""
     seats = [engine.queue.join(), engine.queue.join()]
-    answers = [engine.forward(seat, inputs) for seat in seats]
+    answers = [engine.forward(seat, inputs)[0] for seat in seats]
     for seat in seats:
         engine.queue.leave(seat)
     assert torch.equal(*answers)
@@ -160,7 +163,7 @@ def open_engine() -> Iterator[Open]:
         part.close()
 
 
-def forward(engine: Engine, **said: Any) -> torch.Tensor:
+def forward(engine: Engine, **said: Any) -> Any:
     """Of a request of its own."""
     seat = engine.queue.join()
     try:
@@ -199,6 +202,33 @@ def test_what_merged_runs_out_of_memory_runs_alone_and_no_request_fails_for_it(
         for value, answer in enumerate(threads.map(request, range(8))):
             assert torch.equal(answer, torch.full((1, 4, 2), float(value)))
     assert max(engine.queue.stats().batch_sizes) > 1
+
+
+@pytest.mark.parametrize(("name", "are_merged"), [("ltx2", False), ("z-image", True)])
+def test_each_request_gets_all_that_the_model_returns(open_engine: Open, name: str, are_merged: bool) -> None:
+    """Two tensors of LTX-2, lists of them of Z-Image."""
+    recorded = [record(name), record(name, "a blue whale under the moon")] * 4
+    model_class, folder = type(recorded[0][0].model), fetch_checkpoint(f"tiny://{name}", ())
+    shards = [
+        load_shard(model_class, folder, "transformer", blocks=blocks, dtype=torch.float32)
+        for blocks in [(0, 1), (1, 3)]
+    ]
+    merger = Merger(model_class.__name__)
+    engine = open_engine(shards, merger=merger, batch_wait_ms=1000)
+    begin = threading.Barrier(len(recorded))
+
+    def request(forwards: list[Recorded]) -> list[Any]:
+        seat = engine.queue.join()
+        begin.wait(SOON_S)
+        answers = [engine.forward(seat, asked.inputs) for asked in forwards]
+        engine.queue.leave(seat)
+        return answers
+
+    with ThreadPoolExecutor(len(recorded)) as threads:
+        for forwards, answers in zip(recorded, threads.map(request, recorded), strict=True):
+            for asked, answer in zip(forwards, answers, strict=True):
+                torch.testing.assert_close(answer, asked.output, atol=2e-5 if are_merged else 0.0, rtol=0)
+    assert (max(engine.queue.stats().batch_sizes) > 1) == are_merged
 
 
 def test_a_rank_without_room_for_what_it_receives_is_told_as_out_of_memory(open_engine: Open) -> None:

@@ -7,7 +7,7 @@ import diffusers
 import torch
 
 from deployments.checkpoints.source import fetch_checkpoint
-from deployments.engine.merge import Merger, num_samples, num_tokens
+from deployments.engine.merge import Merger, num_samples, num_tokens, split
 
 
 def flux_inputs(height: int, width: int, seed: int = 0, text: int = 8) -> dict[str, Any]:
@@ -85,6 +85,31 @@ def test_merged_flux_forwards_give_what_each_gives_alone() -> None:
 
 
 @torch.no_grad()
+def test_residuals_of_a_controlnet_join_with_their_forwards() -> None:
+    model, merger = load("flux"), Merger("FluxTransformer2DModel")
+    residuals = [[torch.randn(1, 16, 128) for _ in range(2)] for _ in range(2)]
+    group = [flux_inputs(4, 4, n) | {"controlnet_block_samples": residuals[n]} for n in range(2)]
+    assert merger.signature(group[0]) == merger.signature(group[1])
+    alone = [model(**inputs, return_dict=False)[0] for inputs in group]
+    merged = model(**merger.merge(group), return_dict=False)[0].split(1)
+    for one, other in zip(alone, merged, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=0)
+
+
+def test_a_forward_with_a_controlnet_never_merges_with_one_without() -> None:
+    merger, inputs = Merger("FluxTransformer2DModel"), flux_inputs(4, 4)
+    controlled = [inputs | {"controlnet_block_samples": [torch.zeros(1, 16, 128)] * n} for n in (1, 2)]
+    assert len({merger.signature(each) for each in (inputs, *controlled)}) == 3
+
+
+def test_pictures_beside_the_noise_keep_forwards_of_z_image_apart() -> None:
+    """Lists in the lists: one per sample, and in it a tensor for each picture."""
+    merger = Merger("ZImageTransformer2DModel")
+    inputs = {"x": [[torch.zeros(16, 1, 8, 8)] * 2], "t": torch.ones(1), "cap_feats": [torch.zeros(8, 64)]}
+    assert merger.signature(inputs) != merger.signature(inputs)
+
+
+@torch.no_grad()
 def test_qwen_prompts_of_different_lengths_merge_padded_and_masked() -> None:
     model, merger = load("qwen-image"), Merger("QwenImageTransformer2DModel")
     group = [qwen_inputs(text, seed) for seed, text in enumerate((20, 33, 27))]
@@ -116,8 +141,17 @@ def test_a_unets_scalar_timesteps_become_one_per_sample() -> None:
     assert merged["added_cond_kwargs"]["t"].shape == (4, 3)
 
 
+def test_what_a_merged_forward_returned_is_parted_by_samples() -> None:
+    video, audio, pictures = torch.arange(6).view(3, 2), torch.arange(3), ["a", "b", "c"]
+    (first_video, first_audio, first), (_, last_audio, last) = split((video, audio, pictures), [1, 2])
+    assert first_video.tolist() == [[0, 1]]
+    assert (first_audio.tolist(), last_audio.tolist()) == ([0], [1, 2])
+    assert (first, last) == (["a"], ["b", "c"])
+
+
 def test_tokens_count_latent_positions_after_patching() -> None:
     assert num_tokens({"hidden_states": torch.zeros(2, 16, 64)}) == 32
     assert num_tokens({"sample": torch.zeros(2, 4, 8, 8)}) == 128
     assert num_tokens({"hidden_states": torch.zeros(1, 16, 3, 8, 8)}, (1, 2, 2)) == 48
     assert num_tokens({"hidden_states": torch.zeros(1, 16, 8, 8)}, 2) == 16
+    assert num_tokens({"x": [torch.zeros(16, 1, 8, 8), torch.zeros(16, 1, 4, 4)]}, 2) == 20

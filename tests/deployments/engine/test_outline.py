@@ -33,6 +33,18 @@ def test_the_other_side_sees_the_same_inputs_each_time(embeds: torch.Tensor) -> 
         assert filled["img_shapes"] == [[(1, 4, 4)]]
 
 
+def test_tensors_in_lists_cross_once_too(embeds: torch.Tensor) -> None:
+    outliner, holder = Outliner(frozenset({"x"})), Holder(CPU)
+    inputs = {"cap_feats": [embeds, embeds + 1], "residuals": (embeds,), "x": [embeds, embeds]}
+    for _ in range(2):
+        outlined = outliner.outline(inputs)
+        filled = holder.fill(outlined)
+        assert torch.equal(filled["cap_feats"][1], embeds + 1)
+        assert torch.equal(filled["residuals"][0], embeds)
+        assert [tensor.shape for tensor in filled["x"]] == [embeds.shape] * 2
+    assert [held.tensor for held in (*outlined["cap_feats"], *outlined["residuals"])] == [None] * 3
+
+
 def test_a_tensor_that_was_written_to_crosses_again(embeds: torch.Tensor) -> None:
     outliner, holder = Outliner(frozenset()), Holder(CPU)
     holder.fill(outliner.outline({"a": embeds}))

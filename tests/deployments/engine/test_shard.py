@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from deployments.checkpoints.tiny import TINY_FAMILIES, write_tiny_checkpoint
+from deployments.checkpoints.tiny.names import TINY_FAMILIES
+from deployments.checkpoints.tiny.write import write_tiny_checkpoint
 from deployments.engine.blocks import block_bytes, block_names, build_skeleton, shape_only_inputs
 from deployments.engine.cut import Boundary, Recorder, Stub
 from deployments.engine.shard import Shard, load_shard
@@ -122,7 +123,9 @@ def run_chain(
         crossed = shard.run(for_shard(shard, inputs), boundary)
         assert isinstance(crossed, dict)
         boundary = carry(crossed)
-    prediction = shards[-1].run(for_shard(shards[-1], inputs), boundary)
+    output = shards[-1].run(for_shard(shards[-1], inputs), boundary)
+    assert isinstance(output, tuple)
+    [prediction] = output
     assert isinstance(prediction, torch.Tensor)
     return prediction
 
@@ -174,9 +177,7 @@ def test_a_lone_shard_is_the_untouched_class(checkpoints: Path, whole: Callable[
     assert type(shard.model) is diffusers.FluxTransformer2DModel
     assert not any(isinstance(module, Stub | Recorder) for module in shard.model.modules())
     assert shard.blocks is None
-    prediction = shard.run(inputs_of("flux"))
-    assert isinstance(prediction, torch.Tensor)
-    assert torch.equal(prediction, whole("flux"))
+    assert torch.equal(run_chain([shard], inputs_of("flux")), whole("flux"))
 
 
 @pytest.mark.parametrize(("family", "cuts"), THREE_SHARDS)

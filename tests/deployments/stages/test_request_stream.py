@@ -65,11 +65,11 @@ def test_what_a_request_waits_for_is_its_own(family: str, monkeypatch: pytest.Mo
     engine = stage.denoising.engine
     forward = engine.forward
 
-    def watched(*args: Any) -> torch.Tensor:
+    def watched(*args: Any) -> Any:
         waited.append(not others.is_under_way)
-        prediction: torch.Tensor = forward(*args)
+        output = forward(*args)
         others.launch()
-        return prediction
+        return output
 
     monkeypatch.setattr(engine, "forward", watched)
     others.launch()
@@ -88,14 +88,14 @@ def test_what_a_request_is_at_work_on_is_not_used_again_by_anothers_forward(
     engine = stage.denoising.engine
     forward = engine.forward
 
-    def lets_go(*args: Any) -> torch.Tensor:
-        prediction: torch.Tensor = forward(*args)
+    def lets_go(*args: Any) -> tuple[torch.Tensor]:
+        [prediction] = forward(*args)
         time.sleep(0.05)  # until the engine has let go of it
         used = prediction.clone()
         del prediction
         with torch.cuda.stream(torch.cuda.default_stream()):
             torch.empty(1, device="cuda")
-        return used
+        return (used,)
 
     expected = stage.draw()
     monkeypatch.setattr(engine, "forward", lets_go)

@@ -1,5 +1,6 @@
-"""Tiny, random, complete checkpoints: tests and a first look at the cluster need no download."""
+"""Writes a tiny checkpoint: seeded, complete, and by `DiffusionPipeline.save_pretrained`."""
 
+import importlib
 import os
 import tempfile
 from pathlib import Path
@@ -8,50 +9,50 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from deployments.checkpoints.tiny_pipelines import TINY_PIPELINES
-
-TINY_FAMILIES: tuple[str, ...] = tuple(TINY_PIPELINES)
+from deployments.checkpoints.tiny.names import TINY_MODULES
 
 _SEED = 0
 _JITTER_STD = 0.05
 _WEIGHT_GAIN = 1.5
+_DENOISERS = ("unet", "transformer", "transformer_2")
 
 
-def write_tiny_checkpoint(family: str, out_dir: Path) -> None:
-    """Writes a seeded checkpoint of `family` in diffusers' layout; equal bytes on every call.
+def write_tiny_checkpoint(name: str, out_dir: Path) -> None:
+    """Writes a seeded checkpoint in diffusers' layout; equal bytes on every call.
 
-    The denoiser is stored in bfloat16, to be small; text encoders and VAE in float32, because transformers
+    Denoisers are stored in bfloat16, to be small; text encoders and VAE in float32, because transformers
     loads in the stored dtype where diffusers loads in float32. The folder appears whole or not at all: it is
     built beside `out_dir` and renamed.
 
     Raises:
-        ValueError: `family` is not in `TINY_FAMILIES`.
+        ValueError: `name` is not in `TINY_MODULES`.
         FileExistsError: `out_dir` is a file, or a folder with something in it.
     """
-    if family not in TINY_PIPELINES:
-        raise ValueError(f"no tiny checkpoint for family {family!r}; choose one of: {', '.join(TINY_FAMILIES)}")
+    if name not in TINY_MODULES:
+        raise ValueError(f"no tiny checkpoint for family {name!r}; choose one of: {', '.join(TINY_MODULES)}")
     if out_dir.is_file() or (out_dir.is_dir() and any(out_dir.iterdir())):
         raise FileExistsError(f"{out_dir} exists and is not an empty folder; remove it or name another folder")
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out_dir.name}-", dir=out_dir.parent) as building:
         checkpoint = Path(building) / out_dir.name
-        _build_pipeline(family).save_pretrained(checkpoint)
+        _build_pipeline(name).save_pretrained(checkpoint)
         os.rename(checkpoint, out_dir)
 
 
-def _build_pipeline(family: str) -> DiffusionPipeline:
+def _build_pipeline(name: str) -> DiffusionPipeline:
     """Builds the pipeline under a private seed, so the caller's random state stays as it was."""
+    module = importlib.import_module(f"deployments.checkpoints.tiny.{TINY_MODULES[name]}")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(_SEED)
-        pipeline = TINY_PIPELINES[family]()
+        pipeline = getattr(module, f"build_{name.replace('-', '_')}")()
         for component in pipeline.components.values():
             if isinstance(component, nn.Module):
                 _jitter_constants(component)
-    denoiser: nn.Module = pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
-    _amplify(denoiser)
-    _amplify(pipeline.vae)
-    for parameter in denoiser.parameters():  # not denoiser.to(): diffusers would log advice about loading
-        parameter.data = parameter.data.to(torch.bfloat16)
+    denoisers = [pipeline.components[part] for part in _DENOISERS if pipeline.components.get(part) is not None]
+    for model in (*denoisers, pipeline.vae):
+        _amplify(model)
+    for parameter in (parameter for model in denoisers for parameter in model.parameters()):
+        parameter.data = parameter.data.to(torch.bfloat16)  # not model.to(): diffusers would log advice on loading
     return pipeline
 
 

@@ -1,17 +1,11 @@
-"""One tiny pipeline per family: the published structure, with small widths.
+"""The six families that the most tests rest on: the published structure, with small widths.
 
 What must not shrink: every Linear of a denoiser reads a multiple of 64 features (bitsandbytes' 4-bit block),
 and a denoiser has enough blocks for 3 shards. VAEs have 4 levels, hence a factor of 8, and the family's latent
 channels.
 """
 
-from collections.abc import Callable
-
 from diffusers import (
-    AutoencoderKL,
-    AutoencoderKLQwenImage,
-    AutoencoderKLWan,
-    DiffusionPipeline,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
@@ -29,7 +23,8 @@ from diffusers import (
     WanTransformer3DModel,
 )
 
-from deployments.checkpoints.tiny_text import (
+from deployments.checkpoints.tiny.sizes import HEADS, LATENT_SIZE, ROPE_AXES
+from deployments.checkpoints.tiny.text import (
     TEXT_WIDTH,
     build_clip_encoder,
     build_clip_tokenizer,
@@ -40,13 +35,9 @@ from deployments.checkpoints.tiny_text import (
     build_t5_tokenizer,
     build_umt5_encoder,
 )
+from deployments.checkpoints.tiny.vaes import build_flux_vae, build_image_vae, build_qwen_vae, build_wan_vae
 
-_NUM_HEADS = 4
-_HEAD_DIM = 32
-_ROPE_AXES = (8, 12, 12)
 _NUM_BLOCKS = 4
-_DEFAULT_LATENT_SIZE = 8
-"""Latent height and width a pipeline draws when no size is given: 64 px. Flux, Qwen-Image, Wan ignore it."""
 
 
 def build_flux() -> FluxPipeline:
@@ -54,7 +45,7 @@ def build_flux() -> FluxPipeline:
     clip_tokenizer, t5_tokenizer = build_clip_tokenizer(), build_t5_tokenizer()
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
-        vae=_build_image_vae(latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159),
+        vae=build_flux_vae(),
         text_encoder=build_clip_encoder(clip_tokenizer),
         tokenizer=clip_tokenizer,
         text_encoder_2=build_t5_encoder(t5_tokenizer),
@@ -63,12 +54,11 @@ def build_flux() -> FluxPipeline:
             in_channels=64,
             num_layers=_NUM_BLOCKS,
             num_single_layers=_NUM_BLOCKS,
-            num_attention_heads=_NUM_HEADS,
-            attention_head_dim=_HEAD_DIM,
+            **HEADS,
             joint_attention_dim=TEXT_WIDTH,
             pooled_projection_dim=TEXT_WIDTH,
             guidance_embeds=True,
-            axes_dims_rope=_ROPE_AXES,
+            axes_dims_rope=ROPE_AXES,
         ),
     )
 
@@ -84,11 +74,11 @@ def build_sd15() -> StableDiffusionPipeline:
             skip_prk_steps=True,
             steps_offset=1,
         ),
-        vae=_build_image_vae(latent_channels=4, scaling_factor=0.18215, use_quant_conv=True),
+        vae=build_image_vae(latent_channels=4, scaling_factor=0.18215, use_quant_conv=True),
         text_encoder=build_clip_encoder(tokenizer),
         tokenizer=tokenizer,
         unet=UNet2DConditionModel(
-            sample_size=_DEFAULT_LATENT_SIZE,
+            sample_size=LATENT_SIZE,
             block_out_channels=(64, 128),
             layers_per_block=1,
             down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -114,13 +104,13 @@ def build_sdxl() -> StableDiffusionXLPipeline:
             timestep_spacing="leading",
             steps_offset=1,
         ),
-        vae=_build_image_vae(latent_channels=4, scaling_factor=0.13025, use_quant_conv=True),
+        vae=build_image_vae(latent_channels=4, scaling_factor=0.13025, use_quant_conv=True),
         text_encoder=build_clip_encoder(tokenizer),
         tokenizer=tokenizer,
         text_encoder_2=build_projected_clip_encoder(tokenizer_2),
         tokenizer_2=tokenizer_2,
         unet=UNet2DConditionModel(
-            sample_size=_DEFAULT_LATENT_SIZE,
+            sample_size=LATENT_SIZE,
             block_out_channels=(64, 64),
             layers_per_block=1,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -146,7 +136,7 @@ def build_sd3() -> StableDiffusion3Pipeline:
     tokenizer, tokenizer_2, tokenizer_3 = build_clip_tokenizer(), build_clip_tokenizer(), build_t5_tokenizer()
     return StableDiffusion3Pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=_build_image_vae(latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609),
+        vae=build_image_vae(latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609),
         text_encoder=build_projected_clip_encoder(tokenizer, hidden_act="quick_gelu"),
         tokenizer=tokenizer,
         text_encoder_2=build_projected_clip_encoder(tokenizer_2),
@@ -154,12 +144,11 @@ def build_sd3() -> StableDiffusion3Pipeline:
         text_encoder_3=build_t5_encoder(tokenizer_3, t5_width),
         tokenizer_3=tokenizer_3,
         transformer=SD3Transformer2DModel(
-            sample_size=_DEFAULT_LATENT_SIZE,
+            sample_size=LATENT_SIZE,
             num_layers=_NUM_BLOCKS,
-            num_attention_heads=_NUM_HEADS,
-            attention_head_dim=_HEAD_DIM,
+            **HEADS,
             joint_attention_dim=t5_width,
-            caption_projection_dim=_NUM_HEADS * _HEAD_DIM,
+            caption_projection_dim=128,
             pooled_projection_dim=2 * TEXT_WIDTH,
             pos_embed_max_size=32,
         ),
@@ -177,15 +166,14 @@ def build_qwen_image() -> QwenImagePipeline:
             shift_terminal=0.02,
             time_shift_type="exponential",
         ),
-        vae=AutoencoderKLQwenImage(base_dim=8, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
+        vae=build_qwen_vae(),
         text_encoder=build_qwen_encoder(tokenizer),
         tokenizer=tokenizer,
         transformer=QwenImageTransformer2DModel(
             num_layers=_NUM_BLOCKS,
-            num_attention_heads=_NUM_HEADS,
-            attention_head_dim=_HEAD_DIM,
+            **HEADS,
             joint_attention_dim=TEXT_WIDTH,
-            axes_dims_rope=_ROPE_AXES,
+            axes_dims_rope=ROPE_AXES,
         ),
     )
 
@@ -199,47 +187,13 @@ def build_wan() -> WanPipeline:
             use_flow_sigmas=True,
             flow_shift=3.0,
         ),
-        vae=AutoencoderKLWan(base_dim=8, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
+        vae=build_wan_vae(),
         text_encoder=build_umt5_encoder(tokenizer),
         tokenizer=tokenizer,
         transformer=WanTransformer3DModel(
             num_layers=_NUM_BLOCKS,
-            num_attention_heads=_NUM_HEADS,
-            attention_head_dim=_HEAD_DIM,
+            **HEADS,
             text_dim=TEXT_WIDTH,
             ffn_dim=256,
         ),
     )
-
-
-def _build_image_vae(
-    latent_channels: int,
-    scaling_factor: float,
-    shift_factor: float | None = None,
-    use_quant_conv: bool = False,
-) -> AutoencoderKL:
-    """A 4-level VAE: `[B, 3, 8h, 8w]` pixels, `[B, latent_channels, h, w]` latents."""
-    return AutoencoderKL(
-        sample_size=64,
-        block_out_channels=(8, 8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1,
-        norm_num_groups=4,
-        latent_channels=latent_channels,
-        scaling_factor=scaling_factor,
-        shift_factor=shift_factor,
-        use_quant_conv=use_quant_conv,
-        use_post_quant_conv=use_quant_conv,
-    )
-
-
-TINY_PIPELINES: dict[str, Callable[[], DiffusionPipeline]] = {
-    "flux": build_flux,
-    "sd15": build_sd15,
-    "sdxl": build_sdxl,
-    "sd3": build_sd3,
-    "qwen-image": build_qwen_image,
-    "wan": build_wan,
-}
-"""Family to the builder of its tiny pipeline; random weights come from torch's default CPU generator."""

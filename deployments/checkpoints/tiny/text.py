@@ -6,6 +6,7 @@ are multiples of 64, the block size of bitsandbytes' 4-bit weights.
 
 import re
 import string
+from typing import Any
 
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
@@ -76,10 +77,10 @@ def build_clip_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def build_projected_clip_encoder(
-    tokenizer: CLIPTokenizer, hidden_act: str = "gelu"
+    tokenizer: CLIPTokenizer, hidden_act: str = "gelu", num_positions: int = _CLIP_MAX_LENGTH
 ) -> CLIPTextModelWithProjection:
     """CLIP with a text projection: OpenCLIP-G in small (`gelu`), or SD3's CLIP-L (`quick_gelu`)."""
-    return CLIPTextModelWithProjection(_clip_config(tokenizer, hidden_act))
+    return CLIPTextModelWithProjection(_clip_config(tokenizer, hidden_act, num_positions))
 
 
 def build_t5_encoder(tokenizer: T5Tokenizer, width: int = TEXT_WIDTH) -> T5EncoderModel:
@@ -95,6 +96,12 @@ def build_t5_encoder(tokenizer: T5Tokenizer, width: int = TEXT_WIDTH) -> T5Encod
         tie_word_embeddings=False,
     )
     return T5EncoderModel(config)
+
+
+def build_t5() -> dict[str, Any]:
+    """Both, under the names that pipelines with one text encoder have for them."""
+    tokenizer = build_t5_tokenizer()
+    return {"tokenizer": tokenizer, "text_encoder": build_t5_encoder(tokenizer)}
 
 
 def build_umt5_encoder(tokenizer: T5Tokenizer) -> UMT5EncoderModel:
@@ -146,14 +153,16 @@ def build_qwen_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGen
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
-def _clip_config(tokenizer: CLIPTokenizer, hidden_act: str) -> CLIPTextConfig:
+def _clip_config(
+    tokenizer: CLIPTokenizer, hidden_act: str, num_positions: int = _CLIP_MAX_LENGTH
+) -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=TEXT_WIDTH,
         intermediate_size=TEXT_WIDTH,
         num_hidden_layers=2,
         num_attention_heads=4,
-        max_position_embeddings=_CLIP_MAX_LENGTH,
+        max_position_embeddings=num_positions,
         projection_dim=TEXT_WIDTH,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -1,0 +1,40 @@
+"""Which tiny checkpoints there are. Imports no torch."""
+
+from collections.abc import Mapping
+
+TINY_FAMILIES = ("flux", "sd15", "sdxl", "sd3", "qwen-image", "wan")
+"""One for each family that is detected, with what quantisation and shards need (`families`)."""
+
+_NAMES = {
+    "families": TINY_FAMILIES,
+    "flux": (
+        "flux-kontext",
+        "flux-fill",
+        "flux2",
+        "flux2-klein",
+        "chroma",
+        "bria",
+        "ovis",
+        "longcat",
+        "hidream",
+        "aura-flow",
+        "hunyuan-image",
+    ),
+    "images": ("z-image", "lumina2", "lumina", "krea2", "ernie", "sana", "sana-sprint", "prx", "cogview4"),
+    "earlier_images": ("sd35", "lcm", "pixart-alpha", "pixart-sigma", "cogview3", "hunyuan-dit", "kandinsky5"),
+    "wan": ("wan22-a14b", "wan22-5b", "wan21-i2v", "wan22-i2v", "skyreels2"),
+    "ltx": ("ltx-video", "ltx2"),
+    "videos": (
+        "hunyuan-video",
+        "hunyuan-video15",
+        "cogvideox",
+        "mochi",
+        "sana-video",
+        "kandinsky5-video",
+        "latte",
+        "animatediff",
+    ),
+}
+
+TINY_MODULES: Mapping[str, str] = {name: module for module, names in _NAMES.items() for name in names}
+"""Name to the module of this package that has its builder, `build_` and the name."""

@@ -1,0 +1,7 @@
+"""Sizes that tiny denoisers share: 128 features wide, their text 64 (`text.TEXT_WIDTH`)."""
+
+HEADS = {"num_attention_heads": 4, "attention_head_dim": 32}
+ROPE_AXES = (8, 12, 12)
+"""Of one head: frame, row and column."""
+LATENT_SIZE = 8
+"""Latent height and width a pipeline draws when no size is given: 64 px. Flux, Qwen-Image, Wan ignore it."""

@@ -1,0 +1,99 @@
+"""Tiny pipelines of Wan and what follows it."""
+
+from typing import Any
+
+from diffusers import (
+    SkyReelsV2Pipeline,
+    SkyReelsV2Transformer3DModel,
+    UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+
+from deployments.checkpoints.tiny.language import build_clip_vision
+from deployments.checkpoints.tiny.sizes import HEADS
+from deployments.checkpoints.tiny.text import TEXT_WIDTH, build_t5_tokenizer, build_umt5_encoder
+from deployments.checkpoints.tiny.vaes import build_wan_vae
+
+_NUM_BLOCKS = 3
+_I2V_CHANNELS = 36
+"""16 of noise, 16 of the picture, 4 of the mask."""
+
+
+def build_wan22_a14b() -> WanPipeline:
+    """Wan 2.2 text to video: an expert for high noise and one for low."""
+    return WanPipeline(
+        **_build_parts(),
+        transformer=_build_transformer(),
+        transformer_2=_build_transformer(),
+        boundary_ratio=0.875,
+    )
+
+
+def build_wan22_5b() -> WanPipeline:
+    """Wan 2.2 of 5B: a VAE of 16 x 16 pixels in one, and a timestep for each token."""
+    channels = 48
+    vae = build_wan_vae(
+        z_dim=channels,
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_spatial=16,
+        latents_mean=[0.1] * channels,
+        latents_std=[1.5] * channels,
+    )
+    return WanPipeline(
+        **_build_parts() | {"vae": vae},
+        transformer=_build_transformer(in_channels=channels, out_channels=channels),
+        expand_timesteps=True,
+    )
+
+
+def build_wan21_i2v() -> WanImageToVideoPipeline:
+    """Wan 2.1 image to video: the denoiser reads CLIP's embedding of the picture too."""
+    processor, encoder = build_clip_vision()
+    return WanImageToVideoPipeline(
+        **_build_parts(),
+        transformer=_build_transformer(in_channels=_I2V_CHANNELS, image_dim=64, added_kv_proj_dim=128),
+        image_encoder=encoder,
+        image_processor=processor,
+    )
+
+
+def build_wan22_i2v() -> WanImageToVideoPipeline:
+    """Wan 2.2 image to video: two experts, no CLIP."""
+    return WanImageToVideoPipeline(
+        **_build_parts(),
+        transformer=_build_transformer(in_channels=_I2V_CHANNELS),
+        transformer_2=_build_transformer(in_channels=_I2V_CHANNELS),
+        boundary_ratio=0.9,
+    )
+
+
+def build_skyreels2() -> SkyReelsV2Pipeline:
+    """SkyReels V2 text to video."""
+    return SkyReelsV2Pipeline(
+        **_build_parts(),
+        transformer=SkyReelsV2Transformer3DModel(
+            num_layers=_NUM_BLOCKS, text_dim=TEXT_WIDTH, ffn_dim=128, **HEADS
+        ),
+    )
+
+
+def _build_parts() -> dict[str, Any]:
+    tokenizer = build_t5_tokenizer()
+    return {
+        "tokenizer": tokenizer,
+        "text_encoder": build_umt5_encoder(tokenizer),
+        "vae": build_wan_vae(),
+        "scheduler": UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+    }
+
+
+def _build_transformer(**changes: Any) -> WanTransformer3DModel:
+    config = {"in_channels": 16, "out_channels": 16} | changes
+    return WanTransformer3DModel(num_layers=_NUM_BLOCKS, text_dim=TEXT_WIDTH, ffn_dim=256, **config, **HEADS)

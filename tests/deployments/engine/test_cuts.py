@@ -1,0 +1,99 @@
+"""Every cut of every architecture against plain diffusers: what its pipeline asks for, bit for bit."""
+
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves
+
+from cluster.message import Message, pack, unpack
+from deployments.checkpoints.source import fetch_checkpoint
+from deployments.checkpoints.tiny.names import TINY_FAMILIES, TINY_MODULES
+from deployments.engine.blocks import block_names, shape_only_inputs
+from deployments.engine.merge import Merger
+from deployments.engine.outline import Holder, Outliner
+from deployments.engine.shard import Shard, load_shard
+from deployments.engine.work import Follower, Leader
+from tests.deployments.recorded import Recorded, record
+
+CPU = torch.device("cpu")
+UNCUT = {
+    "hunyuan-dit": "the second half of its blocks reads what the first half gave",
+    "latte": "blocks over space and over time take turns, in two lists",
+}
+"""Tiny checkpoints whose denoiser runs as one shard, and why."""
+QUICK = frozenset(
+    {
+        "flux2-klein",
+        "chroma",
+        "z-image",
+        "lumina2",
+        "prx",
+        "sd35",
+        "bria",
+        "aura-flow",
+        "krea2",
+        "wan22-a14b",
+        "ltx2",
+        "hunyuan-video",
+        "kandinsky5-video",
+    }
+)
+"""Without --thorough: one of each kind of forward."""
+CUT = [name for name in TINY_MODULES if name not in {*UNCUT, *TINY_FAMILIES}]
+"""`test_shard` cuts the families."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "cut" in metafunc.fixturenames:
+        is_thorough = metafunc.config.getoption("--thorough")
+        metafunc.parametrize("cut", [name for name in CUT if is_thorough or name in QUICK])
+
+
+@pytest.mark.filterwarnings("ignore:In CPU autocast")  # Mochi's blocks compute their rotary embeddings in float32
+def test_every_cut_is_bit_equal(cut: str) -> None:
+    distinct = {forward.layout: forward for forward in record(cut)}
+    for forward in distinct.values():
+        load = cache(lambda start, end, forward=forward: load_blocks(cut, forward, start, end))
+        num_blocks = len(block_names(forward.model))
+        assert num_blocks > 2
+        for cuts in [*((0, at, num_blocks) for at in range(1, num_blocks)), (0, 1, num_blocks - 1, num_blocks)]:
+            output = run_chain([load(*blocks) for blocks in pairwise(cuts)], forward)
+            assert_equal(output, forward.output)
+
+
+@pytest.mark.parametrize("name", UNCUT)
+def test_what_is_no_chain_is_refused(name: str) -> None:
+    [model, *_] = [forward.model for forward in record(name)]
+    with pytest.raises(ValueError, match="run it as one shard"):
+        block_names(model)
+
+
+def load_blocks(name: str, forward: Recorded, start: int, end: int) -> Shard:
+    folder = fetch_checkpoint(f"tiny://{name}", ())
+    return load_shard(type(forward.model), folder, forward.component, blocks=(start, end), dtype=torch.float32)
+
+
+def run_chain(shards: list[Shard], forward: Recorded) -> Any:
+    """As the ranks do it, with everything that crosses on the wire."""
+    merger = Merger(type(forward.model).__name__)
+    leader = Leader(shards[0], merger, Outliner(shape_only_inputs(forward.model)))
+    crossed: Any = leader.run([forward.inputs], ())
+    for shard in shards[1:]:
+        crossed = Follower(shard, merger, Holder(CPU)).run(over_the_wire(crossed))
+    return crossed
+
+
+def over_the_wire(body: Any) -> Any:
+    message = unpack(pack(Message(0, body), CPU), CPU)
+    assert message.error is None
+    return message.body
+
+
+def assert_equal(output: Any, expected: tuple[Any, ...]) -> None:
+    got, wanted = tree_leaves(output), tree_leaves(expected)
+    assert len(got) == len(wanted)
+    assert all(torch.equal(one, other) for one, other in zip(got, wanted, strict=True))
+    assert all(tensor.std() > 0.01 for tensor in got)

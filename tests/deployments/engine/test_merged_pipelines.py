@@ -1,0 +1,96 @@
+"""Forwards that the pipelines of two requests ask for: merged, each gets what it would get alone."""
+
+import json
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves
+
+from deployments.checkpoints.source import fetch_checkpoint
+from deployments.engine.merge import RULES, Merger, num_samples, split
+from tests.deployments.recorded import Recorded, record
+
+LONG_PROMPT = "two blue whales under a paper moon, in the manner of an old woodcut"
+TOLERANCE = 2e-5
+GUIDANCE = {"guidance_scale": 2.5}
+MERGED = {
+    "aura-flow": GUIDANCE,
+    "bria": GUIDANCE,
+    "chroma": GUIDANCE,
+    "cogview3": GUIDANCE,
+    "cogview4": GUIDANCE,
+    "flux": GUIDANCE,
+    "flux-fill": GUIDANCE,
+    "flux-kontext": GUIDANCE,
+    "flux2": GUIDANCE,
+    "flux2-klein": GUIDANCE,
+    "hunyuan-video": GUIDANCE,
+    "krea2": GUIDANCE,
+    "lcm": GUIDANCE,
+    "longcat": GUIDANCE,
+    "ltx-video": GUIDANCE,
+    "lumina2": GUIDANCE,
+    "ovis": GUIDANCE,
+    "pixart-alpha": GUIDANCE,
+    "qwen-image": {"true_cfg_scale": 2.5},
+    "sana": GUIDANCE,
+    "sana-video": GUIDANCE,
+    "sana-sprint": {"num_inference_steps": 2} | GUIDANCE,
+    "sd15": GUIDANCE,
+    "sd35": GUIDANCE,
+    "sdxl": GUIDANCE,
+    "wan22-a14b": GUIDANCE,
+    "wan22-5b": GUIDANCE,
+    "wan21-i2v": GUIDANCE,
+    "z-image": GUIDANCE,
+}
+"""Tiny checkpoint, and how the second request's guidance differs."""
+QUICK = frozenset({"chroma", "cogview4", "flux2", "flux2-klein", "lumina2", "ltx-video", "sana", "z-image"})
+"""Without --thorough: those whose inputs are unlike others'."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "merged" in metafunc.fixturenames:
+        is_thorough = metafunc.config.getoption("--thorough")
+        metafunc.parametrize("merged", [name for name in MERGED if is_thorough or name in QUICK])
+
+
+@torch.no_grad()
+def test_two_requests_get_together_what_each_gets_alone(merged: str) -> None:
+    one, other = record(merged), record(merged, LONG_PROMPT, seed=1, **{"num_inference_steps": 3} | MERGED[merged])
+    pairs = list(mergeable(one, other))
+    assert pairs, "they never meet"
+    for pair in pairs:
+        group = [*pair, pair[0]]
+        together = Merger(type(pair[0].model).__name__).merge([forward.inputs for forward in group])
+        output = pair[0].model(**together, return_dict=False)
+        parts = split(output, [num_samples(forward.inputs) for forward in group])
+        for part, forward in zip(parts, group, strict=True):
+            for got, alone in zip(tree_leaves(part), tree_leaves(forward.output), strict=True):
+                torch.testing.assert_close(got, alone, atol=TOLERANCE, rtol=0)
+
+
+def test_portrait_and_landscape_never_meet(merged: str) -> None:
+    wide, tall = record(merged, width=128), record(merged, height=128)
+    assert not list(mergeable(wide, tall))
+
+
+def test_every_rule_is_of_a_model_that_is_tried() -> None:
+    folders = [fetch_checkpoint(f"tiny://{name}", ()) for name in MERGED]
+    indices = [json.loads((folder / "model_index.json").read_text()) for folder in folders]
+    assert {index[part][1] for index in indices for part in ("unet", "transformer") if part in index} == set(RULES)
+
+
+def mergeable(one: list[Recorded], other: list[Recorded]) -> Iterator[tuple[Recorded, Recorded]]:
+    """Pairs that may fly as one, each kind once."""
+    seen: set[Any] = set()
+    for pair in product(one, other):
+        first, second = (
+            (forward.component, Merger(type(forward.model).__name__).signature(forward.inputs)) for forward in pair
+        )
+        if first == second and (first, pair[0].layout, pair[1].layout) not in seen:
+            seen.add((first, pair[0].layout, pair[1].layout))
+            yield pair

@@ -1,0 +1,90 @@
+"""What a tiny pipeline asks of its denoisers, and what they answer: plain diffusers, nothing in between."""
+
+import inspect
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+from torch.utils._pytree import tree_map_only
+
+from deployments.checkpoints.source import fetch_checkpoint
+from tests.deployments.tiny_calls import NEEDS_FTFY, TINY_CALLS
+
+DENOISERS = ("unet", "transformer", "transformer_2")
+
+
+@dataclass(frozen=True, eq=False)
+class Recorded:
+    """One forward of one denoiser."""
+
+    component: str
+    model: Any
+    inputs: Mapping[str, Any]
+    """By name, as `Shard` and `Merger` take them."""
+    output: tuple[Any, ...]
+
+    @property
+    def layout(self) -> str:
+        """Equal for forwards that differ in values alone."""
+        return f"{self.component} {tree_map_only(torch.Tensor, lambda tensor: tensor.shape, dict(self.inputs))}"
+
+
+@cache
+def load_tiny(name: str) -> Any:
+    if name in NEEDS_FTFY and find_spec("ftfy") is None:
+        pytest.skip(f"the pipeline of {name} needs ftfy")
+    with warnings.catch_warnings(action="ignore"):
+        pipeline = DiffusionPipeline.from_pretrained(fetch_checkpoint(f"tiny://{name}", ()))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def record(name: str, prompt: str = "a red fox", *, seed: int = 0, **changes: Any) -> list[Recorded]:
+    """Every forward of one call, in order."""
+    pipeline = load_tiny(name)
+    forwards: list[Recorded] = []
+    with _hooks(pipeline, forwards), warnings.catch_warnings(action="ignore"):
+        pipeline(prompt=prompt, **TINY_CALLS[name] | changes, generator=torch.Generator().manual_seed(seed))
+    return forwards
+
+
+@contextmanager
+def _hooks(pipeline: Any, forwards: list[Recorded]) -> Iterator[None]:
+    models = {part: pipeline.components.get(part) for part in DENOISERS}
+    handles = [
+        model.register_forward_hook(_hook(part, forwards), with_kwargs=True)
+        for part, model in models.items()
+        if model is not None
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hook(component: str, forwards: list[Recorded]) -> Any:
+    def record_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        inputs = inspect.signature(type(model).forward).bind(model, *args, **kwargs).arguments
+        del inputs["self"]
+        inputs.pop("return_dict", None)
+        inputs |= inputs.pop("kwargs", {})
+        parts = _parts(output)
+        forwards.append(Recorded(component, model, tree_map_only(torch.Tensor, torch.clone, inputs), parts))
+
+    return record_forward
+
+
+def _parts(output: Any) -> tuple[Any, ...]:
+    """As without `return_dict`."""
+    if isinstance(output, torch.Tensor):
+        return (output,)
+    return tuple(output.values() if isinstance(output, Mapping) else output)

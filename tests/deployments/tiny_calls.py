@@ -1,0 +1,67 @@
+"""What each tiny pipeline is called with beside a prompt: 64 px, 2 steps, and what its smallness needs."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from deployments.checkpoints.tiny.names import TINY_FAMILIES
+
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+MASK = Image.fromarray(np.uint8(np.arange(64)[None].repeat(64, 0) > 30) * 255)
+
+_IMAGE = {"height": 64, "width": 64, "num_inference_steps": 2}
+_VIDEO = _IMAGE | {"num_frames": 5}
+_GUIDED = {"negative_prompt": "blurry"}
+_EXACT = {"use_resolution_binning": False}
+
+TINY_CALLS: Mapping[str, Mapping[str, Any]] = {
+    **{name: (_VIDEO if name == "wan" else _IMAGE) | _GUIDED for name in TINY_FAMILIES},
+    "flux": _IMAGE | {"max_sequence_length": 32},
+    "flux-kontext": _IMAGE | {"image": PICTURE, "_auto_resize": False, "max_area": 64 * 64},
+    "flux-fill": _IMAGE | {"image": PICTURE, "mask_image": MASK},
+    "flux2": _IMAGE | {"text_encoder_out_layers": (1, 2, 3), "max_sequence_length": 32},
+    "flux2-klein": _IMAGE | {"text_encoder_out_layers": (1, 2, 3), "max_sequence_length": 32},
+    "chroma": _IMAGE | _GUIDED | {"max_sequence_length": 32},
+    "bria": _IMAGE | _GUIDED,
+    "ovis": _IMAGE | _GUIDED,
+    "longcat": _IMAGE | _GUIDED | {"enable_prompt_rewrite": False},
+    "hidream": _IMAGE | _GUIDED,
+    "aura-flow": _IMAGE | _GUIDED,
+    "hunyuan-image": _IMAGE | _GUIDED,
+    "z-image": _IMAGE | _GUIDED,
+    "lumina2": _IMAGE | _GUIDED,
+    "lumina": _IMAGE | _GUIDED,
+    "krea2": _IMAGE | _GUIDED,
+    "ernie": _IMAGE | _GUIDED | {"use_pe": False},
+    "sana": _IMAGE | _GUIDED | _EXACT,
+    "sana-sprint": _IMAGE | _EXACT,
+    "prx": _IMAGE | _GUIDED | _EXACT,
+    "cogview4": _IMAGE | _GUIDED,
+    "sd35": _IMAGE | _GUIDED,
+    "lcm": _IMAGE,
+    "pixart-alpha": _IMAGE | _GUIDED | _EXACT,
+    "pixart-sigma": _IMAGE | _GUIDED | _EXACT,
+    "cogview3": _IMAGE | _GUIDED,
+    "hunyuan-dit": _IMAGE | _GUIDED | _EXACT,
+    "kandinsky5": _IMAGE | _GUIDED,
+    "wan22-a14b": _VIDEO | _GUIDED,
+    "wan22-5b": _VIDEO | _GUIDED,
+    "wan21-i2v": _VIDEO | _GUIDED | {"image": PICTURE},
+    "wan22-i2v": _VIDEO | _GUIDED | {"image": PICTURE},
+    "skyreels2": _VIDEO | _GUIDED,
+    "ltx-video": _VIDEO | _GUIDED | {"num_frames": 9},
+    "ltx2": _VIDEO | {"height": 128, "width": 128, "num_frames": 9, "max_sequence_length": 32},
+    "hunyuan-video": _VIDEO,
+    "hunyuan-video15": _VIDEO | _GUIDED,
+    "cogvideox": _VIDEO | _GUIDED | {"num_frames": 9, "max_sequence_length": 16},
+    "mochi": _VIDEO | {"num_frames": 7, "max_sequence_length": 16},
+    "sana-video": _IMAGE | _GUIDED | _EXACT | {"frames": 5},
+    "kandinsky5-video": _VIDEO | _GUIDED,
+    "latte": _IMAGE | _GUIDED | {"video_length": 2},
+    "animatediff": _IMAGE | _GUIDED | {"num_frames": 2},
+}
+
+NEEDS_FTFY = frozenset({"prx", "wan21-i2v", "wan22-i2v", "skyreels2"})
+"""Their pipelines clean every prompt with it."""
