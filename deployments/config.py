@@ -51,13 +51,27 @@ class ModelConfig(Config):
 
     _geometry: Geometry | None = PrivateAttr(None)
     _vae_dtype: Dtype | None = PrivateAttr(None)
+    _derived_family: Family | None = PrivateAttr(None)
 
     @property
     def architecture(self) -> Family:
         """Raises ValueError where the family is not said; `with_family` (checkpoints/source.py) reads it."""
+        if self._derived_family is not None:
+            return self._derived_family
         if self.family is None:
             raise ValueError(f"the family of {self.checkpoint!r} is not known here: one of {', '.join(FAMILIES)}")
         return FAMILIES[self.family]
+
+    @property
+    def has_derived_family(self) -> bool:
+        """Whether its pipeline has told of itself, for want of an entry in `families`."""
+        return self._derived_family is not None
+
+    def with_derived_family(self, family: Family, geometry: Geometry) -> Self:
+        """A copy that runs as this checkpoint's pipeline says (checkpoints/derived.py)."""
+        copy = self.with_geometry(geometry)
+        copy._derived_family = family
+        return copy.model_copy(update={"family": family.name})
 
     @property
     def request_defaults(self) -> Defaults:

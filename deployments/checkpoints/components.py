@@ -36,7 +36,16 @@ def stage_components(index: ModelIndex, family: Family, stage: Stage) -> frozens
     if stage == "encode":
         texts = frozenset(n for n in component_names(index) if n.startswith(("text_encoder", "tokenizer")))
         return texts | {"scheduler"}
-    return frozenset({"vae"} if stage == "decode" else {family.denoiser, "scheduler"})
+    if stage == "decode":
+        return frozenset({"vae"})
+    return frozenset({family.denoiser, "scheduler", *(("vae",) if family.reads_vae_buffers else ())})
+
+
+def is_denoiser(name: str, index: ModelIndex) -> bool:
+    """Of diffusers' models those that are no VAE, no scheduler and no guider: told by their classes' names."""
+    library, class_name = index[name]
+    others = ("Scheduler", "Guidance", "VAE", "VQModel", "Autoencoder")
+    return library == "diffusers" and not any(part in class_name for part in others)
 
 
 def component_names(index: ModelIndex) -> frozenset[str]:

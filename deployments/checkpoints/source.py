@@ -28,6 +28,7 @@ from huggingface_hub.errors import (
 )
 
 from deployments.checkpoints.byte_order_mark import without_byte_order_marks
+from deployments.checkpoints.derived import derive_family
 from deployments.checkpoints.json_file import read_settings
 from deployments.checkpoints.layout import MODEL_INDEX, describe_other_layout, open_hub_cache
 from deployments.checkpoints.tiny.names import TINY_MODULES
@@ -48,35 +49,39 @@ _TINY_FORMAT = 1
 
 def with_family(model: ModelConfig) -> ModelConfig:
     """The same, its family as said, or else as the checkpoint says. Raises as `detect_family`."""
+    if model.has_derived_family:
+        return model
     family = model.family or detect_family(model.checkpoint, model.revision)
-    return model.model_copy(update={"family": family})
+    if family in FAMILIES:
+        return model.model_copy(update={"family": family})
+    return model.with_derived_family(
+        *derive_family(fetch_configs(model.checkpoint, revision=model.revision), family)
+    )
 
 
 def detect_family(checkpoint: str, revision: str | None) -> str:
-    """Names the family of `checkpoint`; from the hub it fetches model_index.json and nothing else.
+    """Names the family of `checkpoint`, or its pipeline class where none is for it; from the hub it fetches
+    model_index.json and nothing else.
 
     Raises:
-        ValueError: the embedded checkpoint or the tiny family does not exist, or the checkpoint's pipeline
-            class is not supported.
+        ValueError: the embedded checkpoint or the tiny one does not exist.
         FileNotFoundError: a local path that does not exist or has no model_index.json, or a hub id that the hub
             does not give.
     """
-    if is_tiny(checkpoint):
-        return _tiny_name(checkpoint, FAMILIES)
     folder = local_folder(checkpoint, revision)
-    if folder is None:
+    if is_tiny(checkpoint):
+        name = _tiny_name(checkpoint, TINY_MODULES)
+        if name in FAMILIES:
+            return name
+        index_file = _fetch_tiny(name) / MODEL_INDEX
+    elif folder is None:
         with _hub(checkpoint):
             index_file = Path(hf_hub_download(checkpoint, MODEL_INDEX, revision=revision))
     else:
         _check_complete(folder, components=())
         index_file = folder / MODEL_INDEX
     pipeline = str(read_settings(index_file).get("_class_name") or f"pipeline that {MODEL_INDEX} does not name")
-    if pipeline not in FAMILY_BY_PIPELINE:
-        raise ValueError(
-            f"checkpoint {checkpoint!r} is a {pipeline}; supported are {', '.join(FAMILY_BY_PIPELINE)}. "
-            f"If it runs like one of them, set `family:` to one of: {', '.join(FAMILY_BY_PIPELINE.values())}"
-        )
-    return FAMILY_BY_PIPELINE[pipeline]
+    return FAMILY_BY_PIPELINE.get(pipeline, pipeline)
 
 
 def fetch_checkpoint(

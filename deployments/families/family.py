@@ -26,7 +26,8 @@ class Family:
     name: str
     pipeline_class: str
     """`_class_name` in a checkpoint's model_index.json."""
-    denoiser: Literal["transformer", "unet"]
+    denoiser: str
+    """The component's name."""
     media: Literal["image", "video"]
     geometry: Callable[[Configs], Geometry]
     """As the pipeline computes it from its components' configs. Raises ValueError."""
@@ -39,6 +40,8 @@ class Family:
     """Whether guidance is on only when a negative prompt is given."""
     max_sequence_length: int | None
     """Text tokens per prompt, as in the pipeline's `__call__`; None where the tokenizer alone decides."""
+    reads_vae_buffers: bool = False
+    """Whether the VAE's files hold more than parameters, which the pipeline may read before it decodes."""
     upcasts_vae: bool = False
     """Whether the pipeline decodes in float32 where the VAE is in float16 and its config has `force_upcast`."""
 

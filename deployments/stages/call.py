@@ -153,7 +153,7 @@ def call_arguments(
         "generator": torch.Generator("cpu").manual_seed(request.seed),
         "output_type": "np",
         # For pipelines that would choose another size near the one that is asked for (FLUX.1-Kontext).
-        "max_area": request.width * request.height,
+        "max_area": request.width and request.width * request.height,
         "_auto_resize": False,
         "use_resolution_binning": False,
     }

@@ -37,7 +37,8 @@ from deployments.stages.foresee import ForwardForesight
 from deployments.stages.partial import PartialLatents
 from deployments.stages.pipeline import load_pipeline
 from deployments.stages.tensors import each_tensor, to_cpu, to_device
-from deployments.stages.trial import Trial, answer_zeros
+from deployments.stages.trial import Trial
+from deployments.stages.zeros import Zeros
 from deployments.stats import TransformerStats
 from deployments.warm_up import WarmUp
 
@@ -63,6 +64,7 @@ class Denoising:
         pipe = load_pipeline(folder, index, frozenset({"scheduler"}), config, variant=model.variant)
         pipe.vae.dtype = resolve_dtype(model.vae_dtype or config.dtype)
         self._call = PipelineCall(pipe)
+        self._zeros = Zeros(self._denoiser.skeleton)
         self._blank = BlankTexts(folder, index, self._denoiser.dtype)
         self._trial = Trial(self._call, pipe, self._blank, model, self._denoiser)
         self._draws_noise = self._trial.start()
@@ -205,7 +207,7 @@ class Denoising:
         def finish(index: int, latents: torch.Tensor) -> None:
             assert on_partial is not None
             assert encodings is not None
-            arguments = self._call.finish(request, self._stand_in(answer_zeros), encodings, latents)
+            arguments = self._call.finish(request, self._stand_in(self._zeros), encodings, latents)
             on_partial(index, _to_cpu(arguments))
 
         partials = PartialLatents(num_partial_images, finish)

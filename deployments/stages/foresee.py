@@ -69,7 +69,7 @@ def decode_inputs(
     vae_config: Mapping[str, Any], of: Geometry, size: MediaSize, dtype: torch.dtype
 ) -> torch.Tensor:
     """What `vae.decode` takes: [1, C, H, W], or [1, C, F, H, W] of the VAEs that know time."""
-    frames = ((size.num_frames - 1) // of.frame_stride + 1,) if "z_dim" in vae_config else ()
+    frames = ((size.num_frames - 1) // of.frame_stride + 1,) if "z_dim" in vae_config or of.num_frames > 1 else ()
     shape = (1, of.latent_channels, *frames, size.height // of.latent_pixels, size.width // of.latent_pixels)
     return torch.empty(shape, dtype=dtype, device=META)
 

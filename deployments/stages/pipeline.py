@@ -11,6 +11,7 @@ import diffusers
 import torch
 from diffusers import ModelMixin
 from diffusers.utils import logging as diffusers_logging
+from safetensors import safe_open
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
@@ -93,8 +94,20 @@ def _known_models(folder: Path, index: ModelIndex, names: frozenset[str]) -> Ite
             continue
         if (folder / name / "config.json").is_file():
             # Pipelines ask a VAE for more than its config, and it is small; a denoiser takes up to 2 s to build.
-            build = build_skeleton if name.startswith("vae") else _build_face
-            yield name, build(model_class, folder, name)
+            if name.startswith("vae"):
+                yield name, _with_buffers(build_skeleton(model_class, folder, name), folder / name)
+            else:
+                yield name, _build_face(model_class, folder, name)
+
+
+def _with_buffers(skeleton: nn.Module, folder: Path) -> nn.Module:
+    """Those that its files hold, where they are here: LTX's pipeline scales latents by two of its VAE's."""
+    wanted = {name for name, _ in skeleton.named_buffers()} & skeleton.state_dict().keys()
+    for file in folder.glob("*.safetensors") if wanted else ():
+        with safe_open(file, "pt") as weights:
+            for name in wanted & set(weights.keys()):
+                skeleton.get_buffer(name).data = weights.get_tensor(name)
+    return skeleton
 
 
 def _build_face(model_class: Any, folder: Path, subfolder: str) -> nn.Module:

@@ -10,7 +10,7 @@ import torch
 
 from deployments.config import ModelConfig
 from deployments.engine.load import Denoiser
-from deployments.engine.merge import Inputs, latents_of
+from deployments.engine.merge import Inputs
 from deployments.engine.stand_in import StandIn
 from deployments.memory.working import META
 from deployments.refusal import CannotServe, describe_cause
@@ -19,7 +19,8 @@ from deployments.stages.blank import LEAST_TOKENS, BlankTexts
 from deployments.stages.call import PipelineCall
 from deployments.stages.draws import Draws
 from deployments.stages.stub import Reached, reach
-from deployments.stages.tensors import each_tensor, map_tensors
+from deployments.stages.tensors import each_tensor
+from deployments.stages.zeros import Zeros, decoded_shape, without_values
 from deployments.warm_up import default_request
 
 FEW_STEPS = 4
@@ -35,6 +36,7 @@ class Trial:
     ) -> None:
         """pipe: that of the call, whose VAE is a stub."""
         self._call, self._pipe, self._blank, self._model, self._denoiser = call, pipe, blank, model, denoiser
+        self._zeros = Zeros(denoiser.skeleton)
         side = model.geometry.size_multiple
         self._usual = default_request(model, MediaSize(side, side))
 
@@ -57,11 +59,11 @@ class Trial:
         """Answers zeros, once the model has been seen to take the inputs of the first forward."""
         checked: list[bool] = []
 
-        def submit(inputs: Inputs) -> tuple[torch.Tensor]:
+        def submit(inputs: Inputs) -> Any:
             if not checked:
                 checked.append(True)
                 self._check_taken(inputs)
-            return answer_zeros(inputs)
+            return self._zeros(inputs)
 
         return submit
 
@@ -75,7 +77,9 @@ class Trial:
             if blocks:
                 model.get_submodule(blocks[0]).register_forward_pre_hook(reach, with_kwargs=True)
                 with suppress(Reached):
-                    model(**map_tensors(_as_weights, dict(inputs)), return_dict=False)
+                    model(**without_values(dict(inputs)), return_dict=False)
+        except NotImplementedError:
+            return  # it reads values
         except RuntimeError as error:
             raise ValueError(
                 f"its {self._denoiser.name} does not take what its text encoders and scheduler give it ({error}): "
@@ -84,11 +88,10 @@ class Trial:
 
     def _check_decodable(self, arguments: DecodeArguments) -> None:
         """Raises CannotServe if the VAE would make another size of this, or does not take it."""
-        vae, asked = copy.deepcopy(self._pipe.vae.skeleton).to(META), self._usual.size
-        args, kwargs = map_tensors(_as_weights, (arguments.args, arguments.kwargs))
-        shapes = [list(tensor.shape) for tensor in each_tensor(args)]
+        asked = self._usual.size
+        shapes = [list(tensor.shape) for tensor in each_tensor(arguments.args)]
         try:
-            made = vae.decode(*args, **kwargs, return_dict=False)[0].shape
+            made = decoded_shape(self._pipe.vae, arguments)
         except Exception as error:  # VAEs raise what they like
             raise CannotServe(
                 f"the denoise stage cannot run {self._call}: its vae does not take latents of shape {shapes[0]}, "
@@ -139,7 +142,7 @@ class Trial:
         submit: Callable[[Inputs], Any] | None = None,
     ) -> DecodeArguments:
         denoiser, limit = self._denoiser, self._model.architecture.max_sequence_length
-        stand_in = StandIn(denoiser.skeleton, dtype=denoiser.dtype, device=CPU, submit=submit or answer_zeros)
+        stand_in = StandIn(denoiser.skeleton, dtype=denoiser.dtype, device=CPU, submit=submit or self._zeros)
         return self._call.denoise(
             request,
             {denoiser.name: stand_in, **self._blank.on(CPU)},
@@ -162,16 +165,6 @@ class Trial:
         return (
             "Save the checkpoint with a scheduler that this pipeline can drive (`pipe.scheduler`), or complete it"
         )
-
-
-def answer_zeros(inputs: Inputs) -> tuple[torch.Tensor]:
-    """A prediction that nothing was computed for."""
-    return (torch.zeros_like(latents_of(inputs)),)
-
-
-def _as_weights(tensor: torch.Tensor) -> torch.Tensor:
-    """Without values, in the dtype of a skeleton's weights."""
-    return tensor.to(META, torch.float32 if tensor.is_floating_point() else tensor.dtype)
 
 
 def _check_width(texts: torch.Tensor, width: int) -> None:

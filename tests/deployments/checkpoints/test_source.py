@@ -97,7 +97,7 @@ def test_a_local_folder_says_its_family_in_its_index(checkpoint: Path, pipeline:
 
 def test_an_unknown_pipeline_class_is_refused_with_a_way_out(checkpoint: Path) -> None:
     (checkpoint / "model_index.json").write_text(json.dumps({"_class_name": "ShapEPipeline"}))
-    with pytest.raises(ValueError, match=r"is a ShapEPipeline; supported are FluxPipeline.*set `family:`"):
+    with pytest.raises(ValueError, match=r"is a ShapEPipeline, which cannot be served: .*set `family:`"):
         detect_family(str(checkpoint), None)
 
 

@@ -13,7 +13,6 @@ from deployments.families import FAMILIES
 from deployments.request import Encodings
 from deployments.stages import load_stage
 from deployments.stages.call import call_arguments
-from deployments.stages.trial import answer_zeros
 from tests.deployments.variants import build_request, denoise, load_denoising, read_model
 
 
@@ -43,7 +42,7 @@ def test_what_would_be_decoded_after_the_last_step_is_what_is(
     request, seat = build_request(model), stage.join()
     arguments = stage.denoise(seat, encodings, request, lambda _step, latents: steps.append(latents))
     stage.leave(seat)
-    finished = stage._call.finish(request, stage._stand_in(answer_zeros), encodings, steps[-1])
+    finished = stage._call.finish(request, stage._stand_in(stage._zeros), encodings, steps[-1])
     assert torch.equal(finished.latents, arguments.latents)
 
 

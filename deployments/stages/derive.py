@@ -1,0 +1,177 @@
+"""What a pipeline that has no entry in `families` tells of itself: run once, where its app is built.
+
+    python -m deployments.stages.derive FOLDER        prints one line of JSON
+
+In a process of its own, for it imports torch, and who asks does not.
+"""
+
+import json
+import sys
+from dataclasses import asdict
+from inspect import Parameter, signature
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+
+from deployments.checkpoints.components import ModelIndex, component_names, is_denoiser, read_index
+from deployments.config import TransformerConfig
+from deployments.engine.blocks import build_skeleton
+from deployments.engine.stand_in import StandIn
+from deployments.families import Defaults, Geometry
+from deployments.request import GenerationRequest, MediaSize, Prompt
+from deployments.stages.blank import LEAST_TOKENS, BlankTexts
+from deployments.stages.call import PipelineCall
+from deployments.stages.pipeline import load_pipeline
+from deployments.stages.zeros import Zeros, decoded_shape
+
+CPU = torch.device("cpu")
+NUM_STEPS = 4
+"""Enough for every scheduler; some do not take fewer."""
+MULTIPLES = (8, 16, 32, 64, 128)
+"""Of a size, in pixels: the first of which the pipeline makes what is asked."""
+WIDTH, HEIGHT = 5, 3
+"""Times a multiple: odd, so that a pipeline that wants twice as much is found out."""
+FPS = 16
+
+
+class Derived:
+    """One checkpoint's pipeline. Raises ValueError if it cannot be served as it is."""
+
+    def __init__(self, folder: Path) -> None:
+        self._index = read_index(folder)
+        self._class: Any = getattr(diffusers, self._index["_class_name"], None)
+        if self._class is None:
+            raise ValueError(f"diffusers {diffusers.__version__} has no such pipeline")
+        self._parameters = signature(self._class.__call__).parameters
+        self.denoiser = self._find_denoiser(self._index)
+        self._check_parameters()
+        model_class = getattr(diffusers, self._index[self.denoiser][1])
+        self._skeleton = build_skeleton(model_class, folder, self.denoiser)
+        config = TransformerConfig()
+        self._pipe = load_pipeline(folder, self._index, frozenset({"scheduler"}), config, variant=None)
+        self._call, self._zeros = PipelineCall(self._pipe), Zeros(self._skeleton)
+        self._blank = BlankTexts(folder, self._index, torch.float32)
+
+    def describe(self) -> dict[str, Any]:
+        """A Family's own fields, and the checkpoint's geometry."""
+        guidance = "true_cfg_scale" if "true_cfg_scale" in self._parameters else "guidance_scale"
+        return {
+            "denoiser": self.denoiser,
+            "media": "video" if self._is_video else "image",
+            "defaults": asdict(self.defaults()),
+            "guidance": guidance,
+            "needs_negative_prompt": guidance == "true_cfg_scale",
+            "max_sequence_length": self._default("max_sequence_length", int),
+            "reads_vae_buffers": self._has_vae_buffers,
+            "geometry": asdict(self.geometry()),
+        }
+
+    def defaults(self) -> Defaults:
+        """As `__call__` declares them."""
+        return Defaults(
+            num_inference_steps=self._default("num_inference_steps", int) or 50,
+            guidance_scale=self._default("guidance_scale", float),
+            true_cfg_scale=self._default("true_cfg_scale", float),
+            fps=FPS,
+        )
+
+    def geometry(self) -> Geometry:
+        """Found by calls that compute nothing: of the size by default, and of small ones."""
+        num_frames = self._default("num_frames", int) or 1
+        for multiple in MULTIPLES:
+            asked = MediaSize(WIDTH * multiple, HEIGHT * multiple, num_frames)
+            found = self._draw(asked)
+            if found is not None and found[0] == asked:
+                break
+        else:
+            raise ValueError("it chooses another size than it is asked for")
+        _, latents = found
+        usual = self._draw(None)
+        if usual is None:
+            raise ValueError("it makes nothing of a request that says no size")
+        num_latent = latents[2] if len(latents) == 5 else 1
+        return Geometry(
+            width=usual[0].width,
+            height=usual[0].height,
+            size_multiple=multiple,
+            latent_pixels=asked.width // latents[-1],
+            latent_channels=latents[1],
+            num_frames=num_frames,
+            frame_stride=(num_frames - 1) // max(1, num_latent - 1) if num_frames > 1 else 1,
+        )
+
+    @property
+    def _has_vae_buffers(self) -> bool:
+        vae = self._pipe.vae.skeleton
+        return bool({name for name, _ in vae.named_buffers()} & vae.state_dict().keys())
+
+    @property
+    def _is_video(self) -> bool:
+        return "num_frames" in self._parameters
+
+    def _draw(self, size: MediaSize | None) -> tuple[MediaSize, tuple[int, ...]] | None:
+        """(what size is made, shape of the latents that are decoded); size: None: as the pipeline likes. None: it
+        refuses."""
+        stand_in = StandIn(self._skeleton, dtype=torch.float32, device=CPU, submit=self._zeros)
+        components = {self.denoiser: stand_in, **self._blank.on(CPU)}
+        limit = self._default("max_sequence_length", int)
+        try:
+            arguments = self._call.denoise(
+                self._request(size), components, max_sequence_length=limit and min(limit, LEAST_TOKENS)
+            )
+            made = decoded_shape(self._pipe.vae, arguments)
+        except Exception:  # pipelines raise what they like of a size that they do not take
+            return None
+        num_frames = made[2] if len(made) == 5 and self._is_video else 1
+        return MediaSize(made[-1], made[-2], num_frames), tuple(arguments.latents.shape)
+
+    def _request(self, size: MediaSize | None) -> GenerationRequest:
+        defaults = self.defaults()
+        return GenerationRequest(
+            Prompt("", None, is_guided=False),
+            width=size.width if size else None,  # type: ignore[arg-type]
+            height=size.height if size else None,  # type: ignore[arg-type]
+            num_frames=size.num_frames if size else None,  # type: ignore[arg-type]
+            num_inference_steps=NUM_STEPS,
+            guidance_scale=defaults.guidance_scale,
+            true_cfg_scale=defaults.true_cfg_scale,
+            seed=0,
+            output_format="png",
+            output_compression=100,
+            fps=FPS,
+        )
+
+    def _find_denoiser(self, index: ModelIndex) -> str:
+        names = sorted(name for name in component_names(index) if is_denoiser(name, index))
+        if len(names) != 1:
+            raise ValueError(
+                f"it has {len(names)} models between its text encoders and its VAE ({', '.join(names)}), and one "
+                "is served"
+            )
+        return names[0]
+
+    def _check_parameters(self) -> None:
+        needed = [
+            name
+            for name, each in self._parameters.items()
+            if each.default is Parameter.empty and each.kind is Parameter.POSITIONAL_OR_KEYWORD
+        ]
+        if others := sorted(set(needed) - {"self", "prompt"}):
+            raise ValueError(f"it does not draw from a prompt alone, but needs {', '.join(others)}")
+        if "prompt" not in self._parameters:
+            raise ValueError("it takes no prompt")
+
+    def _default(self, name: str, kind: type) -> Any:
+        """Of the call; None where it is of another kind."""
+        value = self._parameters[name].default if name in self._parameters else None
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return kind(value) if is_number else None
+
+
+if __name__ == "__main__":
+    try:
+        print(json.dumps(Derived(Path(sys.argv[1])).describe()))
+    except ValueError as error:
+        sys.exit(str(error))

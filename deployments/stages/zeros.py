@@ -1,0 +1,51 @@
+"""Forwards and decodes that compute nothing: their shapes, told by the same code on the meta device."""
+
+import copy
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import nn
+
+from deployments.engine.merge import RULES, Inputs, latents_of
+from deployments.memory.working import META
+from deployments.request import DecodeArguments
+from deployments.stages.tensors import each_tensor, map_tensors
+
+
+class Zeros:
+    """Answers a denoiser's forwards."""
+
+    def __init__(self, skeleton: nn.Module) -> None:
+        """skeleton: the model on the meta device."""
+        self._skeleton = skeleton
+        self._shapes: dict[Hashable, Any] = {}
+        config: Any = skeleton.config
+        has_channels = config.get("out_channels") in (None, config.get("in_channels"))
+        self._predicts_its_input = type(skeleton).__name__ in RULES and has_channels
+
+    def __call__(self, inputs: Inputs) -> Any:
+        """A prediction that nothing was computed for. Thread-safe."""
+        if self._predicts_its_input:
+            return (torch.zeros_like(latents_of(inputs)),)
+        key = tuple((tuple(tensor.shape), tensor.dtype) for tensor in each_tensor(dict(inputs)))
+        if key not in self._shapes:
+            model: Any = copy.deepcopy(self._skeleton).to(META)
+            with torch.no_grad():
+                self._shapes[key] = model(**without_values(dict(inputs)), return_dict=False)
+        dtype = next(iter(each_tensor(dict(inputs)))).dtype
+        return map_tensors(lambda made: torch.zeros(made.shape, dtype=dtype), self._shapes[key])
+
+
+def decoded_shape(vae: Any, arguments: DecodeArguments) -> tuple[int, ...]:
+    """[B, C, H, W] or [B, C, F, H, W] of what a VAE, or a stub of one, would make. Raises what it raises."""
+    model = copy.deepcopy(vae.skeleton).to(META)
+    args, kwargs = without_values((arguments.args, dict(arguments.kwargs)))
+    with torch.no_grad():
+        made: torch.Tensor = model.decode(*args, **kwargs, return_dict=False)[0]
+    return tuple(made.shape)
+
+
+def without_values(value: Any) -> Any:
+    """Tensors on the meta device, in the dtype of a skeleton's weights."""
+    return map_tensors(lambda one: one.to(META, torch.float32 if one.is_floating_point() else one.dtype), value)
