@@ -32,8 +32,9 @@ class PipelineCall:
     themselves). So every scheduler and guidance mode of diffusers works, and the result is the pipeline's.
     """
 
-    def __init__(self, pipe: Any) -> None:
-        self._pipe = pipe
+    def __init__(self, pipe: Any, place: Callable[[Any], Any] = lambda value: value) -> None:
+        """place: puts what the encode stage kept where this stage computes, each time it is asked for."""
+        self._pipe, self._place = pipe, place
         encoders = frozenset(name for name in pipe.components if name.startswith("text_encoder"))
         pipeline_class: Any = type(pipe)
         self._methods = encoding_methods(pipeline_class, encoders)
@@ -113,7 +114,7 @@ class PipelineCall:
                 if not left or left[0][0] != name:
                     there = left[0][0] if left else "nothing"
                     raise RuntimeError(f"{self} calls {name} where the encode stage's called {there}")
-                return left.popleft()[1]
+                return self._place(left.popleft()[1])
 
             return replayed
 

@@ -63,7 +63,9 @@ class Denoising:
         folder, index = self._denoiser.folder, self._denoiser.index
         pipe = load_pipeline(folder, index, frozenset({"scheduler"}), config, variant=model.variant)
         pipe.vae.dtype = resolve_dtype(model.vae_dtype or config.dtype)
-        self._call = PipelineCall(pipe)
+        # Not once for the whole request: many a pipeline joins what it gets, and has no more need of it.
+        place = partial(to_device, device=self._denoiser.device, dtype=self._denoiser.dtype)
+        self._call = PipelineCall(pipe, place)
         self._zeros = Zeros(self._denoiser.skeleton)
         self._blank = BlankTexts(folder, index, self._denoiser.dtype)
         self._trial = Trial(self._call, pipe, self._blank, model, self._denoiser)
@@ -173,8 +175,6 @@ class Denoising:
             components = self._stand_in(partial(self.engine.forward, seat))
             if encodings is None:
                 components |= self._blank.on(self._denoiser.device)
-            else:
-                encodings = to_device(encodings, self._denoiser.device, self._denoiser.dtype)
             try:
                 arguments = self._call.denoise(
                     request,

@@ -213,7 +213,7 @@ def test_every_prompt_of_a_request_is_encoded_once_for_all_its_pictures() -> Non
     requests = [REQUEST, replace(REQUEST, seed=1), replace(REQUEST, prompt=dog)]
     encoder, transformer = EncodeHandle(), DenoiseHandle()
     news(encoder, transformer, DecodeHandle(), requests=requests)
-    assert encoder.arguments == [REQUEST.prompt, dog]
+    assert [request.prompt for request in encoder.arguments] == [REQUEST.prompt, dog]
     assert transformer.arguments == ["conditioning 1", "conditioning 1", "conditioning 2"]
 
 

@@ -69,7 +69,7 @@ def config(tmp_path: Path) -> Path:
         ),
         ("embedded://shapes", "/" + "a" * 300, ["model.checkpoint: [Errno 36] File name too long: "]),
         ("embedded://shapes", "~no-one/x", ["model.checkpoint: checkpoint '~no-one/x' names no user of"]),
-        ("embedded://shapes", "tiny://flix", ["model.checkpoint: checkpoint 'tiny://flix' names no tiny family"]),
+        ("embedded://shapes", "tiny://flix", ["model.checkpoint: checkpoint 'tiny://flix' names no tiny one"]),
         ("width: 128", "width: 120", ["model.defaults, or the family's"]),
     ],
 )

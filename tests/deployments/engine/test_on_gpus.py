@@ -132,7 +132,7 @@ def test_a_request_that_is_cancelled_leaves_the_next_as_it_would_be(
 def test_partial_latents_arrive_on_the_host(open_group: Open, gpus: tuple[int, ...]) -> None:
     partials: list[torch.Tensor] = []
     latents = open_group("flux", gpus).draw(
-        num_partial_images=1, on_partial=lambda *told: partials.extend(t for t in told if torch.is_tensor(t))
+        num_partial_images=1, on_partial=lambda _index, arguments: partials.append(arguments.latents)
     )
     assert [(partial.device.type, partial.shape) for partial in partials] == [("cpu", latents.shape)]
 
