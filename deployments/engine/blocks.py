@@ -35,6 +35,13 @@ CHAINS: Mapping[str, tuple[str, ...]] = {
 """The lists whose blocks each feed the next, in forward order, of the classes that declare none or others beside
 them: refiners of text and of latents, which run before the chain, in every shard's head."""
 
+NO_CHAINS: Mapping[str, str] = {
+    "HunyuanDiT2DModel": "the second half of its blocks reads what the first half gave",
+    "LatteTransformer3DModel": "its blocks over space and over time take turns, in two lists",
+    "WanVACETransformer3DModel": "its vace_blocks run beside its blocks",
+}
+"""Classes that run as one shard whatever they declare, and why."""
+
 _UNET_ORDER = ("down_blocks", "mid_block", "up_blocks")
 _SECOND_HALF = "single_transformer_blocks"
 
@@ -120,8 +127,11 @@ def _is_unet(model: nn.Module) -> bool:
 
 
 def _lists(model: Any) -> Sequence[str]:
-    if named := CHAINS.get(type(model).__name__):
-        return named
+    class_name = type(model).__name__
+    if class_name in NO_CHAINS:
+        raise ValueError(f"{class_name} cannot be cut into shards: {NO_CHAINS[class_name]}; run it as one shard")
+    if class_name in CHAINS:
+        return CHAINS[class_name]
     kinds = {*(model._repeated_blocks or ()), *(model._no_split_modules or ())}
     lists = [
         name
@@ -132,7 +142,7 @@ def _lists(model: Any) -> Sequence[str]:
     # blocks, VACE hints) run side by side, and a cut through them would lose what the other list made.
     if len(lists) > 1 and not (len(lists) == 2 and lists[1] == _SECOND_HALF):
         raise ValueError(
-            f"{type(model).__name__} has several lists of blocks ({', '.join(lists)}) that are no single "
+            f"{class_name} has several lists of blocks ({', '.join(lists)}) that are no single "
             "chain, so it cannot be cut into shards; run it as one shard"
         )
     return lists

@@ -25,6 +25,7 @@ TINY_CALLS: Mapping[str, Mapping[str, Any]] = {
     "flux2-klein": _IMAGE | {"text_encoder_out_layers": (1, 2, 3), "max_sequence_length": 32},
     "chroma": _IMAGE | _GUIDED | {"max_sequence_length": 32},
     "bria": _IMAGE | _GUIDED,
+    "bria-fibo": _IMAGE | _GUIDED,
     "ovis": _IMAGE | _GUIDED,
     "longcat": _IMAGE | _GUIDED | {"enable_prompt_rewrite": False},
     "hidream": _IMAGE | _GUIDED,

@@ -14,6 +14,7 @@ _NAMES = {
         "flux2-klein",
         "chroma",
         "bria",
+        "bria-fibo",
         "ovis",
         "longcat",
         "hidream",

@@ -50,7 +50,7 @@ def test_a_model_without_blocks_is_refused() -> None:
 
 def test_lists_of_blocks_side_by_side_are_refused() -> None:
     model = on_meta(WanVACETransformer3DModel, num_layers=1, vace_layers=[0])
-    with pytest.raises(ValueError, match=r"blocks, vace_blocks.* one shard"):
+    with pytest.raises(ValueError, match=r"its vace_blocks run beside its blocks; run it as one shard"):
         block_names(model)
 
 

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from cluster.message import Message, pack, unpack
 from deployments.checkpoints.source import fetch_checkpoint
 from deployments.checkpoints.tiny.names import TINY_FAMILIES, TINY_MODULES
-from deployments.engine.blocks import block_names, shape_only_inputs
+from deployments.engine.blocks import NO_CHAINS, block_names, shape_only_inputs
 from deployments.engine.merge import Merger
 from deployments.engine.outline import Holder, Outliner
 from deployments.engine.shard import Shard, load_shard
@@ -19,11 +19,8 @@ from deployments.engine.work import Follower, Leader
 from tests.deployments.recorded import Recorded, record
 
 CPU = torch.device("cpu")
-UNCUT = {
-    "hunyuan-dit": "the second half of its blocks reads what the first half gave",
-    "latte": "blocks over space and over time take turns, in two lists",
-}
-"""Tiny checkpoints whose denoiser runs as one shard, and why."""
+UNCUT = ("hunyuan-dit", "latte")
+"""Tiny checkpoints whose denoiser runs as one shard (`NO_CHAINS` says why)."""
 QUICK = frozenset(
     {
         "flux2-klein",
@@ -67,7 +64,8 @@ def test_every_cut_is_bit_equal(cut: str) -> None:
 @pytest.mark.parametrize("name", UNCUT)
 def test_what_is_no_chain_is_refused(name: str) -> None:
     [model, *_] = [forward.model for forward in record(name)]
-    with pytest.raises(ValueError, match="run it as one shard"):
+    why = NO_CHAINS[type(model).__name__]
+    with pytest.raises(ValueError, match=f"cannot be cut into shards: {why}; run it as one shard"):
         block_names(model)
 
 
