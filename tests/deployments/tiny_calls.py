@@ -47,6 +47,8 @@ TINY_CALLS: Mapping[str, Mapping[str, Any]] = {
     "cogview3": _IMAGE | _GUIDED,
     "hunyuan-dit": _IMAGE | _GUIDED | _EXACT,
     "kandinsky5": _IMAGE | _GUIDED,
+    "qwen-image-edit": _IMAGE | _GUIDED | {"image": PICTURE},
+    "qwen-image-edit-plus": _IMAGE | _GUIDED | {"image": [PICTURE, PICTURE]},
     "wan22-a14b": _VIDEO | _GUIDED,
     "wan22-5b": _VIDEO | _GUIDED,
     "wan21-i2v": _VIDEO | _GUIDED | {"image": PICTURE},
