@@ -33,7 +33,20 @@ CHAINS: Mapping[str, tuple[str, ...]] = {
     "ZImageTransformer2DModel": ("layers",),
 }
 """The lists whose blocks each feed the next, in forward order, of the classes that declare none or others beside
-them: refiners of text and of latents, which run before the chain, in every shard's head."""
+them: those run before the chain, in every shard's head unless `FRONT` names them."""
+
+FRONT: Mapping[str, tuple[str, ...]] = {
+    "Lumina2Transformer2DModel": ("context_refiner", "noise_refiner"),
+    "ZImageTransformer2DModel": ("context_refiner", "noise_refiner"),
+}
+"""The lists before the chain whose results its first block alone reads: only the first shard has them."""
+
+NO_CHAINS: Mapping[str, str] = {
+    "HunyuanDiT2DModel": "the second half of its blocks reads what the first half gave",
+    "LatteTransformer3DModel": "its blocks over space and over time take turns, in two lists",
+    "WanVACETransformer3DModel": "its vace_blocks run beside its blocks",
+}
+"""Classes that run as one shard whatever they declare, and why."""
 
 _UNET_ORDER = ("down_blocks", "mid_block", "up_blocks")
 _SECOND_HALF = "single_transformer_blocks"
@@ -46,7 +59,7 @@ class BlockBytes:
     head: int
     """Every shard: the embedders, and whatever else is neither block nor tail."""
     blocks: tuple[int, ...]
-    """One shard each; in forward order."""
+    """One shard each; in forward order. The first with what only the first shard has (`FRONT`)."""
     tail: int
     """The last shard: output norm and projection."""
 
@@ -94,9 +107,17 @@ def block_names(model: nn.Module) -> tuple[str, ...]:
 
 def block_bytes(model: nn.Module) -> BlockBytes:
     """What each block of a model, or of a skeleton from `as_stored`, weighs."""
-    blocks = tuple(stored_bytes(model.get_submodule(name)) for name in block_names(model))
+    first, *others = (stored_bytes(model.get_submodule(name)) for name in block_names(model))
+    front = sum(stored_bytes(model.get_submodule(name)) for name in front_names(model))
+    blocks = (front + first, *others)
     tail = sum(stored_bytes(model.get_submodule(name)) for name in tail_names(model))
     return BlockBytes(stored_bytes(model) - sum(blocks) - tail, blocks, tail)
+
+
+def front_names(model: nn.Module) -> tuple[str, ...]:
+    """Names of the blocks that only the first shard needs, and whose inputs pass for their outputs in others."""
+    lists = FRONT.get(type(model).__name__, ())
+    return tuple(name for part in lists for name in _members(part, model.get_submodule(part)))
 
 
 def tail_names(model: nn.Module) -> tuple[str, ...]:
@@ -120,8 +141,11 @@ def _is_unet(model: nn.Module) -> bool:
 
 
 def _lists(model: Any) -> Sequence[str]:
-    if named := CHAINS.get(type(model).__name__):
-        return named
+    class_name = type(model).__name__
+    if class_name in NO_CHAINS:
+        raise ValueError(f"{class_name} cannot be cut into shards: {NO_CHAINS[class_name]}; run it as one shard")
+    if class_name in CHAINS:
+        return CHAINS[class_name]
     kinds = {*(model._repeated_blocks or ()), *(model._no_split_modules or ())}
     lists = [
         name
@@ -132,7 +156,7 @@ def _lists(model: Any) -> Sequence[str]:
     # blocks, VACE hints) run side by side, and a cut through them would lose what the other list made.
     if len(lists) > 1 and not (len(lists) == 2 and lists[1] == _SECOND_HALF):
         raise ValueError(
-            f"{type(model).__name__} has several lists of blocks ({', '.join(lists)}) that are no single "
+            f"{class_name} has several lists of blocks ({', '.join(lists)}) that are no single "
             "chain, so it cannot be cut into shards; run it as one shard"
         )
     return lists

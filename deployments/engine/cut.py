@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from deployments.engine.blocks import tail_names
+from deployments.engine.blocks import front_names, tail_names
 
 Output: TypeAlias = "torch.Tensor | list[torch.Tensor] | tuple[Output, ...]"
 """What a block returns, or a model: tuples nest where a UNet block returns its skips."""
@@ -47,13 +47,16 @@ class Cut:
 
     def foreign_names(self, model: nn.Module) -> tuple[str, ...]:
         """Names of the modules this shard does not hold."""
+        front = () if self.is_first else front_names(model)
         tail = () if self.is_last else tail_names(model)
-        return self.names[: self.start] + self.names[self.end :] + tail
+        return front + self.names[: self.start] + self.names[self.end :] + tail
 
     def stub_foreign(self, model: nn.Module) -> None:
         """Replaces foreign modules for good. List lengths and indices stay, so checkpoint keys do too."""
+        front = front_names(model)
         for name in self.foreign_names(model):
-            model.set_submodule(name, Stub(name, model.get_submodule(name), self))
+            stub = FrontStub if name in front else Stub
+            model.set_submodule(name, stub(name, model.get_submodule(name), self))
 
     @contextmanager
     def open(self, model: nn.Module, boundary: Boundary | None) -> Iterator[None]:
@@ -145,6 +148,13 @@ class Stub(nn.Module):
 
     def forward(self, *_: Any, **__: Any) -> Output:
         return self._cut.replay(self._name)
+
+
+class FrontStub(Stub):
+    """Of what runs before the chain: what it would return is replaced, so its input will do."""
+
+    def forward(self, hidden_states: Output, *_: Any, **__: Any) -> Output:
+        return hidden_states
 
 
 class Recorder(nn.Module):

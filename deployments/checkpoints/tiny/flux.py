@@ -5,6 +5,8 @@ from diffusers import (
     AuraFlowPipeline,
     AuraFlowTransformer2DModel,
     AutoencoderKLHunyuanImage,
+    BriaFiboPipeline,
+    BriaFiboTransformer2DModel,
     BriaPipeline,
     BriaTransformer2DModel,
     ChromaPipeline,
@@ -43,7 +45,13 @@ from deployments.checkpoints.tiny.text import (
     build_t5_tokenizer,
     build_umt5_encoder,
 )
-from deployments.checkpoints.tiny.vaes import build_flux2_vae, build_flux_vae, build_image_vae, build_sd_vae
+from deployments.checkpoints.tiny.vaes import (
+    build_flux2_vae,
+    build_flux_vae,
+    build_image_vae,
+    build_sd_vae,
+    build_wan22_vae,
+)
 
 _USER_TEXT = "{% for part in messages[1].content %}{{ part.text }}{% endfor %}"
 _TWO_EACH = {"num_layers": 2, "num_single_layers": 2}
@@ -140,6 +148,25 @@ def build_bria() -> BriaPipeline:
         transformer=BriaTransformer2DModel(
             in_channels=16,
             joint_attention_dim=TEXT_WIDTH,
+            axes_dims_rope=list(ROPE_AXES),
+            **_TWO_EACH,
+            **HEADS,
+        ),
+    )
+
+
+def build_bria_fibo() -> BriaFiboPipeline:
+    """Bria Fibo: every block reads a layer of SmolLM3; Wan 2.2's VAE."""
+    tokenizer = build_chat_tokenizer()
+    return BriaFiboPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=build_wan22_vae(),
+        text_encoder=build_language_model("SmolLM3", tokenizer, suffix="ForCausalLM"),
+        tokenizer=tokenizer,
+        transformer=BriaFiboTransformer2DModel(
+            in_channels=48,
+            joint_attention_dim=2 * TEXT_WIDTH,
+            text_encoder_dim=TEXT_WIDTH,
             axes_dims_rope=list(ROPE_AXES),
             **_TWO_EACH,
             **HEADS,

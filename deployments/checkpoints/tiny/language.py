@@ -47,7 +47,7 @@ def build_chat_tokenizer() -> Qwen2Tokenizer:
 def build_language_model(
     kind: str, tokenizer: Qwen2Tokenizer, *, suffix: str = "Model", num_layers: int = 3, **config: Any
 ) -> PreTrainedModel:
-    """`kind` and `suffix` make the class: Qwen3, Llama, Gemma, Gemma2 or Glm; Model or ForCausalLM."""
+    """`kind` and `suffix` make the class: Qwen3, Llama, SmolLM3, Gemma, Gemma2 or Glm; Model or ForCausalLM."""
     model_config = getattr(transformers, f"{kind}Config")(
         **_language(tokenizer, num_layers),
         pad_token_id=tokenizer.pad_token_id,

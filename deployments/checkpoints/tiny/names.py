@@ -14,6 +14,7 @@ _NAMES = {
         "flux2-klein",
         "chroma",
         "bria",
+        "bria-fibo",
         "ovis",
         "longcat",
         "hidream",
@@ -22,6 +23,7 @@ _NAMES = {
     ),
     "images": ("z-image", "lumina2", "lumina", "krea2", "ernie", "sana", "sana-sprint", "prx", "cogview4"),
     "earlier_images": ("sd35", "lcm", "pixart-alpha", "pixart-sigma", "cogview3", "hunyuan-dit", "kandinsky5"),
+    "qwen_edit": ("qwen-image-edit", "qwen-image-edit-plus"),
     "wan": ("wan22-a14b", "wan22-5b", "wan21-i2v", "wan22-i2v", "skyreels2"),
     "ltx": ("ltx-video", "ltx2"),
     "videos": (

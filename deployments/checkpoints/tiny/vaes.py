@@ -70,6 +70,21 @@ def build_wan_vae(**changes: Any) -> AutoencoderKLWan:
     return AutoencoderKLWan(**config)
 
 
+def build_wan22_vae() -> AutoencoderKLWan:
+    """48 channels; packs 4 frames and 16 x 16 pixels into one."""
+    channels = 48
+    return build_wan_vae(
+        z_dim=channels,
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_spatial=16,
+        latents_mean=[0.1] * channels,
+        latents_std=[1.5] * channels,
+    )
+
+
 def build_hunyuan_video_vae() -> AutoencoderKLHunyuanVideo:
     """16 channels; packs 4 frames and 8 x 8 pixels into one."""
     return AutoencoderKLHunyuanVideo(block_out_channels=(8,) * _NUM_LEVELS, layers_per_block=1, norm_num_groups=4)

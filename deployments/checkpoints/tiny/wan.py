@@ -14,7 +14,7 @@ from diffusers import (
 from deployments.checkpoints.tiny.language import build_clip_vision
 from deployments.checkpoints.tiny.sizes import HEADS
 from deployments.checkpoints.tiny.text import TEXT_WIDTH, build_t5_tokenizer, build_umt5_encoder
-from deployments.checkpoints.tiny.vaes import build_wan_vae
+from deployments.checkpoints.tiny.vaes import build_wan22_vae, build_wan_vae
 
 _NUM_BLOCKS = 3
 _I2V_CHANNELS = 36
@@ -33,20 +33,9 @@ def build_wan22_a14b() -> WanPipeline:
 
 def build_wan22_5b() -> WanPipeline:
     """Wan 2.2 of 5B: a VAE of 16 x 16 pixels in one, and a timestep for each token."""
-    channels = 48
-    vae = build_wan_vae(
-        z_dim=channels,
-        is_residual=True,
-        in_channels=12,
-        out_channels=12,
-        patch_size=2,
-        scale_factor_spatial=16,
-        latents_mean=[0.1] * channels,
-        latents_std=[1.5] * channels,
-    )
     return WanPipeline(
-        **_build_parts() | {"vae": vae},
-        transformer=_build_transformer(in_channels=channels, out_channels=channels),
+        **_build_parts() | {"vae": build_wan22_vae()},
+        transformer=_build_transformer(in_channels=48, out_channels=48),
         expand_timesteps=True,
     )
 

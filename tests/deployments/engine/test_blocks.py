@@ -16,7 +16,7 @@ from torch import nn
 
 from deployments.engine.blocks import block_bytes, block_names, shape_only_inputs
 from deployments.memory.config import MemoryConfig
-from deployments.memory.stored import as_stored
+from deployments.memory.stored import as_stored, stored_bytes
 
 GIB = 2**30
 BF16 = MemoryConfig(dtype="bfloat16")
@@ -50,13 +50,21 @@ def test_a_model_without_blocks_is_refused() -> None:
 
 def test_lists_of_blocks_side_by_side_are_refused() -> None:
     model = on_meta(WanVACETransformer3DModel, num_layers=1, vace_layers=[0])
-    with pytest.raises(ValueError, match=r"blocks, vace_blocks.* one shard"):
+    with pytest.raises(ValueError, match=r"its vace_blocks run beside its blocks; run it as one shard"):
         block_names(model)
 
 
 def test_refiners_are_no_part_of_the_chain() -> None:
     model = on_meta(ZImageTransformer2DModel, n_layers=2, n_refiner_layers=1)
     assert block_names(model) == ("layers.0", "layers.1")
+
+
+def test_what_runs_before_the_chain_weighs_on_the_first_shard() -> None:
+    model = on_meta(ZImageTransformer2DModel, n_layers=2, n_refiner_layers=1)
+    weight = block_bytes(model)
+    front = sum(stored_bytes(part) for part in (model.noise_refiner, model.context_refiner))
+    assert weight.blocks[0] == weight.blocks[1] + front
+    assert weight.head + sum(weight.blocks) + weight.tail == stored_bytes(model)
 
 
 def test_flux_dev_weighs_what_is_published() -> None:

@@ -120,6 +120,24 @@ def test_qwen_prompts_of_different_lengths_merge_padded_and_masked() -> None:
         torch.testing.assert_close(one, other, atol=2e-5, rtol=0)
 
 
+@torch.no_grad()
+def test_edits_merge_with_edits_of_the_same_layout_alone() -> None:
+    """The tokens of two pictures follow those of the noise."""
+    model, merger = load("qwen-image"), Merger("QwenImageTransformer2DModel")
+    layouts = (
+        [(1, 2, 4), (1, 2, 2), (1, 2, 2)],
+        [(1, 2, 4), (1, 2, 2), (1, 2, 2)],
+        [(1, 2, 2), (1, 2, 2), (1, 2, 4)],
+    )
+    group = [qwen_inputs(20 + n, n) | {"img_shapes": [layout]} for n, layout in enumerate(layouts)]
+    one, other, unlike = (merger.signature(inputs) for inputs in group)
+    assert one == other != unlike
+    alone = [model(**inputs, return_dict=False)[0] for inputs in group[:2]]
+    merged = model(**merger.merge(group[:2]), return_dict=False)[0].split(1)
+    for first, second in zip(alone, merged, strict=True):
+        torch.testing.assert_close(first, second, atol=2e-5, rtol=0)
+
+
 def test_a_lone_forward_is_not_touched() -> None:
     inputs = qwen_inputs(20, 0)
     assert Merger("QwenImageTransformer2DModel").merge([inputs]) is inputs
