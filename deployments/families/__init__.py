@@ -1,7 +1,8 @@
-"""One file per architecture. A new one costs an entry here, a YAML in configs/ and a row in the tests.
+"""What the ingress must know of an architecture before anything is loaded: an entry for each of the most asked for.
 
-If its denoiser's forwards are to merge, a rule in engine/merge.py; if modules come after its blocks, their names
-in engine/blocks.py.
+A pipeline without an entry tells the same of itself (checkpoints/derived.py), which costs some seconds of a start. If
+its denoiser's forwards are to merge, it needs a rule in engine/merge.py; if it is to be cut into shards and diffusers
+does not declare its blocks, a line in engine/blocks.py.
 
 Nothing here imports torch: the ingress reads defaults from these entries, and what sizes a checkpoint makes.
 """
