@@ -1,8 +1,8 @@
-"""What the ingress must know of an architecture before anything is loaded: an entry for each of the most asked for.
+"""What the ingress must know of an architecture before anything is loaded, for those most asked for.
 
-A pipeline without an entry tells the same of itself (checkpoints/derived.py), which costs some seconds of a start. If
-its denoiser's forwards are to merge, it needs a rule in engine/merge.py; if it is to be cut into shards and diffusers
-does not declare its blocks, a line in engine/blocks.py.
+A pipeline without an entry tells the same of itself (checkpoints/derived.py), which costs some seconds of a start.
+If its denoiser's forwards are to merge, it needs a rule in engine/merge.py; if it is to be cut into shards and
+diffusers does not declare its blocks, a line in engine/blocks.py.
 
 Nothing here imports torch: the ingress reads defaults from these entries, and what sizes a checkpoint makes.
 """
