@@ -139,9 +139,8 @@ class TextEncoding:
                     failed.append(error)
                     raise
                 made.append((name, value))
-                return map_tensors(
-                    lambda tensor: tensor.to(self._device), value
-                )  # as the rest of the call expects it
+                # The rest of the call expects it there.
+                return map_tensors(lambda tensor: tensor.to(self._device), value)
 
             return encode
 

@@ -33,8 +33,8 @@ class Zeros:
             model: Any = copy.deepcopy(self._skeleton).to(META)
             with torch.no_grad():
                 self._shapes[key] = model(**without_values(dict(inputs)), return_dict=False)
-        dtype = next(iter(each_tensor(dict(inputs)))).dtype
-        return map_tensors(lambda made: torch.zeros(made.shape, dtype=dtype), self._shapes[key])
+        like = next(tensor for tensor in each_tensor(dict(inputs)) if tensor.is_floating_point())
+        return map_tensors(lambda made: like.new_zeros(made.shape), self._shapes[key])
 
 
 def decoded_shape(vae: Any, arguments: DecodeArguments) -> tuple[int, ...]:
