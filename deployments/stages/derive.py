@@ -20,7 +20,7 @@ from deployments.config import TransformerConfig
 from deployments.engine.blocks import build_skeleton
 from deployments.engine.stand_in import StandIn
 from deployments.families import Defaults, Geometry
-from deployments.request import GenerationRequest, MediaSize, Prompt
+from deployments.request import DecodeArguments, GenerationRequest, MediaSize, Prompt
 from deployments.stages.blank import LEAST_TOKENS, BlankTexts
 from deployments.stages.call import PipelineCall
 from deployments.stages.pipeline import load_pipeline
@@ -33,6 +33,8 @@ MULTIPLES = (8, 16, 32, 64, 128)
 """Of a size, in pixels: the first of which the pipeline makes what is asked."""
 WIDTH, HEIGHT = 5, 3
 """Times a multiple: odd, so that a pipeline that wants twice as much is found out."""
+NUM_FRAMES = 25
+"""One more than a multiple of 2, 3, 4, 6 and 8, which VAEs make one latent frame of."""
 FPS = 16
 
 
@@ -79,27 +81,26 @@ class Derived:
 
     def geometry(self) -> Geometry:
         """Found by calls that compute nothing: of the size by default, and of small ones."""
-        num_frames = self._default("num_frames", int) or 1
         for multiple in MULTIPLES:
-            asked = MediaSize(WIDTH * multiple, HEIGHT * multiple, num_frames)
-            found = self._draw(asked)
-            if found is not None and found[0] == asked:
+            asked = MediaSize(WIDTH * multiple, HEIGHT * multiple, NUM_FRAMES if self._is_video else 1)
+            latents = self._decoded(asked)
+            if latents is not None and self._made(latents) == asked:
                 break
         else:
             raise ValueError("it chooses another size than it is asked for")
-        _, latents = found
-        usual = self._draw(None)
+        _, channels, *num_latent, _, width = latents.latents.shape
+        pixels = asked.width // width
+        usual = self._decoded(None)
         if usual is None:
             raise ValueError("it makes nothing of a request that says no size")
-        num_latent = latents[2] if len(latents) == 5 else 1
         return Geometry(
-            width=usual[0].width,
-            height=usual[0].height,
+            width=usual.latents.shape[-1] * pixels,
+            height=usual.latents.shape[-2] * pixels,
             size_multiple=multiple,
-            latent_pixels=asked.width // latents[-1],
-            latent_channels=latents[1],
-            num_frames=num_frames,
-            frame_stride=(num_frames - 1) // max(1, num_latent - 1) if num_frames > 1 else 1,
+            latent_pixels=pixels,
+            latent_channels=channels,
+            num_frames=self._default("num_frames", int) or 1,
+            frame_stride=(NUM_FRAMES - 1) // (num_latent[0] - 1) if self._is_video else 1,
         )
 
     @property
@@ -111,21 +112,25 @@ class Derived:
     def _is_video(self) -> bool:
         return "num_frames" in self._parameters
 
-    def _draw(self, size: MediaSize | None) -> tuple[MediaSize, tuple[int, ...]] | None:
-        """(what size is made, shape of the latents that are decoded); size: None: as the pipeline likes. None: it
-        refuses."""
+    def _decoded(self, size: MediaSize | None) -> DecodeArguments | None:
+        """What is decoded for a size, or for none that is said; None: the pipeline refuses."""
         stand_in = StandIn(self._skeleton, dtype=torch.float32, device=CPU, submit=self._zeros)
         components = {self.denoiser: stand_in, **self._blank.on(CPU)}
         limit = self._default("max_sequence_length", int)
         try:
-            arguments = self._call.denoise(
+            return self._call.denoise(
                 self._request(size), components, max_sequence_length=limit and min(limit, LEAST_TOKENS)
             )
-            made = decoded_shape(self._pipe.vae, arguments)
         except Exception:  # pipelines raise what they like of a size that they do not take
             return None
-        num_frames = made[2] if len(made) == 5 and self._is_video else 1
-        return MediaSize(made[-1], made[-2], num_frames), tuple(arguments.latents.shape)
+
+    def _made(self, arguments: DecodeArguments) -> MediaSize | None:
+        """What the VAE would make of it."""
+        try:
+            made = decoded_shape(self._pipe.vae, arguments)
+        except Exception:  # as VAEs do
+            return None
+        return MediaSize(made[-1], made[-2], made[2] if len(made) == 5 and self._is_video else 1)
 
     def _request(self, size: MediaSize | None) -> GenerationRequest:
         defaults = self.defaults()
