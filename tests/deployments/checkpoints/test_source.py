@@ -19,7 +19,9 @@ from deployments.checkpoints.source import (
     fetch_checkpoint,
     fetch_configs,
     plan_hub_patterns,
+    with_family,
 )
+from deployments.config import ModelConfig
 
 REPO_ROOT = Path(__file__).parents[3]
 
@@ -98,7 +100,7 @@ def test_a_local_folder_says_its_family_in_its_index(checkpoint: Path, pipeline:
 def test_an_unknown_pipeline_class_is_refused_with_a_way_out(checkpoint: Path) -> None:
     (checkpoint / "model_index.json").write_text(json.dumps({"_class_name": "ShapEPipeline"}))
     with pytest.raises(ValueError, match=r"is a ShapEPipeline, which cannot be served: .*set `family:`"):
-        detect_family(str(checkpoint), None)
+        with_family(ModelConfig(name="x", checkpoint=str(checkpoint)))
 
 
 def test_an_unknown_tiny_family_is_refused_with_the_choices() -> None:
