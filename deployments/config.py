@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, PrivateAttr, field_validator, model
 
 from cluster.config import Config
 from cluster.resources import ResourceConfig
-from deployments.families import FAMILIES, Defaults, Family, Geometry
+from deployments.families import FAMILIES, Call, Defaults, Family, Geometry
 from deployments.memory.config import OFF, Dtype, MemoryConfig, TilingConfig
 from deployments.request import MediaSize
 
@@ -26,6 +26,9 @@ class DefaultsConfig(Config):
     negative_prompt: str | None = Field(None, description='"" guides away from no prompt, if a scale is above 1')
     num_frames: int | None = Field(None, ge=1)
     fps: int | None = Field(None, ge=1, le=120)
+    strength: float | None = Field(
+        None, gt=0, le=1, description="how much of a picture that goes in is drawn anew, where that can be said"
+    )
 
 
 class ModelConfig(Config):
@@ -75,9 +78,15 @@ class ModelConfig(Config):
 
     @property
     def request_defaults(self) -> Defaults:
-        """What is said here, and the family's own where nothing is."""
+        """Of the kind of call that the checkpoint was saved for."""
+        return self.defaults_of(self.architecture.call)
+
+    def defaults_of(self, call: Call) -> Defaults:
+        """What is said here, and the call's own where nothing is."""
         said = self.defaults.model_dump(exclude_none=True, exclude={"width", "height", "num_frames"})
-        return replace(self.architecture.defaults, **said)
+        if call.defaults.strength is None:
+            said.pop("strength", None)
+        return replace(call.defaults, **said)
 
     @property
     def geometry(self) -> Geometry:
@@ -278,6 +287,9 @@ class VaeConfig(StageConfig):
             raise ValueError("offload.use_stream fetches nothing ahead in a VAE layer by layer: set level: block")
         return self
 
+    cache_mib: float = Field(
+        64.0, ge=0, description="what it made of pictures that go in, kept per replica, in MiB; 0: none"
+    )
     slicing: bool = Field(False, description="decode a batch one picture at a time")
     tiling: Annotated[TilingConfig | None, OFF] = Field(
         None, description="decode in overlapping tiles, in bounded memory; seams are blended"

@@ -1,4 +1,4 @@
-"""What text encoders made of texts seen lately."""
+"""What encoders made of texts and pictures seen lately."""
 
 import threading
 from collections import OrderedDict

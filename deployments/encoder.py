@@ -10,7 +10,7 @@ from deployments.config import EncoderConfig, ModelConfig
 from deployments.lane import Lane
 from deployments.refusal import raised_in
 from deployments.replica import StageReplica
-from deployments.request import Conditioning, GenerationRequest, num_bytes
+from deployments.request import Conditioning, GenerationRequest, InputPictures, num_bytes
 from deployments.stages import load_stage
 from deployments.stats import EncoderStats
 from deployments.warm_up import NO_WARM_UP, WarmUp
@@ -37,14 +37,17 @@ class Encoder(StageReplica):
     def keeper(self) -> "Keeper":
         return self._stage.keeper
 
-    async def encode(self, request: GenerationRequest) -> Conditioning:
-        """The embeddings of the request's texts. Equal texts at the same time share one forward."""
+    async def encode(self, request: GenerationRequest, pictures: InputPictures | None = None) -> Conditioning:
+        """The embeddings of the request's texts, and of pictures where its encoders see them.
+
+        Equal texts at the same time share one forward.
+        """
         start = time.perf_counter()
         with raised_in("encode"), self._metrics.request():
-            encodings = await asyncio.to_thread(self._stage.recall, request)
+            encodings = await asyncio.to_thread(self._stage.recall, request, pictures)
             self._num_cache_hits += encodings is not None
             if encodings is None:
-                encodings = await self._lane.run(self.guarded(self._stage.encode), request)
+                encodings = await self._lane.run(self.guarded(self._stage.encode), request, pictures)
             self._answered_bytes += num_bytes(encodings)
         return Conditioning(encodings, (time.perf_counter() - start) * 1e3)
 

@@ -1,10 +1,12 @@
 """What travels between the stages: one frozen dataclass per hop. Torch is named here, never imported.
 
 encoder --> Conditioning --> transformer --> Denoised, and DecodeArguments --> VAE --> Media
+                 |               ^
+                 +--> VAE --> Prepared        where pictures go in
 
-What is to be decoded is handed on by reference; a GenerationRequest goes with each call. Beside it, StreamOptions
-say what the caller wants to hear on the way: Progress, and a PartialDenoised before what is to be decoded for each
-partial picture.
+What is to be decoded is handed on by reference, as are InputPictures; a GenerationRequest goes with each call.
+Beside it, StreamOptions say what the caller wants to hear on the way: Progress, and a PartialDenoised before what
+is to be decoded for each partial picture.
 """
 
 from collections.abc import Mapping
@@ -12,6 +14,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 OutputFormat = Literal["png", "jpeg", "webp", "mp4"]
+CallKind = Literal["generate", "edit", "inpaint", "image_to_video"]
+"""From text alone; from pictures; of a picture what a mask says; a video from its first frame."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +58,22 @@ class GenerationRequest:
     output_compression: int
     """Quality from 0 to 100 for JPEG and WebP (100: lossless WebP); PNG and MP4 ignore it."""
     fps: int
+    kind: CallKind = "generate"
+    strength: float | None = None
+    """Of kinds that draw a picture anew, from 0 to 1: how much of it."""
 
     @property
     def size(self) -> MediaSize:
         return MediaSize(self.width, self.height, self.num_frames)
+
+
+@dataclass(frozen=True)
+class InputPictures:
+    """What goes in beside the prompt: PNG, JPEG or WebP files, bounded and of these formats by who took them."""
+
+    images: tuple[bytes, ...]
+    mask: bytes | None = None
+    """As large as the first of `images`. What is transparent is drawn anew; without an alpha channel, white."""
 
 
 Encodings = tuple[tuple[str, Any], ...]
@@ -72,6 +88,23 @@ class Conditioning:
     encodings: Encodings
     """Tensors are on the CPU."""
     encode_ms: float
+
+
+Posteriors = tuple[tuple[str, Any], ...]
+"""In the order of the pipeline's calls of `vae.encode`: "parameters" or "latent", and that of what it returned."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The VAE's answer for the pictures that go in."""
+
+    posteriors: Posteriors
+    """Tensors are on the CPU."""
+    prepare_ms: float
+
+
+NOTHING_PREPARED = Prepared((), 0.0)
+"""Where no pictures go in."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,6 +164,8 @@ class Denoised:
     """What the ingress learns of a finished denoise; what is to be decoded follows it, by reference."""
 
     encode_ms: float
+    prepare_ms: float
+    """0 where no pictures go in."""
     queue_ms: float
     """From the arrival in the replica to the start of the loop."""
     denoise_ms: float

@@ -19,11 +19,14 @@ from deployments.rank import Rank
 from deployments.replica import StageReplica, exit_replica
 from deployments.request import (
     NO_NEWS,
+    NOTHING_PREPARED,
     Conditioning,
     DecodeArguments,
     Denoised,
     GenerationRequest,
+    InputPictures,
     PartialDenoised,
+    Prepared,
     Progress,
     StreamOptions,
 )
@@ -80,9 +83,16 @@ class Transformer(StageReplica):
         return self._stage.loaded.keeper
 
     async def denoise(
-        self, conditioning: Conditioning, request: GenerationRequest, options: StreamOptions = NO_NEWS
+        self,
+        conditioning: Conditioning,
+        request: GenerationRequest,
+        options: StreamOptions = NO_NEWS,
+        prepared: Prepared = NOTHING_PREPARED,
+        pictures: InputPictures | None = None,
     ) -> AsyncIterator[Progress | PartialDenoised | Denoised | DecodeArguments]:
-        """Yields what options ask for (Progress a few times a second), then Denoised, then what is to be decoded.
+        """prepared: the decode stage's, of `pictures`.
+
+        Yields what options ask for (Progress a few times a second), then Denoised, then what is to be decoded.
 
         DecodeArguments, of partial pictures too, come alone and are announced by the item before them, so that the
         caller may hand on their reference without reading them.
@@ -93,7 +103,13 @@ class Transformer(StageReplica):
         try:
             with self._metrics[0].request():
                 running = asyncio.get_running_loop().run_in_executor(
-                    self._threads, self.guarded(self._denoise), seat, conditioning, request, options, news
+                    self._threads,
+                    self.guarded(self._denoise),
+                    seat,
+                    (conditioning, prepared, pictures),
+                    request,
+                    options,
+                    news,
                 )
                 running.add_done_callback(news.on_end)
                 while (items := await news.next()) is not None:
@@ -103,21 +119,31 @@ class Transformer(StageReplica):
         finally:
             self._stage.leave(seat)
         self._answered_bytes += arguments.nbytes
-        yield Denoised(conditioning.encode_ms, queue_ms=news.queue_ms, denoise_ms=news.denoise_ms)
+        yield Denoised(
+            conditioning.encode_ms, prepared.prepare_ms, queue_ms=news.queue_ms, denoise_ms=news.denoise_ms
+        )
         yield arguments
 
     def _denoise(
         self,
         seat: "Seat",
-        conditioning: Conditioning,
+        given: tuple[Conditioning, Prepared, InputPictures | None],
         request: GenerationRequest,
         options: StreamOptions,
         news: News,
     ) -> DecodeArguments:
         """In the request's thread."""
         news.on_start()
+        conditioning, prepared, pictures = given
         return self._stage.denoise(
-            seat, conditioning.encodings, request, news.on_step, options.num_partial_images, news.on_partial
+            seat,
+            conditioning.encodings,
+            request,
+            news.on_step,
+            options.num_partial_images,
+            news.on_partial,
+            posteriors=prepared.posteriors,
+            pictures=pictures,
         )
 
     def record_autoscaling_stats(self) -> dict[str, float]:

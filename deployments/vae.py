@@ -1,4 +1,7 @@
-"""The decode stage's deployment: latents in, an encoded picture or video out; partial pictures come second."""
+"""The decode stage's deployment: latents in, an encoded picture or video out; partial pictures come second.
+
+Before the denoise it prepares the pictures that go in.
+"""
 
 import asyncio
 import os
@@ -8,8 +11,17 @@ from typing import TYPE_CHECKING
 from cluster.metrics import StageMetrics, export_regularly
 from deployments.config import ModelConfig, VaeConfig
 from deployments.lane import Lane
+from deployments.refusal import raised_in
 from deployments.replica import StageReplica
-from deployments.request import DecodeArguments, GenerationRequest, Media
+from deployments.request import (
+    Conditioning,
+    DecodeArguments,
+    GenerationRequest,
+    InputPictures,
+    Media,
+    Prepared,
+    num_bytes,
+)
 from deployments.stages import load_stage
 from deployments.stats import VaeStats
 from deployments.warm_up import NO_WARM_UP, WarmUp
@@ -19,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class Vae(StageReplica):
-    """Serves `decode` and `decode_partial`, one at a time: a VAE's peak of memory is its own worst neighbour.
+    """Serves `prepare`, `decode` and `decode_partial`, one at a time: a VAE's peak is its own worst neighbour.
 
     A picture waits for at most one partial picture, the one that is being decoded.
     """
@@ -46,6 +58,18 @@ class Vae(StageReplica):
     async def check(self, request: GenerationRequest) -> None:
         """Raises NeverFits if the picture or video could never be decoded here. Beside what is being decoded."""
         await asyncio.to_thread(self._stage.check, request)
+
+    async def prepare(
+        self, conditioning: Conditioning, request: GenerationRequest, pictures: InputPictures
+    ) -> Prepared:
+        """What the denoise stage needs of the pictures that go in. Of one seen lately nothing is computed."""
+        start = time.perf_counter()
+        with raised_in("prepare"), self._metrics.request():
+            posteriors = await self._lane.run(
+                self.guarded(self._stage.prepare), conditioning.encodings, request, pictures
+            )
+            self._answered_bytes += num_bytes(posteriors)
+        return Prepared(posteriors, (time.perf_counter() - start) * 1e3)
 
     async def decode(self, arguments: DecodeArguments, request: GenerationRequest) -> Media:
         """The picture or video that the pipeline would decode with these, in the request's format."""

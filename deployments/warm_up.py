@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from deployments.config import ModelConfig
+from deployments.families import Call
 from deployments.request import GenerationRequest, MediaSize, Prompt
 
 
@@ -19,12 +20,20 @@ NO_WARM_UP = WarmUp()
 
 
 def default_request(
-    model: ModelConfig, size: MediaSize, num_inference_steps: int | None = None
+    model: ModelConfig,
+    size: MediaSize,
+    num_inference_steps: int | None = None,
+    *,
+    call: Call | None = None,
 ) -> GenerationRequest:
-    """What somebody gets who asks for this size and nothing else."""
-    defaults = model.request_defaults
+    """What somebody gets who asks for this size and nothing else.
+
+    call: of that kind; None: of the one that the checkpoint was saved for.
+    """
+    call = call or model.architecture.call
+    defaults = model.defaults_of(call)
     return GenerationRequest(
-        default_prompt(model),
+        default_prompt(model, call),
         width=size.width,
         height=size.height,
         num_frames=size.num_frames,
@@ -35,12 +44,14 @@ def default_request(
         output_format="png",
         output_compression=100,
         fps=defaults.fps,
+        kind=call.kind,
+        strength=defaults.strength,
     )
 
 
-def default_prompt(model: ModelConfig) -> Prompt:
+def default_prompt(model: ModelConfig, call: Call) -> Prompt:
     """Without a word."""
-    family, defaults = model.architecture, model.request_defaults
+    defaults = model.defaults_of(call)
     negative = defaults.negative_prompt
-    is_guided = family.is_guided(defaults.guidance_scale, defaults.true_cfg_scale, negative is not None)
+    is_guided = call.is_guided(defaults.guidance_scale, defaults.true_cfg_scale, negative is not None)
     return Prompt("", negative if is_guided else None, is_guided)

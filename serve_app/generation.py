@@ -11,8 +11,10 @@ from typing import Any
 
 from deployments.request import (
     NO_NEWS,
+    NOTHING_PREPARED,
     Denoised,
     GenerationRequest,
+    InputPictures,
     Media,
     MediaSize,
     PartialDenoised,
@@ -22,7 +24,7 @@ from deployments.request import (
 from serve_app.errors import BadRequest, DeadlineExceeded, RelayError, StageFailed
 from serve_app.losses import StageLost, naming, repeat_when_lost
 from serve_app.partials import PartialImage, Partials
-from serve_app.streams import reference_stream
+from serve_app.streams import reference, reference_stream
 from serve_app.suspects import Suspects
 
 
@@ -65,6 +67,7 @@ class Picture:
         """Milliseconds per stage."""
         times = {
             "encode": self.denoised.encode_ms,
+            "prepare": self.denoised.prepare_ms,
             "queue": self.denoised.queue_ms,
             "denoise": self.denoised.denoise_ms,
             "decode": self.media.decode_ms,
@@ -87,6 +90,7 @@ async def generate(
     stages: Stages,
     requests: Sequence[GenerationRequest],
     options: StreamOptions = NO_NEWS,
+    pictures: InputPictures | None = None,
     *,
     timeout_s: float,
     heartbeat_s: float | None = None,
@@ -95,6 +99,8 @@ async def generate(
 
     None stands for heartbeat_s in which nothing happened. If one picture fails, all are given up; a caller that
     stops listening cancels them. Raises BadRequest, Unavailable, DeadlineExceeded or StageFailed.
+
+    pictures: that go in.
     """
     events: asyncio.Queue[Event | None] = asyncio.Queue()
 
@@ -102,7 +108,7 @@ async def generate(
         done.cancelled() or done.exception()  # seen: a caller that has left asks for it no more
         events.put_nowait(None)
 
-    drawing = asyncio.create_task(_draw(stages, requests, options, timeout_s, events.put_nowait))
+    drawing = asyncio.create_task(_draw(stages, requests, options, pictures, timeout_s, events.put_nowait))
     drawing.add_done_callback(on_end)
     try:
         while True:
@@ -124,14 +130,16 @@ async def _draw(
     stages: Stages,
     requests: Sequence[GenerationRequest],
     options: StreamOptions,
+    pictures: InputPictures | None,
     timeout_s: float,
     tell: Callable[[Event], None],
 ) -> None:
-    prompts = {request.prompt: SharedConditioning(stages.encoder, request) for request in requests}
+    given = None if pictures is None else reference(pictures)  # one for all calls
+    prompts = {request.prompt: SharedInputs(stages, request, given) for request in requests}
 
     async def picture(index: int, request: GenerationRequest) -> None:
-        conditioning = prompts[request.prompt]
-        await _picture(stages, conditioning, request, options, lambda news: tell(Event(index, news)))
+        inputs = prompts[request.prompt]
+        await _picture(stages, inputs, request, options, lambda news: tell(Event(index, news)))
 
     tasks = [asyncio.create_task(picture(i, request)) for i, request in enumerate(requests)]
     tasks.append(asyncio.create_task(stages.refuse_early(requests[0])))
@@ -150,28 +158,45 @@ def _size_param(request: GenerationRequest) -> str:
     return "num_frames" if request.num_frames > 1 else "size"
 
 
-class SharedConditioning:
-    """The encoder's answer, asked for once, passed on un-awaited, and asked for again when it is lost."""
+@dataclass(frozen=True)
+class Inputs:
+    """What a denoise is given: answers of other stages, un-awaited, and a reference to pictures."""
 
-    def __init__(self, encoder: Any, request: GenerationRequest) -> None:
-        self._encoder, self._request = encoder, request
-        self._response: Any = None
+    conditioning: Any
+    prepared: Any
+    pictures: Any
+
+
+class SharedInputs:
+    """Asked for once, passed on un-awaited, and asked for again when they are lost."""
+
+    def __init__(self, stages: Stages, request: GenerationRequest, pictures: Any) -> None:
+        """pictures: a reference to those that go in, or None."""
+        self._stages, self._request, self._pictures = stages, request, pictures
+        self._current: Inputs | None = None
 
     @property
-    def response(self) -> Any:
-        if self._response is None:
-            self._response = self._encoder.encode.remote(self._request)
-        return self._response
+    def current(self) -> Inputs:
+        if self._current is None:
+            request, pictures = self._request, self._pictures
+            if pictures is None:
+                conditioning = self._stages.encoder.encode.remote(request)
+                prepared: Any = NOTHING_PREPARED
+            else:
+                conditioning = self._stages.encoder.encode.remote(request, pictures)
+                prepared = self._stages.vae.prepare.remote(conditioning, request, pictures)
+            self._current = Inputs(conditioning, prepared, pictures)
+        return self._current
 
-    def forget(self, lost: Any) -> None:
-        """Ask the encoder anew, unless another picture of the request has done so already."""
-        if self._response is lost:
-            self._response = None
+    def forget(self, lost: Inputs) -> None:
+        """Ask anew, unless another picture of the request has done so already."""
+        if self._current is lost:
+            self._current = None
 
 
 async def _picture(
     stages: Stages,
-    conditioning: SharedConditioning,
+    inputs: SharedInputs,
     request: GenerationRequest,
     options: StreamOptions,
     tell: Callable[[News], None],
@@ -184,8 +209,8 @@ async def _picture(
         """From wherever the last attempt came to."""
         nonlocal reached
         if reached is None:
-            given = conditioning.response
-            with naming("denoise", param=size_param, if_input_lost=lambda: conditioning.forget(given)):
+            given = inputs.current
+            with naming("denoise", param=size_param, if_input_lost=lambda: inputs.forget(given)):
                 reached = await _denoise(stages.transformer, given, request, options, partials, tell)
         denoised, latents = reached
         if options.wants_progress:
@@ -208,7 +233,7 @@ async def _picture(
 
 async def _denoise(
     transformer: Any,
-    conditioning: Any,
+    given: Inputs,
     request: GenerationRequest,
     options: StreamOptions,
     partials: Partials,
@@ -216,7 +241,9 @@ async def _denoise(
 ) -> tuple[Denoised, Any]:
     """The summary, and a reference to what is to be decoded, which this process owns and never reads."""
     async with reference_stream(
-        lambda: transformer.options(stream=True).denoise.remote(conditioning, request, options)
+        lambda: transformer.options(stream=True).denoise.remote(
+            given.conditioning, request, options, given.prepared, given.pictures
+        )
     ) as references:
         async for reference in references:
             item = await reference

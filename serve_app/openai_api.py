@@ -107,6 +107,7 @@ class TimingsMs(BaseModel):
     """Where one picture's time went, in milliseconds. Beyond OpenAI."""
 
     encode: float
+    prepare: float = Field(0.0, description="of pictures that go in")
     queue: float
     denoise: float
     decode: float
@@ -237,7 +238,7 @@ def model_card(model: ModelConfig, created: int, limits: LimitsConfig) -> ModelC
         created=created,
         family=family.name,
         media=family.media,
-        guidance=family.guidance,
+        guidance=family.call.guidance,
         defaults=ModelDefaults(
             size=f"{size.width}x{size.height}",
             num_inference_steps=own.num_inference_steps,

@@ -9,7 +9,7 @@ from typing import Any
 from cluster.metrics import StageMetrics, export_regularly
 from cluster.replica_port import follow_ray_to_loopback
 from deployments.config import ModelConfig
-from deployments.request import NO_NEWS, GenerationRequest, StreamOptions
+from deployments.request import NO_NEWS, GenerationRequest, InputPictures, StreamOptions
 from serve_app.config import LimitsConfig
 from serve_app.errors import Overloaded
 from serve_app.generation import Event, Picture, Stages, generate
@@ -41,20 +41,24 @@ class Relay:
         self._statuses = LastSeen(lambda: stage_statuses(self._stages.by_name))
         export_regularly(self._metrics.export_requests)
 
-    async def run(self, requests: list[GenerationRequest]) -> list[Picture]:
-        """Pictures in the order of their requests. Raises a RelayError."""
-        pictures: dict[int, Picture] = {}
-        async with aclosing(self.events(requests)) as events:
+    async def run(self, requests: list[GenerationRequest], pictures: InputPictures | None = None) -> list[Picture]:
+        """Pictures in the order of their requests. Raises a RelayError.
+
+        pictures: that go in.
+        """
+        made: dict[int, Picture] = {}
+        async with aclosing(self.events(requests, pictures=pictures)) as events:
             async for event in events:
                 if event is not None and isinstance(event.news, Picture):
-                    pictures[event.index] = event.news
-        return [pictures[i] for i in range(len(requests))]
+                    made[event.index] = event.news
+        return [made[i] for i in range(len(requests))]
 
     async def events(
         self,
         requests: list[GenerationRequest],
         options: StreamOptions = NO_NEWS,
         *,
+        pictures: InputPictures | None = None,
         heartbeat_s: float | None = None,
     ) -> AsyncGenerator[Event | None, None]:
         """What happens until all pictures are there, as `generate` tells it. Raises a RelayError."""
@@ -63,7 +67,9 @@ class Relay:
             raise Overloaded(f"{self._metrics.num_in_flight} requests are in progress; the limit is {limit}")
         with self._metrics.request():
             timeout_s = self._limits.request_timeout_s
-            news = generate(self._stages, requests, options, timeout_s=timeout_s, heartbeat_s=heartbeat_s)
+            news = generate(
+                self._stages, requests, options, pictures, timeout_s=timeout_s, heartbeat_s=heartbeat_s
+            )
             async with aclosing(news) as events:
                 async for event in events:
                     yield event

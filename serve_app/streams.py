@@ -22,6 +22,11 @@ _ending: set["asyncio.Task[None]"] = set()
 """The event loop holds tasks weakly."""
 
 
+def reference(value: Any) -> Any:
+    """To what several calls of deployments are given alike: it crosses to each node once."""
+    return ray.put(value)
+
+
 @asynccontextmanager
 async def reference_stream(call: Callable[[], Any]) -> AsyncIterator[Any]:
     """The ObjectRefGenerator of `call`, which calls a handle; it is cancelled when the block raises."""

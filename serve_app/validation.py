@@ -45,6 +45,7 @@ class Validator:
     def __init__(self, model: ModelConfig, limits: LimitsConfig) -> None:
         self._model, self._limits = model, limits
         self.family, self.defaults = model.architecture, model.request_defaults
+        self.call = self.family.call
         self.geometry, self.default_size = model.geometry, model.default_size
 
     def requests(self, fields: Mapping[str, Any]) -> list[GenerationRequest]:
@@ -131,7 +132,7 @@ class Validator:
         width, height = self._size(body.size)
         self._check_sides(width, height, own["output_format"])
         guidance_scale, true_cfg_scale = self._guidance(body)
-        is_guided = self.family.is_guided(guidance_scale, true_cfg_scale, negative is not None)
+        is_guided = self.call.is_guided(guidance_scale, true_cfg_scale, negative is not None)
         return {
             "prompt": Prompt(body.prompt, negative if is_guided else None, is_guided),
             "width": width,
@@ -199,7 +200,7 @@ class Validator:
         for param in ("guidance_scale", "true_cfg_scale"):
             asked, default = getattr(body, param), getattr(self.defaults, param)
             if asked is not None and default is None:
-                raise BadRequest(f"{param} means nothing to {self.family.name}; use {self.family.guidance}", param)
+                raise BadRequest(f"{param} means nothing to {self.family.name}; use {self.call.guidance}", param)
             scales.append(default if asked is None else asked)
         return scales[0], scales[1]
 

@@ -14,8 +14,11 @@ Stage = Literal["encode", "denoise", "decode"]
 ModelIndex = Mapping[str, Any]
 """A checkpoint's model_index.json: component names with [library, class], and settings."""
 
-NEVER_LOADED = frozenset({"safety_checker", "feature_extractor", "image_encoder", "watermark"})
-"""No stage has them, and pipelines that draw from a prompt do without."""
+SEE_PICTURES = frozenset({"processor", "image_processor", "feature_extractor", "image_encoder"})
+"""What the encode stage shows pictures to, of pipelines that need some. Others have an image encoder for IP-
+Adapters, or to look for what is not safe."""
+NEVER_LOADED = frozenset({"safety_checker", "watermark"}) | SEE_PICTURES
+"""Pipelines do without."""
 
 
 def fetch_stage(model: ModelConfig, stage: Stage) -> tuple[Path, ModelIndex]:
@@ -34,10 +37,11 @@ def read_index(folder: Path) -> ModelIndex:
 def stage_components(index: ModelIndex, family: Family, stage: Stage) -> frozenset[str]:
     """Names of the components that `stage` needs."""
     if stage == "encode":
-        texts = frozenset(n for n in component_names(index) if n.startswith(("text_encoder", "tokenizer")))
-        return texts | {"scheduler"}
+        names = component_names(index)
+        texts = frozenset(n for n in names if n.startswith(("text_encoder", "tokenizer")))
+        return texts | (SEE_PICTURES & names if family.call.kind != "generate" else frozenset()) | {"scheduler"}
     if stage == "decode":
-        return frozenset({"vae"})
+        return frozenset({"vae", "scheduler"})
     return frozenset({family.denoiser, "scheduler", *(("vae",) if family.reads_vae_buffers else ())})
 
 

@@ -6,11 +6,11 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from functools import cache, partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from deployments.families import FAMILIES, Defaults, Family, Geometry
+from deployments.families import FAMILIES, Family, Geometry
+from deployments.families.calls import find_calls
 from deployments.families.geometry import Configs
 
 DERIVE = "deployments.stages.derive"
@@ -23,8 +23,10 @@ def derive_family(folder: Path, pipeline_class: str) -> tuple[Family, Geometry]:
 
     Raises ValueError if its pipeline cannot be served.
     """
-    if f'"{pipeline_class}"' not in _names_of_diffusers():
-        raise _refusal(folder, pipeline_class, "the installed diffusers has none of that name")
+    try:
+        find_calls(pipeline_class)
+    except ValueError as error:
+        raise _refusal(folder, pipeline_class, str(error)) from error
     command = [sys.executable, "-m", DERIVE, str(folder)]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     ran = subprocess.run(
@@ -38,13 +40,12 @@ def derive_family(folder: Path, pipeline_class: str) -> tuple[Family, Geometry]:
 def read_derived(pipeline_class: str, told: Mapping[str, Any]) -> tuple[Family, Geometry]:
     """What `Derived.describe` (stages/derive.py) has told."""
     own = dict(told)
-    geometry, defaults = Geometry(**own.pop("geometry")), Defaults(**own.pop("defaults"))
+    geometry = Geometry(**own.pop("geometry"))
     family = Family(
         name=pipeline_class,
         pipeline_class=pipeline_class,
         geometry=partial(_given, geometry),
         published={},
-        defaults=defaults,
         **own,
     )
     return family, geometry
@@ -52,13 +53,6 @@ def read_derived(pipeline_class: str, told: Mapping[str, Any]) -> tuple[Family, 
 
 def _given(geometry: Geometry, _configs: Configs) -> Geometry:
     return geometry
-
-
-def _names_of_diffusers() -> str:
-    spec = find_spec("diffusers")
-    assert spec is not None
-    assert spec.origin is not None
-    return Path(spec.origin).read_text(encoding="utf-8")
 
 
 def _refusal(folder: Path, pipeline_class: str, reason: str) -> ValueError:

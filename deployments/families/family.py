@@ -4,19 +4,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from deployments.families.calls import Call, find_calls
 from deployments.families.geometry import Configs, Geometry
 from deployments.memory.config import Dtype
-
-
-@dataclass(frozen=True)
-class Defaults:
-    """What a request that says nothing gets beside its size: the defaults of the pipeline's `__call__`."""
-
-    num_inference_steps: int
-    guidance_scale: float | None
-    true_cfg_scale: float | None
-    negative_prompt: str | None = None
-    fps: int = 16
+from deployments.request import CallKind
 
 
 @dataclass(frozen=True)
@@ -28,18 +19,10 @@ class Family:
     """`_class_name` in a checkpoint's model_index.json."""
     denoiser: str
     """The component's name."""
-    media: Literal["image", "video"]
     geometry: Callable[[Configs], Geometry]
     """As the pipeline computes it from its components' configs. Raises ValueError."""
     published: Configs
     """Of the published model, what `geometry` reads: for whoever cannot read the checkpoint."""
-    defaults: Defaults
-    guidance: Literal["guidance_scale", "true_cfg_scale"]
-    """Which field scales classifier-free guidance (two forward passes); above 1 it is on."""
-    needs_negative_prompt: bool
-    """Whether guidance is on only when a negative prompt is given."""
-    max_sequence_length: int | None
-    """Text tokens per prompt, as in the pipeline's `__call__`; None where the tokenizer alone decides."""
     reads_vae_buffers: bool = False
     """Whether the VAE's files hold more than parameters, which the pipeline may read before it decodes."""
     upcasts_vae: bool = False
@@ -50,7 +33,21 @@ class Family:
         upcasts = self.upcasts_vae and dtype == "float16" and vae_config.get("force_upcast")
         return "float32" if upcasts else dtype
 
-    def is_guided(self, guidance_scale: float | None, true_cfg_scale: float | None, negative: bool) -> bool:
-        """Whether the pipeline will run a second, unconditional pass."""
-        scale = guidance_scale if self.guidance == "guidance_scale" else true_cfg_scale
-        return scale is not None and scale > 1 and (negative or not self.needs_negative_prompt)
+    @property
+    def calls(self) -> Mapping[CallKind, Call]:
+        """What may be asked of its components, by kind; what they were trained for comes first."""
+        return find_calls(self.pipeline_class)
+
+    @property
+    def call(self) -> Call:
+        """The first of them."""
+        return next(iter(self.calls.values()))
+
+    @property
+    def media(self) -> Literal["image", "video"]:
+        return self.call.media
+
+    @property
+    def max_sequence_length(self) -> int | None:
+        """Text tokens per prompt; None where the tokenizer alone decides."""
+        return self.call.max_sequence_length

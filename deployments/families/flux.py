@@ -1,6 +1,6 @@
 """FLUX.1: guidance is distilled into the model; a negative prompt and true_cfg_scale > 1 add a pass."""
 
-from deployments.families.family import Defaults, Family
+from deployments.families.family import Family
 from deployments.families.geometry import Configs, Geometry, blocks_factor
 
 DEFAULT_SAMPLE_SIZE = 128
@@ -17,11 +17,6 @@ FLUX = Family(
     name="flux",
     pipeline_class="FluxPipeline",
     denoiser="transformer",
-    media="image",
     geometry=_geometry,
     published={"vae": {"block_out_channels": (128, 256, 512, 512), "latent_channels": 16}},
-    defaults=Defaults(num_inference_steps=28, guidance_scale=3.5, true_cfg_scale=1.0),
-    guidance="true_cfg_scale",
-    needs_negative_prompt=True,
-    max_sequence_length=512,
 )

@@ -1,6 +1,6 @@
 """Qwen-Image: guidance by true_cfg_scale and a negative prompt, two forwards a step."""
 
-from deployments.families.family import Defaults, Family
+from deployments.families.family import Family
 from deployments.families.flux import DEFAULT_SAMPLE_SIZE
 from deployments.families.geometry import Configs, Geometry
 
@@ -16,11 +16,6 @@ QWEN_IMAGE = Family(
     name="qwen-image",
     pipeline_class="QwenImagePipeline",
     denoiser="transformer",
-    media="image",
     geometry=_geometry,
     published={"vae": {}},
-    defaults=Defaults(num_inference_steps=50, guidance_scale=None, true_cfg_scale=4.0),
-    guidance="true_cfg_scale",
-    needs_negative_prompt=True,
-    max_sequence_length=512,
 )

@@ -3,15 +3,8 @@
 from math import lcm
 from typing import Any
 
-from deployments.families.family import Defaults, Family
+from deployments.families.family import Family
 from deployments.families.geometry import Config, Configs, Geometry, blocks_factor, sample_sides, unet_sample_size
-
-PAIR = ("prompt_embeds", "negative_prompt_embeds")
-CLIP_TOKENS = 77
-"""Of every prompt: CLIP pads to this length."""
-_NUM_TIME_IDS = 6
-"""SDXL's original size, crop and target size, which its UNet embeds beside the pooled text."""
-POOLED_PAIR = ("pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
 
 def _geometry_sd15(configs: Configs) -> Geometry:
@@ -46,45 +39,27 @@ def _vae(latent_channels: int) -> Config:
     return {"block_out_channels": (128, 256, 512, 512), "latent_channels": latent_channels}
 
 
-def _family(name: str, pipeline_class: str, defaults: Defaults, **own: Any) -> Family:
-    return Family(
-        name=name,
-        pipeline_class=pipeline_class,
-        media="image",
-        defaults=defaults,
-        guidance="guidance_scale",
-        needs_negative_prompt=False,
-        **own,
-    )
-
-
-SD15 = _family(
-    "sd15",
-    "StableDiffusionPipeline",
-    Defaults(num_inference_steps=50, guidance_scale=7.5, true_cfg_scale=None),
+SD15 = Family(
+    name="sd15",
+    pipeline_class="StableDiffusionPipeline",
     denoiser="unet",
     geometry=_geometry_sd15,
     published={"unet": {"sample_size": 64}, "vae": _vae(4)},
-    max_sequence_length=None,
 )
 
-SDXL = _family(
-    "sdxl",
-    "StableDiffusionXLPipeline",
-    Defaults(num_inference_steps=50, guidance_scale=5.0, true_cfg_scale=None),
+SDXL = Family(
+    name="sdxl",
+    pipeline_class="StableDiffusionXLPipeline",
     denoiser="unet",
     geometry=_geometry_sdxl,
     published={"unet": {"sample_size": 128}, "vae": _vae(4)},
-    max_sequence_length=None,
     upcasts_vae=True,
 )
 
-SD3 = _family(
-    "sd3",
-    "StableDiffusion3Pipeline",
-    Defaults(num_inference_steps=28, guidance_scale=7.0, true_cfg_scale=None),
+SD3 = Family(
+    name="sd3",
+    pipeline_class="StableDiffusion3Pipeline",
     denoiser="transformer",
     geometry=_geometry_sd3,
     published={"transformer": {"sample_size": 128, "pos_embed_max_size": 192}, "vae": _vae(16)},
-    max_sequence_length=256,
 )

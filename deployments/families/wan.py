@@ -2,7 +2,7 @@
 
 from math import lcm
 
-from deployments.families.family import Defaults, Family
+from deployments.families.family import Family
 from deployments.families.geometry import Configs, Geometry
 
 
@@ -26,11 +26,6 @@ WAN = Family(
     name="wan",
     pipeline_class="WanPipeline",
     denoiser="transformer",
-    media="video",
     geometry=_geometry,
     published={"transformer": {}, "vae": {}},
-    defaults=Defaults(num_inference_steps=50, guidance_scale=5.0, true_cfg_scale=None, fps=16),
-    guidance="guidance_scale",
-    needs_negative_prompt=False,
-    max_sequence_length=512,
 )

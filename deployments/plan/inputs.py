@@ -11,6 +11,7 @@ from deployments.engine.stand_in import StandIn
 from deployments.request import MediaSize
 from deployments.stages.blank import BlankTexts
 from deployments.stages.call import PipelineCall
+from deployments.stages.pictures import blank_pictures
 from deployments.stages.pipeline import load_pipeline
 from deployments.warm_up import default_request
 
@@ -37,14 +38,16 @@ def denoiser_inputs(
         raise _Called(inputs)
 
     pipe = load_pipeline(denoiser.folder, denoiser.index, frozenset({"scheduler"}), config, variant=None)
-    call = PipelineCall(pipe)
+    call = PipelineCall(pipe, model.architecture.call)
     cpu = torch.device("cpu")
     stand_in = StandIn(denoiser.skeleton, dtype=denoiser.dtype, device=cpu, submit=submit)
     blank = BlankTexts(denoiser.folder, denoiser.index, denoiser.dtype).on(cpu)
+    request = default_request(model, size)
     try:
         call.denoise(
-            default_request(model, size),
+            request,
             {denoiser.name: stand_in, **blank},
+            pictures=blank_pictures(request),
             max_sequence_length=num_text_tokens or None,
         )
     except _Called as called:

@@ -15,6 +15,8 @@ from transformers import AutoConfig
 from deployments.checkpoints.components import ModelIndex, component_names
 from deployments.checkpoints.json_file import read_json
 
+PICTURE_TOKENS = 256
+"""Of a text with a picture in it: more than any template's own, which pipelines cut off."""
 LEAST_TOKENS = 8
 """Of a text where nothing says how long it is padded or cut to."""
 _CLIP_TOKENS = 77
@@ -22,7 +24,7 @@ _CLIP_TOKENS = 77
 
 
 class BlankTexts:
-    """The tokenizers and text encoders of a checkpoint, without what they know."""
+    """The tokenizers and encoders of a checkpoint, of texts and of pictures with them, without what they know."""
 
     def __init__(self, folder: Path, index: ModelIndex, dtype: torch.dtype) -> None:
         self._dtype = dtype
@@ -31,14 +33,18 @@ class BlankTexts:
         for name in component_names(index):
             if name.startswith("tokenizer"):
                 self._tokenizers[name] = BlankTokenizer(folder / name)
-            elif name.startswith("text_encoder"):
+            elif name in ("processor", "image_processor", "feature_extractor"):
+                self._tokenizers[name] = BlankProcessor()
+            elif name.startswith("text_encoder") or name == "image_encoder":
                 config = AutoConfig.from_pretrained(folder / name, local_files_only=True)
                 self._encoders[name] = index[name][1], config
 
     def on(self, device: torch.device) -> dict[str, Any]:
         """By component name, for one call of the pipeline there."""
         encoders = {
-            name: BlankTextEncoder(class_name, config, device=device, dtype=self._dtype)
+            name: BlankImageEncoder(config, device=device, dtype=self._dtype)
+            if name == "image_encoder"
+            else BlankTextEncoder(class_name, config, device=device, dtype=self._dtype)
             for name, (class_name, config) in self._encoders.items()
         }
         return self._tokenizers | encoders
@@ -65,6 +71,28 @@ class BlankTokenizer:
     def batch_decode(self, ids: torch.Tensor, *_: Any, **__: Any) -> list[str]:
         """For pipelines that warn of what they cut off."""
         return [""] * len(ids)
+
+    def apply_chat_template(self, *_: Any, **__: Any) -> str:
+        return ""
+
+
+class BlankProcessor:
+    """Of pictures, with a text or alone."""
+
+    def __call__(self, images: Any = None, text: Any = None, **_: Any) -> "BlankTokens":
+        num = len(text) if isinstance(text, list) else 1
+        if text is None:
+            return BlankTokens(pixel_values=torch.zeros(num, 3, 1, 1))
+        ids = torch.zeros(num, PICTURE_TOKENS, dtype=torch.long)
+        return BlankTokens(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values=torch.zeros(num, 3, 1, 1),
+            image_grid_thw=torch.ones(num, 3, dtype=torch.long),
+        )
+
+    def preprocess(self, images: Any = None, **_: Any) -> "BlankTokens":
+        return self(images)
 
     def apply_chat_template(self, *_: Any, **__: Any) -> str:
         return ""
@@ -98,6 +126,23 @@ class BlankTextEncoder(nn.Module):
         if self._is_projected:
             return BlankOutput({"text_embeds": hidden.new_zeros(batch, text.projection_dim), **outputs})
         return BlankOutput(outputs | {"pooler_output": hidden.new_zeros(batch, text.hidden_size)})
+
+
+class BlankImageEncoder(nn.Module):
+    """Zeros, as many as its config says that a picture has patches."""
+
+    def __init__(self, config: Any, *, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config, self.device, self.dtype = config, device, dtype
+
+    def forward(self, pixel_values: torch.Tensor, **_: Any) -> "BlankOutput":
+        vision = getattr(self.config, "vision_config", self.config)
+        num_patches = (vision.image_size // vision.patch_size) ** 2
+        num_patches += "siglip" not in vision.model_type  # CLIP's class token
+        shape = (len(pixel_values), num_patches, vision.hidden_size)
+        hidden = torch.zeros(shape, dtype=self.dtype, device=pixel_values.device)
+        every = (hidden,) * (vision.num_hidden_layers + 1)
+        return BlankOutput({"last_hidden_state": hidden, "hidden_states": every, "image_embeds": hidden[:, 0]})
 
 
 class BlankOutput:

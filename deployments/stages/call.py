@@ -1,23 +1,28 @@
 """Diffusers' own pipeline call, of which each stage does its part.
 
 encode   runs until the denoiser is asked, and keeps what the methods returned that reach a text encoder
-denoise  answers those methods with it, and runs until the VAE is asked to decode: with what, is the result
+prepare  (where pictures go in) answers those methods with it, and keeps what `vae.encode` returned until then
+denoise  answers both, and runs until the VAE is asked to decode: with what, is the result
 """
 
 import copy
 import functools
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from inspect import signature
 from types import MethodType
 from typing import Any, NamedTuple
 
+import diffusers
 import torch
 
-from deployments.request import DecodeArguments, Encodings, GenerationRequest
+from deployments.families import Call
+from deployments.request import CallKind, DecodeArguments, Encodings, GenerationRequest
 from deployments.stages.draws import Draws
 from deployments.stages.encoding_methods import encoding_methods
+from deployments.stages.pictures import picture_arguments
+from deployments.stages.posterior import Encode, EncodingVae, blank
 from deployments.stages.stub import Reached
 
 Method = Callable[..., Any]
@@ -25,19 +30,47 @@ AfterStep = Callable[[Any, int, torch.Tensor], None]
 """(scheduler, index of the timestep that is done, latents after it)"""
 
 
+Pictures = Mapping[str, Any]
+"""`image`, a list, and `mask_image`: pictures.py opens them."""
+NO_PICTURES: Pictures = {}
+
+
+class PipelineCalls:
+    """All kinds of call of one checkpoint."""
+
+    def __init__(
+        self, pipe: Any, calls: Mapping[CallKind, Call], place: Callable[[Any], Any] = lambda value: value
+    ) -> None:
+        """
+        Args:
+            pipe: the checkpoint's own pipeline, of whose components the others are made.
+            place: as PipelineCall's.
+        """
+        first, *others = calls.values()
+        pipes = {first.kind: pipe} | {call.kind: related_pipeline(pipe, call) for call in others}
+        self._calls = {kind: PipelineCall(each, calls[kind], place) for kind, each in pipes.items()}
+
+    def of(self, request: GenerationRequest) -> "PipelineCall":
+        return self._calls[request.kind]
+
+    def __iter__(self) -> Iterator["PipelineCall"]:
+        return iter(self._calls.values())
+
+
 class PipelineCall:
-    """A checkpoint's pipeline, with stubs for the models that this stage lacks. Thread-safe.
+    """One pipeline's call, with stubs for the models that this stage lacks. Thread-safe.
 
     Every request has a shallow copy of the pipeline, and a scheduler of its own (schedulers keep their state in
     themselves). So every scheduler and guidance mode of diffusers works, and the result is the pipeline's.
     """
 
-    def __init__(self, pipe: Any, place: Callable[[Any], Any] = lambda value: value) -> None:
+    def __init__(self, pipe: Any, call: Call, place: Callable[[Any], Any] = lambda value: value) -> None:
         """place: puts what the encode stage kept where this stage computes, each time it is asked for."""
         self._pipe, self._place = pipe, place
-        encoders = frozenset(name for name in pipe.components if name.startswith("text_encoder"))
+        self.kind, self._takes_several = call.kind, call.max_images > 1
+        encoders = {name for name in pipe.components if name.startswith("text_encoder")} | {"image_encoder"}
         pipeline_class: Any = type(pipe)
-        self._methods = encoding_methods(pipeline_class, encoders)
+        self._methods = encoding_methods(pipeline_class, frozenset(encoders))
 
     def __str__(self) -> str:
         return f"{type(self._pipe).__name__} with {type(self._pipe.scheduler).__name__}"
@@ -47,16 +80,26 @@ class PipelineCall:
         request: GenerationRequest,
         replace: Callable[[str, Method], Method],
         *,
+        pictures: Pictures = NO_PICTURES,
         max_sequence_length: int | None,
     ) -> None:
         """Up to the first forward of a denoiser.
 
         replace: (name, encoding method of the pipeline) -> what is called in its place.
         """
-        pipe = self._copy()
+        pipe = self._copy(blank(self._pipe.vae))
         vars(pipe).update({name: replace(name, getattr(pipe, name)) for name in self._methods})
         with suppress(Reached):
-            self._run(pipe, request, max_sequence_length)
+            self._run(pipe, request, pictures, max_sequence_length)
+
+    def prepare(
+        self, request: GenerationRequest, encodings: Encodings, pictures: Pictures, encode: Encode
+    ) -> None:
+        """Up to the first forward of a denoiser. encode: what is called in place of `vae.encode`."""
+        pipe = self._copy(encode)
+        self._replay(pipe, encodings)
+        with suppress(Reached):
+            self._run(pipe, request, pictures, None)
 
     def denoise(
         self,
@@ -64,6 +107,8 @@ class PipelineCall:
         components: Mapping[str, Any],
         encodings: Encodings | None = None,
         *,
+        encode: Encode | None = None,
+        pictures: Pictures = NO_PICTURES,
         draws: Draws | None = None,
         after_step: AfterStep | None = None,
         max_sequence_length: int | None = None,
@@ -73,15 +118,17 @@ class PipelineCall:
         Args:
             components: what stands for the denoisers, by name; without encodings, for the text models too.
             encodings: what the encode stage kept, where it is needed.
+            encode: what is called in place of `vae.encode`; None: zeros are its answer.
+            pictures: that go in.
             draws: for schedulers that are given no generator.
         """
-        pipe = self._copy()
+        pipe = self._copy(encode or blank(self._pipe.vae))
         vars(pipe).update(components)
         if encodings is not None:
             self._replay(pipe, encodings)
         if draws is not None or after_step is not None:
             _watch_steps(pipe.scheduler, draws, after_step)
-        return self._until_decode(pipe, request, max_sequence_length)
+        return self._until_decode(pipe, request, pictures, max_sequence_length)
 
     def finish(
         self,
@@ -89,21 +136,27 @@ class PipelineCall:
         components: Mapping[str, Any],
         encodings: Encodings,
         latents: torch.Tensor,
+        *,
+        encode: Encode | None = None,
+        pictures: Pictures = NO_PICTURES,
     ) -> DecodeArguments:
         """What the pipeline would decode if these were the latents after its last step.
 
         components: denoisers that predict nothing and cost nothing.
         """
-        pipe = self._copy()
+        pipe = self._copy(encode or blank(self._pipe.vae))
         vars(pipe).update(components)
         self._replay(pipe, encodings)
         vars(pipe.scheduler)["step"] = lambda *_, **__: _Step(latents, latents)
-        return self._until_decode(pipe, request, None)
+        return self._until_decode(pipe, request, pictures, None)
 
-    def _copy(self) -> Any:
+    def _copy(self, encode: Encode) -> Any:
+        """encode: in place of the VAE's."""
         pipe = copy.copy(self._pipe)
         # Not by setattr, which would write each into the pipeline's config.
         vars(pipe)["scheduler"] = copy.deepcopy(self._pipe.scheduler)
+        if self.kind != "generate":
+            vars(pipe)["vae"] = EncodingVae(self._pipe.vae, encode)
         return pipe
 
     def _replay(self, pipe: Any, encodings: Encodings) -> None:
@@ -121,10 +174,10 @@ class PipelineCall:
         vars(pipe).update({name: replay(name) for name in self._methods})
 
     def _until_decode(
-        self, pipe: Any, request: GenerationRequest, max_sequence_length: int | None
+        self, pipe: Any, request: GenerationRequest, pictures: Pictures, max_sequence_length: int | None
     ) -> DecodeArguments:
         try:
-            self._run(pipe, request, max_sequence_length)
+            self._run(pipe, request, pictures, max_sequence_length)
         except Reached as reached:
             args, kwargs = reached.arguments
             return DecodeArguments(
@@ -132,9 +185,28 @@ class PipelineCall:
             )
         raise RuntimeError(f"{self} ended without decoding anything")
 
-    def _run(self, pipe: Any, request: GenerationRequest, max_sequence_length: int | None) -> None:
+    def _run(
+        self, pipe: Any, request: GenerationRequest, pictures: Pictures, max_sequence_length: int | None
+    ) -> None:
         """Always ends by an exception: Reached, or a fault."""
-        pipe(**call_arguments(type(pipe), request, max_sequence_length))
+        arguments = call_arguments(type(pipe), request, max_sequence_length)
+        if pictures:
+            pipeline_class: Any = type(pipe)
+            parameters = _parameters(pipeline_class)
+            arguments |= picture_arguments(pictures, request, parameters, takes_several=self._takes_several)
+        pipe(**arguments)
+
+
+def related_pipeline(pipe: Any, call: Call) -> Any:
+    """Another class over the same components, as `from_pipe` makes it, without those that it does not know."""
+    pipeline_class = getattr(diffusers, call.pipeline_class)
+    wanted = signature(pipeline_class.__init__).parameters
+    related = pipeline_class(
+        **{name: part for name, part in pipe.components.items() if name in wanted},
+        **{name: value for name, value in pipe.config.items() if name in wanted and name not in pipe.components},
+    )
+    related.set_progress_bar_config(disable=True)
+    return related
 
 
 def call_arguments(
@@ -150,6 +222,8 @@ def call_arguments(
         "num_inference_steps": request.num_inference_steps,
         "guidance_scale": request.guidance_scale,
         "true_cfg_scale": request.true_cfg_scale,
+        "strength": request.strength,
+        "frame_rate": request.fps,
         "max_sequence_length": max_sequence_length,
         "generator": torch.Generator("cpu").manual_seed(request.seed),
         "output_type": "np",
@@ -179,11 +253,14 @@ def _watch_steps(scheduler: Any, draws: Draws | None, after_step: AfterStep | No
     generator, and those that copy their scheduler copy it too."""
     original = type(scheduler).step
     drawing = original if draws is None else draws.within(original)
-    num_done = 0
+    # Of a picture that is drawn anew, the first timesteps are left out.
+    num_done: int | None = None
 
     @functools.wraps(original)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal num_done
+        if num_done is None:
+            num_done = getattr(self, "begin_index", None) or 0
         result = drawing(self, *args, **kwargs)
         num_done += 1
         if after_step is not None:

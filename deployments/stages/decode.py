@@ -1,6 +1,8 @@
-"""Latents to pixels."""
+"""Latents to pixels; and pictures that go in to what their latents are drawn from."""
 
+import logging
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,18 +11,33 @@ from deployments.checkpoints.components import fetch_stage, stage_components
 from deployments.checkpoints.geometry import with_geometry
 from deployments.config import ModelConfig, VaeConfig
 from deployments.device import resolve_device, resolve_dtype
+from deployments.embedding_cache import EmbeddingCache
 from deployments.memory.keeper import Keeper
 from deployments.memory.on_demand import turn_to_load
 from deployments.memory.share import take_share
 from deployments.memory.tiling import set_tiles
 from deployments.refusal import CannotServe, describe_cause
-from deployments.request import DecodeArguments, GenerationRequest, MediaSize
+from deployments.request import (
+    DecodeArguments,
+    Encodings,
+    GenerationRequest,
+    InputPictures,
+    MediaSize,
+    Posteriors,
+    num_bytes,
+)
+from deployments.stages.call import PipelineCalls
+from deployments.stages.call_key import call_key
 from deployments.stages.finite import FiniteCheck, dtype_advice
 from deployments.stages.foresee import DecodeForesight, decode_inputs
 from deployments.stages.media import MEDIA_TYPES, Frames, encode_media
+from deployments.stages.pictures import open_pictures
 from deployments.stages.pipeline import load_pipeline, loaded_models
-from deployments.stages.tensors import to_device
+from deployments.stages.posterior import given, kept
+from deployments.stages.tensors import to_cpu, to_device
 from deployments.warm_up import WarmUp
+
+log = logging.getLogger("ray.serve")
 
 
 class Decoding:
@@ -31,6 +48,9 @@ class Decoding:
         model = with_geometry(model)
         self._family, self._geometry = model.architecture, model.geometry
         self.finite = FiniteCheck()
+        self.cache = EmbeddingCache(int(config.cache_mib * 2**20))
+        self.num_encoded = 0
+        """Pictures that went in and were not in the cache."""
         folder, index = fetch_stage(model, "decode")
         keep = stage_components(index, self._family, "decode")
         self._device = resolve_device(config)
@@ -51,6 +71,7 @@ class Decoding:
                 set_tiles(vae, config.tiling)
                 own.append(f"tiling: {config.tiling.tile_size or 'as the VAE has it'}")
             self.keeper = Keeper(loaded_models(self._pipe), config, self._device, own=own, share=share)
+        self._calls = PipelineCalls(self._pipe, self._family.calls)
         self._foresee: DecodeForesight | None = None
         if self.keeper.needs.is_limited:
             self._foresee = DecodeForesight(type(self._pipe.vae), folder, config, self._geometry)
@@ -87,6 +108,48 @@ class Decoding:
         if self._foresee is not None:
             size = request.size
             self.keeper.needs.at_most(size, f"decoding {size}", partial(self._foresee, size))
+
+    @torch.no_grad()
+    def prepare(self, encodings: Encodings, request: GenerationRequest, pictures: InputPictures) -> Posteriors:
+        """What the VAE makes of the pictures that go in, on the CPU. Raises NotFinite, WrongField, OutOfShare."""
+        opened = open_pictures(pictures)
+        made: list[tuple[str, Any]] = []
+        failed: list[Exception] = []
+
+        def encode(pixels: torch.Tensor, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
+            try:
+                kind, tensor = self._encode(pixels, args, kwargs)
+            except Exception as error:
+                failed.append(error)
+                raise
+            made.append((kind, tensor))
+            return given(kind, tensor, return_dict=return_dict)
+
+        call = self._calls.of(request)
+        try:
+            with self.keeper.at_work():
+                call.prepare(request, encodings, opened, encode)
+        except Exception as error:
+            if error in failed:
+                raise
+            # It fails in the denoise stage too, which knows what to say of it.
+            log.debug("%s fails beside its VAE: %s", call, error)
+        finally:
+            self.keeper.release()
+        return tuple(made)
+
+    def _encode(self, pixels: torch.Tensor, args: Any, kwargs: Any) -> tuple[str, torch.Tensor]:
+        """`vae.encode` of pictures, unless they were seen lately."""
+        key = call_key("encode", (pixels, *args), kwargs)
+        made: tuple[str, torch.Tensor] | None = self.cache.get(key)
+        if made is None:
+            self.num_encoded += 1
+            args, kwargs = to_device((args, kwargs), self._device, self._dtype)
+            output = self._pipe.vae.encode(pixels.to(self._device, self._dtype), *args, **kwargs)
+            made = to_cpu(kept(output))
+            self.finite.check(made[1], self._explain_encoded)
+            self.cache.put(key, made, num_bytes(made))
+        return made
 
     @torch.no_grad()
     def decode(self, arguments: DecodeArguments, request: GenerationRequest) -> Frames:
@@ -132,6 +195,10 @@ class Decoding:
     def _explain(self) -> str:
         advice = dtype_advice("vae.dtype", self._dtype)
         return f"the pixels that {type(self._pipe.vae).__name__} decoded are NaN or infinite: {advice}"
+
+    def _explain_encoded(self) -> str:
+        advice = dtype_advice("vae.dtype", self._dtype)
+        return f"what {type(self._pipe.vae).__name__} made of the picture is NaN or infinite: {advice}"
 
     def _to_uint8(self, frame: torch.Tensor) -> Frames:
         """By the pipeline's own processor, [1, C, H, W] -> [1, H, W, C]. Raises NotFinite."""

@@ -27,15 +27,17 @@ from deployments.engine.stand_in import StandIn
 from deployments.engine.step_queue import Seat
 from deployments.engine.work import Leader
 from deployments.refusal import CannotServe, WrongField, describe_cause
-from deployments.request import DecodeArguments, Encodings, GenerationRequest
+from deployments.request import DecodeArguments, Encodings, GenerationRequest, InputPictures, Posteriors
 from deployments.stages.blank import BlankTexts
-from deployments.stages.call import AfterStep, PipelineCall
+from deployments.stages.call import AfterStep, Pictures, PipelineCalls
 from deployments.stages.draws import Draws
 from deployments.stages.finite import FiniteCheck, dtype_advice
 from deployments.stages.follow import rank_stats
 from deployments.stages.foresee import ForwardForesight
 from deployments.stages.partial import PartialLatents
+from deployments.stages.pictures import blank_pictures, open_pictures
 from deployments.stages.pipeline import load_pipeline
+from deployments.stages.posterior import Encode, replay
 from deployments.stages.tensors import each_tensor, to_cpu, to_device
 from deployments.stages.trial import Trial
 from deployments.stages.zeros import Zeros
@@ -65,10 +67,10 @@ class Denoising:
         pipe.vae.dtype = resolve_dtype(model.vae_dtype or config.dtype)
         # Not once for the whole request: many a pipeline joins what it gets, and has no more need of it.
         place = partial(to_device, device=self._denoiser.device, dtype=self._denoiser.dtype)
-        self._call = PipelineCall(pipe, place)
+        self._calls = PipelineCalls(pipe, self._family.calls, place)
         self._zeros = Zeros(self._denoiser.skeleton)
         self._blank = BlankTexts(folder, index, self._denoiser.dtype)
-        self._trial = Trial(self._call, pipe, self._blank, model, self._denoiser)
+        self._trial = Trial(self._calls, pipe, self._blank, model, self._denoiser)
         self._draws_noise = self._trial.start()
         self.finite = FiniteCheck()
         self.loaded = load_rank(self._denoiser, model, config, rank=0)
@@ -162,33 +164,47 @@ class Denoising:
         num_partial_images: int = 0,
         on_partial: OnPartial | None = None,
         *,
+        posteriors: Posteriors = (),
+        pictures: InputPictures | None = None,
         max_sequence_length: int | None = None,
     ) -> DecodeArguments:
         """What the pipeline's VAE is to decode, on the CPU. Blocks.
 
         Args:
-            encodings: the encode stage's; None: blank ones, as long as max_sequence_length lets them be.
+            encodings: the encode stage's; None: blank ones, as long as max_sequence_length lets them be, and
+                blank pictures where some are to go in.
+            posteriors: the decode stage's, of `pictures`.
 
         Raises Cancelled, WrongField, NotFinite, OutOfShare, or what the engine does.
         """
         with self.loaded.keeper.naming(), accelerator.on_stream(self._stream):
             components = self._stand_in(partial(self.engine.forward, seat))
+            opened = open_pictures(pictures)
+            encode: Encode | None = None
             if encodings is None:
                 components |= self._blank.on(self._denoiser.device)
+                opened = blank_pictures(request)
+            elif opened:
+                encode = self._replay(posteriors)
+            call = self._calls.of(request)
             try:
-                arguments = self._call.denoise(
+                arguments = call.denoise(
                     request,
                     components,
                     encodings,
+                    encode=encode,
+                    pictures=opened,
                     draws=Draws(request.seed, self._denoiser.device) if self._draws_noise else None,
-                    after_step=self._after_step(request, encodings, on_step, num_partial_images, on_partial),
+                    after_step=self._after_step(
+                        request, encodings, posteriors, opened, on_step, num_partial_images, on_partial
+                    ),
                     max_sequence_length=max_sequence_length,
                 )
             except PIPELINE_ERRORS as error:
-                field = self._trial.find_fault(request)
+                field = self._trial.find_fault(request, opened)
                 if field is None:
                     raise
-                message = f"{self._call} does not take this {field}: {describe_cause(error)}"
+                message = f"{call} does not take this {field}: {describe_cause(error)}"
                 raise WrongField(message, field) from error
             for tensor in each_tensor((arguments.args, arguments.kwargs)):
                 self.finite.check(tensor, partial(self._explain, request))
@@ -198,6 +214,8 @@ class Denoising:
         self,
         request: GenerationRequest,
         encodings: Encodings | None,
+        posteriors: Posteriors,
+        pictures: Pictures,
         on_step: OnStep,
         num_partial_images: int,
         on_partial: OnPartial | None,
@@ -207,7 +225,14 @@ class Denoising:
         def finish(index: int, latents: torch.Tensor) -> None:
             assert on_partial is not None
             assert encodings is not None
-            arguments = self._call.finish(request, self._stand_in(self._zeros), encodings, latents)
+            arguments = self._calls.of(request).finish(
+                request,
+                self._stand_in(self._zeros),
+                encodings,
+                latents,
+                encode=self._replay(posteriors),
+                pictures=pictures,
+            )
             on_partial(index, _to_cpu(arguments))
 
         partials = PartialLatents(num_partial_images, finish)
@@ -219,6 +244,10 @@ class Denoising:
 
         return after_step
 
+    def _replay(self, posteriors: Posteriors) -> Encode:
+        """In the dtype of the VAE: the pipeline's own code casts what it draws from them."""
+        return replay(posteriors, lambda tensor: tensor.to(self._denoiser.device))
+
     def _stand_in(self, submit: Callable[[Inputs], Any]) -> dict[str, Any]:
         """For the pipeline's denoiser."""
         denoiser = self._denoiser
@@ -227,7 +256,8 @@ class Denoising:
 
     def _explain(self, request: GenerationRequest) -> str:
         """Why latents are no numbers."""
-        what = f"the latents are NaN or infinite after {request.num_inference_steps} steps of {self._call}"
+        call, steps = self._calls.of(request), request.num_inference_steps
+        what = f"the latents are NaN or infinite after {steps} steps of {call}"
         if not self._trial.is_finite(request):
             return (
                 f"{what}, whatever the model predicts: its scheduler divides by zero. Ask for more "

@@ -7,8 +7,7 @@ In a process of its own, for it imports torch, and who asks does not.
 
 import json
 import sys
-from dataclasses import asdict
-from inspect import Parameter, signature
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,12 @@ from deployments.checkpoints.components import ModelIndex, component_names, is_d
 from deployments.config import TransformerConfig
 from deployments.engine.blocks import build_skeleton
 from deployments.engine.stand_in import StandIn
-from deployments.families import Defaults, Geometry
+from deployments.families import Geometry
+from deployments.families.calls import REQUIRED, find_calls
 from deployments.request import DecodeArguments, GenerationRequest, MediaSize, Prompt
 from deployments.stages.blank import LEAST_TOKENS, BlankTexts
 from deployments.stages.call import PipelineCall
+from deployments.stages.pictures import blank_pictures
 from deployments.stages.pipeline import load_pipeline
 from deployments.stages.zeros import Zeros, decoded_shape
 
@@ -35,7 +36,8 @@ WIDTH, HEIGHT = 5, 3
 """Times a multiple: odd, so that a pipeline that wants twice as much is found out."""
 NUM_FRAMES = 25
 """One more than a multiple of 2, 3, 4, 6 and 8, which VAEs make one latent frame of."""
-FPS = 16
+PICTURE = 1024
+"""Pixels each way of one that goes in where the size by default is asked for."""
 
 
 class Derived:
@@ -46,38 +48,23 @@ class Derived:
         self._class: Any = getattr(diffusers, self._index["_class_name"], None)
         if self._class is None:
             raise ValueError(f"diffusers {diffusers.__version__} has no such pipeline")
-        self._parameters = signature(self._class.__call__).parameters
+        self._kind = next(iter(find_calls(self._index["_class_name"]).values()))
         self.denoiser = self._find_denoiser(self._index)
         self._check_parameters()
         model_class = getattr(diffusers, self._index[self.denoiser][1])
         self._skeleton = build_skeleton(model_class, folder, self.denoiser)
         config = TransformerConfig()
         self._pipe = load_pipeline(folder, self._index, frozenset({"scheduler"}), config, variant=None)
-        self._call, self._zeros = PipelineCall(self._pipe), Zeros(self._skeleton)
+        self._call, self._zeros = PipelineCall(self._pipe, self._kind), Zeros(self._skeleton)
         self._blank = BlankTexts(folder, self._index, torch.float32)
 
     def describe(self) -> dict[str, Any]:
         """A Family's own fields, and the checkpoint's geometry."""
-        guidance = "true_cfg_scale" if "true_cfg_scale" in self._parameters else "guidance_scale"
         return {
             "denoiser": self.denoiser,
-            "media": "video" if self._is_video else "image",
-            "defaults": asdict(self.defaults()),
-            "guidance": guidance,
-            "needs_negative_prompt": guidance == "true_cfg_scale",
-            "max_sequence_length": self._default("max_sequence_length", int),
             "reads_vae_buffers": self._has_vae_buffers,
             "geometry": asdict(self.geometry()),
         }
-
-    def defaults(self) -> Defaults:
-        """As `__call__` declares them."""
-        return Defaults(
-            num_inference_steps=self._default("num_inference_steps", int) or 50,
-            guidance_scale=self._default("guidance_scale", float),
-            true_cfg_scale=self._default("true_cfg_scale", float),
-            fps=FPS,
-        )
 
     def geometry(self) -> Geometry:
         """Found by calls that compute nothing: of the size by default, and of small ones."""
@@ -99,7 +86,7 @@ class Derived:
             size_multiple=multiple,
             latent_pixels=pixels,
             latent_channels=channels,
-            num_frames=self._default("num_frames", int) or 1,
+            num_frames=self._kind.num_frames,
             frame_stride=(NUM_FRAMES - 1) // (num_latent[0] - 1) if self._is_video else 1,
         )
 
@@ -110,16 +97,17 @@ class Derived:
 
     @property
     def _is_video(self) -> bool:
-        return "num_frames" in self._parameters
+        return self._kind.media == "video"
 
     def _decoded(self, size: MediaSize | None) -> DecodeArguments | None:
         """What is decoded for a size, or for none that is said; None: the pipeline refuses."""
         stand_in = StandIn(self._skeleton, dtype=torch.float32, device=CPU, submit=self._zeros)
         components = {self.denoiser: stand_in, **self._blank.on(CPU)}
-        limit = self._default("max_sequence_length", int)
+        limit, request = self._kind.max_sequence_length, self._request(size)
+        pictures = blank_pictures(replace(request, width=PICTURE, height=PICTURE) if size is None else request)
         try:
             return self._call.denoise(
-                self._request(size), components, max_sequence_length=limit and min(limit, LEAST_TOKENS)
+                request, components, pictures=pictures, max_sequence_length=limit and min(limit, LEAST_TOKENS)
             )
         except Exception:  # pipelines raise what they like of a size that they do not take
             return None
@@ -133,7 +121,7 @@ class Derived:
         return MediaSize(made[-1], made[-2], made[2] if len(made) == 5 and self._is_video else 1)
 
     def _request(self, size: MediaSize | None) -> GenerationRequest:
-        defaults = self.defaults()
+        defaults = self._kind.defaults
         return GenerationRequest(
             Prompt("", None, is_guided=False),
             width=size.width if size else None,  # type: ignore[arg-type]
@@ -145,7 +133,9 @@ class Derived:
             seed=0,
             output_format="png",
             output_compression=100,
-            fps=FPS,
+            fps=defaults.fps,
+            kind=self._kind.kind,
+            strength=defaults.strength and 1.0,
         )
 
     def _find_denoiser(self, index: ModelIndex) -> str:
@@ -158,21 +148,12 @@ class Derived:
         return names[0]
 
     def _check_parameters(self) -> None:
-        needed = [
-            name
-            for name, each in self._parameters.items()
-            if each.default is Parameter.empty and each.kind is Parameter.POSITIONAL_OR_KEYWORD
-        ]
-        if others := sorted(set(needed) - {"self", "prompt"}):
-            raise ValueError(f"it does not draw from a prompt alone, but needs {', '.join(others)}")
-        if "prompt" not in self._parameters:
+        parameters = self._kind.parameters
+        needed = {name for name, default in parameters.items() if default is REQUIRED}
+        if others := sorted(needed - {"prompt", "image", "mask_image"}):
+            raise ValueError(f"it does not draw from a prompt and pictures alone, but needs {', '.join(others)}")
+        if "prompt" not in parameters:
             raise ValueError("it takes no prompt")
-
-    def _default(self, name: str, kind: type) -> Any:
-        """Of the call; None where it is of another kind."""
-        value = self._parameters[name].default if name in self._parameters else None
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        return kind(value) if is_number else None
 
 
 if __name__ == "__main__":

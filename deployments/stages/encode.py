@@ -17,10 +17,12 @@ from deployments.memory.on_demand import turn_to_load
 from deployments.memory.share import take_share
 from deployments.memory.spread import spread_models
 from deployments.refusal import CannotServe, NotFinite, describe_cause
-from deployments.request import Encodings, GenerationRequest, MediaSize, num_bytes
+from deployments.request import Encodings, GenerationRequest, InputPictures, MediaSize, num_bytes
 from deployments.stages.blank import LEAST_TOKENS
-from deployments.stages.call import Method, PipelineCall
+from deployments.stages.call import Method, Pictures, PipelineCalls
+from deployments.stages.call_key import call_key
 from deployments.stages.finite import FiniteCheck, dtype_advice
+from deployments.stages.pictures import blank_pictures, open_pictures
 from deployments.stages.pipeline import load_pipeline, loaded_models
 from deployments.stages.tensors import each_tensor, map_tensors, to_cpu
 from deployments.warm_up import WarmUp, default_request
@@ -57,7 +59,7 @@ class TextEncoding:
             if config.device_map is not None:
                 spread_models(models, config)
             self.keeper = Keeper(models, config, self._device, config.device_map, share=share)
-        self._call = PipelineCall(self._pipe)
+        self._calls = PipelineCalls(self._pipe, self._family.calls)
         if config.compile is None and not config.moves_weights:  # else it would cost what a request costs
             self._try(model, sorted(left_out(index)))
             self.finite, self.num_forwards = FiniteCheck(), 0
@@ -67,7 +69,8 @@ class TextEncoding:
         side, limit = model.geometry.size_multiple, self._max_sequence_length
         request = default_request(model, MediaSize(side, side))
         try:
-            self._encode(request, EmbeddingCache(0), limit and min(limit, LEAST_TOKENS))
+            limit = limit and min(limit, LEAST_TOKENS)
+            self._encode(request, blank_pictures(request), EmbeddingCache(0), limit)
         except NotFinite:  # for this text; whoever asks for another may be served
             pass
         except Exception as error:  # pipelines and tokenizers raise what they like
@@ -80,10 +83,10 @@ class TextEncoding:
     def warm_up(self, warm_up: WarmUp) -> None:
         """Texts of one length, or of any: sizes of pictures do not matter here."""
         for request in warm_up.requests:
-            self.encode(request)
+            self._encode(request, blank_pictures(request), self.cache, self._max_sequence_length)
         self.num_forwards = 0
 
-    def recall(self, request: GenerationRequest) -> Encodings | None:
+    def recall(self, request: GenerationRequest, pictures: InputPictures | None = None) -> Encodings | None:
         """What `encode` returns, if no text encoder need run for it. Thread-safe; takes a millisecond or so."""
 
         def answer(name: str, _method: Method, key: Hashable, _args: Any, _kwargs: Any) -> Any:
@@ -93,17 +96,21 @@ class TextEncoding:
             return value
 
         try:
-            return self._run(request, answer, self._max_sequence_length)
+            return self._run(request, open_pictures(pictures), answer, self._max_sequence_length)
         except _NotCached:
             return None
 
-    def encode(self, request: GenerationRequest) -> Encodings:
-        """What the pipeline's encoding methods return for a request, on the CPU. Raises NotFinite."""
-        return self._encode(request, self.cache, self._max_sequence_length)
+    def encode(self, request: GenerationRequest, pictures: InputPictures | None = None) -> Encodings:
+        """What the pipeline's encoding methods return for a request, on the CPU. Raises NotFinite, WrongField."""
+        return self._encode(request, open_pictures(pictures), self.cache, self._max_sequence_length)
 
     @torch.no_grad()
     def _encode(
-        self, request: GenerationRequest, cache: EmbeddingCache, max_sequence_length: int | None
+        self,
+        request: GenerationRequest,
+        pictures: Pictures,
+        cache: EmbeddingCache,
+        max_sequence_length: int | None,
     ) -> Encodings:
         def answer(name: str, method: Method, key: Hashable, args: Any, kwargs: Any) -> Any:
             value = cache.get(key)
@@ -117,24 +124,29 @@ class TextEncoding:
 
         try:
             with self.keeper.at_work():
-                return self._run(request, answer, max_sequence_length)
+                return self._run(request, pictures, answer, max_sequence_length)
         finally:
             self.keeper.release()
 
     def _run(
-        self, request: GenerationRequest, answer: Callable[..., Any], max_sequence_length: int | None
+        self,
+        request: GenerationRequest,
+        pictures: Pictures,
+        answer: Callable[..., Any],
+        max_sequence_length: int | None,
     ) -> Encodings:
         """answer: (name of an encoding method, the method, its call's key, its arguments) -> CPU tensors.
 
         What else fails in the pipeline's call fails in the denoise stage too, which knows what to say of it.
         """
+        call = self._calls.of(request)
         made: list[tuple[str, Any]] = []
         failed: list[Exception] = []
 
         def replace(name: str, method: Method) -> Method:
             def encode(*args: Any, **kwargs: Any) -> Any:
                 try:
-                    value = answer(name, method, _key(name, args, kwargs), args, kwargs)
+                    value = answer(name, method, call_key(f"{request.kind} {name}", args, kwargs), args, kwargs)
                 except Exception as error:
                     failed.append(error)
                     raise
@@ -145,28 +157,13 @@ class TextEncoding:
             return encode
 
         try:
-            self._call.encode(request, replace, max_sequence_length=max_sequence_length)
+            call.encode(request, replace, pictures=pictures, max_sequence_length=max_sequence_length)
         except Exception as error:
             if error in failed:
                 raise
-            log.debug("%s fails behind its text encoders: %s", self._call, error)
+            log.debug("%s fails behind its text encoders: %s", call, error)
         return tuple(made)
 
     def _explain(self, name: str) -> str:
         advice = dtype_advice("encoder.dtype", resolve_dtype(self._config.dtype))
         return f"what {name} of {type(self._pipe).__name__} returned is NaN or infinite: {advice}"
-
-
-def _key(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
-    """Equal for calls that return equal values. What is not plain is equal to nothing."""
-    return name, _plain(args), _plain(kwargs)
-
-
-def _plain(value: Any) -> Hashable:
-    if isinstance(value, dict):
-        return tuple(sorted((key, _plain(entry)) for key, entry in value.items()))
-    if isinstance(value, tuple | list):
-        return tuple(map(_plain, value))
-    if value is None or isinstance(value, str | int | float | bool | torch.device | torch.dtype):
-        return value
-    return object()

@@ -1,6 +1,7 @@
 """The pipeline's call with zeros for every forward: what fails here fails whatever the model would answer."""
 
 import copy
+import logging
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -16,12 +17,15 @@ from deployments.memory.working import META
 from deployments.refusal import CannotServe, describe_cause
 from deployments.request import DecodeArguments, GenerationRequest, MediaSize
 from deployments.stages.blank import LEAST_TOKENS, BlankTexts
-from deployments.stages.call import PipelineCall
+from deployments.stages.call import NO_PICTURES, Pictures, PipelineCall, PipelineCalls
 from deployments.stages.draws import Draws
+from deployments.stages.pictures import blank_pictures
 from deployments.stages.stub import Reached, reach
 from deployments.stages.tensors import each_tensor
 from deployments.stages.zeros import Zeros, decoded_shape, without_values
 from deployments.warm_up import default_request
+
+log = logging.getLogger("ray.serve")
 
 FEW_STEPS = 4
 """What distilled models take: their schedulers may not know as many as a family's default."""
@@ -32,10 +36,10 @@ class Trial:
     """Of one checkpoint's pipeline and scheduler. Takes milliseconds: nothing is computed."""
 
     def __init__(
-        self, call: PipelineCall, pipe: Any, blank: BlankTexts, model: ModelConfig, denoiser: Denoiser
+        self, calls: PipelineCalls, pipe: Any, blank: BlankTexts, model: ModelConfig, denoiser: Denoiser
     ) -> None:
-        """pipe: that of the call, whose VAE is a stub."""
-        self._call, self._pipe, self._blank, self._model, self._denoiser = call, pipe, blank, model, denoiser
+        """pipe: the checkpoint's own, whose VAE is a stub."""
+        self._calls, self._pipe, self._blank, self._model, self._denoiser = calls, pipe, blank, model, denoiser
         self._zeros = Zeros(denoiser.skeleton)
         side = model.geometry.size_multiple
         self._usual = default_request(model, MediaSize(side, side))
@@ -50,9 +54,10 @@ class Trial:
             arguments = self._run(self._usual, draws, submit=self._check_first())
         except Exception as error:  # schedulers and pipelines raise what they like
             raise CannotServe(
-                f"the denoise stage cannot run {self._call}: {describe_cause(error)}. {self._advice()}"
+                f"the denoise stage cannot run {self._usual_call}: {describe_cause(error)}. {self._advice()}"
             ) from error
         self._check_decodable(arguments)
+        self._try_others()
         return draws.were_taken
 
     def _check_first(self) -> Callable[[Inputs], Any]:
@@ -94,42 +99,56 @@ class Trial:
             made = decoded_shape(self._pipe.vae, arguments)
         except Exception as error:  # VAEs raise what they like
             raise CannotServe(
-                f"the denoise stage cannot run {self._call}: its vae does not take latents of shape {shapes[0]}, "
-                f"which it makes for {asked}: {describe_cause(error)}; they are not of one model"
+                f"the denoise stage cannot run {self._usual_call}: its vae does not take latents of shape "
+                f"{shapes[0]}, which it makes for {asked}: {describe_cause(error)}; they are not of one model"
             ) from error
         if (made[-1], made[-2]) != (asked.width, asked.height):
             raise CannotServe(
-                f"the denoise stage cannot run {self._call}: for {asked} it makes latents of shape {shapes[0]}, "
-                f"and the vae makes {made[-1]}x{made[-2]} of them: {self._denoiser.name} and vae are not of one "
-                "model"
+                f"the denoise stage cannot run {self._usual_call}: for {asked} it makes latents of shape "
+                f"{shapes[0]}, and the vae makes {made[-1]}x{made[-2]} of them: {self._denoiser.name} and vae are "
+                "not of one model"
             )
 
-    def find_fault(self, request: GenerationRequest) -> str | None:
+    @property
+    def _usual_call(self) -> PipelineCall:
+        return self._calls.of(self._usual)
+
+    def _try_others(self) -> None:
+        """The other kinds of call: a checkpoint is served without what it cannot do."""
+        for call in list(self._model.architecture.calls.values())[1:]:
+            request = default_request(self._model, self._usual.size, call=call)
+            try:
+                self._run(request)
+            except Exception as error:  # as in `start`
+                log.warning("%s cannot %s: %s", self._calls.of(request), call.kind, describe_cause(error))
+
+    def find_fault(self, request: GenerationRequest, pictures: Pictures = NO_PICTURES) -> str | None:
         """The field for which this request would fail whatever the model answers, if there is one."""
-        if not self._fails(request):
+        if not self._fails(request, pictures):
             return None
         usual = self._usual
         fields = {
             "num_inference_steps": replace(request, num_inference_steps=usual.num_inference_steps),
+            "strength": replace(request, strength=request.strength and 1.0),
             "num_frames": replace(request, num_frames=usual.num_frames),
             "size": replace(request, width=usual.width, height=usual.height),
-            self._model.architecture.guidance: replace(
+            self._model.architecture.calls[request.kind].guidance: replace(
                 request,
                 guidance_scale=usual.guidance_scale,
                 true_cfg_scale=usual.true_cfg_scale,
                 prompt=usual.prompt,
             ),
         }
-        return next((field for field, changed in fields.items() if not self._fails(changed)), None)
+        return next((field for field, changed in fields.items() if not self._fails(changed, pictures)), None)
 
     def is_finite(self, request: GenerationRequest) -> bool:
         """Whether the scheduler makes numbers of zeros."""
         arguments = self._run(request)
         return all(bool(tensor.isfinite().all()) for tensor in each_tensor((arguments.args, arguments.kwargs)))
 
-    def _fails(self, request: GenerationRequest) -> bool:
+    def _fails(self, request: GenerationRequest, pictures: Pictures = NO_PICTURES) -> bool:
         try:
-            self._run(request)
+            self._run(request, pictures=pictures)
         except Exception:  # as in `start`
             return True
         return False
@@ -140,12 +159,15 @@ class Trial:
         request: GenerationRequest,
         draws: Draws | None = None,
         submit: Callable[[Inputs], Any] | None = None,
+        pictures: Pictures = NO_PICTURES,
     ) -> DecodeArguments:
+        """pictures: none for blank ones, where some are to go in."""
         denoiser, limit = self._denoiser, self._model.architecture.max_sequence_length
         stand_in = StandIn(denoiser.skeleton, dtype=denoiser.dtype, device=CPU, submit=submit or self._zeros)
-        return self._call.denoise(
+        return self._calls.of(request).denoise(
             request,
             {denoiser.name: stand_in, **self._blank.on(CPU)},
+            pictures=pictures or blank_pictures(request),
             draws=draws or Draws(request.seed, CPU),
             max_sequence_length=limit and min(limit, LEAST_TOKENS),
         )

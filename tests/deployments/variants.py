@@ -15,7 +15,7 @@ from deployments.checkpoints.components import left_out, read_index
 from deployments.checkpoints.geometry import with_geometry
 from deployments.checkpoints.source import fetch_checkpoint, with_family
 from deployments.config import EncoderConfig, ModelConfig, TransformerConfig, VaeConfig
-from deployments.request import DecodeArguments, Encodings, GenerationRequest, MediaSize
+from deployments.request import CallKind, DecodeArguments, Encodings, GenerationRequest, InputPictures, MediaSize
 from deployments.stages import load_stage
 from deployments.stages.denoise import Denoising
 from deployments.warm_up import default_request
@@ -62,8 +62,11 @@ def read_model(folder: Path, family: str | None = None, **settings: Any) -> Mode
     return with_geometry(with_family(config))
 
 
-def build_request(model: ModelConfig, **changes: Any) -> GenerationRequest:
-    request = default_request(model, MediaSize(64, 64, 5 if model.architecture.media == "video" else 1), 3)
+def build_request(model: ModelConfig, kind: CallKind | None = None, **changes: Any) -> GenerationRequest:
+    """kind: of call; None: what the checkpoint was saved for."""
+    call = model.architecture.call if kind is None else model.architecture.calls[kind]
+    size = MediaSize(64, 64, 5 if call.media == "video" else 1)
+    request = default_request(model, size, 3, call=call)
     return replace(request, prompt=replace(request.prompt, text="a red cat"), seed=SEED, **changes)
 
 
@@ -73,26 +76,31 @@ def load_denoising(model: ModelConfig) -> Denoising:
     return stage
 
 
-def encode(model: ModelConfig, request: GenerationRequest) -> Encodings:
-    return load_stage("encode", model, EncoderConfig()).encode(request)
+def encode(model: ModelConfig, request: GenerationRequest, pictures: InputPictures | None = None) -> Encodings:
+    return load_stage("encode", model, EncoderConfig()).encode(request, pictures)
 
 
-def denoise(stage: Denoising, encodings: Encodings, request: GenerationRequest) -> DecodeArguments:
+def denoise(stage: Denoising, encodings: Encodings, request: GenerationRequest, **given: Any) -> DecodeArguments:
+    """given: what was prepared of pictures that go in, and those."""
     seat = stage.join()
     try:
-        return stage.denoise(seat, encodings, request)
+        return stage.denoise(seat, encodings, request, **given)
     finally:
         stage.leave(seat)
 
 
-def draw_staged(model: ModelConfig, request: GenerationRequest, **vae: Any) -> np.ndarray:
-    """[F, H, W, 3] by the three stages."""
+def draw_staged(
+    model: ModelConfig, request: GenerationRequest, pictures: InputPictures | None = None, **vae: Any
+) -> np.ndarray:
+    """[F, H, W, 3] by the three stages. pictures: that go in."""
+    encodings, last = encode(model, request, pictures), load_stage("decode", model, VaeConfig(**vae))
+    posteriors = () if pictures is None else last.prepare(encodings, request, pictures)
     stage = load_denoising(model)
     try:
-        arguments = denoise(stage, encode(model, request), request)
+        arguments = denoise(stage, encodings, request, posteriors=posteriors, pictures=pictures)
     finally:
         stage.close()
-    return load_stage("decode", model, VaeConfig(**vae)).decode(arguments, request)
+    return last.decode(arguments, request)
 
 
 def draw_plain(folder: Path, request: GenerationRequest, **call: Any) -> np.ndarray:

@@ -1,0 +1,81 @@
+"""What a VAE makes of a picture that goes in: kept by one stage, and given again in another.
+
+The distribution's parameters cross, not a sample: the request's own generator draws it where noise is drawn, in
+the pipeline's order.
+"""
+
+import copy
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution, EncoderOutput
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+
+from deployments.memory.working import META
+from deployments.request import Posteriors
+
+Encode = Callable[..., Any]
+"""As `vae.encode`."""
+
+
+class EncodingVae:
+    """A VAE, or the stub of one, with another `encode`; where it lies, and in what dtype, no pipeline says."""
+
+    def __init__(self, vae: Any, encode: Encode) -> None:
+        self._vae, self.encode = vae, encode
+
+    def to(self, *_: Any, **__: Any) -> "EncodingVae":
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "_vae":
+            raise AttributeError(name)
+        return getattr(self._vae, name)
+
+
+def kept(output: Any) -> tuple[str, torch.Tensor]:
+    """Of what `vae.encode` returned, as a tuple or not, what there is to know."""
+    output = output[0] if isinstance(output, tuple) else output
+    output = getattr(output, "latent_dist", output)
+    if isinstance(output, DiagonalGaussianDistribution):
+        return "parameters", output.parameters
+    for name in ("latent", "latents"):
+        if hasattr(output, name):
+            return "latent", getattr(output, name)
+    return "latent", output
+
+
+def given(kind: str, tensor: torch.Tensor, *, return_dict: bool = True) -> Any:
+    """What `vae.encode` returned."""
+    if kind == "parameters":
+        distribution = DiagonalGaussianDistribution(tensor)
+        return AutoencoderKLOutput(latent_dist=distribution) if return_dict else (distribution,)
+    return EncoderOutput(latent=tensor) if return_dict else (tensor,)
+
+
+def replay(posteriors: Posteriors, place: Callable[[torch.Tensor], torch.Tensor]) -> Encode:
+    """Answers with these, one call after another. place: puts each where the caller computes."""
+    left = deque(posteriors)
+
+    def encode(*_: Any, return_dict: bool = True, **__: Any) -> Any:
+        if not left:
+            raise RuntimeError("the pipeline encodes more pictures than the decode stage has prepared")
+        kind, tensor = left.popleft()
+        return given(kind, place(tensor), return_dict=return_dict)
+
+    return encode
+
+
+def blank(vae: Any) -> Encode:
+    """Answers with zeros, in the shapes that the VAE has on the meta device. vae: a stub."""
+
+    def encode(pixels: torch.Tensor, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
+        model = copy.deepcopy(vae.skeleton).to(META)
+        with torch.no_grad():
+            kind, made = kept(model.encode(pixels.to(META, torch.float32), *args, **kwargs))
+        zeros = torch.zeros(made.shape, dtype=pixels.dtype, device=pixels.device)
+        return given(kind, zeros, return_dict=return_dict)
+
+    return encode
