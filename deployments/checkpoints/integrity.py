@@ -11,7 +11,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from deployments.checkpoints.components import ModelIndex, Stage, component_names, fetch_stage, stage_components
+from deployments.checkpoints.components import (
+    SEE_PICTURES,
+    ModelIndex,
+    Stage,
+    component_names,
+    fetch_stage,
+    stage_components,
+)
 from deployments.checkpoints.json_file import read_json, read_settings
 from deployments.checkpoints.weights import (
     find_file_faults,
@@ -24,6 +31,7 @@ from deployments.checkpoints.weights import (
 from deployments.config import ModelConfig, StageConfig, TransformerConfig
 
 LIBRARIES = ("diffusers", "transformers")
+_PROCESSOR_CONFIGS = ("processor_config.json", "preprocessor_config.json")
 _SENTENCEPIECE = ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
 _OTHER_WEIGHTS = {".safetensors", ".bin", ".gguf", ".pt", ".pth", ".ckpt", ".msgpack", ".onnx", ".h5"}
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", *_SENTENCEPIECE)
@@ -94,6 +102,9 @@ def _find_component_faults(
     yield from _find_class_faults(folder, library, class_name)
     if folder.name.startswith("tokenizer"):
         yield from _find_tokenizer_faults(folder)
+    elif folder.name in SEE_PICTURES - {"image_encoder"}:
+        files = [folder / name for name in _PROCESSOR_CONFIGS]
+        yield from () if any(file.exists() for file in files) else (f"{folder} has no {files[0].name}: fetch it",)
     elif folder.name == "scheduler":
         yield from _find_config_faults(folder / "scheduler_config.json")
     else:

@@ -7,6 +7,7 @@ from inspect import signature
 from typing import Any
 
 import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
 Inputs = Mapping[str, Any]
@@ -53,8 +54,9 @@ class StandIn(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         model_class: Any = type(self.__dict__["skeleton"])
         inputs = dict(zip(_names(model_class), args, strict=False)) | kwargs
-        inputs.pop("return_dict", None)
-        return self._submit(inputs)
+        wants_names = inputs.pop("return_dict", True)
+        output = self._submit(inputs)
+        return Transformer2DModelOutput(sample=output[0]) if wants_names and len(output) == 1 else output
 
 
 @cache

@@ -53,6 +53,8 @@ class BlankTexts:
 class BlankTokenizer:
     """Every text is as long as the call lets it be."""
 
+    pad_token_id = 0
+
     def __init__(self, folder: Path) -> None:
         file = folder / "tokenizer_config.json"
         config = read_json(file) if file.is_file() else {}
@@ -72,8 +74,14 @@ class BlankTokenizer:
         """For pipelines that warn of what they cut off."""
         return [""] * len(ids)
 
-    def apply_chat_template(self, *_: Any, **__: Any) -> str:
-        return ""
+    def apply_chat_template(
+        self, _messages: Any, *_: Any, tokenize: bool = True, max_length: int | None = None, **__: Any
+    ) -> "BlankTokens | str":
+        return self("", max_length=max_length) if tokenize else ""
+
+    def encode(self, _text: str, **_: Any) -> list[int]:
+        """For pipelines that count the tokens of their own words."""
+        return [0] * LEAST_TOKENS
 
 
 class BlankProcessor:
@@ -151,5 +159,6 @@ class BlankOutput:
     def __init__(self, values: Mapping[str, Any]) -> None:
         self.__dict__.update(values)
 
-    def __getitem__(self, place: int) -> Any:
-        return list(self.__dict__.values())[place]
+    def __getitem__(self, place: int | str) -> Any:
+        values = self.__dict__
+        return values[place] if isinstance(place, str) else list(values.values())[place]

@@ -38,7 +38,7 @@ from deployments.stages.partial import PartialLatents
 from deployments.stages.pictures import blank_pictures, open_pictures
 from deployments.stages.pipeline import load_pipeline
 from deployments.stages.posterior import Encode, replay
-from deployments.stages.tensors import each_tensor, to_cpu, to_device
+from deployments.stages.tensors import each_tensor, lies_channels_last, to_cpu, to_device
 from deployments.stages.trial import Trial
 from deployments.stages.zeros import Zeros
 from deployments.stats import TransformerStats
@@ -245,8 +245,8 @@ class Denoising:
         return after_step
 
     def _replay(self, posteriors: Posteriors) -> Encode:
-        """In the dtype of the VAE: the pipeline's own code casts what it draws from them."""
-        return replay(posteriors, lambda tensor: tensor.to(self._denoiser.device))
+        """The pipeline's own code casts what it draws from them."""
+        return replay(posteriors, self._denoiser.device)
 
     def _stand_in(self, submit: Callable[[Inputs], Any]) -> dict[str, Any]:
         """For the pipeline's denoiser."""
@@ -274,4 +274,5 @@ def _num_done(scheduler: Any, index: int, num_inference_steps: int) -> int:
 
 
 def _to_cpu(arguments: DecodeArguments) -> DecodeArguments:
-    return DecodeArguments(to_cpu(arguments.args), to_cpu(arguments.kwargs))
+    is_channels_last = lies_channels_last(arguments.latents)
+    return DecodeArguments(to_cpu(arguments.args), to_cpu(arguments.kwargs), is_channels_last)

@@ -41,7 +41,7 @@ def load_pipeline(
     known = dict(_known_models(folder, index, frozenset(absent)))
     if "requires_safety_checker" in index:
         absent["requires_safety_checker"] = False
-    names = sorted(name for name in keep if name.startswith(("text_encoder", "vae")))
+    names = sorted(name for name in keep if name.startswith(("text_encoder", "image_encoder", "vae")))
     quantized: dict[str, Any] = {}
     if config.quantization is not None and names:
         quantized = plan_stage_quantization(config.quantization, config.dtype, index, names)

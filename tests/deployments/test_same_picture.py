@@ -140,7 +140,7 @@ def build_request(
 ) -> GenerationRequest:
     of = FAMILIES[family]
     scale = 3.0 if guided else 1.0
-    guidance = of.defaults.guidance_scale if of.guidance == "true_cfg_scale" else scale
+    guidance = of.call.defaults.guidance_scale if of.call.guidance == "true_cfg_scale" else scale
     return GenerationRequest(
         Prompt("a red cat", "blurry" if guided else None, guided),
         width,
@@ -148,7 +148,7 @@ def build_request(
         num_frames=5 if of.media == "video" else 1,
         num_inference_steps=3,
         guidance_scale=guidance,
-        true_cfg_scale=scale if of.guidance == "true_cfg_scale" else None,
+        true_cfg_scale=scale if of.call.guidance == "true_cfg_scale" else None,
         seed=seed,
         output_format="mp4" if of.media == "video" else "png",
         output_compression=100,
@@ -180,7 +180,7 @@ def test_three_processes_draw_what_the_plain_pipeline_draws(
 def test_so_they_do_with_a_guidance_scale_and_no_negative_prompt(
     processes: Processes, plain: Callable[..., Any], family: str
 ) -> None:
-    prompt = Prompt("a red cat", None, is_guided=not FAMILIES[family].needs_negative_prompt)
+    prompt = Prompt("a red cat", None, is_guided=not FAMILIES[family].call.needs_negative_prompt)
     request = replace(build_request(family, guided=True), prompt=prompt)
     check_same_picture(processes, plain, family, request)
 
@@ -280,8 +280,8 @@ def test_defaults_are_those_of_the_pipelines_call(family: Any) -> None:
     call = inspect.signature(getattr(diffusers, family.pipeline_class).__call__).parameters
     for name in ("num_inference_steps", "guidance_scale", "true_cfg_scale", "max_sequence_length"):
         if name in call:
-            ours = family.max_sequence_length if name == "max_sequence_length" else getattr(family.defaults, name)
-            assert ours == call[name].default, name
+            of = family if name == "max_sequence_length" else family.call.defaults
+            assert getattr(of, name) == call[name].default, name
 
 
 @pytest.fixture(scope="module")

@@ -104,7 +104,7 @@ def build_flux2_klein() -> Flux2KleinPipeline:
     return Flux2KleinPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
         vae=build_flux2_vae(),
-        text_encoder=build_language_model("Qwen3", tokenizer, suffix="ForCausalLM", num_layers=4),
+        text_encoder=build_language_model("Qwen3", tokenizer, suffix="ForCausalLM", num_layers=27),
         tokenizer=tokenizer,
         transformer=_build_flux2_transformer(guidance_embeds=False),
     )

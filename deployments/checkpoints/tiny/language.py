@@ -66,9 +66,10 @@ def build_byt5() -> tuple[ByT5Tokenizer, T5EncoderModel]:
 
 
 def build_mistral3(tokenizer: Qwen2Tokenizer, suffix: str) -> PreTrainedModel:
-    """Mistral Small 3 with its vision tower. suffix: Model or ForConditionalGeneration."""
+    """Mistral Small 3 with its vision tower; 30 layers, so that FLUX.2 finds those that it takes. suffix: Model or
+    ForConditionalGeneration."""
     config = Mistral3Config(
-        text_config={"model_type": "mistral"} | _language(tokenizer, 3),
+        text_config={"model_type": "mistral"} | _language(tokenizer, 30),
         vision_config={"model_type": "pixtral"} | _VISION,
         image_token_index=5,
     )
