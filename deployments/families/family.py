@@ -26,8 +26,6 @@ class Family:
     name: str
     pipeline_class: str
     """`_class_name` in a checkpoint's model_index.json."""
-    denoiser: str
-    """The component's name."""
     media: Literal["image", "video"]
     geometry: Callable[[Configs], Geometry]
     """As the pipeline computes it from its components' configs. Raises ValueError."""

@@ -25,7 +25,6 @@ def _geometry(configs: Configs) -> Geometry:
 WAN = Family(
     name="wan",
     pipeline_class="WanPipeline",
-    denoiser="transformer",
     media="video",
     geometry=_geometry,
     published={"transformer": {}, "vae": {}},

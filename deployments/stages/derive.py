@@ -15,10 +15,10 @@ from typing import Any
 import diffusers
 import torch
 
-from deployments.checkpoints.components import ModelIndex, component_names, is_denoiser, read_index
+from deployments.checkpoints.components import read_index
 from deployments.config import TransformerConfig
-from deployments.engine.blocks import build_skeleton
-from deployments.engine.stand_in import StandIn
+from deployments.engine.load import build_skeletons
+from deployments.engine.stand_in import stand_ins
 from deployments.families import Defaults, Geometry
 from deployments.request import DecodeArguments, GenerationRequest, MediaSize, Prompt
 from deployments.stages.blank import LEAST_TOKENS, BlankTexts
@@ -47,20 +47,19 @@ class Derived:
         if self._class is None:
             raise ValueError(f"diffusers {diffusers.__version__} has no such pipeline")
         self._parameters = signature(self._class.__call__).parameters
-        self.denoiser = self._find_denoiser(self._index)
         self._check_parameters()
-        model_class = getattr(diffusers, self._index[self.denoiser][1])
-        self._skeleton = build_skeleton(model_class, folder, self.denoiser)
+        self._skeletons = build_skeletons(folder, self._index)
+        if not self._skeletons:
+            raise ValueError("it has no model between its text encoders and its VAE that diffusers knows")
         config = TransformerConfig()
         self._pipe = load_pipeline(folder, self._index, frozenset({"scheduler"}), config, variant=None)
-        self._call, self._zeros = PipelineCall(self._pipe), Zeros(self._skeleton)
+        self._call, self._zeros = PipelineCall(self._pipe), Zeros(self._skeletons)
         self._blank = BlankTexts(folder, self._index, torch.float32)
 
     def describe(self) -> dict[str, Any]:
         """A Family's own fields, and the checkpoint's geometry."""
         guidance = "true_cfg_scale" if "true_cfg_scale" in self._parameters else "guidance_scale"
         return {
-            "denoiser": self.denoiser,
             "media": "video" if self._is_video else "image",
             "defaults": asdict(self.defaults()),
             "guidance": guidance,
@@ -114,8 +113,8 @@ class Derived:
 
     def _decoded(self, size: MediaSize | None) -> DecodeArguments | None:
         """What is decoded for a size, or for none that is said; None: the pipeline refuses."""
-        stand_in = StandIn(self._skeleton, dtype=torch.float32, device=CPU, submit=self._zeros)
-        components = {self.denoiser: stand_in, **self._blank.on(CPU)}
+        denoisers = stand_ins(self._skeletons, dtype=torch.float32, device=CPU, submit=self._zeros)
+        components = {**denoisers, **self._blank.on(CPU)}
         limit = self._default("max_sequence_length", int)
         try:
             return self._call.denoise(
@@ -147,15 +146,6 @@ class Derived:
             output_compression=100,
             fps=FPS,
         )
-
-    def _find_denoiser(self, index: ModelIndex) -> str:
-        names = sorted(name for name in component_names(index) if is_denoiser(name, index))
-        if len(names) != 1:
-            raise ValueError(
-                f"it has {len(names)} models between its text encoders and its VAE ({', '.join(names)}), and one "
-                "is served"
-            )
-        return names[0]
 
     def _check_parameters(self) -> None:
         needed = [

@@ -1,7 +1,7 @@
 """The pipeline's call with zeros for every forward: what fails here fails whatever the model would answer."""
 
 import copy
-from collections.abc import Callable
+import logging
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from deployments.config import ModelConfig
-from deployments.engine.load import Denoiser
+from deployments.engine.blocks import cuttable_names
+from deployments.engine.load import Denoisers
 from deployments.engine.merge import Inputs
-from deployments.engine.stand_in import StandIn
+from deployments.engine.stand_in import Submit, stand_ins
 from deployments.memory.working import META
 from deployments.refusal import CannotServe, describe_cause
 from deployments.request import DecodeArguments, GenerationRequest, MediaSize
@@ -26,17 +27,18 @@ from deployments.warm_up import default_request
 FEW_STEPS = 4
 """What distilled models take: their schedulers may not know as many as a family's default."""
 CPU = torch.device("cpu")
+log = logging.getLogger("ray.serve")
 
 
 class Trial:
     """Of one checkpoint's pipeline and scheduler. Takes milliseconds: nothing is computed."""
 
     def __init__(
-        self, call: PipelineCall, pipe: Any, blank: BlankTexts, model: ModelConfig, denoiser: Denoiser
+        self, call: PipelineCall, pipe: Any, blank: BlankTexts, model: ModelConfig, denoisers: Denoisers
     ) -> None:
         """pipe: that of the call, whose VAE is a stub."""
-        self._call, self._pipe, self._blank, self._model, self._denoiser = call, pipe, blank, model, denoiser
-        self._zeros = Zeros(denoiser.skeleton)
+        self._call, self._pipe, self._blank, self._model, self._denoisers = call, pipe, blank, model, denoisers
+        self._zeros = Zeros(denoisers.skeletons)
         side = model.geometry.size_multiple
         self._usual = default_request(model, MediaSize(side, side))
 
@@ -45,34 +47,43 @@ class Trial:
 
         Raises CannotServe.
         """
-        draws = Draws(self._usual.seed, CPU)
+        draws, checked = Draws(self._usual.seed, CPU), set[str]()
         try:
-            arguments = self._run(self._usual, draws, submit=self._check_first())
+            arguments = self._run(self._usual, draws, submit=self._check_first(checked))
         except Exception as error:  # schedulers and pipelines raise what they like
             raise CannotServe(
                 f"the denoise stage cannot run {self._call}: {describe_cause(error)}. {self._advice()}"
             ) from error
         self._check_decodable(arguments)
+        if idle := self._denoisers.skeletons.keys() - checked:
+            log.warning(
+                "%s asks nothing of its %s in a request by the defaults: does model_index.json lack a "
+                "setting, such as boundary_ratio?",
+                self._call,
+                " and ".join(sorted(idle)),
+            )
         return draws.were_taken
 
-    def _check_first(self) -> Callable[[Inputs], Any]:
-        """Answers zeros, once the model has been seen to take the inputs of the first forward."""
-        checked: list[bool] = []
+    def _check_first(self, checked: set[str]) -> Submit:
+        """Answers zeros, once each model has been seen to take the inputs of its first forward.
 
-        def submit(inputs: Inputs) -> Any:
-            if not checked:
-                checked.append(True)
-                self._check_taken(inputs)
-            return self._zeros(inputs)
+        checked: is given the names of those that were asked.
+        """
+
+        def submit(component: str, inputs: Inputs) -> Any:
+            if component not in checked:
+                checked.add(component)
+                self._check_taken(component, inputs)
+            return self._zeros(component, inputs)
 
         return submit
 
-    def _check_taken(self, inputs: Inputs) -> None:
+    def _check_taken(self, component: str, inputs: Inputs) -> None:
         """Raises ValueError. Only what comes before the blocks is run, for on the meta device each costs much."""
-        model: Any = copy.deepcopy(self._denoiser.skeleton).to(META)
-        blocks = self._denoiser.block_names
+        model: Any = copy.deepcopy(self._denoisers.skeletons[component]).to(META)
+        blocks = cuttable_names(model)
         try:
-            if (width := model.config.get("cross_attention_dim")) and self._denoiser.name == "unet":
+            if (width := model.config.get("cross_attention_dim")) and component == "unet":
                 _check_width(inputs["encoder_hidden_states"], width)
             if blocks:
                 model.get_submodule(blocks[0]).register_forward_pre_hook(reach, with_kwargs=True)
@@ -82,7 +93,7 @@ class Trial:
             return  # it reads values
         except RuntimeError as error:
             raise ValueError(
-                f"its {self._denoiser.name} does not take what its text encoders and scheduler give it ({error}): "
+                f"its {component} does not take what its text encoders and scheduler give it ({error}): "
                 "a component is of another model"
             ) from error
 
@@ -98,10 +109,10 @@ class Trial:
                 f"which it makes for {asked}: {describe_cause(error)}; they are not of one model"
             ) from error
         if (made[-1], made[-2]) != (asked.width, asked.height):
+            denoisers = " and ".join(self._denoisers.skeletons)
             raise CannotServe(
                 f"the denoise stage cannot run {self._call}: for {asked} it makes latents of shape {shapes[0]}, "
-                f"and the vae makes {made[-1]}x{made[-2]} of them: {self._denoiser.name} and vae are not of one "
-                "model"
+                f"and the vae makes {made[-1]}x{made[-2]} of them: {denoisers} and vae are not of one model"
             )
 
     def find_fault(self, request: GenerationRequest) -> str | None:
@@ -139,13 +150,13 @@ class Trial:
         self,
         request: GenerationRequest,
         draws: Draws | None = None,
-        submit: Callable[[Inputs], Any] | None = None,
+        submit: Submit | None = None,
     ) -> DecodeArguments:
-        denoiser, limit = self._denoiser, self._model.architecture.max_sequence_length
-        stand_in = StandIn(denoiser.skeleton, dtype=denoiser.dtype, device=CPU, submit=submit or self._zeros)
+        of, limit = self._denoisers, self._model.architecture.max_sequence_length
+        denoisers = stand_ins(of.skeletons, dtype=of.dtype, device=CPU, submit=submit or self._zeros)
         return self._call.denoise(
             request,
-            {denoiser.name: stand_in, **self._blank.on(CPU)},
+            {**denoisers, **self._blank.on(CPU)},
             draws=draws or Draws(request.seed, CPU),
             max_sequence_length=limit and min(limit, LEAST_TOKENS),
         )
@@ -156,7 +167,7 @@ class Trial:
                 f"Set model.defaults.num_inference_steps, which is {self._usual.num_inference_steps}: with "
                 f"{FEW_STEPS} it runs"
             )
-        family, name = self._model.architecture, self._denoiser.index["_class_name"]
+        family, name = self._model.architecture, self._denoisers.index["_class_name"]
         if name != family.pipeline_class:
             return (
                 f"`family: {family.name}` is for checkpoints that run like {family.pipeline_class}, from a prompt "

@@ -121,7 +121,9 @@ def test_quantised_layers_are_weighed_once_and_have_no_device_map(monkeypatch: p
     """To be asked for their scales they wait for the GPU, one layer after another."""
     stage = Stage(quantization={"kind": "nf4", "double_quant": True})
     [before] = stage.denoising.stats().ranks
-    monkeypatch.setattr(stage.denoising.loaded.shard.model, "state_dict", lambda **_: pytest.fail("asked again"))
+    monkeypatch.setattr(
+        stage.denoising.loaded.shards["transformer"].model, "state_dict", lambda **_: pytest.fail("asked again")
+    )
     [after] = stage.denoising.stats().ranks
     stage.denoising.close()
     assert after.memory.weights_bytes == before.memory.weights_bytes

@@ -18,6 +18,7 @@ from bitsandbytes.nn import Linear8bitLt
 from diffusers import DiffusionPipeline
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
+from deployments.checkpoints.components import denoiser_names, read_index
 from deployments.checkpoints.source import fetch_checkpoint
 from deployments.config import EncoderConfig, ModelConfig, TransformerConfig, VaeConfig
 from deployments.families import FAMILIES
@@ -130,7 +131,7 @@ def build_encoder_config(family: str, **settings: Any) -> EncoderConfig:
 @cache
 def plain_latents(family: str, technique: str | None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """By diffusers' own pipeline, with its own switch for the technique; None: without any."""
-    folder, name = fetch_checkpoint(f"tiny://{family}", ()), FAMILIES[family].denoiser
+    folder, [name] = fetch_checkpoint(f"tiny://{family}", ()), denoisers(family)
     kind: Any = getattr(diffusers, DiffusionPipeline.load_config(folder)[name][1])
     four_bits = {"load_in_4bit": True, "bnb_4bit_compute_dtype": dtype}
     quantization = {
@@ -176,10 +177,14 @@ def expected(family: str, techniques: tuple[str, ...]) -> torch.Tensor:
     return plain_latents(family, next((name for name in techniques if name in WEIGHTS), None), dtype)
 
 
+def denoisers(family: str) -> tuple[str, ...]:
+    return denoiser_names(read_index(fetch_checkpoint(f"tiny://{family}", ())))
+
+
 def suits(family: str, technique: str) -> bool:
     if technique == "math":
-        return FAMILIES[family].denoiser == "transformer" and family != "sd3"
-    return technique not in {"trace", "channels_last"} or FAMILIES[family].denoiser == "unet"
+        return "unet" not in denoisers(family) and family != "sd3"
+    return technique not in {"trace", "channels_last"} or "unet" in denoisers(family)
 
 
 def singles(*families: str) -> list[Any]:
@@ -269,7 +274,7 @@ def test_a_checkpoint_that_is_stored_quantised_needs_no_config(kind: str, tmp_pa
     shutil.copytree(fetch_checkpoint("tiny://flux", ()), folder)
     stage = load_stage("denoise", ModelConfig(name="m", checkpoint=str(folder), family="flux"), config(kind))
     shutil.rmtree(folder / "transformer")
-    stage.loaded.shard.model.save_pretrained(folder / "transformer")
+    stage.loaded.shards["transformer"].model.save_pretrained(folder / "transformer")
     model = ModelConfig(name="m", checkpoint=str(folder), family="flux")
     assert torch.equal(draw("flux", model), plain_latents("flux", kind))
     assert not load_stage("denoise", model, TransformerConfig()).loaded.keeper.is_untouched
@@ -282,7 +287,7 @@ def test_an_8_bit_model_that_moves_takes_all_its_layers_hold_along(has_run: bool
     """Or what leaves a GPU would stay there. Here another place in memory stands for another device."""
     stage = load_stage("denoise", ModelConfig(name="m", checkpoint="tiny://flux", family="flux"), config("int8"))
     stage.connect(None, pytest.fail)
-    model, request = stage.loaded.shard.model, build_request("flux")
+    model, request = stage.loaded.shards["transformer"].model, build_request("flux")
     if has_run:
         stage.denoise(stage.join(), embeds("flux"), request, on_step=lambda *_: None)
     make_movable(model)
@@ -322,9 +327,9 @@ def test_a_shard_quantised_holds_what_the_whole_holds(technique: str, shards: in
     """A shard reads only its blocks and quantises them alike: the blocks' state is equal, key by key."""
     model = ModelConfig(name="tiny", checkpoint="tiny://flux", family="flux")
     whole = load_stage("denoise", model, TransformerConfig(**TECHNIQUES[technique]))
-    state = whole.loaded.shard.model.state_dict()
+    state = whole.loaded.shards["transformer"].model.state_dict()
     part = load_stage("denoise", model, TransformerConfig(shards=shards, **TECHNIQUES[technique]))
-    part_state = part.loaded.shard.model.state_dict()
+    part_state = part.loaded.shards["transformer"].model.state_dict()
     assert 0 < len(part_state) < len(state)
     for key, value in part_state.items():
         assert torch.equal(value.float(), state[key].float()), key
