@@ -138,9 +138,9 @@ class Trial:
         arguments = self._run(request)
         return all(bool(tensor.isfinite().all()) for tensor in each_tensor((arguments.args, arguments.kwargs)))
 
-    def _fails(self, request: GenerationRequest) -> bool:
+    def _fails(self, request: GenerationRequest, submit: Submit | None = None) -> bool:
         try:
-            self._run(request)
+            self._run(request, submit=submit)
         except Exception:  # as in `start`
             return True
         return False
@@ -162,7 +162,8 @@ class Trial:
         )
 
     def _advice(self) -> str:
-        if not self._fails(replace(self._usual, num_inference_steps=FEW_STEPS)):
+        fewer = replace(self._usual, num_inference_steps=FEW_STEPS)
+        if not self._fails(fewer, self._check_first(set())):
             return (
                 f"Set model.defaults.num_inference_steps, which is {self._usual.num_inference_steps}: with "
                 f"{FEW_STEPS} it runs"
