@@ -106,7 +106,7 @@ class ModelConfig(Config):
         width, height = said.width or own.width, said.height or own.height
         if width is None or height is None:
             raise ValueError(
-                f"model.defaults: width and height must be set, for the {self.architecture.denoiser} of "
+                f"model.defaults: width and height must be set, for the transformer or unet of "
                 f"{self.checkpoint!r} says no sample_size"
             )
         return MediaSize(width, height, said.num_frames or own.num_frames)

@@ -16,6 +16,7 @@ from deployments.checkpoints.components import (
     ModelIndex,
     Stage,
     component_names,
+    denoiser_names,
     fetch_stage,
     stage_components,
 )
@@ -56,7 +57,8 @@ def find_stage_faults(model: ModelConfig, stage: Stage, config: StageConfig) -> 
     for name in sorted(stage_components(index, model.architecture, stage)) if not variant_faults else ():
         entry = index.get(name)
         if isinstance(entry, list) and len(entry) == 2:
-            yield from _find_component_faults(folder / name, entry, model, config)
+            variants = _variants_of(name, index, model)
+            yield from _find_component_faults(folder / name, entry, variants, config)
         else:
             yield f"{folder / 'model_index.json'} does not say of which class {name} is: fetch it again"
 
@@ -89,8 +91,13 @@ def _find_variant_faults(model: ModelConfig, folder: Path, index: ModelIndex) ->
         )
 
 
+def _variants_of(name: str, index: ModelIndex, model: ModelConfig) -> tuple[str | None, ...]:
+    """Of a component's weights, those that will do: plain ones too, as diffusers has it, but of no denoiser."""
+    return (model.variant,) if name in denoiser_names(index) else (model.variant, None)
+
+
 def _find_component_faults(
-    folder: Path, entry: Sequence[str], model: ModelConfig, config: StageConfig
+    folder: Path, entry: Sequence[str], variants: Sequence[str | None], config: StageConfig
 ) -> Iterator[str]:
     library, class_name = entry
     if not any(folder.iterdir()):
@@ -114,7 +121,7 @@ def _find_component_faults(
             stored = read_json(folder / "config.json")
             yield from _find_quantization_faults(folder, stored)
             yield from _find_cut_faults(stored, config)
-        yield from _find_model_faults(folder, library, class_name, model, config)
+        yield from _find_model_faults(folder, library, class_name, variants, config)
 
 
 def _find_config_faults(path: Path) -> list[str]:
@@ -199,14 +206,12 @@ def _find_tokenizer_faults(folder: Path) -> Iterator[str]:
 
 
 def _find_model_faults(
-    folder: Path, library: str, class_name: str, model: ModelConfig, config: StageConfig
+    folder: Path, library: str, class_name: str, variants: Sequence[str | None], config: StageConfig
 ) -> Iterator[str]:
-    variant = model.variant
-    weights = find_weights(folder, library, variant)
-    if weights is None and variant is not None and folder.name != model.architecture.denoiser:
-        weights = find_weights(folder, library, None)  # as diffusers' pipelines do
+    found = (find_weights(folder, library, variant) for variant in variants)
+    weights = next((file for file in found if file is not None), None)
     if weights is None:
-        yield _no_weights(folder, library, variant)
+        yield _no_weights(folder, library, variants[0])
         return
     faults = list(find_weight_faults(weights))
     yield from faults

@@ -1,8 +1,8 @@
-"""What a diffusers pipeline finds where its denoiser should be: the model's face, without its weights."""
+"""What a diffusers pipeline finds where its denoisers should be: a model's face, without its weights."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from inspect import signature
 from typing import Any
 
@@ -12,6 +12,20 @@ from torch import nn
 
 Inputs = Mapping[str, Any]
 """Keyword arguments of the denoiser's forward: tensors, or nested dicts and lists of them, and flags."""
+
+
+Submit = Callable[[str, Inputs], Any]
+"""(component, inputs) -> what that denoiser's forward returns without `return_dict`."""
+
+
+def stand_ins(
+    skeletons: Mapping[str, nn.Module], *, dtype: torch.dtype, device: torch.device, submit: Submit
+) -> dict[str, "StandIn"]:
+    """For all of a checkpoint's denoisers, by component name."""
+    return {
+        name: StandIn(skeleton, dtype=dtype, device=device, submit=partial(submit, name))
+        for name, skeleton in skeletons.items()
+    }
 
 
 class StandIn(nn.Module):

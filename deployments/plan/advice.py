@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from cluster.inventory import Gpu
-from cluster.partition import plan_cuts
 from deployments.checkpoints.components import Stage
 from deployments.config import StageConfig, TransformerConfig
 from deployments.memory.limit import OVERHEAD_BYTES
@@ -69,8 +68,8 @@ def advise(
 
 
 def whole_bytes(sizes: ModelSizes) -> int:
-    """What one GPU would need for one replica of all three stages, the denoiser as one shard."""
-    denoiser = sizes.head_bytes + sum(block.weights_bytes for block in sizes.blocks) + sizes.tail_bytes
+    """What one GPU would need for one replica of all three stages, the denoisers as one shard."""
+    denoiser = sum(of.weights_bytes for of in sizes.denoisers)
     working = max(rank.working_bytes for rank in sizes.denoise.ranks)
     others = [*sizes.encode.ranks, *sizes.decode.ranks]
     return sum(rank.weights_bytes + rank.working_bytes + OVERHEAD_BYTES for rank in others) + (
@@ -142,9 +141,11 @@ def _on_fragments(demands: Mapping[Stage, Demand], placement: Placement) -> Iter
 def _on_cuts(sizes: ModelSizes, times: Times) -> Iterator[str]:
     """The engine balances bytes; where times are known, they balance better."""
     ranks = sizes.denoise.ranks
-    now_s = max(times.rank_s(*(rank.blocks or (0, 0))) for rank in ranks)
-    cuts = plan_cuts(times.blocks_s, len(ranks), tail_cost=times.tail_s)
-    best_s = max(times.rank_s(start, end) for start, end in pairwise(cuts))
+    cuts = times.plan_cuts(len(ranks))
+    if cuts is None:
+        return
+    now_s = max(times.rank_s(rank.blocks) for rank in ranks)
+    best_s = max(times.rank_s([blocks] * len(times.denoisers)) for blocks in pairwise(cuts))
     if now_s / best_s > WORTH_TELLING:
         gain = now_s / best_s - 1
         yield f"by the measured times, cuts: {list(cuts[1:-1])} make the slowest shard {gain:.0%} faster"

@@ -17,7 +17,7 @@ from cluster.place import Place
 from deployments.checkpoints.source import fetch_checkpoint
 from deployments.config import EncoderConfig, ModelConfig, TransformerConfig, VaeConfig
 from deployments.engine.blocks import block_bytes
-from deployments.engine.load import open_denoiser
+from deployments.engine.load import open_denoisers
 from deployments.engine.step_queue import Cancelled
 from deployments.families import FAMILIES
 from deployments.replica import exit_replica
@@ -259,11 +259,12 @@ def test_the_ranks_together_hold_the_model_and_the_embedders_once_more_each(
     processes: Processes, family: str
 ) -> None:
     model = ModelConfig(name="tiny", checkpoint=f"tiny://{family}", family=family)
-    weights = block_bytes(open_denoiser(model, processes.config(3)).skeleton)
+    [denoiser] = open_denoisers(model, processes.config(3)).skeletons.values()
+    weights = block_bytes(denoiser)
     processes.connect(family, 3)
     held = [sum(rank.memory.weights_bytes.values()) for rank in processes.stats(family, 3)]
     assert sum(held) == 3 * weights.head + sum(weights.blocks) + weights.tail
-    blocks = [rank.blocks for rank in processes.stats(family, 3)]
+    [blocks] = zip(*(rank.blocks.values() for rank in processes.stats(family, 3)), strict=True)
     assert [start for start, _ in blocks[1:]] == [end for _, end in blocks[:-1]]
 
 

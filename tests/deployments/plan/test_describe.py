@@ -9,7 +9,7 @@ from torch import nn
 
 from deployments.checkpoints.components import Stage, fetch_stage, stage_components
 from deployments.config import EncoderConfig, ModelConfig, StageConfig, TransformerConfig, VaeConfig
-from deployments.engine.load import load_rank, open_denoiser
+from deployments.engine.load import load_rank, open_denoisers
 from deployments.families import FAMILIES
 from deployments.memory.working import on_meta, working_bytes
 from deployments.plan.describe import Description
@@ -28,8 +28,8 @@ def described(model: ModelConfig, size: int = 64, **transformer: Any) -> ModelSi
 
 def held_by_ranks(model: ModelConfig, config: TransformerConfig) -> list[int]:
     """As every rank's process tells of itself."""
-    denoiser = open_denoiser(model, config)
-    ranks = [load_rank(denoiser, model, config, rank) for rank in range(config.num_ranks)]
+    denoisers = open_denoisers(model, config)
+    ranks = [load_rank(denoisers, model, config, rank) for rank in range(config.num_ranks)]
     return [sum(rank.keeper.stats().weights_bytes.values()) for rank in ranks]
 
 

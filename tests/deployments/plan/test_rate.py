@@ -4,16 +4,17 @@ import pytest
 
 from cluster.inventory import parse_gpus
 from deployments.plan.place import Demand, place
-from deployments.plan.profile import Profile, Times, read_profile, write_profile
+from deployments.plan.profile import DenoiserTimes, Profile, Times, read_profile, write_profile
 from deployments.plan.rate import bound_rate
 from deployments.plan.sizes import RankSizes
 from deployments.request import MediaSize
 
-TIMES = Times(encode_s=0.1, head_s=0.01, blocks_s=(0.1, 0.1, 0.1, 0.2), tail_s=0.04, num_forwards=10, decode_s=0.2)
+DENOISER = DenoiserTimes(head_s=0.01, blocks_s=(0.1, 0.1, 0.1, 0.2), tail_s=0.04, num_forwards=10)
+TIMES = Times(encode_s=0.1, denoisers={"transformer": DENOISER}, decode_s=0.2)
 
 
 def rank(*blocks: int) -> RankSizes:
-    return RankSizes(0, 0, 0, blocks or None)
+    return RankSizes(0, 0, 0, ((blocks[0], blocks[1]),) if blocks else None)
 
 
 def test_the_slowest_shard_bounds_a_pipeline_and_every_rank_computes_the_head() -> None:

@@ -42,7 +42,7 @@ def test_what_would_be_decoded_after_the_last_step_is_what_is(
     request, seat = build_request(model), stage.join()
     arguments = stage.denoise(seat, encodings, request, lambda _step, latents: steps.append(latents))
     stage.leave(seat)
-    finished = stage._calls.of(request).finish(request, stage._stand_in(stage._zeros), encodings, steps[-1])
+    finished = stage._calls.of(request).finish(request, stage._stand_ins(stage._zeros), encodings, steps[-1])
     assert torch.equal(finished.latents, arguments.latents)
 
 
