@@ -16,6 +16,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from deployments.checkpoints.components import ModelIndex, component_names, left_out
+from deployments.checkpoints.processors import is_processor, load_processor
 from deployments.checkpoints.weights import find_variants
 from deployments.config import StageConfig
 from deployments.device import resolve_dtype
@@ -49,9 +50,10 @@ def load_pipeline(
         name: _load_model(folder / name, index[name], resolve_dtype(config.dtype), variant, quantized.get(name))
         for name in names
     }
+    processors = {n: load_processor(folder / n, index[n][1]) for n in sorted(keep) if is_processor(index[n])}
     # DiffusionPipeline's own takes Wan's optional transformer for a setting, and would load it in every stage.
     pipeline_class = getattr(diffusers, index["_class_name"], diffusers.DiffusionPipeline)
-    pipe = pipeline_class.from_pretrained(folder, **absent | known | models, local_files_only=True)
+    pipe = pipeline_class.from_pretrained(folder, **absent | known | models | processors, local_files_only=True)
     for name, face in known.items():
         build = partial(build_skeleton, type(face), folder, name)
         setattr(pipe, name, ModelStub(face, build, resolve_dtype(config.dtype)))

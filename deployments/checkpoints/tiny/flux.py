@@ -52,6 +52,7 @@ from deployments.checkpoints.tiny.vaes import (
     build_sd_vae,
     build_wan22_vae,
 )
+from deployments.checkpoints.tiny.vision import build_qwen_processor
 
 _USER_TEXT = "{% for part in messages[1].content %}{{ part.text }}{% endfor %}"
 _TWO_EACH = {"num_layers": 2, "num_single_layers": 2}
@@ -189,17 +190,14 @@ def build_ovis() -> OvisImagePipeline:
 
 
 def build_longcat() -> LongCatImagePipeline:
-    """LongCat-Image: Qwen2.5-VL as text encoder.
-
-    Its processor, which only rewrites prompts, is the bare tokenizer: the whole one needs torchvision.
-    """
+    """LongCat-Image: Qwen2.5-VL as text encoder, and its processor, which rewrites prompts."""
     qwen = build_qwen_image()
     return LongCatImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=build_flux_vae(),
         text_encoder=qwen.text_encoder,
         tokenizer=qwen.tokenizer,
-        text_processor=qwen.tokenizer,
+        text_processor=build_qwen_processor(qwen.tokenizer),
         transformer=LongCatImageTransformer2DModel(
             joint_attention_dim=TEXT_WIDTH,
             pooled_projection_dim=TEXT_WIDTH,

@@ -7,10 +7,7 @@ from transformers import (
     BertConfig,
     BertModel,
     ByT5Tokenizer,
-    CLIPImageProcessor,
     CLIPTokenizer,
-    CLIPVisionConfig,
-    CLIPVisionModel,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Mistral3Config,
@@ -22,19 +19,11 @@ from transformers import (
     T5EncoderModel,
 )
 
+from deployments.checkpoints.tiny.sizes import VISION
 from deployments.checkpoints.tiny.text import TEXT_WIDTH, build_qwen_tokenizer
 
 _CHAT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 _MAX_LENGTH = 4096
-_VISION = {
-    "hidden_size": TEXT_WIDTH,
-    "intermediate_size": TEXT_WIDTH,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 32,
-    "patch_size": 8,
-}
-"""Towers that text alone never reaches."""
 
 
 def build_chat_tokenizer() -> Qwen2Tokenizer:
@@ -70,7 +59,7 @@ def build_mistral3(tokenizer: Qwen2Tokenizer, suffix: str) -> PreTrainedModel:
     ForConditionalGeneration."""
     config = Mistral3Config(
         text_config={"model_type": "mistral"} | _language(tokenizer, 30),
-        vision_config={"model_type": "pixtral"} | _VISION,
+        vision_config={"model_type": "pixtral"} | VISION,
         image_token_index=5,
     )
     model: PreTrainedModel = getattr(transformers, f"Mistral3{suffix}")(config)
@@ -80,7 +69,7 @@ def build_mistral3(tokenizer: Qwen2Tokenizer, suffix: str) -> PreTrainedModel:
 def build_gemma3(tokenizer: Qwen2Tokenizer) -> Gemma3ForConditionalGeneration:
     """Gemma 3 with its vision tower; 2 layers, so 3 hidden states."""
     config = Gemma3Config(
-        text_config=_language(tokenizer, 2), vision_config=_VISION, mm_tokens_per_image=4, image_token_index=5
+        text_config=_language(tokenizer, 2), vision_config=VISION, mm_tokens_per_image=4, image_token_index=5
     )
     return Gemma3ForConditionalGeneration(config)
 
@@ -110,12 +99,6 @@ def build_bert(tokenizer: CLIPTokenizer) -> BertModel:
         intermediate_size=TEXT_WIDTH,
     )
     return BertModel(config)
-
-
-def build_clip_vision() -> tuple[CLIPImageProcessor, CLIPVisionModel]:
-    """Embeds the first frame of Wan 2.1."""
-    config = CLIPVisionConfig(**_VISION | {"num_hidden_layers": 2, "num_attention_heads": 4})
-    return CLIPImageProcessor(size=32, crop_size=32), CLIPVisionModel(config)
 
 
 def _language(tokenizer: Qwen2Tokenizer, num_layers: int) -> dict[str, Any]:
