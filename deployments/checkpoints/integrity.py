@@ -185,13 +185,19 @@ def _find_quantization_faults(folder: Path, config: Mapping[str, Any]) -> Iterat
         )
 
 
+def _reads_bytes(folder: Path) -> bool:
+    """Such a tokenizer, as HunyuanImage's for glyphs, has no vocabulary."""
+    file = folder / "tokenizer_config.json"
+    return file.is_file() and read_json(file).get("tokenizer_class") == "ByT5Tokenizer"
+
+
 def _find_tokenizer_faults(folder: Path) -> Iterator[str]:
     names = {path.name for path in folder.iterdir() if not path.is_dir()}
     has_whole = "tokenizer.json" in names
     for name in sorted(names):
         if not (has_whole and name in _SENTENCEPIECE):
             yield from find_file_faults(folder / name)
-    if has_whole:
+    if has_whole or _reads_bytes(folder):
         return
     found = [name for name in _VOCABULARIES if name in names]
     if not found:

@@ -60,11 +60,22 @@ class BlankTokenizer:
         config = read_json(file) if file.is_file() else {}
         self.model_max_length: int = config.get("model_max_length", _CLIP_TOKENS)
 
-    def __call__(self, text: str | list[str], *_: Any, max_length: int | None = None, **__: Any) -> "BlankTokens":
-        """[len(text), max_length] token ids, all zero, and a mask without padding."""
+    def __call__(
+        self,
+        text: str | list[str],
+        *_: Any,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+        **__: Any,
+    ) -> "BlankTokens":
+        """[len(text), max_length] token ids, all zero, and a mask without padding; in lists unless it says what in."""
         num_texts = 1 if isinstance(text, str) else len(text)
         ids = torch.zeros(num_texts, max_length or LEAST_TOKENS, dtype=torch.long)
-        return BlankTokens(input_ids=ids, attention_mask=torch.ones_like(ids))
+        if return_tensors is not None:
+            return BlankTokens(input_ids=ids, attention_mask=torch.ones_like(ids))
+        lists = [ids.tolist(), torch.ones_like(ids).tolist()]
+        values = [each[0] for each in lists] if isinstance(text, str) else lists
+        return BlankTokens(input_ids=values[0], attention_mask=values[1])
 
     def tokenize(self, _text: str) -> list[str]:
         """For pipelines that look for the tokens of textual inversions."""
@@ -77,7 +88,10 @@ class BlankTokenizer:
     def apply_chat_template(
         self, _messages: Any, *_: Any, tokenize: bool = True, max_length: int | None = None, **__: Any
     ) -> "BlankTokens | str":
-        return self("", max_length=max_length) if tokenize else ""
+        return self([""], max_length=max_length, return_tensors="pt") if tokenize else ""
+
+    def pad(self, tokens: Any, *_: Any, max_length: int | None = None, **__: Any) -> "BlankTokens":
+        return self([""] * len(tokens["input_ids"]), max_length=max_length, return_tensors="pt")
 
     def encode(self, _text: str, **_: Any) -> list[int]:
         """For pipelines that count the tokens of their own words."""
@@ -106,10 +120,10 @@ class BlankProcessor:
         return ""
 
 
-class BlankTokens(dict[str, torch.Tensor]):
+class BlankTokens(dict[str, Any]):
     """As transformers' BatchEncoding."""
 
-    def __getattr__(self, name: str) -> torch.Tensor:
+    def __getattr__(self, name: str) -> Any:
         if name not in self:
             raise AttributeError(name)
         return self[name]

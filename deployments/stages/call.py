@@ -230,6 +230,9 @@ def call_arguments(
         # For pipelines that would choose another size near the one that is asked for (FLUX.1-Kontext).
         "max_area": request.width and request.width * request.height,
         "_auto_resize": False,
+        # Language models that rewrite prompts draw from the process's generator.
+        "enable_prompt_rewrite": False,
+        "use_pe": False,
         "use_resolution_binning": False,
     }
     parameters = _parameters(pipeline_class)

@@ -36,7 +36,7 @@ from deployments.stages.pictures import open_pictures
 from deployments.stages.pipeline import load_pipeline, loaded_models
 from deployments.stages.posterior import given, kept
 from deployments.stages.tensors import laid, to_device
-from deployments.warm_up import WarmUp
+from deployments.warm_up import WarmUp, tried_size
 
 log = logging.getLogger("ray.serve")
 
@@ -81,10 +81,8 @@ class Decoding:
 
     @torch.no_grad()
     def _try(self) -> None:
-        """Blank latents of the smallest size; of a video's two frames, for the first is like no other. Raises
-        CannotServe."""
-        of = self._geometry
-        size = MediaSize(of.size_multiple, of.size_multiple, of.frame_stride + 1 if of.num_frames > 1 else 1)
+        """Blank latents of a small size. Raises CannotServe."""
+        size = tried_size(self._geometry)
         try:
             with self.keeper.at_work():
                 self._pixels(self._blank(size), size)

@@ -15,7 +15,7 @@ from deployments.engine.merge import Inputs
 from deployments.engine.stand_in import Submit, stand_ins
 from deployments.memory.working import META
 from deployments.refusal import CannotServe, describe_cause
-from deployments.request import DecodeArguments, GenerationRequest, MediaSize
+from deployments.request import DecodeArguments, GenerationRequest
 from deployments.stages.blank import LEAST_TOKENS, BlankTexts
 from deployments.stages.call import NO_PICTURES, Pictures, PipelineCall, PipelineCalls
 from deployments.stages.draws import Draws
@@ -23,14 +23,14 @@ from deployments.stages.pictures import blank_pictures
 from deployments.stages.stub import Reached, reach
 from deployments.stages.tensors import each_tensor
 from deployments.stages.zeros import Zeros, decoded_shape, without_values
-from deployments.warm_up import default_request
+from deployments.warm_up import default_request, tried_size
 
 log = logging.getLogger("ray.serve")
 
 FEW_STEPS = 4
 """What distilled models take: their schedulers may not know as many as a family's default."""
-TRIED_SIDE = 2
-"""Times the least: some blocks want more than one position."""
+NOT_ON_META = ("device_type 'meta'", "unsupported scalarType")
+"""Of what torch says where a model does what the meta device does not."""
 CPU = torch.device("cpu")
 log = logging.getLogger("ray.serve")
 
@@ -44,8 +44,7 @@ class Trial:
         """pipe: the checkpoint's own, whose VAE is a stub."""
         self._calls, self._pipe, self._blank, self._model, self._denoisers = calls, pipe, blank, model, denoisers
         self._zeros = Zeros(denoisers.skeletons)
-        side = TRIED_SIDE * model.geometry.size_multiple
-        self._usual = default_request(model, MediaSize(side, side))
+        self._usual = default_request(model, tried_size(model.geometry))
 
     def start(self) -> bool:
         """A request by the defaults, of a small size. Returns whether the scheduler draws noise by itself.
@@ -98,7 +97,7 @@ class Trial:
         except NotImplementedError:
             return  # it reads values
         except RuntimeError as error:
-            if "device_type 'meta'" in str(error):  # autocast, which knows none
+            if any(words in str(error) for words in NOT_ON_META):
                 return
             raise ValueError(
                 f"its {component} does not take what its text encoders and scheduler give it ({error}): "

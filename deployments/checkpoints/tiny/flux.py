@@ -56,6 +56,8 @@ from deployments.checkpoints.tiny.vision import build_qwen_processor
 
 _USER_TEXT = "{% for part in messages[1].content %}{{ part.text }}{% endfor %}"
 _TWO_EACH = {"num_layers": 2, "num_single_layers": 2}
+_EMPTY_PROMPT = 128_000
+"""The token that Bria Fibo reads where a prompt is empty, of SmolLM3's vocabulary."""
 _NUM_STACKED_LAYERS = 3
 """Hidden states of the language model that FLUX.2 puts side by side."""
 
@@ -162,7 +164,9 @@ def build_bria_fibo() -> BriaFiboPipeline:
     return BriaFiboPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=build_wan22_vae(),
-        text_encoder=build_language_model("SmolLM3", tokenizer, suffix="ForCausalLM"),
+        text_encoder=build_language_model(
+            "SmolLM3", tokenizer, suffix="ForCausalLM", vocab_size=_EMPTY_PROMPT + 1
+        ),
         tokenizer=tokenizer,
         transformer=BriaFiboTransformer2DModel(
             in_channels=48,

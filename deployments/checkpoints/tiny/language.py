@@ -3,6 +3,7 @@
 from typing import Any
 
 import transformers
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     BertConfig,
     BertModel,
@@ -26,10 +27,18 @@ _CHAT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_en
 _MAX_LENGTH = 4096
 
 
-def build_chat_tokenizer() -> Qwen2Tokenizer:
-    """Writes a conversation as Qwen's template does, without a default system message."""
+def build_chat_tokenizer(*, marks_start: bool = False) -> Qwen2Tokenizer:
+    """Writes a conversation as Qwen's template does, without a default system message.
+
+    marks_start: every text begins with a token of its own, as Gemma's and GLM's do: an empty one is not nothing.
+    """
     tokenizer = build_qwen_tokenizer()
     tokenizer.chat_template = _CHAT
+    if marks_start:
+        start = tokenizer.pad_token
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"{start} $A", special_tokens=[(start, tokenizer.pad_token_id)]
+        )
     return tokenizer
 
 
@@ -38,11 +47,9 @@ def build_language_model(
 ) -> PreTrainedModel:
     """`kind` and `suffix` make the class: Qwen3, Llama, SmolLM3, Gemma, Gemma2 or Glm; Model or ForCausalLM."""
     model_config = getattr(transformers, f"{kind}Config")(
-        **_language(tokenizer, num_layers),
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=0,
-        eos_token_id=1,
-        **config,
+        **_language(tokenizer, num_layers)
+        | {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": 0, "eos_token_id": 1}
+        | config
     )
     model: PreTrainedModel = getattr(transformers, f"{kind}{suffix}")(model_config)
     return model
