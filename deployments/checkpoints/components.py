@@ -36,13 +36,19 @@ def read_index(folder: Path) -> ModelIndex:
 
 def stage_components(index: ModelIndex, family: Family, stage: Stage) -> frozenset[str]:
     """Names of the components that `stage` needs."""
+    light = weightless(index)
     if stage == "encode":
         names = component_names(index)
         texts = frozenset(n for n in names if n.startswith(("text_encoder", "tokenizer")))
-        return texts | (SEE_PICTURES & names if family.call.kind != "generate" else frozenset()) | {"scheduler"}
+        return texts | (SEE_PICTURES & names if family.call.kind != "generate" else frozenset()) | light
     if stage == "decode":
-        return frozenset({"vae", "scheduler"})
-    return frozenset({*denoiser_names(index), "scheduler", *(("vae",) if family.reads_vae_buffers else ())})
+        return frozenset({"vae", *light})
+    return frozenset({*denoiser_names(index), *light, *(("vae",) if family.reads_vae_buffers else ())})
+
+
+def weightless(index: ModelIndex) -> frozenset[str]:
+    """Schedulers and guiders: every stage has its own."""
+    return frozenset(name for name in component_names(index) if name == "scheduler" or name.endswith("guider"))
 
 
 def denoiser_names(index: ModelIndex) -> tuple[str, ...]:

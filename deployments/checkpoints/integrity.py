@@ -114,6 +114,8 @@ def _find_component_faults(
         yield from () if any(file.exists() for file in files) else (f"{folder} has no {files[0].name}: fetch it",)
     elif folder.name == "scheduler":
         yield from _find_config_faults(folder / "scheduler_config.json")
+    elif folder.name.endswith("guider"):
+        yield from _find_config_faults(folder / "guider_config.json")
     else:
         faults = list(_find_config_faults(folder / "config.json"))
         yield from faults

@@ -48,6 +48,11 @@ class StandIn(nn.Module):
         self._dtype, self._device, self._submit = dtype, device, submit
         self.__dict__["skeleton"] = skeleton  # past nn.Module, which would list its meta parameters as ours
 
+    @property
+    def __class__(self) -> type[nn.Module]:  # type: ignore[override]
+        """For pipelines that ask `isinstance`."""
+        return type(self.__dict__["skeleton"])
+
     def __getattr__(self, name: str) -> Any:
         """Whatever else a pipeline probes (`config`, SDXL's `add_embedding`), from the skeleton."""
         return getattr(self.__dict__["skeleton"], name)

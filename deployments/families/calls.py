@@ -29,6 +29,7 @@ _SUFFIXES: Mapping[CallKind, str] = {"edit": "Img2Img", "inpaint": "Inpaint"}
 """Of classes that no table names, and that run over the components of the class without it."""
 _SEVERAL = frozenset({"Flux2Pipeline", "Flux2KleinPipeline", "QwenImageEditPlusPipeline"})
 """Whose `image` may be several that make one picture; to all others a list is a batch."""
+_FRAMES = ("num_frames", "frames", "video_length")
 _CLASS = re.compile(r"^class (\w+)\(", re.MULTILINE)
 MAX_IMAGES = 10
 FPS = 16
@@ -59,7 +60,12 @@ class Call:
 
     @property
     def media(self) -> Literal["image", "video"]:
-        return "video" if "num_frames" in self.parameters else "image"
+        return "image" if self.frames is None else "video"
+
+    @property
+    def frames(self) -> str | None:
+        """What it calls the number of frames; None: it makes pictures."""
+        return next((name for name in _FRAMES if name in self.parameters), None)
 
     @property
     def guidance(self) -> Literal["guidance_scale", "true_cfg_scale"]:
@@ -80,7 +86,7 @@ class Call:
     @property
     def num_frames(self) -> int:
         """Of a request that does not say."""
-        return self._number("num_frames", int) or 1
+        return (self.frames and self._number(self.frames, int)) or 1
 
     @property
     def max_images(self) -> int:
@@ -138,7 +144,7 @@ def _kind_by_parameters(parameters: Mapping[str, Any]) -> CallKind:
         return "inpaint"
     if "image" not in parameters:
         return "generate"
-    return "image_to_video" if "num_frames" in parameters else "edit"
+    return "image_to_video" if any(name in parameters for name in _FRAMES) else "edit"
 
 
 @cache

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from deployments.checkpoints.components import weightless
 from deployments.config import ModelConfig, TransformerConfig
 from deployments.engine.load import Denoisers
 from deployments.engine.merge import RULES, Inputs, Merger, num_tokens, patch_size
@@ -38,7 +39,7 @@ def first_inputs(
             reach()
         return zeros(component, inputs)
 
-    pipe = load_pipeline(denoisers.folder, denoisers.index, frozenset({"scheduler"}), config, variant=None)
+    pipe = load_pipeline(denoisers.folder, denoisers.index, weightless(denoisers.index), config, variant=None)
     cpu, request = torch.device("cpu"), default_request(model, size)
     models = stand_ins(denoisers.skeletons, dtype=denoisers.dtype, device=cpu, submit=submit)
     blank = BlankTexts(denoisers.folder, denoisers.index, denoisers.dtype).on(cpu)

@@ -68,7 +68,7 @@ class BlankTokenizer:
         return_tensors: str | None = None,
         **__: Any,
     ) -> "BlankTokens":
-        """[len(text), max_length] token ids, all zero, and a mask without padding; in lists unless it says what in."""
+        """[len(text), max_length] token ids, all zero, and a mask without padding; lists, or tensors if asked."""
         num_texts = 1 if isinstance(text, str) else len(text)
         ids = torch.zeros(num_texts, max_length or LEAST_TOKENS, dtype=torch.long)
         if return_tensors is not None:
@@ -128,8 +128,11 @@ class BlankTokens(dict[str, Any]):
             raise AttributeError(name)
         return self[name]
 
-    def to(self, device: torch.device) -> "BlankTokens":
-        return BlankTokens({name: value.to(device) for name, value in self.items()})
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "BlankTokens":
+        """dtype: of what are numbers."""
+        return BlankTokens(
+            {name: value.to(device, dtype if value.is_floating_point() else None) for name, value in self.items()}
+        )
 
 
 class BlankTextEncoder(nn.Module):
@@ -156,6 +159,9 @@ class BlankImageEncoder(nn.Module):
     def __init__(self, config: Any, *, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
         self.config, self.device, self.dtype = config, device, dtype
+        self.none = nn.Parameter(
+            torch.empty(0, dtype=dtype, device=device)
+        )  # for pipelines that ask it for its dtype
 
     def forward(self, pixel_values: torch.Tensor, **_: Any) -> "BlankOutput":
         vision = getattr(self.config, "vision_config", self.config)

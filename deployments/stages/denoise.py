@@ -15,6 +15,7 @@ from cluster.object_store_transport import open_mailboxes
 from cluster.open_transport import open_transport
 from cluster.place import Place, Rendezvous, plan_backend
 from cluster.transport import open_store
+from deployments.checkpoints.components import weightless
 from deployments.checkpoints.geometry import read_geometry, with_geometry
 from deployments.config import ModelConfig, TransformerConfig
 from deployments.device import resolve_dtype
@@ -63,7 +64,7 @@ class Denoising:
         self._denoisers = open_denoisers(model, config)
         self._check_geometry(model)
         folder, index = self._denoisers.folder, self._denoisers.index
-        pipe = load_pipeline(folder, index, frozenset({"scheduler"}), config, variant=model.variant)
+        pipe = load_pipeline(folder, index, weightless(index), config, variant=model.variant)
         pipe.vae.dtype = resolve_dtype(model.vae_dtype or config.dtype)
         # Not once for the whole request: many a pipeline joins what it gets, and has no more need of it.
         place = partial(to_device, device=self._denoisers.device, dtype=self._denoisers.dtype)

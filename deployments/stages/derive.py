@@ -14,7 +14,7 @@ from typing import Any
 import diffusers
 import torch
 
-from deployments.checkpoints.components import read_index
+from deployments.checkpoints.components import read_index, weightless
 from deployments.config import TransformerConfig
 from deployments.engine.load import build_skeletons
 from deployments.engine.stand_in import stand_ins
@@ -55,7 +55,7 @@ class Derived:
         if not self._skeletons:
             raise ValueError("it has no model between its text encoders and its VAE that diffusers knows")
         config = TransformerConfig()
-        self._pipe = load_pipeline(folder, self._index, frozenset({"scheduler"}), config, variant=None)
+        self._pipe = load_pipeline(folder, self._index, weightless(self._index), config, variant=None)
         self._zeros = Zeros(self._skeletons)
         self._blank = BlankTexts(folder, self._index, torch.float32)
 

@@ -19,7 +19,7 @@ from deployments.checkpoints.components import ModelIndex, component_names, left
 from deployments.checkpoints.processors import is_processor, load_processor
 from deployments.checkpoints.weights import find_variants
 from deployments.config import StageConfig
-from deployments.device import resolve_dtype
+from deployments.device import resolve_device, resolve_dtype
 from deployments.engine.blocks import build_skeleton
 from deployments.engine.shard import check_complete
 from deployments.memory.quantize import plan_stage_quantization
@@ -56,7 +56,7 @@ def load_pipeline(
     pipe = pipeline_class.from_pretrained(folder, **absent | known | models | processors, local_files_only=True)
     for name, face in known.items():
         build = partial(build_skeleton, type(face), folder, name)
-        setattr(pipe, name, ModelStub(face, build, resolve_dtype(config.dtype)))
+        setattr(pipe, name, ModelStub(face, build, resolve_dtype(config.dtype), resolve_device(config)))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -125,4 +125,4 @@ def _build_face(model_class: Any, folder: Path, subfolder: str) -> nn.Module:
 
 def loaded_models(pipe: Any) -> dict[str, nn.Module]:
     """The pipeline's models by component name."""
-    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    return {name: part for name, part in pipe.components.items() if issubclass(type(part), nn.Module)}

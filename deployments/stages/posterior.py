@@ -28,6 +28,10 @@ class EncodingVae:
     def __init__(self, vae: Any, encode: Encode) -> None:
         self._vae, self.encode = vae, encode
 
+    @property
+    def __class__(self) -> Any:
+        return self._vae.__class__
+
     def to(self, *_: Any, **__: Any) -> "EncodingVae":
         return self
 

@@ -29,7 +29,7 @@ log = logging.getLogger("ray.serve")
 
 FEW_STEPS = 4
 """What distilled models take: their schedulers may not know as many as a family's default."""
-NOT_ON_META = ("device_type 'meta'", "unsupported scalarType")
+NOT_ON_META = ("meta", "unsupported scalarType")
 """Of what torch says where a model does what the meta device does not."""
 CPU = torch.device("cpu")
 log = logging.getLogger("ray.serve")

@@ -45,9 +45,17 @@ class _Zeros:
                 with torch.no_grad():
                     self._shapes[key] = model(**without_values(dict(inputs)), return_dict=False)
             except (NotImplementedError, RuntimeError):  # it reads values, or asks for a real device
-                return (map_tensors(torch.zeros_like, latents_of(inputs)),)
+                self._shapes[key] = (map_tensors(self._as_predicted, latents_of(inputs)),)
         like = next(tensor for tensor in each_tensor(dict(inputs)) if tensor.is_floating_point())
         return map_tensors(lambda made: like.new_zeros(made.shape), self._shapes[key])
+
+    def _as_predicted(self, latents: torch.Tensor) -> torch.Tensor:
+        """On the meta device: as many channels as the config says, where it says."""
+        config: Any = self._skeleton.config
+        num_channels = config.get("out_channels")
+        if num_channels is None or latents.ndim < 4:
+            return latents.to(META)
+        return latents.new_empty((len(latents), num_channels, *latents.shape[2:]), device=META)
 
 
 def decoded_shape(vae: Any, arguments: DecodeArguments) -> tuple[int, ...]:

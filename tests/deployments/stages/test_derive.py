@@ -88,7 +88,6 @@ def test_another_process_tells_it_to_whoever_has_no_torch() -> None:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("wan21-i2v", "it does not draw from a prompt alone, but needs image"),
         ("kandinsky5", "it chooses another size than it is asked for"),
     ],
 )
