@@ -107,7 +107,7 @@ def test_two_denoisers_take_what_each_takes_and_the_larger_forward() -> None:
     assert [of.name for of in both.denoisers] == ["transformer", "transformer_2"]
     first, second = both.denoisers
     assert replace(second, name=first.name) == first
-    assert [rank.blocks for rank in both.denoise.ranks] == [((0, 1),) * 2, ((1, 3),) * 2]
+    assert [rank.blocks for rank in both.denoise.ranks] == [((0, 2),) * 2, ((2, 3),) * 2]
     assert sum(rank.weights_bytes for rank in both.denoise.ranks) == 2 * (first.weights_bytes + first.head_bytes)
 
 
