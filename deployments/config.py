@@ -226,13 +226,14 @@ class EncoderConfig(SpreadConfig):
 
 
 class TransformerConfig(SpreadConfig):
-    """The denoiser: a transformer, or a UNet."""
+    """The denoisers: a transformer or a UNet, of some checkpoints several."""
 
     shards: int = Field(
         1, ge=1, le=64, description="consecutive block ranges, each on resources of its own (per num_gpus)"
     )
     cuts: tuple[int, ...] | None = Field(
-        None, description="blocks at which shards begin, such as [19, 38]; None: balanced by bytes"
+        None,
+        description="blocks of each denoiser at which shards begin, such as [19, 38]; None: balanced by bytes",
     )
     transport: Literal["auto", "object_store"] = Field(
         "auto",

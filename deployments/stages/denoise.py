@@ -125,7 +125,7 @@ class Denoising:
         classes = {type(skeleton).__name__ for skeleton in self._denoisers.skeletons.values()}
         if longest is not None and any(map(takes_any_length, classes)):
             lengths.append(max(2, longest // 2))  # then torch compiles for any
-        for request in warm_up.requests:
+        for request in map(self._trial.with_all_asked, warm_up.requests):
             for length in lengths:
                 seat = self.join()
                 try:

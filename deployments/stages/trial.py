@@ -155,6 +155,24 @@ class Trial:
         }
         return next((field for field, changed in fields.items() if not self._fails(changed, pictures)), None)
 
+    def with_all_asked(self, request: GenerationRequest) -> GenerationRequest:
+        """With as many steps, up to the default, as it takes until every denoiser is asked."""
+        steps, most = request.num_inference_steps, self._usual.num_inference_steps
+        while len(self._denoisers.skeletons) > 1 and steps < most and not self._asks_all(request):
+            steps = min(2 * steps, most)
+            request = replace(request, num_inference_steps=steps)
+        return request
+
+    def _asks_all(self, request: GenerationRequest) -> bool:
+        asked: set[str] = set()
+
+        def submit(component: str, inputs: Inputs) -> Any:
+            asked.add(component)
+            return self._zeros(component, inputs)
+
+        self._run(request, submit=submit)
+        return asked == self._denoisers.skeletons.keys()
+
     def is_finite(self, request: GenerationRequest) -> bool:
         """Whether the scheduler makes numbers of zeros."""
         arguments = self._run(request)

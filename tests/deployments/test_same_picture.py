@@ -23,6 +23,7 @@ from deployments.families import FAMILIES
 from deployments.replica import exit_replica
 from deployments.request import DecodeArguments, GenerationRequest, Prompt
 from deployments.stages import load_stage
+from tests.tiny_models import EXPERTS, family_of, tiny_model
 
 pytestmark = pytest.mark.slow
 STAGE_ENV = {"env_vars": {"OMP_NUM_THREADS": "1"}}
@@ -41,8 +42,7 @@ class StageProcess:
     def load(self, stage: str, family: str, config: Any, *args: Any) -> None:
         key = _key(stage, family, config)
         if key not in self._stages:
-            model = ModelConfig(name="tiny", checkpoint=f"tiny://{family}", family=family)
-            self._stages[key] = load_stage(stage, model, config, *args)
+            self._stages[key] = load_stage(stage, tiny_model(family), config, *args)
 
     def call(self, stage: str, family: str, config: Any, method: str, *args: Any) -> Any:
         return getattr(self._stages[_key(stage, family, config)], method)(*args)
@@ -86,7 +86,7 @@ class Processes:
         self, family: str, request: GenerationRequest, shards: int = 1, **settings: Any
     ) -> tuple[torch.Tensor, Any]:
         """(latents, frames); settings: of the transformer."""
-        tokens = 64 if FAMILIES[family].max_sequence_length else None
+        tokens = 64 if family_of(family).max_sequence_length else None
         encode, decode = EncoderConfig(max_sequence_length=tokens), VaeConfig()
         denoise = self.connect(family, shards, **settings)
         ray.get(
@@ -138,7 +138,7 @@ def processes(ray_cluster: None) -> Iterator[Processes]:
 def build_request(
     family: str, *, guided: bool, width: int = 64, height: int = 64, seed: int = 3
 ) -> GenerationRequest:
-    of = FAMILIES[family]
+    of = family_of(family)
     scale = 3.0 if guided else 1.0
     guidance = of.call.defaults.guidance_scale if of.call.guidance == "true_cfg_scale" else scale
     return GenerationRequest(
@@ -209,7 +209,10 @@ def check_same_picture(
 
 @pytest.mark.parametrize(
     ("family", "shards", "transport"),
-    [*((family, shards, "auto") for family in FAMILIES for shards in (2, 3)), ("flux", 3, "object_store")],
+    [
+        *((family, shards, "auto") for family in (*FAMILIES, EXPERTS) for shards in (2, 3)),
+        ("flux", 3, "object_store"),
+    ],
 )
 def test_shards_in_separate_processes_draw_what_the_plain_pipeline_draws(
     processes: Processes, plain: Callable[..., Any], family: str, shards: int, transport: str

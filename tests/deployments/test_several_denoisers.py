@@ -22,6 +22,7 @@ from deployments.stages import load_stage
 from deployments.stages.call import call_arguments
 from deployments.stages.denoise import Denoising
 from deployments.stages.derive import Derived
+from deployments.warm_up import WarmUp
 from tests.conftest import decoded_by
 from tests.deployments.variants import (
     build_request,
@@ -103,9 +104,13 @@ def draw(stage: Denoising, of: GenerationRequest) -> torch.Tensor:
     return latents
 
 
-def test_three_stages_draw_what_the_plain_pipeline_draws() -> None:
-    frames = draw_staged(MODEL, request())
-    expected = draw_plain(Path(MODEL.checkpoint), request(), negative_prompt="blurry", guidance_scale=3.0)
+@pytest.mark.parametrize("name", ["wan22-a14b", "wan22-5b"])
+def test_three_stages_draw_what_the_plain_pipeline_draws(name: str) -> None:
+    """The one of 5B has no second expert, but a timestep for each token."""
+    model = read_model(fetch_checkpoint(f"tiny://{name}", ()))
+    asked = replace(request(), height=96)
+    frames = draw_staged(model, asked)
+    expected = draw_plain(Path(model.checkpoint), asked, negative_prompt="blurry", guidance_scale=3.0)
     np.testing.assert_array_equal(frames, expected)
 
 
@@ -199,10 +204,12 @@ def test_an_expert_without_weights_is_told_by_name_at_start(tmp_path: Path) -> N
         load_denoising(read_model(folder))
 
 
-def test_one_expert_is_absent_where_the_index_says_so(tmp_path: Path) -> None:
-    folder = write_tiny("wan", tmp_path / "x")
-    edit(folder / "model_index.json", transformer_2=[None, None])
-    assert list(load_denoising(read_model(folder)).stats().ranks[0].blocks) == ["transformer"]
+def test_a_warm_up_asks_every_expert(open_ranks: Open) -> None:
+    """Of one step, the second is asked nothing."""
+    stage = open_ranks()
+    flown = note_flights(stage)
+    stage.warm_up(WarmUp((request(num_inference_steps=1),), 16))
+    assert {component for component, _ in flown} == set(EXPERTS)
 
 
 def test_an_expert_that_nothing_asks_is_told_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

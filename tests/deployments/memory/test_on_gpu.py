@@ -12,7 +12,8 @@ import torch
 
 from deployments.config import EncoderConfig, TransformerConfig
 from deployments.stages import load_stage
-from tests.deployments.memory.tiny_request import EXPERTS, build_request, tiny_model
+from tests.deployments.memory.tiny_request import build_request
+from tests.tiny_models import EXPERTS, tiny_model
 
 pytestmark = [
     pytest.mark.gpu,

@@ -27,7 +27,8 @@ from deployments.request import DecodeArguments, GenerationRequest
 from deployments.stages import load_stage
 from deployments.stages.tensors import each_tensor
 from tests.conftest import decoded_by
-from tests.deployments.memory.tiny_request import EXPERTS, NUM_STEPS, PROMPT, build_request, family_of, tiny_model
+from tests.deployments.memory.tiny_request import NUM_STEPS, PROMPT, build_request
+from tests.tiny_models import EXPERTS, family_of, tiny_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quantize_on_cpu", "fresh_torch", "own_turns")]
 

@@ -1,22 +1,10 @@
 """A request that any tiny checkpoint serves in a moment."""
 
-from deployments.config import ModelConfig
-from deployments.families import FAMILIES, Family
 from deployments.request import GenerationRequest, Prompt
+from tests.tiny_models import family_of
 
-EXPERTS = "wan22-a14b"
-"""A tiny checkpoint of two denoisers; the others are named as their families are."""
 PROMPT = "a red cat"
 NUM_STEPS = 2
-
-
-def family_of(name: str) -> Family:
-    """Of a tiny checkpoint."""
-    return FAMILIES["wan" if name == EXPERTS else name]
-
-
-def tiny_model(name: str) -> ModelConfig:
-    return ModelConfig(name="tiny", checkpoint=f"tiny://{name}", family=family_of(name).name)
 
 
 def build_request(family: str) -> GenerationRequest:
