@@ -48,7 +48,7 @@ class StandIn(nn.Module):
         self._dtype, self._device, self._submit = dtype, device, submit
         self.__dict__["skeleton"] = skeleton  # past nn.Module, which would list its meta parameters as ours
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> type[nn.Module]:  # type: ignore[override]
         """For pipelines that ask `isinstance`."""
         return type(self.__dict__["skeleton"])

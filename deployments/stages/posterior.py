@@ -28,7 +28,7 @@ class EncodingVae:
     def __init__(self, vae: Any, encode: Encode) -> None:
         self._vae, self.encode = vae, encode
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> Any:
         return self._vae.__class__
 

@@ -42,7 +42,7 @@ class ModelStub:
         self._face, self._build = face, build
         self.dtype, self.device = dtype, device
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> type[nn.Module]:  # type: ignore[override]
         return type(self._face)
 
