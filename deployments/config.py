@@ -29,6 +29,7 @@ class DefaultsConfig(Config):
     strength: float | None = Field(
         None, gt=0, le=1, description="how much of a picture that goes in is drawn anew, where that can be said"
     )
+    control_scale: float | None = Field(None, ge=0, description="how loud a ControlNet is, where there is one")
 
 
 class ModelConfig(Config):
@@ -84,8 +85,9 @@ class ModelConfig(Config):
     def defaults_of(self, call: Call) -> Defaults:
         """What is said here, and the call's own where nothing is."""
         said = self.defaults.model_dump(exclude_none=True, exclude={"width", "height", "num_frames"})
-        if call.defaults.strength is None:
-            said.pop("strength", None)
+        for name in ("strength", "control_scale"):
+            if getattr(call.defaults, name) is None:
+                said.pop(name, None)
         return replace(call.defaults, **said)
 
     @property

@@ -61,6 +61,8 @@ class GenerationRequest:
     kind: CallKind = "generate"
     strength: float | None = None
     """Of kinds that draw a picture anew, from 0 to 1: how much of it."""
+    control_scale: float | None = None
+    """Of pipelines with a ControlNet: how loud it is."""
 
     @property
     def size(self) -> MediaSize:
@@ -71,9 +73,11 @@ class GenerationRequest:
 class InputPictures:
     """What goes in beside the prompt: PNG, JPEG or WebP files, bounded and of these formats by who took them."""
 
-    images: tuple[bytes, ...]
+    images: tuple[bytes, ...] = ()
     mask: bytes | None = None
     """As large as the first of `images`. What is transparent is drawn anew; without an alpha channel, white."""
+    control: bytes | None = None
+    """Says where things are: edges, depths, poses, as the checkpoint's ControlNet was trained on."""
 
 
 Encodings = tuple[tuple[str, Any], ...]

@@ -55,6 +55,7 @@ def default_request(
         fps=defaults.fps,
         kind=call.kind,
         strength=defaults.strength,
+        control_scale=defaults.control_scale,
     )
 
 

@@ -59,6 +59,8 @@ class Defaults:
     fps: int = FPS
     strength: float | None = None
     """From 0 to 1, how much of the picture that goes in is drawn anew."""
+    control_scale: float | None = None
+    """How loud a ControlNet is."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,13 @@ class Call:
         return MAX_IMAGES if self.pipeline_class in _SEVERAL else 1
 
     @property
+    def control(self) -> str | None:
+        """What it calls the control picture, which it needs; None: it takes none."""
+        if "control_image" in self.parameters:
+            return "control_image"
+        return "image" if self.kind == "generate" and "controlnet_conditioning_scale" in self.parameters else None
+
+    @property
     def defaults(self) -> Defaults:
         return Defaults(
             num_inference_steps=self._number("num_inference_steps", int) or 50,
@@ -115,6 +124,7 @@ class Call:
             true_cfg_scale=self._number("true_cfg_scale", float),
             fps=self._number("frame_rate", int) or FPS,
             strength=self._number("strength", float),
+            control_scale=self._number("controlnet_conditioning_scale", float),
         )
 
     def is_guided(self, guidance_scale: float | None, true_cfg_scale: float | None, negative: bool) -> bool:

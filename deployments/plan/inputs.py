@@ -14,7 +14,6 @@ from deployments.engine.stand_in import stand_ins
 from deployments.request import MediaSize
 from deployments.stages.blank import BlankTexts
 from deployments.stages.call import PipelineCall
-from deployments.stages.pictures import blank_pictures
 from deployments.stages.pipeline import load_pipeline
 from deployments.stages.stub import Reached, reach
 from deployments.stages.zeros import Zeros
@@ -43,11 +42,12 @@ def first_inputs(
     cpu, request = torch.device("cpu"), default_request(model, size)
     models = stand_ins(denoisers.skeletons, dtype=denoisers.dtype, device=cpu, submit=submit)
     blank = BlankTexts(denoisers.folder, denoisers.index, denoisers.dtype).on(cpu)
+    call = PipelineCall(pipe, model.architecture.call)
     with suppress(Reached):
-        PipelineCall(pipe, model.architecture.call).denoise(
+        call.denoise(
             request,
             {**models, **blank},
-            pictures=blank_pictures(request),
+            pictures=call.blank_pictures(request),
             max_sequence_length=num_text_tokens or None,
         )
     return found

@@ -21,7 +21,7 @@ from deployments.families import Call
 from deployments.request import CallKind, DecodeArguments, Encodings, GenerationRequest
 from deployments.stages.draws import Draws
 from deployments.stages.encoding_methods import encoding_methods
-from deployments.stages.pictures import picture_arguments
+from deployments.stages.pictures import blank_pictures, picture_arguments
 from deployments.stages.posterior import Encode, EncodingVae, blank
 from deployments.stages.stub import Reached
 
@@ -31,7 +31,7 @@ AfterStep = Callable[[Any, int, torch.Tensor], None]
 
 
 Pictures = Mapping[str, Any]
-"""`image`, a list, and `mask_image`: pictures.py opens them."""
+"""`image`, a list, `mask_image` and `control_image`: pictures.py opens them."""
 NO_PICTURES: Pictures = {}
 
 
@@ -67,7 +67,7 @@ class PipelineCall:
     def __init__(self, pipe: Any, call: Call, place: Callable[[Any], Any] = lambda value: value) -> None:
         """place: puts what the encode stage kept where this stage computes, each time it is asked for."""
         self._pipe, self._place = pipe, place
-        self.kind, self._takes_several = call.kind, call.max_images > 1
+        self._asked = call
         encoders = {name for name in pipe.components if name.startswith("text_encoder")} | {"image_encoder"}
         self._stateful = [name for name in pipe.components if name == "scheduler" or name.endswith("guider")]
         pipeline_class: Any = type(pipe)
@@ -151,13 +151,16 @@ class PipelineCall:
         vars(pipe.scheduler)["step"] = lambda *_, **__: _Step(latents, latents)
         return self._until_decode(pipe, request, pictures, None)
 
+    def blank_pictures(self, request: GenerationRequest) -> Pictures:
+        """Of the request's size, as many as it needs."""
+        return blank_pictures(self._asked, request.width, request.height)
+
     def _copy(self, encode: Encode) -> Any:
         """encode: in place of the VAE's."""
         pipe = copy.copy(self._pipe)
         # Not by setattr, which would write each into the pipeline's config.
         vars(pipe).update({name: copy.deepcopy(getattr(self._pipe, name)) for name in self._stateful})
-        if self.kind != "generate":
-            vars(pipe)["vae"] = EncodingVae(self._pipe.vae, encode)
+        vars(pipe)["vae"] = EncodingVae(self._pipe.vae, encode)
         return pipe
 
     def _replay(self, pipe: Any, encodings: Encodings) -> None:
@@ -191,11 +194,8 @@ class PipelineCall:
     ) -> None:
         """Always ends by an exception: Reached, or a fault."""
         arguments = call_arguments(type(pipe), request, max_sequence_length)
-        if pictures:
-            pipeline_class: Any = type(pipe)
-            parameters = _parameters(pipeline_class)
-            arguments |= picture_arguments(pictures, request, parameters, takes_several=self._takes_several)
-        pipe(**arguments)
+        size = (request.width, request.height) if request.width else None
+        pipe(**arguments | picture_arguments(self._asked, pictures, size))
 
 
 def related_pipeline(pipe: Any, call: Call) -> Any:
@@ -224,6 +224,7 @@ def call_arguments(
         "guidance_scale": request.guidance_scale,
         "true_cfg_scale": request.true_cfg_scale,
         "strength": request.strength,
+        "controlnet_conditioning_scale": request.control_scale,
         "frame_rate": request.fps,
         "max_sequence_length": max_sequence_length,
         "generator": torch.Generator("cpu").manual_seed(request.seed),

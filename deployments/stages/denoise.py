@@ -36,7 +36,7 @@ from deployments.stages.finite import FiniteCheck, dtype_advice
 from deployments.stages.follow import rank_stats
 from deployments.stages.foresee import ForwardForesight
 from deployments.stages.partial import PartialLatents
-from deployments.stages.pictures import blank_pictures, open_pictures
+from deployments.stages.pictures import open_pictures
 from deployments.stages.pipeline import load_pipeline
 from deployments.stages.posterior import Encode, replay
 from deployments.stages.tensors import each_tensor, lies_channels_last, to_cpu, to_device
@@ -181,11 +181,11 @@ class Denoising:
         """
         with self.loaded.keeper.naming(), accelerator.on_stream(self._stream):
             components = self._stand_ins(partial(self.engine.forward, seat))
-            opened = open_pictures(pictures)
+            opened: Pictures = open_pictures(pictures)
             encode: Encode | None = None
             if encodings is None:
                 components |= self._blank.on(self._denoisers.device)
-                opened = blank_pictures(request)
+                opened = self._calls.of(request).blank_pictures(request)
             elif opened:
                 encode = self._replay(posteriors)
             call = self._calls.of(request)

@@ -7,7 +7,7 @@ In a process of its own, for it imports torch, and who asks does not.
 
 import json
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,8 @@ class Derived:
         denoisers = stand_ins(self._skeletons, dtype=torch.float32, device=CPU, submit=self._zeros)
         components = {**denoisers, **self._blank.on(CPU)}
         limit, request = call.max_sequence_length, self._request(call, size)
-        pictures = blank_pictures(replace(request, width=PICTURE, height=PICTURE) if size is None else request)
+        width, height = (size.width, size.height) if size else (PICTURE, PICTURE)
+        pictures = blank_pictures(call, width, height)
         try:
             calls = PipelineCalls(self._pipe, {self._kind.kind: self._kind, call.kind: call})
             return calls.of(request).denoise(
@@ -147,12 +148,13 @@ class Derived:
             fps=defaults.fps,
             kind=call.kind,
             strength=defaults.strength and 1.0,
+            control_scale=defaults.control_scale,
         )
 
     def _check_parameters(self) -> None:
         parameters = self._kind.parameters
         needed = {name for name, default in parameters.items() if default is REQUIRED}
-        if others := sorted(needed - {"prompt", "image", "mask_image"}):
+        if others := sorted(needed - {"prompt", "image", "mask_image", "control_image"}):
             raise ValueError(f"it does not draw from a prompt and pictures alone, but needs {', '.join(others)}")
         if "prompt" not in parameters:
             raise ValueError("it takes no prompt")

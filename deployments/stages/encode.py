@@ -22,7 +22,7 @@ from deployments.stages.blank import LEAST_TOKENS
 from deployments.stages.call import Method, Pictures, PipelineCalls
 from deployments.stages.call_key import call_key
 from deployments.stages.finite import FiniteCheck, dtype_advice
-from deployments.stages.pictures import blank_pictures, open_pictures
+from deployments.stages.pictures import open_pictures
 from deployments.stages.pipeline import load_pipeline, loaded_models
 from deployments.stages.tensors import each_tensor, map_tensors, to_cpu
 from deployments.warm_up import WarmUp, default_request, tried_size
@@ -69,7 +69,7 @@ class TextEncoding:
         request, limit = default_request(model, tried_size(model.geometry)), self._max_sequence_length
         try:
             limit = limit and min(limit, LEAST_TOKENS)
-            self._encode(request, blank_pictures(request), EmbeddingCache(0), limit)
+            self._encode(request, self._calls.of(request).blank_pictures(request), EmbeddingCache(0), limit)
         except NotFinite:  # for this text; whoever asks for another may be served
             pass
         except Exception as error:  # pipelines and tokenizers raise what they like
@@ -82,7 +82,9 @@ class TextEncoding:
     def warm_up(self, warm_up: WarmUp) -> None:
         """Texts of one length, or of any: sizes of pictures do not matter here."""
         for request in warm_up.requests:
-            self._encode(request, blank_pictures(request), self.cache, self._max_sequence_length)
+            self._encode(
+                request, self._calls.of(request).blank_pictures(request), self.cache, self._max_sequence_length
+            )
         self.num_forwards = 0
 
     def recall(self, request: GenerationRequest, pictures: InputPictures | None = None) -> Encodings | None:

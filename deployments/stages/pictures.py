@@ -6,8 +6,9 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
+from deployments.families import Call
 from deployments.refusal import WrongField
-from deployments.request import GenerationRequest, InputPictures
+from deployments.request import InputPictures
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 LEAST_SIDE = 64
@@ -17,48 +18,53 @@ _SIXTEEN_BITS = 257
 
 
 def open_pictures(pictures: InputPictures | None) -> dict[str, Any]:
-    """`image` (a list) and `mask_image`, as a pipeline's call takes them. Raises WrongField."""
+    """`image` (a list), `mask_image` and `control_image`, those that there are. Raises WrongField."""
     if pictures is None:
         return {}
-    images = [_flat(_open(data, "image")) for data in pictures.images]
-    opened: dict[str, Any] = {"image": images}
+    opened: dict[str, Any] = {}
+    if pictures.images:
+        opened["image"] = [_flat(_open(data, "image")) for data in pictures.images]
     if pictures.mask is not None:
-        mask = _open(pictures.mask, "mask")
-        if mask.size != images[0].size:
+        mask, first = _open(pictures.mask, "mask"), opened["image"][0]
+        if mask.size != first.size:
             raise WrongField(
-                f"it has {_in_words(mask)}, and the first image {_in_words(images[0])}: they must be equal", "mask"
+                f"it has {_in_words(mask)}, and the first image {_in_words(first)}: they must be equal", "mask"
             )
         opened["mask_image"] = _drawn_anew(mask)
+    if pictures.control is not None:
+        opened["control_image"] = _flat(_open(pictures.control, "control_image"))
     return opened
 
 
-def blank_pictures(request: GenerationRequest) -> dict[str, Any]:
-    """Grey ones of the size that is asked for, for a call that is tried; none for a kind that takes none."""
-    if request.kind == "generate":
-        return {}
-    size = (max(LEAST_SIDE, request.width), max(LEAST_SIDE, request.height))
-    opened: dict[str, Any] = {"image": [Image.new("RGB", size, "grey")]}
-    if request.kind == "inpaint":
+def blank_pictures(call: Call, width: int, height: int) -> dict[str, Any]:
+    """Grey ones of the size that is asked for, for a call that is tried."""
+    size, opened = (max(LEAST_SIDE, width), max(LEAST_SIDE, height)), dict[str, Any]()
+    if call.max_images:
+        opened["image"] = [Image.new("RGB", size, "grey")]
+    if "mask_image" in call.parameters:
         opened["mask_image"] = Image.new("L", size, "white")
+    if call.control is not None:
+        opened["control_image"] = Image.new("RGB", size, "grey")
     return opened
 
 
-def picture_arguments(
-    pictures: Mapping[str, Any], request: GenerationRequest, parameters: frozenset[str], *, takes_several: bool
-) -> dict[str, Any]:
-    """Of the pipeline's call.
+def picture_arguments(call: Call, pictures: Mapping[str, Any], size: tuple[int, int] | None) -> dict[str, Any]:
+    """Of the pipeline's call. size: of the request, (width, height).
 
     A picture that is drawn anew is made as large as what is asked for, by the filter of diffusers'
     VaeImageProcessor: some pipelines take its size for the request's. One that is only looked at keeps its own.
     """
     values: dict[str, Any] = dict(pictures)
-    if "strength" in parameters and request.width is not None:
-        size = (request.width, request.height)
-        values["image"] = [_resized(image, size) for image in values["image"]]
-        if "mask_image" in values:
-            values["mask_image"] = _resized(values["mask_image"], size)
-    if not takes_several:
-        [values["image"]] = values["image"]
+    control = values.pop("control_image", None)
+    if "image" in values:
+        images = values["image"]
+        if "strength" in call.parameters and size is not None:
+            images = [_resized(image, size) for image in images]
+            if "mask_image" in values:
+                values["mask_image"] = _resized(values["mask_image"], size)
+        values["image"] = images if call.max_images > 1 else images[0]
+    if call.control is not None and control is not None:
+        values[call.control] = control
     return values
 
 

@@ -19,7 +19,6 @@ from deployments.request import DecodeArguments, GenerationRequest
 from deployments.stages.blank import LEAST_TOKENS, BlankTexts
 from deployments.stages.call import NO_PICTURES, Pictures, PipelineCall, PipelineCalls
 from deployments.stages.draws import Draws
-from deployments.stages.pictures import blank_pictures
 from deployments.stages.stub import Reached, reach
 from deployments.stages.tensors import each_tensor
 from deployments.stages.zeros import Zeros, decoded_shape, without_values
@@ -204,7 +203,7 @@ class Trial:
         return self._calls.of(request).denoise(
             request,
             {**denoisers, **self._blank.on(CPU)},
-            pictures=pictures or blank_pictures(request),
+            pictures=pictures or self._calls.of(request).blank_pictures(request),
             draws=draws or Draws(request.seed, CPU),
             max_sequence_length=limit and min(limit, LEAST_TOKENS),
         )

@@ -32,6 +32,7 @@ _NAMES = {
         "hunyuan-dit",
         "kandinsky5",
     ),
+    "controlnets": ("sd15-controlnet", "sdxl-controlnet", "flux-controlnet"),
     "qwen_edit": ("qwen-image-edit", "qwen-image-edit-plus"),
     "wan": ("wan22-a14b", "wan22-5b", "wan21-i2v", "wan22-i2v", "skyreels2"),
     "ltx": ("ltx-video", "ltx-video-i2v", "ltx2"),
