@@ -37,7 +37,12 @@ def image_app(request: pytest.FixtureRequest, ray_cluster: None) -> Any:
 
 @pytest.mark.parametrize(("width", "height"), [(64, 64), (96, 64)])
 def test_a_picture_over_http_is_the_plain_pipelines(image_app: Any, plain: Plain, width: int, height: int) -> None:
-    settings = {"seed": 7, "negative_prompt": "blurry", image_app.family.guidance: 3.0, "num_inference_steps": 3}
+    settings = {
+        "seed": 7,
+        "negative_prompt": "blurry",
+        image_app.family.call.guidance: 3.0,
+        "num_inference_steps": 3,
+    }
     answer = generate(image_app, "a red cat", size=f"{width}x{height}", **settings)
     expected = plain(image_app.family.name, "a red cat", width=width, height=height, **settings)
     np.testing.assert_array_equal(pixels(answer.data[0]), np.asarray(expected).astype(int))

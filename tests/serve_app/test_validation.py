@@ -15,7 +15,8 @@ from deployments.request import GenerationRequest, Prompt
 from serve_app.app import build_app
 from serve_app.config import AppConfig, ConfigError, LimitsConfig
 from serve_app.errors import BadRequest, UnknownModel
-from serve_app.openai_api import ImageBody, model_card
+from serve_app.model_card import model_card
+from serve_app.openai_api import ImageBody
 from serve_app.validation import Validator
 
 NEVER_GUIDED_ALONE = {"flux", "qwen-image"}
@@ -46,7 +47,7 @@ def refusal(family: str, **fields: Any) -> BadRequest:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_a_request_leaves_out_is_the_familys_default_or_the_checkpoints(family: str) -> None:
-    request, defaults, geometry = one(family), FAMILIES[family].defaults, published(family)
+    request, defaults, geometry = one(family), FAMILIES[family].call.defaults, published(family)
     for name in ("num_inference_steps", "guidance_scale", "true_cfg_scale"):
         assert getattr(request, name) == getattr(defaults, name), name
     for name in ("width", "height", "num_frames"):
@@ -92,19 +93,19 @@ def test_a_seed_left_out_is_drawn_anew() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_negative_prompt_guides_when_its_scale_is_above_one(family: str) -> None:
-    scale = {FAMILIES[family].guidance: 3.0}
+    scale = {FAMILIES[family].call.guidance: 3.0}
     assert one(family, negative_prompt="dark", **scale).prompt == Prompt("a cat", "dark", is_guided=True)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_without_guidance_the_negative_prompt_is_not_encoded(family: str) -> None:
-    scale = {FAMILIES[family].guidance: 1.0}
+    scale = {FAMILIES[family].call.guidance: 1.0}
     assert one(family, negative_prompt="dark", **scale).prompt == Prompt("a cat", None, is_guided=False)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_guidance_without_a_negative_prompt_is_each_familys_own(family: str) -> None:
-    is_guided = one(family, **{FAMILIES[family].guidance: 3.0}).prompt.is_guided
+    is_guided = one(family, **{FAMILIES[family].call.guidance: 3.0}).prompt.is_guided
     assert is_guided == (family not in NEVER_GUIDED_ALONE)
 
 
@@ -114,7 +115,7 @@ def test_guidance_without_a_negative_prompt_is_each_familys_own(family: str) -> 
 def test_a_scale_that_means_nothing_to_a_family_is_refused(family: str, field: str) -> None:
     error = refusal(family, **{field: 2.0})
     assert error.param == field
-    assert error.message == f"{field} means nothing to {family}; use {FAMILIES[family].guidance}"
+    assert error.message == f"{field} means nothing to {family}; use {FAMILIES[family].call.guidance}"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
