@@ -40,16 +40,15 @@ class Sizes:
 
     def near(self, picture: MediaSize) -> tuple[int, int]:
         """(width, height) in its aspect: its own, or no more pixels than the model draws by default."""
-        default = self.default.width * self.default.height
-        most = min(default, self.max_pixels)
+        most = min(self.default.width * self.default.height, self.max_pixels)
         scale = min(1.0, sqrt(most / (picture.width * picture.height)))
         if self.geometry.max_side is not None:
             scale = min(scale, self.geometry.max_side / max(picture.width, picture.height))
-        multiple = self.geometry.size_multiple
-        rounded = [max(1, round(side * scale / multiple)) * multiple for side in (picture.width, picture.height)]
-        if rounded[0] * rounded[1] > self.max_pixels:
-            rounded = [max(1, int(side * scale / multiple)) * multiple for side in (picture.width, picture.height)]
-        return rounded[0], rounded[1]
+        sides, multiple = (picture.width * scale, picture.height * scale), self.geometry.size_multiple
+        width, height = (max(1, round(side / multiple)) * multiple for side in sides)
+        if width * height > most:
+            width, height = (max(1, int(side / multiple)) * multiple for side in sides)
+        return width, height
 
     def _check(self, width: int, height: int) -> None:
         size, multiple, limit = f"{width}x{height}", self.geometry.size_multiple, self.max_pixels

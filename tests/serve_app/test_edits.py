@@ -2,6 +2,7 @@
 
 import base64
 import io
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -9,6 +10,7 @@ from typing import Any
 
 import diffusers
 import numpy as np
+import psutil
 import pytest
 import torch
 from openai import BadRequestError, OpenAI
@@ -16,7 +18,7 @@ from openai.types import ImageEditCompletedEvent, ImageEditPartialImageEvent
 from PIL import Image
 
 from tests.conftest import TEXT_TOKENS
-from tests.serve_app.pictures import SIDE, data_url, file, half_mask, noise
+from tests.serve_app.pictures import SIDE, chunk, data_url, file, half_mask, noise, png_of
 
 pytestmark = pytest.mark.slow
 PATH = "/v1/images/edits"
@@ -162,3 +164,52 @@ def test_pixels_that_are_broken_behind_a_good_header_are_a_400(flux_app: Any) ->
     with pytest.raises(BadRequestError, match="mask: it cannot be read") as refused:
         edit(flux_app, "a cat", image=file(noise(size=(512, 512))), mask=whole[: len(whole) // 2], **STEPS)
     assert refused.value.param == "mask"
+
+
+def bombs() -> list[tuple[bytes, int]]:
+    """Files that unfold to far more than they are, and the status of what comes of each."""
+    wide = png_of(7000, 7000, chunk(b"IDAT", zlib.compress(bytes(7000 * 7001), 9)))
+    more_than_wanted = png_of(SIDE, SIDE, chunk(b"IDAT", zlib.compress(bytes(2**26), 9)))
+    texts = [chunk(b"zTXt", b"C\0\0" + zlib.compress(bytes(2**19), 9))] * 200
+    return [
+        (wide, 200),
+        (more_than_wanted, 200),
+        (png_of(SIDE, SIDE, *texts, chunk(b"IDAT", zlib.compress(bytes(SIDE * SIDE + SIDE), 9))), 400),
+        (png_of(SIDE, SIDE, chunk(b"IDAT", zlib.compress(bytes(SIDE * SIDE + SIDE), 9)), *texts), 400),
+        (png_of(SIDE, SIDE, chunk(b"IDAT", b"no zlib")), 400),
+        (png_of(20_000, 20_000), 400),
+        (bytes(20 * 2**20), 400),
+        (file(noise(), "GIF"), 400),
+        (file(noise(size=(512, 512)))[:300_000], 400),
+    ]
+
+
+def test_bombs_are_a_400_or_a_picture_and_memory_stays_flat(flux_app: Any) -> None:
+    def throw() -> None:
+        fields = {"prompt": "a cat", "num_inference_steps": "2", "strength": "0.5"}
+        for data, status in bombs():
+            answer = flux_app.client.post(PATH, data=fields, files={"image": ("cat.png", data)})
+            assert answer.status_code == status, answer.text
+            if status == 400:
+                assert answer.json()["error"]["param"] == "image"
+
+    throw()
+    before = resident(flux_app)
+    for _ in range(5):
+        throw()
+    after = resident(flux_app)
+    assert before.keys() == after.keys()
+    assert len(before) >= 4
+    grown = {name: (after[name] - before[name]) / 2**20 for name in before}
+    assert max(grown.values()) < 150, grown
+
+
+def resident(app: Any) -> dict[str, int]:
+    """Bytes of each of the app's replicas."""
+    mine = f"ServeReplica:{app.name}:"
+    found = {}
+    for process in psutil.process_iter(["cmdline", "memory_info"]):
+        title = " ".join(process.info["cmdline"] or ())
+        if mine in title:
+            found[f"{title.partition(mine)[2]} {process.pid}"] = process.info["memory_info"].rss
+    return found
