@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import parse_qsl
@@ -64,9 +64,19 @@ async def read_json_or_form(request: Request, *, max_text_bytes: int = 2**20) ->
 
 
 class _WholeForm(MultiPartParser):
-    """Tells whether the last boundary was there: what a form that is cut short ends with is left out."""
+    """Refuses a form that is cut short; the parser alone would leave out what it ends with."""
 
     is_whole = False
+
+    def __init__(self, headers: Headers, stream: AsyncIterator[bytes], **limits: int) -> None:
+        super().__init__(headers, self._until_whole(stream), **limits)
+
+    async def _until_whole(self, stream: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
+        """Its error lets the parser close its files."""
+        async for piece in stream:
+            yield piece
+        if not self.is_whole:
+            raise MultiPartException("it is cut short: its last boundary is missing")
 
     def on_end(self) -> None:
         self.is_whole = True
@@ -85,8 +95,6 @@ async def _read_multipart(request: Request, kind: str, max_text_bytes: int) -> M
     except MultiPartException as error:
         raise BadRequest(f"the form cannot be read: {error.message}") from error
     try:
-        if not parser.is_whole:
-            raise BadRequest("the form is cut short: its last boundary is missing")
         return await _fields(form)
     finally:
         await form.close()

@@ -24,10 +24,10 @@ class LimitsConfig(Config):
     max_num_frames: int = Field(161, ge=1, description="frames of a video")
     max_image_bytes: int = Field(20 * 2**20, ge=1024, description="of each picture that goes in, as a file")
     max_image_pixels: int = Field(
-        50_000_000,
+        25_000_000,
         ge=64 * 64,
         le=Image.MAX_IMAGE_PIXELS,
-        description="of each picture that goes in: what phones take; a stage that opens it needs 3 "
+        description="of each picture that goes in: what phones take by default; a stage that opens it needs 3 "
         "bytes for each, with transparency 15",
     )
     max_concurrent_requests: int = Field(

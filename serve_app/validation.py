@@ -187,7 +187,8 @@ class Validator:
             call.max_images,
         )
         if num > limit:
-            raise BadRequest(f"{field}: this model takes {limit} to make one picture, got {num}", field)
+            beside = " beside a mask" if call.kind == "inpaint" else ""
+            raise BadRequest(f"{field}: this model takes {limit}{beside}, got {num}", field)
         return judge_pictures(pictures.images, pictures.mask, self._limits, field)
 
     def _check_prompt(self, text: str) -> None:

@@ -5,11 +5,14 @@ from io import BytesIO
 from typing import Any
 
 from PIL import Image, ImageOps
+from PIL import _imaging as core
 
 from deployments.refusal import WrongField
 from deployments.request import GenerationRequest, InputPictures
 
 FORMATS = ("PNG", "JPEG", "WEBP")
+core.set_block_size(64 * 2**20)
+"""Of Pillow's buffers. Freed blocks of up to 32 MiB, as it has them, glibc keeps, and for each thread its own."""
 _SIXTEEN_BITS = 257
 """A level of 16 bits to one of 8."""
 

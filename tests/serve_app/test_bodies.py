@@ -113,17 +113,21 @@ CAT = part("prompt", b"a cat")
 @pytest.mark.parametrize(
     ("answer", "param", "told"),
     [
-        (edit(CAT, part("image", blank_png(), "x"), end=b""), None, "cut short: its last boundary is missing"),
+        (
+            edit(CAT, part("image", blank_png(), "x"), end=b""),
+            None,
+            "it is cut short: its last boundary is missing",
+        ),
         (edit(CAT, part("image", blank_png(), "x")[:-20], end=b""), None, "cut short"),
         (edit(CAT), "image", "image: Field required"),
         (edit(CAT, part("image", b"cat.png")), "image", "no file (in curl: -F image=@FILE)"),
         (edit(CAT, part("image", b"GIF89a", "cat.png")), "image", "it is a GIF"),
         (edit(CAT, part("image[]", b"GIF89a", "cat.png")), "image", "it is a GIF"),
-        (edit(CAT, *[part("image[]", blank_png(), "x")] * 2), "image", "takes 1 to make one picture, got 2"),
+        (edit(CAT, *[part("image[]", blank_png(), "x")] * 2), "image", "takes 1, got 2"),
         (
             edit(CAT, *[part("image", blank_png(), "x")] * 21),
             None,
-            "Too many files. Maximum number of files is 20",
+            "Maximum number of files is 20",
         ),
         (edit(CAT, part("image", b"", "x")), "image", "it is empty"),
         (edit(part("prompt", b"caf\xe9"), part("image", blank_png(), "x")), None, "the form is not UTF-8 (0xe9"),

@@ -74,9 +74,9 @@ def test_pictures_go_in_as_they_were_sent() -> None:
         ("FluxFillPipeline", {}, "image", "image: Field required"),
         ("FluxFillPipeline", {"image": PICTURE}, "mask", "mask is missing: this model fills in what a mask says"),
         ("QwenImageEditPlusPipeline", {"image": PICTURE, "mask": OTHER}, "mask", "mask: this model takes none"),
-        ("QwenImageEditPlusPipeline", {"image": [PICTURE] * 11}, "image", "takes 10 to make one picture, got 11"),
-        ("FluxPipeline", {"image": [PICTURE, OTHER]}, "image", "takes 1 to make one picture, got 2"),
-        ("Flux2KleinPipeline", {"image": [PICTURE] * 2, "mask": OTHER}, "image", "takes 1 to make one picture"),
+        ("QwenImageEditPlusPipeline", {"image": [PICTURE] * 11}, "image", "takes 10, got 11"),
+        ("FluxPipeline", {"image": [PICTURE, OTHER]}, "image", "takes 1, got 2"),
+        ("Flux2KleinPipeline", {"image": [PICTURE] * 2, "mask": OTHER}, "image", "takes 1 beside a mask, got 2"),
         ("ChromaPipeline", {"image": PICTURE, "strength": 0}, "strength", "greater than 0"),
         ("FluxKontextPipeline", {"image": PICTURE, "strength": 0.5}, "strength", "means nothing to this model"),
         ("FluxPipeline", {"image": PICTURE, "guidance_scale": 101}, "guidance_scale", "less than or equal to 100"),
@@ -196,7 +196,7 @@ def test_the_card_tells_each_kind_where_it_is_asked_and_with_what() -> None:
     }
     assert [call.defaults.strength for call in card.calls.values()] == [None, 0.5, 0.5]
     assert card.calls["edit"].defaults.guidance_scale == FLUX.calls["edit"].defaults.guidance_scale
-    assert (card.limits.max_image_bytes, card.limits.max_image_pixels) == (20 * 2**20, 50_000_000)
+    assert (card.limits.max_image_bytes, card.limits.max_image_pixels) == (20 * 2**20, 25_000_000)
 
 
 @pytest.mark.parametrize(
