@@ -15,10 +15,11 @@ from deployments.transformer import Transformer
 from deployments.vae import Vae
 from deployments.warm_up import WarmUp
 from serve_app.config import AppConfig, ConfigError, parse_app_config
+from serve_app.config_check import check_defaults, plan_warm_up
 from serve_app.files import check_files, resolve_family
 from serve_app.ingress import Ingress
 from serve_app.room import check_room
-from serve_app.validation import Validator, check_defaults, plan_warm_up
+from serve_app.validation import Validator
 
 
 class Refused(RayServeException, ConfigError):  # type: ignore[misc]

@@ -1,16 +1,29 @@
 """The fields of a request's body, from JSON or a form. What cannot be read is refused with the reason."""
 
+import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import parse_qsl
 
 from fastapi import Request
+from starlette.datastructures import FormData, Headers, UploadFile
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
 
 from serve_app.errors import BadRequest, quoted
 
 COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\x78\x9c": "deflate", b"\x78\xda": "deflate"}
 """First bytes that no UTF-8 text begins with, and of what (the last two: improbably)."""
+FILES = {"image": "image", "image[]": "image", "mask": "mask", "input_reference": "input_reference"}
+"""Of a form: the field that it is, by its name; OpenAI's client sends several as `image[]`."""
+SEVERAL = frozenset({"image"})
+MAX_FILES = 20
+"""In a form: a few more than any model takes, which is told better once the form is read."""
+MAX_FIELDS = 100
+READ_TIMEOUT_S = 120.0
+"""For all of a body: 20 MiB in this time are 1.5 Mbit/s."""
 
 
 async def read_json(request: Request) -> Mapping[str, Any]:
@@ -28,28 +41,89 @@ async def read_json(request: Request) -> Mapping[str, Any]:
     return fields
 
 
-async def read_json_or_form(request: Request) -> tuple[Mapping[str, Any], bool]:
-    """The fields, and whether they are texts of a form. Raises BadRequest."""
+async def read_json_or_form(request: Request, *, max_text_bytes: int = 2**20) -> tuple[Mapping[str, Any], bool]:
+    """The fields, and whether they are texts of a form, and bytes of files. Raises BadRequest.
+
+    max_text_bytes: of each text in a form with files.
+    """
     kind = _content_type(request)
     if "form" not in kind:
         return await read_json(request), False
-    text = await _text(request)
-    if "urlencoded" in kind:
-        try:
-            parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=100)
-        except ValueError as error:
-            raise BadRequest(f"the form is not UTF-8 or has over 100 fields: {_first_sentence(error)}") from error
-    form = await request.form()
+    if "urlencoded" not in kind:
+        return await _read_multipart(request, kind, max_text_bytes), True
+    try:
+        parse_qsl(await _text(request), keep_blank_values=True, errors="strict", max_num_fields=MAX_FIELDS)
+    except ValueError as error:
+        raise BadRequest(
+            f"the form is not UTF-8 or has over {MAX_FIELDS} fields: {_first_sentence(error)}"
+        ) from error
+    form = await request.form(max_fields=MAX_FIELDS, max_part_size=max_text_bytes)
     if any(name.startswith("{") for name in form):
         raise _not_called_json(kind)
     return dict(form), True
 
 
+class _WholeForm(MultiPartParser):
+    """Refuses a form that is cut short; the parser alone would leave out what it ends with."""
+
+    is_whole = False
+
+    def __init__(self, headers: Headers, stream: AsyncIterator[bytes], **limits: int) -> None:
+        super().__init__(headers, self._until_whole(stream), **limits)
+
+    async def _until_whole(self, stream: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
+        """Its error lets the parser close its files."""
+        async for piece in stream:
+            yield piece
+        if not self.is_whole:
+            raise MultiPartException("it is cut short: its last boundary is missing")
+
+    def on_end(self) -> None:
+        self.is_whole = True
+
+
+async def _read_multipart(request: Request, kind: str, max_text_bytes: int) -> Mapping[str, Any]:
+    _refuse_encoding(request)
+    # Texts as latin-1, which any bytes are: what is not UTF-8 is found below, and not guessed at.
+    headers = Headers({"content-type": f"{kind}; charset=latin-1"})
+    parser = _WholeForm(
+        headers, request.stream(), max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=max_text_bytes
+    )
+    try:
+        async with _in_time():
+            form = await parser.parse()
+    except MultiPartException as error:
+        raise BadRequest(f"the form cannot be read: {error.message}") from error
+    try:
+        return await _fields(form)
+    finally:
+        await form.close()
+
+
+async def _fields(form: FormData) -> Mapping[str, Any]:
+    fields: dict[str, Any] = {}
+    try:
+        for raw_name, value in form.multi_items():
+            name = raw_name.encode("latin-1").decode()
+            field = FILES.get(name)
+            read: Any = value if isinstance(value, UploadFile) else value.encode("latin-1").decode()
+            if isinstance(read, UploadFile) and field is not None:
+                read = await read.read()
+            if field in SEVERAL:
+                fields.setdefault(field, []).append(read)
+            else:
+                fields[field or name] = read
+    except UnicodeDecodeError as error:
+        raise BadRequest(
+            f"the form is not UTF-8 (0x{error.object[error.start]:02x} in one of its texts)"
+        ) from error
+    return fields
+
+
 async def _text(request: Request) -> str:
-    encoding = request.headers.get("content-encoding", "identity").strip().lower()
-    if encoding not in ("identity", ""):
-        raise BadRequest(f"Content-Encoding: {quoted(encoding)} is not taken: send the body uncompressed")
-    body = await request.body()
+    _refuse_encoding(request)
+    async with _in_time():
+        body = await request.body()
     try:
         return body.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -58,6 +132,22 @@ async def _text(request: Request) -> str:
         raise BadRequest(
             f"the body is not UTF-8 (byte {error.start}: 0x{error.object[error.start]:02x}){hint}"
         ) from error
+
+
+@asynccontextmanager
+async def _in_time() -> AsyncIterator[None]:
+    """For reading a body. Raises HTTPException."""
+    try:
+        async with asyncio.timeout(READ_TIMEOUT_S):
+            yield
+    except TimeoutError as error:
+        raise HTTPException(408, f"the body was not there within {READ_TIMEOUT_S:g} s") from error
+
+
+def _refuse_encoding(request: Request) -> None:
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("identity", ""):
+        raise BadRequest(f"Content-Encoding: {quoted(encoding)} is not taken: send the body uncompressed")
 
 
 def _content_type(request: Request) -> str:

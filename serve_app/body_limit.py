@@ -1,27 +1,45 @@
-"""Bodies that are too long are refused while they arrive.
+"""Bodies that are too long, or too many at once, are refused while they arrive.
 
 Not FastAPI's `max_body_size`, which answers in plain text.
 """
 
+from collections.abc import Mapping
+
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve_app.errors import Overloaded
+
+MAX_BYTES_AT_ONCE = 2**30
+"""Of the bodies of all requests in progress in this process. Texts never come so far; pictures may."""
 
 
 class BodyLimit:
     """ASGI middleware: reading more of a body than so many bytes raises a 413."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self._app, self._max_bytes = app, max_bytes
+    def __init__(self, app: ASGIApp, max_bytes: int, max_bytes_of: Mapping[str, int]) -> None:
+        """max_bytes_of: of paths that end so."""
+        self._app, self._max_bytes, self._max_bytes_of = app, max_bytes, max_bytes_of
+        self._num_at_once = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope.get("path", "")
+        max_bytes = next((n for end, n in self._max_bytes_of.items() if path.endswith(end)), self._max_bytes)
         num_bytes = 0
 
         async def counted() -> Message:
             nonlocal num_bytes
             message = await receive()
-            num_bytes += len(message.get("body", b""))
-            if num_bytes > self._max_bytes:
-                raise HTTPException(413, f"the body is too long; the limit is {self._max_bytes} bytes")
+            more = len(message.get("body", b""))
+            num_bytes += more
+            self._num_at_once += more
+            if num_bytes > max_bytes:
+                raise HTTPException(413, f"the body is too long; the limit is {max_bytes} bytes")
+            if self._num_at_once > MAX_BYTES_AT_ONCE:
+                raise Overloaded(f"the bodies of all requests have over {MAX_BYTES_AT_ONCE} bytes; ask again")
             return message
 
-        await self._app(scope, counted, send)
+        try:
+            await self._app(scope, counted, send)
+        finally:
+            self._num_at_once -= num_bytes

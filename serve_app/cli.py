@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
@@ -129,6 +130,21 @@ def generate(
     true_cfg_scale: Annotated[float | None, typer.Option(help="the model's default")] = None,
     seed: Annotated[int | None, typer.Option(help="random if left out")] = None,
     num_frames: Annotated[int | None, typer.Option(help="of a video")] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="file to draw anew, or a video's first picture; several: say it again",
+        ),
+    ] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="file: what is transparent, or white, is drawn anew"),
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="from 0 to 1, how much of the image is drawn anew")
+    ] = None,
 ) -> None:
     """Make one picture or video, by a running app or by one started for it."""
     local = importlib.import_module(LOCAL)
@@ -143,17 +159,20 @@ def generate(
         "true_cfg_scale": true_cfg_scale,
         "seed": seed,
         "num_frames": num_frames,
+        "strength": strength,
     }
     given = {name: value for name, value in fields.items() if value is not None}
     app_config = None if config is None else load_app_config(config)
     if app_config is not None:  # refuse at once what would be refused once the app is started
         validator = Validator(resolve_family(app_config).model, app_config.limits)
-        validator.requests(given | choose_file(out, validator.family.media)[1])
+        media = validator.family.media
+        validator.requests(given | read_pictures(image or [], mask, media) | choose_file(out, media)[1])
     if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # `nohup` has it ignored
         signal.signal(signal.SIGHUP, lambda number, _frame: sys.exit(128 + number))
     with local.app_handle(app_config) as handle:
-        out, chosen = choose_file(out, handle.model.remote().result().media)
-        picture = _watch(handle, given | chosen)
+        media = handle.model.remote().result().media
+        out, chosen = choose_file(out, media)
+        picture = _watch(handle, given | read_pictures(image or [], mask, media) | chosen)
     out.write_bytes(picture.media.data)
     times = ", ".join(f"{stage} {ms:.0f} ms" for stage, ms in picture.timings_ms.items())
     console.print(f"{out}: {picture.media.media_type}, seed {picture.seed} ({times})", highlight=False)
@@ -197,6 +216,20 @@ def choose_file(out: Path | None, media: Literal["image", "video"]) -> tuple[Pat
     if not out.parent.is_dir():
         raise ConfigError(f"--out {out}: the folder {out.parent} does not exist")
     return out, formats[out.suffix.lower()]
+
+
+def read_pictures(
+    images: Sequence[Path], mask: Path | None, media: Literal["image", "video"]
+) -> dict[str, bytes | list[bytes]]:
+    """The fields of a request with these files."""
+    fields: dict[str, bytes | list[bytes]] = {}
+    if media == "video" and len(images) == 1:
+        fields["input_reference"] = images[0].read_bytes()
+    elif images:
+        fields["image"] = [image.read_bytes() for image in images]
+    if mask is not None:
+        fields["mask"] = mask.read_bytes()
+    return fields
 
 
 def _watch(handle: Any, fields: dict[str, Any]) -> "Picture":

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from PIL import Image
 from pydantic import Field
 
 from cluster.config import Config, find_mistakes
@@ -21,6 +22,14 @@ class LimitsConfig(Config):
     max_num_inference_steps: int = Field(150, ge=1)
     max_prompt_characters: int = Field(4000, ge=1, description="of the prompt, and of the negative prompt")
     max_num_frames: int = Field(161, ge=1, description="frames of a video")
+    max_image_bytes: int = Field(20 * 2**20, ge=1024, description="of each picture that goes in, as a file")
+    max_image_pixels: int = Field(
+        25_000_000,
+        ge=64 * 64,
+        le=Image.MAX_IMAGE_PIXELS,
+        description="of each picture that goes in: what phones take by default; a stage that opens it needs 3 "
+        "bytes for each, with transparency 15",
+    )
     max_concurrent_requests: int = Field(
         256, ge=1, description="requests in progress per ingress replica; one more gets a 429"
     )

@@ -5,35 +5,48 @@ longer sides that make no more pixels are taken as well; likewise seconds times 
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI
 from pydantic import TypeAdapter
 
+from deployments.request import CallKind
+from serve_app.model_card import CallCard, ModelCard
 from serve_app.openai_api import (
     CompletedEvent,
+    EditCompletedEvent,
+    EditPartialImageEvent,
+    EditProgressEvent,
     ErrorResponse,
     GenerationBody,
-    ModelCard,
     PartialImageEvent,
     ProgressEvent,
 )
 
 Schema = dict[str, Any]
 REF = "#/components/schemas/{model}"
-EVENT: Schema = {
-    "type": "object",
-    "properties": {
-        "event": {"type": "string", "description": "the `type` in data; of an error, `error`"},
-        "data": {
-            "type": "string",
-            "contentMediaType": "application/json",
-            "contentSchema": {"$ref": REF.format(model="ImageStreamEvent")},
+
+
+def _event(model: str) -> Schema:
+    """One server-sent event, as OpenAPI 3.2 describes them."""
+    return {
+        "type": "object",
+        "properties": {
+            "event": {"type": "string", "description": "the `type` in data; of an error, `error`"},
+            "data": {
+                "type": "string",
+                "contentMediaType": "application/json",
+                "contentSchema": {"$ref": REF.format(model=model)},
+            },
         },
-    },
-    "required": ["event", "data"],
-}
-"""One server-sent event, as OpenAPI 3.2 describes them."""
+        "required": ["event", "data"],
+    }
+
+
+EVENT, EDIT_EVENT = _event("ImageStreamEvent"), _event("ImageEditStreamEvent")
+FILE: Schema = {"type": "string", "contentMediaType": "application/octet-stream"}
+"""Of a form, as OpenAPI 3.1 and later describe one."""
 MAX_FPS = 120
 
 
@@ -41,17 +54,23 @@ def describe_body(
     api: FastAPI, path: str, kind: type[GenerationBody], model: ModelCard, *media_types: str
 ) -> None:
     """After FastAPI's own description, which would make floats of large integers."""
-    content = {media: {"schema": _body_schema(kind, model, is_form="form" in media)} for media in media_types}
+    calls = {kind: call for kind, call in model.calls.items() if call.path == path}
+    content = {
+        media: {"schema": _body_schema(kind, model, calls, is_form="form" in media)} for media in media_types
+    }
     api.openapi()["paths"][path]["post"]["requestBody"] = {"required": True, "content": content}
 
 
-def _body_schema(kind: type[GenerationBody], model: ModelCard, *, is_form: bool) -> Schema:
+def _body_schema(
+    kind: type[GenerationBody], model: ModelCard, calls: Mapping[CallKind, CallCard], *, is_form: bool
+) -> Schema:
     """What is taken of such a body: the class's own schema, within the model's limits. A form has no nulls."""
     schema = kind.model_json_schema()
-    fields, limits, defaults = schema["properties"], model.limits, model.defaults
-    for name in ("guidance_scale", "true_cfg_scale"):
-        if getattr(defaults, name) is None:
+    fields, limits = schema["properties"], model.limits
+    for name in ("guidance_scale", "true_cfg_scale", "strength"):
+        if name in fields and all(getattr(call.defaults, name) is None for call in calls.values()):
             del fields[name]
+    _describe_pictures(schema, calls, is_form=is_form)
     fields["prompt"] |= {"maxLength": limits.max_prompt_characters, "pattern": r"\S"}
     _narrow(fields["negative_prompt"], maxLength=limits.max_prompt_characters)
     _narrow(fields["num_inference_steps"], maximum=limits.max_num_inference_steps)
@@ -60,15 +79,37 @@ def _body_schema(kind: type[GenerationBody], model: ModelCard, *, is_form: bool)
     if "num_frames" in fields:
         stride, most = limits.frame_stride, limits.max_num_frames
         _narrow(fields["num_frames"], enum=list(range(1, most + 1, stride)))
-        schema["allOf"] = [_seconds((most - 1) // stride * stride, defaults.fps or 1)]
+        schema["allOf"] = [_seconds((most - 1) // stride * stride, model.defaults.fps or 1)]
     else:
         schema["allOf"] = [
             _either({"stream": [True]}, {"partial_images": [0, None], "progress": [False, None]}),
             _either({"output_format": ["jpeg", "webp"]}, {"output_compression": [100, None]}),
         ]
-    for name in fields.keys() - {"prompt"}:
+    for name in fields.keys() - set(schema["required"]):
         fields[name] = _without_null(fields[name]) if is_form else _with_null(fields[name])
     return schema
+
+
+def _describe_pictures(schema: Schema, calls: Mapping[CallKind, CallCard], *, is_form: bool) -> None:
+    """Which may go in, and which must."""
+    fields = schema["properties"]
+    needed: dict[str, set[CallKind]] = {"mask": {"inpaint"}, "input_reference": {"image_to_video"}}
+    for name, kinds in needed.items():
+        if name not in fields:
+            continue
+        if kinds.isdisjoint(calls):
+            del fields[name]
+            continue
+        if is_form:
+            fields[name] |= {"anyOf": [FILE, {"type": "null"}]}
+        if kinds >= calls.keys():
+            fields[name] = _without_null(fields[name])
+            schema["required"].append(name)
+    if "image" not in fields:
+        return
+    most = max(call.max_images for call in calls.values())
+    one, several = (FILE, {"type": "array", "items": FILE, "minItems": 1}) if is_form else fields["image"]["anyOf"]
+    fields["image"]["anyOf"] = [one, several | {"maxItems": most}]
 
 
 def _narrow(field: Schema, **more: Any) -> None:
@@ -123,11 +164,17 @@ def _sizes(multiple: int, max_pixels: int) -> str:
 
 def describe_events(api: FastAPI) -> None:
     """FastAPI describes the models of answers; an event is only a part of one."""
-    adapter: TypeAdapter[Any] = TypeAdapter(ProgressEvent | PartialImageEvent | CompletedEvent | ErrorResponse)
-    schema = adapter.json_schema(mode="serialization", ref_template=REF)
+    kinds: dict[str, TypeAdapter[Any]] = {
+        "ImageStreamEvent": TypeAdapter(ProgressEvent | PartialImageEvent | CompletedEvent | ErrorResponse),
+        "ImageEditStreamEvent": TypeAdapter(
+            EditProgressEvent | EditPartialImageEvent | EditCompletedEvent | ErrorResponse
+        ),
+    }
     schemas = api.openapi()["components"]["schemas"]
-    schemas |= schema.pop("$defs")
-    schemas["ImageStreamEvent"] = schema
+    for name, adapter in kinds.items():
+        schema = adapter.json_schema(mode="serialization", ref_template=REF)
+        schemas |= schema.pop("$defs")
+        schemas[name] = schema
 
 
 def drop_422(api: FastAPI) -> None:

@@ -1,5 +1,6 @@
 """The deployment that clients meet, over HTTP or by a Python handle. Imports no torch and reads no tensor."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
@@ -29,14 +30,16 @@ class Ingress(DrainOnSigterm, Relay):
         """For Python handles: the fields of the HTTP body in, pictures (or one video) out.
 
         `serve.get_app_handle("relay").generate.remote(prompt="a red circle", seed=7).result()`; with a list of
-        prompts, what each makes alone, in their order.
+        prompts, what each makes alone, in their order. Pictures go in as bytes: `image=` one or a list, `mask=`,
+        `input_reference=` for a video.
         """
-        return await self.run(self.validator.requests(fields))
+        judged = await asyncio.to_thread(self.validator.judge_fields, fields)
+        return await self.run(judged.requests, judged.pictures)
 
     async def stream(self, **fields: Any) -> AsyncIterator[Event]:
         """Like `generate`, but of each picture first its progress, and partial pictures if asked for."""
-        requests, options = self.validator.streamed(fields)
-        async with aclosing(self.events(requests, options)) as events:
+        judged = await asyncio.to_thread(self.validator.judge_stream, fields)
+        async with aclosing(self.events(judged.requests, judged.options, pictures=judged.pictures)) as events:
             async for event in events:
                 if event is not None:
                     yield event

@@ -1,22 +1,34 @@
 """Bodies of requests and answers, in OpenAI's shapes; fields beyond OpenAI's are marked."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from deployments.config import ModelConfig
-from deployments.request import StreamOptions
-from serve_app.config import LimitsConfig
+from deployments.request import CallKind, InputPictures, StreamOptions
+from serve_app.input_pictures import DATA_URL_FORM, read_picture, read_pictures
 
 MAX_N = 10
 """Pictures of one request, as OpenAI allows."""
+DATA_URL: dict[str, Any] = {
+    "type": "string",
+    "pattern": "^data:[^,]*;base64,",
+    "examples": [DATA_URL_FORM],
+}
+PictureFile = Annotated[bytes, PlainValidator(read_picture), WithJsonSchema(DATA_URL)]
+"""In a form a file, in JSON a data URL."""
+PictureFiles = Annotated[
+    tuple[bytes, ...],
+    PlainValidator(read_pictures),
+    WithJsonSchema({"anyOf": [DATA_URL, {"type": "array", "items": DATA_URL, "minItems": 1}]}),
+]
 
 
 class GenerationBody(BaseModel):
     """What pictures and videos have in common."""
 
     model_config = ConfigDict(extra="forbid")
+    media: ClassVar[Literal["image", "video"]] = "image"
 
     model: str | None = Field(None, description="the served model's name; may be left out")
     prompt: str = Field(min_length=1)
@@ -31,6 +43,16 @@ class GenerationBody(BaseModel):
     seed: int | None = Field(
         None, ge=0, lt=2**63, description="beyond OpenAI; left out: drawn at random, told in the answer"
     )
+
+    @property
+    def call_kind(self) -> CallKind:
+        """What is asked of the model."""
+        return "generate"
+
+    @property
+    def pictures(self) -> InputPictures | None:
+        """That go in."""
+        return None
 
     @model_validator(mode="before")
     @classmethod
@@ -95,12 +117,45 @@ class ImageBody(GenerationBody):
         return StreamOptions(wants_progress=self.progress, num_partial_images=self.partial_images)
 
 
+class EditBody(ImageBody):
+    """`POST /v1/images/edits`."""
+
+    image: PictureFiles = Field(description="PNG, JPEG or WebP, or several where the model takes them")
+    mask: PictureFile | None = Field(
+        None,
+        description="as large as the (first) image: what is transparent is drawn anew; of a mask without an alpha "
+        "channel, what is white",
+    )
+    strength: float | None = Field(
+        None, gt=0, le=1, description="beyond OpenAI: how much of the picture is drawn anew"
+    )
+    input_fidelity: Literal["high", "low"] | None = Field(None, description="accepted, without effect")
+
+    @property
+    def call_kind(self) -> CallKind:
+        return "edit" if self.mask is None else "inpaint"
+
+    @property
+    def pictures(self) -> InputPictures:
+        return InputPictures(self.image, self.mask)
+
+
 class VideoBody(GenerationBody):
     """`POST /v1/videos/sync`."""
 
+    media = "video"
+    input_reference: PictureFile | None = Field(None, description="the picture that the video begins with")
     num_frames: int | None = Field(None, ge=1, description="beyond OpenAI; goes before `seconds`")
     seconds: float | None = Field(None, gt=0, le=3600)
     fps: int | None = Field(None, ge=1, le=120, description="beyond OpenAI")
+
+    @property
+    def call_kind(self) -> CallKind:
+        return "generate" if self.input_reference is None else "image_to_video"
+
+    @property
+    def pictures(self) -> InputPictures | None:
+        return None if self.input_reference is None else InputPictures((self.input_reference,))
 
 
 class TimingsMs(BaseModel):
@@ -134,10 +189,9 @@ class ImageEvent(BaseModel):
     index: int = Field(description="of the n pictures, from 0. Beyond OpenAI")
 
 
-class ProgressEvent(ImageEvent):
+class AnyProgressEvent(ImageEvent):
     """`progress: true`; a few a second at most. Beyond OpenAI."""
 
-    type: Literal["image_generation.progress"] = "image_generation.progress"
     phase: Literal["denoise", "decode"] = Field(description="before the first event: waiting, or encoding")
     step: int = Field(description="steps done")
     num_steps: int
@@ -154,10 +208,9 @@ class MediaEvent(ImageEvent):
     output_format: Literal["png", "jpeg", "webp"]
 
 
-class PartialImageEvent(MediaEvent):
+class AnyPartialImageEvent(MediaEvent):
     """A picture that is still forming; one that is not ready before its picture is never sent."""
 
-    type: Literal["image_generation.partial_image"] = "image_generation.partial_image"
     partial_image_index: int
 
 
@@ -175,94 +228,36 @@ class Usage(BaseModel):
     total_tokens: int = 0
 
 
-class CompletedEvent(MediaEvent):
+class AnyCompletedEvent(MediaEvent):
     """A picture, and the last event of it. `seed` and `timings_ms` are beyond OpenAI."""
 
-    type: Literal["image_generation.completed"] = "image_generation.completed"
     usage: Usage = Usage()
     seed: int
     timings_ms: TimingsMs
 
 
-class ModelDefaults(BaseModel):
-    """What a request that leaves a field out gets; null: this model takes no such field."""
-
-    size: str
-    num_inference_steps: int
-    guidance_scale: float | None
-    true_cfg_scale: float | None
-    negative_prompt: str | None
-    num_frames: int | None
-    fps: int | None
+class ProgressEvent(AnyProgressEvent):
+    type: Literal["image_generation.progress"] = "image_generation.progress"
 
 
-class ModelLimits(BaseModel):
-    """What a request may ask for."""
-
-    size_multiple: int = Field(description="width and height must be multiples of this")
-    max_side: int | None = Field(description="width, and height; null: only their product is limited")
-    max_pixels: int = Field(description="width times height")
-    max_num_inference_steps: int
-    max_prompt_characters: int
-    max_n: int = MAX_N
-    frame_stride: int = Field(description="num_frames must be 1 more than a multiple of this")
-    max_num_frames: int
+class PartialImageEvent(AnyPartialImageEvent):
+    type: Literal["image_generation.partial_image"] = "image_generation.partial_image"
 
 
-class ModelCard(BaseModel):
-    """One served model. What follows `owned_by` is beyond OpenAI."""
-
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: str = "latent-relay"
-    family: str
-    media: Literal["image", "video"]
-    guidance: Literal["guidance_scale", "true_cfg_scale"] = Field(
-        description="the field that must be above 1 for a negative prompt to count"
-    )
-    about: str = Field(description="what the model knows, for people")
-    examples: tuple[str, ...] = Field(description="prompts that it draws well")
-    defaults: ModelDefaults
-    limits: ModelLimits
+class CompletedEvent(AnyCompletedEvent):
+    type: Literal["image_generation.completed"] = "image_generation.completed"
 
 
-def model_card(model: ModelConfig, created: int, limits: LimitsConfig) -> ModelCard:
-    """What its config, its checkpoint and its family say, in this order."""
-    family, own, size, geometry = model.architecture, model.request_defaults, model.default_size, model.geometry
-    is_video = family.media == "video"
-    return ModelCard(
-        id=model.name,
-        about=model.about,
-        examples=model.examples,
-        created=created,
-        family=family.name,
-        media=family.media,
-        guidance=family.call.guidance,
-        defaults=ModelDefaults(
-            size=f"{size.width}x{size.height}",
-            num_inference_steps=own.num_inference_steps,
-            guidance_scale=own.guidance_scale,
-            true_cfg_scale=own.true_cfg_scale,
-            negative_prompt=own.negative_prompt,
-            num_frames=size.num_frames if is_video else None,
-            fps=own.fps if is_video else None,
-        ),
-        limits=ModelLimits(
-            size_multiple=geometry.size_multiple,
-            max_side=geometry.max_side,
-            max_pixels=limits.max_pixels,
-            max_num_inference_steps=limits.max_num_inference_steps,
-            max_prompt_characters=limits.max_prompt_characters,
-            frame_stride=geometry.frame_stride,
-            max_num_frames=limits.max_num_frames,
-        ),
-    )
+class EditProgressEvent(AnyProgressEvent):
+    type: Literal["image_edit.progress"] = "image_edit.progress"
 
 
-class ModelList(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[ModelCard]
+class EditPartialImageEvent(AnyPartialImageEvent):
+    type: Literal["image_edit.partial_image"] = "image_edit.partial_image"
+
+
+class EditCompletedEvent(AnyCompletedEvent):
+    type: Literal["image_edit.completed"] = "image_edit.completed"
 
 
 class StageHealth(BaseModel):

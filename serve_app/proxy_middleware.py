@@ -34,7 +34,7 @@ BODY_TIMEOUT_S = 30.0
 MAX_BUFFERED_BYTES = 2**20
 """Of a longer body the rest is handed on as it comes; the ingress refuses what is too long for it."""
 MAX_UNFINISHED_BODIES = 128
-REPEATED_POSTS = ("/v1/images/generations", "/v1/videos/sync")
+REPEATED_POSTS = ("/v1/images/generations", "/v1/images/edits", "/v1/videos/sync")
 """What may be asked twice, because nobody has seen an answer to the first."""
 MAX_REPEATS = 2
 BACKOFF_S = 0.5

@@ -14,7 +14,7 @@ from serve_app.config import LimitsConfig
 from serve_app.errors import Overloaded
 from serve_app.generation import Event, Picture, Stages, generate
 from serve_app.last_seen import LastSeen, Sight
-from serve_app.openai_api import ModelCard, model_card
+from serve_app.model_card import ModelCard, model_card
 from serve_app.replicas import no_statuses, stage_health, stage_statuses
 from serve_app.suspects import Suspects
 from serve_app.validation import Validator

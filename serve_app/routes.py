@@ -1,7 +1,9 @@
 """HTTP in OpenAI's shapes, over a Relay."""
 
+import asyncio
 import base64
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -11,18 +13,19 @@ from starlette.exceptions import HTTPException
 
 from serve_app.bodies import read_json, read_json_or_form
 from serve_app.body_limit import BodyLimit
-from serve_app.description import EVENT, describe_body, describe_events, drop_422
+from serve_app.description import EDIT_EVENT, EVENT, describe_body, describe_events, drop_422
 from serve_app.disconnect import while_connected
 from serve_app.errors import BadCall, RelayError, as_relay_error, named
+from serve_app.fields import parse_body
 from serve_app.generation import Picture
 from serve_app.head import HeadIsGet
+from serve_app.model_card import EDITS, GENERATIONS, VIDEOS, ModelCard, ModelList
 from serve_app.openai_api import (
+    EditBody,
     ErrorResponse,
     ImageBody,
     ImageData,
     ImagesResponse,
-    ModelCard,
-    ModelList,
     StageHealth,
     TimingsMs,
     VideoBody,
@@ -32,7 +35,7 @@ from serve_app.relay import Relay
 from serve_app.replicas import SERVING
 from serve_app.sse import HEARTBEAT_S, answer_with_events
 from serve_app.trace_ids import TraceIds
-from serve_app.validation import parse_body
+from serve_app.validation import Judged
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse, "description": text}
@@ -46,11 +49,12 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         504: "Not done within the deadline",
     }.items()
 }
+STREAMED = "Pictures; with `stream`, events, of which an `error` may be the last"
 EVENTS: dict[int | str, dict[str, Any]] = {
-    200: {
-        "content": {"text/event-stream": {"itemSchema": EVENT}},
-        "description": "Pictures; with `stream`, events, of which an `error` may be the last",
-    }
+    200: {"content": {"text/event-stream": {"itemSchema": EVENT}}, "description": STREAMED}
+}
+EDIT_EVENTS: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {"itemSchema": EDIT_EVENT}}, "description": STREAMED}
 }
 VIDEO: dict[int | str, dict[str, Any]] = {
     200: {"content": {"video/mp4": {}}, "description": "MP4; the headers X-Seed and Server-Timing tell more"}
@@ -58,8 +62,7 @@ VIDEO: dict[int | str, dict[str, Any]] = {
 ELSEWHERE = {
     "/v1/videos": "no video is made in the background: POST the same fields to /v1/videos/sync, which waits for "
     "the video and answers with it",
-    "/v1/images/edits": "pictures are made from text alone: POST to /v1/images/generations",
-    "/v1/images/variations": "pictures are made from text alone: POST to /v1/images/generations",
+    "/v1/images/variations": "POST the picture to /v1/images/edits, with a prompt",
 }
 """What OpenAI's clients may ask for and is not there, and what to do instead."""
 WITHOUT_V1 = ("/images/generations", "/videos/sync", "/videos", "/models", "/status", "/images/edits")
@@ -74,49 +77,84 @@ def build_api(relay: Relay) -> FastAPI:
         docs_url=None,  # page.py: FastAPI's own pages load their scripts from elsewhere
         redoc_url=None,
     )
-    model = relay.model()
     api.add_exception_handler(Exception, _answer_error)
     api.add_middleware(HeadIsGet)
     api.add_middleware(TraceIds)
-    api.add_middleware(BodyLimit, max_bytes=_max_body_bytes(relay))
+    most, most_with_pictures = _max_body_bytes(relay)
+    api.add_middleware(BodyLimit, max_bytes=most, max_bytes_of=most_with_pictures)
     for kind in (RelayError, HTTPException):
         api.add_exception_handler(kind, _answer_error)
+    _add_images(api, relay)
+    _add_videos(api, relay)
+    _add_facts(api, relay)
+    add_pages(api)
+    _describe(api, relay.model())
+    return api
+
+
+def _add_images(api: FastAPI, relay: Relay) -> None:
+    served = {call.path for call in relay.model().calls.values()}
 
     @api.post(
-        "/v1/images/generations",
+        GENERATIONS,
         response_model=ImagesResponse,
         responses=ERRORS | EVENTS,
-        include_in_schema=model.media == "image",
+        include_in_schema=GENERATIONS in served,
         summary="Make pictures; with `stream`, tell what happens on the way",
     )
     async def images(request: Request) -> ImagesResponse | EventSourceResponse:
         body = parse_body(ImageBody, await read_json(request), is_json=True)
-        requests = relay.validator.images(body)
-        if body.stream:
-            events = relay.events(requests, body.stream_options, heartbeat_s=HEARTBEAT_S)
-            return await while_connected(request, answer_with_events(events, requests[0]))
-        pictures = await while_connected(request, relay.run(requests))
-        return ImagesResponse(
-            created=int(time.time()),
-            output_format=body.output_format,
-            size=f"{requests[0].width}x{requests[0].height}",
-            data=[_image_data(picture) for picture in pictures],
-        )
+        return await _answer_images(request, relay, body, relay.validator.judge(body))
 
     @api.post(
-        "/v1/videos/sync",
+        EDITS,
+        response_model=ImagesResponse,
+        responses=ERRORS | EDIT_EVENTS,
+        include_in_schema=EDITS in served,
+        summary="Make pictures of pictures; with `stream`, tell what happens on the way",
+    )
+    async def edits(request: Request) -> ImagesResponse | EventSourceResponse:
+        fields, is_form = await _read_with_pictures(request, relay)
+        body = parse_body(EditBody, fields, is_json=not is_form)
+        return await _answer_images(request, relay, body, await asyncio.to_thread(relay.validator.judge, body))
+
+
+async def _answer_images(
+    request: Request, relay: Relay, body: ImageBody, judged: Judged
+) -> ImagesResponse | EventSourceResponse:
+    first = judged.requests[0]
+    if body.stream:
+        events = relay.events(judged.requests, judged.options, pictures=judged.pictures, heartbeat_s=HEARTBEAT_S)
+        return await while_connected(request, answer_with_events(events, first))
+    pictures = await while_connected(request, relay.run(judged.requests, judged.pictures))
+    return ImagesResponse(
+        created=int(time.time()),
+        output_format=body.output_format,
+        size=f"{first.width}x{first.height}",
+        data=[_image_data(picture) for picture in pictures],
+    )
+
+
+def _add_videos(api: FastAPI, relay: Relay) -> None:
+    @api.post(
+        VIDEOS,
         responses=ERRORS | VIDEO,
         response_class=Response,
-        include_in_schema=model.media == "video",
+        include_in_schema=relay.model().media == "video",
         summary="Make a video and wait for it",
     )
     async def video(request: Request) -> Response:
-        fields, is_form = await read_json_or_form(request)
+        fields, is_form = await _read_with_pictures(request, relay)
         body = parse_body(VideoBody, fields, is_json=not is_form)
-        [picture] = await while_connected(request, relay.run([relay.validator.video(body)]))
+        judged = await asyncio.to_thread(relay.validator.judge, body)
+        [picture] = await while_connected(request, relay.run(judged.requests, judged.pictures))
         timings = ", ".join(f"{stage};dur={ms}" for stage, ms in picture.timings_ms.items())
         headers = {"X-Seed": str(picture.seed), "Server-Timing": timings}
         return Response(picture.media.data, media_type=picture.media.media_type, headers=headers)
+
+
+def _add_facts(api: FastAPI, relay: Relay) -> None:
+    """What there is to know without asking for a picture."""
 
     @api.get("/v1/models", summary="What is served")
     async def models() -> ModelList:
@@ -144,19 +182,35 @@ def build_api(relay: Relay) -> FastAPI:
     async def status() -> dict[str, Any]:
         return await relay.status()
 
-    add_pages(api)
+
+def _describe(api: FastAPI, model: ModelCard) -> None:
     drop_422(api)
-    if model.media == "image":
-        describe_body(api, "/v1/images/generations", ImageBody, model, "application/json")
-    else:
-        describe_body(api, "/v1/videos/sync", VideoBody, model, "application/json", "multipart/form-data")
+    served = {call.path for call in model.calls.values()}
+    if GENERATIONS in served:
+        describe_body(api, GENERATIONS, ImageBody, model, "application/json")
+    if EDITS in served:
+        describe_body(api, EDITS, EditBody, model, "application/json", "multipart/form-data")
+    if VIDEOS in served:
+        describe_body(api, VIDEOS, VideoBody, model, "application/json", "multipart/form-data")
     describe_events(api)
-    return api
 
 
-def _max_body_bytes(relay: Relay) -> int:
-    """Two prompts, of each of whose characters JSON may make 12 bytes, and ample room for the rest."""
-    return 2**18 + 2 * 12 * relay.model().limits.max_prompt_characters
+async def _read_with_pictures(request: Request, relay: Relay) -> tuple[Mapping[str, Any], bool]:
+    """As read_json_or_form does; a text may be a data URL."""
+    return await read_json_or_form(request, max_text_bytes=2 * relay.model().limits.max_image_bytes)
+
+
+def _max_body_bytes(relay: Relay) -> tuple[int, dict[str, int]]:
+    """Two prompts, of each of whose characters JSON may make 12 bytes, and ample room for the rest; and by path,
+    with pictures, of each 3 of whose bytes a data URL makes 4."""
+    model = relay.model()
+    texts = 2**18 + 2 * 12 * model.limits.max_prompt_characters
+    num_pictures: dict[str, int] = {}
+    for kind, call in model.calls.items():
+        num = call.max_images + (kind == "inpaint")
+        num_pictures[call.path] = max(num, num_pictures.get(call.path, 0))
+    each = 2**10 + model.limits.max_image_bytes * 4 // 3
+    return texts, {path: texts + num * each for path, num in num_pictures.items() if num}
 
 
 def _image_data(picture: Picture) -> ImageData:

@@ -19,10 +19,10 @@ from serve_app.config import (
     parse_app_config,
     read_serve_file,
 )
+from serve_app.config_check import check_defaults
 from serve_app.files import check_files, resolve_family
 from serve_app.port import find_port_fault
 from serve_app.tls import find_tls_fault
-from serve_app.validation import check_defaults
 
 SERVER = "serve_app.server"
 SERVE_SCHEMA = "ray.serve.schema"

@@ -11,7 +11,16 @@ from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 from deployments.request import GenerationRequest, Progress
 from serve_app.errors import as_relay_error
 from serve_app.generation import Event
-from serve_app.openai_api import CompletedEvent, ImageEvent, PartialImageEvent, ProgressEvent, TimingsMs
+from serve_app.openai_api import (
+    CompletedEvent,
+    EditCompletedEvent,
+    EditPartialImageEvent,
+    EditProgressEvent,
+    ImageEvent,
+    PartialImageEvent,
+    ProgressEvent,
+    TimingsMs,
+)
 from serve_app.partials import PartialImage
 
 HEARTBEAT_S = 15.0
@@ -53,9 +62,10 @@ def _frame(event: Event | None, request: GenerationRequest) -> bytes:
 
 def describe_event(event: Event, request: GenerationRequest) -> ImageEvent:
     """The event as clients see it."""
-    news, now = event.news, int(time.time())
+    news, now, is_edit = event.news, int(time.time()), request.kind != "generate"
     if isinstance(news, Progress):
-        return ProgressEvent(created_at=now, index=event.index, **vars(news))
+        progress_event = EditProgressEvent if is_edit else ProgressEvent
+        return progress_event(created_at=now, index=event.index, **vars(news))
     media = {
         "created_at": now,
         "index": event.index,
@@ -64,5 +74,7 @@ def describe_event(event: Event, request: GenerationRequest) -> ImageEvent:
         "output_format": request.output_format,
     }
     if isinstance(news, PartialImage):
-        return PartialImageEvent(**media, partial_image_index=news.partial_image_index)
-    return CompletedEvent(**media, seed=news.seed, timings_ms=TimingsMs(**news.timings_ms))
+        partial_event = EditPartialImageEvent if is_edit else PartialImageEvent
+        return partial_event(**media, partial_image_index=news.partial_image_index)
+    completed_event = EditCompletedEvent if is_edit else CompletedEvent
+    return completed_event(**media, seed=news.seed, timings_ms=TimingsMs(**news.timings_ms))

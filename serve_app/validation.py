@@ -1,42 +1,32 @@
 """Bodies become requests here, with every default filled in; whatever is wrong is refused here, by name."""
 
-import difflib
-import re
 import secrets
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import ceil
+from typing import Any
 
-from pydantic import ValidationError
+from deployments.config import ModelConfig
+from deployments.families import Call, Defaults
+from deployments.request import GenerationRequest, InputPictures, MediaSize, Prompt, StreamOptions
+from serve_app.config import LimitsConfig
+from serve_app.errors import BadRequest, UnknownModel, quoted
+from serve_app.fields import parse_body
+from serve_app.input_pictures import judge_pictures
+from serve_app.model_card import EDITS, GENERATIONS, VIDEOS
+from serve_app.openai_api import EditBody, GenerationBody, ImageBody, VideoBody
+from serve_app.sizes import Sizes
 
-from deployments.config import WARM_UP_SIZE, DefaultsConfig, ModelConfig
-from deployments.request import GenerationRequest, Prompt, StreamOptions
-from serve_app.config import ConfigError, LimitsConfig
-from serve_app.errors import BadRequest, UnknownModel, named, quoted
-from serve_app.openai_api import GenerationBody, ImageBody, VideoBody
 
-Body = TypeVar("Body", bound=GenerationBody)
+@dataclass(frozen=True)
+class Judged:
+    """What a body asks for."""
 
-SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
-MAX_SIDE = {"jpeg": 65_500, "webp": 16_383, "mp4": 16_384}
-"""Pixels; libjpeg, libwebp and x264 (16,384 is the most that H.264 level 6.2 has) encode no more."""
-MAX_FIELD_CHARACTERS = 40
-ELSEWHERE_CALLED = {
-    **dict.fromkeys(("steps", "num_steps", "sample_steps", "inference_steps"), "num_inference_steps"),
-    **dict.fromkeys(("width", "height", "w", "h", "resolution", "image_size", "aspect_ratio"), "size"),
-    **dict.fromkeys(("cfg", "cfg_scale", "guidance", "scale"), "say guidance_scale or true_cfg_scale"),
-    **dict.fromkeys(("negative", "neg_prompt", "prompt_negative"), "negative_prompt"),
-    **dict.fromkeys(("num_images", "num_images_per_prompt", "batch_size", "num_outputs"), "n"),
-    **dict.fromkeys(("frames", "video_length", "length"), "num_frames"),
-    **dict.fromkeys(("duration", "duration_seconds"), "seconds"),
-    **dict.fromkeys(("frame_rate", "framerate"), "fps"),
-    **dict.fromkeys(("format", "image_format"), "output_format"),
-    **dict.fromkeys(("output_quality", "jpeg_quality"), "output_compression"),
-    **dict.fromkeys(("text", "input"), "prompt"),
-    **dict.fromkeys(("generator", "manual_seed", "random_seed"), "seed"),
-    **dict.fromkeys(("scheduler", "sampler", "sampler_name"), "the scheduler is the checkpoint's"),
-    **dict.fromkeys(("image", "images", "mask", "strength"), "pictures are made from text alone"),
-}
-"""Fields of other programs, and what to say here."""
+    requests: list[GenerationRequest]
+    """One for each picture that comes out."""
+    pictures: InputPictures | None
+    """That go in."""
+    options: StreamOptions
 
 
 class Validator:
@@ -44,39 +34,52 @@ class Validator:
 
     def __init__(self, model: ModelConfig, limits: LimitsConfig) -> None:
         self._model, self._limits = model, limits
-        self.family, self.defaults = model.architecture, model.request_defaults
-        self.call = self.family.call
-        self.geometry, self.default_size = model.geometry, model.default_size
+        self.family = model.architecture
+        self._geometry, self._default_size = model.geometry, model.default_size
+        self._sizes = Sizes(self._geometry, self._default_size, limits.max_pixels)
 
     def requests(self, fields: Mapping[str, Any]) -> list[GenerationRequest]:
-        """The fields of an image's or a video's body, whichever this model makes.
+        """Those of `fields`."""
+        return self.judge_fields(fields).requests
+
+    def judge_fields(self, fields: Mapping[str, Any]) -> Judged:
+        """Those of an image's, an edit's or a video's body, whichever they make and this model serves.
 
         `prompt` may be a list: then what each of them makes alone, with the same seeds, one after another.
         """
         prompts = fields.get("prompt")
         if not isinstance(prompts, list):
-            return self._requests(fields)
-        requests = [request for prompt in prompts for request in self._requests({**fields, "prompt": prompt})]
+            return self._judge_one(fields)
+        each = [self._judge_one({**fields, "prompt": prompt}) for prompt in prompts]
+        requests = [request for judged in each for request in judged.requests]
         limit = self._limits.max_concurrent_requests
         if not 0 < len(requests) <= limit:
             raise BadRequest(f"prompt: a list must ask for 1 to {limit} in all, got {len(requests)}", "prompt")
-        return requests
+        return Judged(requests, each[0].pictures, each[0].options)
 
-    def _requests(self, fields: Mapping[str, Any]) -> list[GenerationRequest]:
+    def judge_stream(self, fields: Mapping[str, Any]) -> Judged:
+        """Like `judge_fields`, for a caller that streams, and so gets progress unless it declines."""
         if self.family.media == "video":
-            return [self.video(parse_body(VideoBody, fields))]
-        return self.images(parse_body(ImageBody, fields))
+            return replace(self.judge_fields(fields), options=StreamOptions(wants_progress=True))
+        return self._judge_one({"progress": True, **fields, "stream": True})
 
-    def streamed(self, fields: Mapping[str, Any]) -> tuple[list[GenerationRequest], StreamOptions]:
-        """Like `requests`, for a caller that streams, and so gets progress unless it declines."""
+    def _judge_one(self, fields: Mapping[str, Any]) -> Judged:
+        return self.judge(parse_body(self._body_kind(fields), fields))
+
+    def _body_kind(self, fields: Mapping[str, Any]) -> type[ImageBody] | type[VideoBody]:
         if self.family.media == "video":
-            return self.requests(fields), StreamOptions(wants_progress=True)
-        body = parse_body(ImageBody, {"progress": True, **fields, "stream": True})
-        return self.images(body), body.stream_options
+            return VideoBody
+        goes_in = "generate" not in self.family.calls or not fields.keys().isdisjoint(("image", "mask"))
+        return EditBody if goes_in else ImageBody
 
-    def images(self, body: ImageBody) -> list[GenerationRequest]:
-        """One request per picture; picture i has seed + i."""
-        self._check_media("image")
+    def judge(self, body: ImageBody | VideoBody) -> Judged:
+        """Of a picture i has seed + i. Raises BadRequest or UnknownModel."""
+        call = self._call(body)
+        if isinstance(body, VideoBody):
+            return Judged([self._video(body, call)], body.pictures, StreamOptions())
+        return Judged(self._images(body, call), body.pictures, body.stream_options)
+
+    def _images(self, body: ImageBody, call: Call) -> list[GenerationRequest]:
         for param in ("partial_images", "progress"):
             if getattr(body, param) and not body.stream:
                 raise BadRequest(f"{param} needs stream: true, for it comes before the picture", param)
@@ -85,20 +88,21 @@ class Validator:
                 f"output_compression is for jpeg and webp; png takes only 100, got {body.output_compression}",
                 "output_compression",
             )
-        first = self._request(body, output_format=body.output_format, output_compression=body.output_compression)
+        first = self._request(
+            body, call, output_format=body.output_format, output_compression=body.output_compression
+        )
         return [_with_seed(first, (first["seed"] + i) % 2**63) for i in range(body.n)]
 
-    def video(self, body: VideoBody) -> GenerationRequest:
-        self._check_media("video")
-        fps = body.fps or self.defaults.fps
+    def _video(self, body: VideoBody, call: Call) -> GenerationRequest:
+        fps = body.fps or self._model.defaults_of(call).fps
         param = "seconds" if body.num_frames is None and body.seconds is not None else "num_frames"
-        num_frames = body.num_frames or self.default_size.num_frames
+        num_frames = body.num_frames or self._default_size.num_frames
         if param == "seconds":
             assert body.seconds is not None
-            stride = self.geometry.frame_stride
+            stride = self._geometry.frame_stride
             num_frames = round(body.seconds * fps / stride) * stride + 1
         self._check_frames(num_frames, param)
-        fields = self._request(body, output_format="mp4", num_frames=num_frames, fps=fps)
+        fields = self._request(body, call, output_format="mp4", num_frames=num_frames, fps=fps)
         return GenerationRequest(**fields)
 
     def check_model(self, name: str | None) -> None:
@@ -106,13 +110,35 @@ class Validator:
         if name is not None and name != self._model.name:
             raise UnknownModel(f"model {quoted(name)} is not served here; served: {self._model.name!r}")
 
-    def _check_media(self, media: str) -> None:
-        if self.family.media != media:
-            path = {"image": "/v1/images/generations", "video": "/v1/videos/sync"}[self.family.media]
-            raise BadRequest(f"model {self._model.name!r} makes {self.family.media}s: use {path}", "model")
+    def _call(self, body: GenerationBody) -> Call:
+        """The kind of call that the body asks for. Raises BadRequest where this model has none such."""
+        model, calls = f"model {self._model.name!r}", self.family.calls
+        if self.family.media != body.media:
+            paths = {"image": GENERATIONS if "generate" in calls else EDITS, "video": VIDEOS}
+            raise BadRequest(
+                f"{model} makes {self.family.media}s: use {paths[self.family.media]}",
+                "model",
+            )
+        kind = body.call_kind
+        if kind in calls:
+            return calls[kind]
+        if kind == "generate" and body.media == "video":
+            raise BadRequest(
+                "input_reference is missing: this model makes a video of the picture it begins with",
+                "input_reference",
+            )
+        if kind == "generate":
+            raise BadRequest(f"{model} makes pictures of pictures: use {EDITS}", "model")
+        if kind == "image_to_video":
+            raise BadRequest("input_reference: this model makes videos from text alone", "input_reference")
+        if kind == "inpaint" and "edit" in calls:
+            raise BadRequest("mask: this model takes none, and draws the whole picture anew: leave it out", "mask")
+        if kind == "edit" and "inpaint" in calls:
+            raise BadRequest("mask is missing: this model fills in what a mask says", "mask")
+        raise BadRequest(f"{model} makes pictures from text alone: use {GENERATIONS}", "model")
 
     def _check_frames(self, num_frames: int, param: str) -> None:
-        stride, limit = self.geometry.frame_stride, self._limits.max_num_frames
+        stride, limit = self._geometry.frame_stride, self._limits.max_num_frames
         if num_frames > limit:
             raise BadRequest(f"{param} asks for {quoted(num_frames)} frames; the limit is {limit}", param)
         if (num_frames - 1) % stride:
@@ -123,28 +149,47 @@ class Validator:
                 param,
             )
 
-    def _request(self, body: GenerationBody, **own: Any) -> dict[str, Any]:
+    def _request(self, body: GenerationBody, call: Call, **own: Any) -> dict[str, Any]:
         """Fields of a GenerationRequest."""
         self.check_model(body.model)
         self._check_prompt(body.prompt)
-        negative = self.defaults.negative_prompt if body.negative_prompt is None else body.negative_prompt
+        defaults = self._model.defaults_of(call)
+        negative = defaults.negative_prompt if body.negative_prompt is None else body.negative_prompt
         self._check_length("negative_prompt", negative or "")
-        width, height = self._size(body.size)
-        self._check_sides(width, height, own["output_format"])
-        guidance_scale, true_cfg_scale = self._guidance(body)
-        is_guided = self.call.is_guided(guidance_scale, true_cfg_scale, negative is not None)
+        picture = self._picture_size(body, call)
+        width, height = self._sizes.read(body.size, picture, own["output_format"])
+        guidance_scale, true_cfg_scale = self._guidance(body, call, defaults)
+        is_guided = call.is_guided(guidance_scale, true_cfg_scale, negative is not None)
+        steps = self._steps(body.num_inference_steps, defaults)
         return {
             "prompt": Prompt(body.prompt, negative if is_guided else None, is_guided),
             "width": width,
             "height": height,
             "num_frames": 1,
-            "num_inference_steps": self._steps(body.num_inference_steps),
+            "num_inference_steps": steps,
             "guidance_scale": guidance_scale,
             "true_cfg_scale": true_cfg_scale,
             "seed": secrets.randbelow(2**31) if body.seed is None else body.seed,
             "output_compression": 100,
-            "fps": self.defaults.fps,
+            "fps": defaults.fps,
+            "kind": call.kind,
+            "strength": _strength(body, defaults, steps),
         } | own
+
+    def _picture_size(self, body: GenerationBody, call: Call) -> MediaSize | None:
+        """Of the first that goes in."""
+        pictures = body.pictures
+        if pictures is None:
+            return None
+        field, num, limit = (
+            ("image" if body.media == "image" else "input_reference"),
+            len(pictures.images),
+            call.max_images,
+        )
+        if num > limit:
+            beside = " beside a mask" if call.kind == "inpaint" else ""
+            raise BadRequest(f"{field}: this model takes {limit}{beside}, got {num}", field)
+        return judge_pictures(pictures.images, pictures.mask, self._limits, field)
 
     def _check_prompt(self, text: str) -> None:
         if not text.strip():
@@ -156,122 +201,40 @@ class Validator:
         if len(text) > limit:
             raise BadRequest(f"{param} has {len(text)} characters; the limit is {limit}", param)
 
-    def _size(self, size: str) -> tuple[int, int]:
-        if size == "auto":
-            return self.default_size.width, self.default_size.height
-        match = SIZE.fullmatch(size)
-        if match is None:
-            raise BadRequest(f'size must be "WIDTHxHEIGHT" or "auto", got {quoted(size)}', "size")
-        width, height = int(match[1]), int(match[2])
-        multiple, limit = self.geometry.size_multiple, self._limits.max_pixels
-        if width % multiple or height % multiple:
-            near = "x".join(str(max(multiple, round(v / multiple) * multiple)) for v in (width, height))
-            raise BadRequest(
-                f"size: width and height must be multiples of {multiple}, got {size}; nearest: {near}", "size"
-            )
-        most = self.geometry.max_side
-        if most is not None and max(width, height) > most:
-            raise BadRequest(f"size: this model draws {most} pixels each way at most, got {size}", "size")
-        if width * height > limit:
-            raise BadRequest(f"size: {size} has {width * height} pixels; the limit is {limit} pixels", "size")
-        return width, height
-
-    def _check_sides(self, width: int, height: int, output_format: str) -> None:
-        limit = MAX_SIDE.get(output_format)
-        if limit is not None and max(width, height) > limit:
-            instead = "" if output_format == "mp4" else "; use a smaller size, or output_format png"
-            raise BadRequest(
-                f"size: {width}x{height} is too long for output_format {output_format}, which has at most "
-                f"{limit} pixels a side{instead}",
-                "size",
-            )
-
-    def _steps(self, steps: int | None) -> int:
+    def _steps(self, steps: int | None, defaults: Defaults) -> int:
         limit = self._limits.max_num_inference_steps
         if steps is not None and steps > limit:
             raise BadRequest(
                 f"num_inference_steps must be between 1 and {limit}, got {quoted(steps)}", "num_inference_steps"
             )
-        return steps or self.defaults.num_inference_steps
+        return steps or defaults.num_inference_steps
 
-    def _guidance(self, body: GenerationBody) -> tuple[float | None, float | None]:
-        """(guidance_scale, true_cfg_scale); a field that this family does not know is refused."""
+    def _guidance(self, body: GenerationBody, call: Call, defaults: Defaults) -> tuple[float | None, float | None]:
+        """(guidance_scale, true_cfg_scale); a field that this kind of call does not know is refused."""
         scales = []
         for param in ("guidance_scale", "true_cfg_scale"):
-            asked, default = getattr(body, param), getattr(self.defaults, param)
+            asked, default = getattr(body, param), getattr(defaults, param)
             if asked is not None and default is None:
-                raise BadRequest(f"{param} means nothing to {self.family.name}; use {self.call.guidance}", param)
+                raise BadRequest(f"{param} means nothing to {self.family.name}; use {call.guidance}", param)
             scales.append(default if asked is None else asked)
         return scales[0], scales[1]
 
 
-def check_defaults(model: ModelConfig, limits: LimitsConfig) -> None:
-    """Judges the defaults like a request that spells them out. Raises ConfigError."""
-    try:
-        size = model.default_size
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    given = model.defaults.model_dump(exclude_none=True, exclude={"width", "height"})
-    fields: dict[str, Any] = {
-        "num_inference_steps": model.request_defaults.num_inference_steps,
-        "size": f"{size.width}x{size.height}",
-    }
-    if model.architecture.media == "video":
-        fields["num_frames"] = size.num_frames
-    unsaid = DefaultsConfig.model_construct(width=size.width, height=size.height)  # judged below
-    judge = Validator(model.model_copy(update={"defaults": unsaid}), limits)
-    try:
-        judge.requests({"prompt": "-"} | fields | given)
-    except BadRequest as error:
-        raise ConfigError(f"model.defaults, or the family's where it says nothing: {error}") from error
-
-
-def plan_warm_up(model: ModelConfig, limits: LimitsConfig) -> tuple[GenerationRequest, ...]:
-    """A guided request of two steps for each size in `model.warm_up`. Raises ConfigError."""
-    judge = Validator(model, limits)
-    steps = min(2, limits.max_num_inference_steps)  # a second, for what is recorded or fetched ahead by then
-    blank = {"prompt": "-", "negative_prompt": "", "num_inference_steps": steps}
-    requests: list[GenerationRequest] = []
-    for asked in model.warm_up:
-        match = WARM_UP_SIZE.fullmatch(asked)
-        assert match is not None
-        fields = {"size": match[1]} | ({} if match[2] is None else {"num_frames": int(match[2])})
-        try:
-            requests += judge.requests(blank | fields)
-        except BadRequest as error:
-            raise ConfigError(f"model.warm_up, {asked}: {error}") from error
-    return tuple(requests)
-
-
-def parse_body(kind: type[Body], fields: Mapping[str, Any], *, is_json: bool = False) -> Body:
-    """Raises BadRequest that names the first wrong field.
-
-    is_json: 5 is not to be written "5", as in a form.
-    """
-    try:
-        return kind.model_validate(fields, strict=is_json)
-    except ValidationError as error:
-        raise _bad_request(error.errors(include_url=False)[0], sorted(kind.model_fields)) from error
-
-
-def _bad_request(mistake: Any, known: Sequence[str]) -> BadRequest:
-    param = named(".".join(str(part) for part in mistake["loc"])) or None
-    if mistake["type"] == "extra_forbidden":
-        return BadRequest(f"{param}: this field is not known{_hint(str(mistake['loc'][-1]), known)}", param)
-    got = "" if mistake["type"] == "missing" else f", got {quoted(mistake['input'])}"
-    return BadRequest(f"{param or 'body'}: {mistake['msg']}{got}", param)
-
-
-def _hint(field: str, known: Sequence[str]) -> str:
-    """What other programs call so, or what is spelled nearly so."""
-    name = field.lower().replace("-", "_")[:MAX_FIELD_CHARACTERS]
-    meant = ELSEWHERE_CALLED.get(name)
-    if meant is None:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
-        meant = near[0] if near else None
-    if meant is None:
-        return f"; known: {', '.join(known)}"
-    return f"; did you mean {meant}?" if meant in known else f"; {meant}"
+def _strength(body: GenerationBody, defaults: Defaults, steps: int) -> float | None:
+    """Of the picture that goes in; what leaves no step to do is refused."""
+    asked = body.strength if isinstance(body, EditBody) else None
+    if asked is not None and defaults.strength is None:
+        raise BadRequest(
+            "strength means nothing to this model, which draws the whole picture: leave it out", "strength"
+        )
+    strength = defaults.strength if asked is None else asked
+    if strength is not None and int(steps * strength) < 1:
+        raise BadRequest(
+            f"strength: {strength:g} of {steps} steps is less than one; ask for num_inference_steps of "
+            f"{ceil(1 / strength)} or more, or for more strength",
+            "strength",
+        )
+    return strength
 
 
 def _with_seed(fields: dict[str, Any], seed: int) -> GenerationRequest:

@@ -5,6 +5,7 @@ from io import BytesIO
 from typing import Any
 
 from PIL import Image, ImageOps
+from PIL import _imaging as core
 
 from deployments.families import Call
 from deployments.refusal import WrongField
@@ -13,6 +14,8 @@ from deployments.request import InputPictures
 FORMATS = ("PNG", "JPEG", "WEBP")
 LEAST_SIDE = 64
 """Pixels of a picture that goes in; FLUX.2 takes no smaller one."""
+core.set_block_size(64 * 2**20)
+"""Of Pillow's buffers. Freed blocks of up to 32 MiB, as it has them, glibc keeps, and for each thread its own."""
 _SIXTEEN_BITS = 257
 """A level of 16 bits to one of 8."""
 

@@ -19,7 +19,8 @@ from deployments.stages.tensors import each_tensor
 from deployments.transformer import Transformer
 from deployments.warm_up import WarmUp
 from serve_app.config import ConfigError, LimitsConfig
-from serve_app.validation import Validator, plan_warm_up
+from serve_app.config_check import plan_warm_up
+from serve_app.validation import Validator
 
 COMPILE = {"compile": {"backend": "eager"}}
 TOKENS = 32

@@ -11,8 +11,10 @@ from fastapi import FastAPI
 
 from deployments.checkpoints.geometry import with_geometry
 from deployments.config import DefaultsConfig, ModelConfig
+from serve_app import body_limit
 from serve_app.config import LimitsConfig
 from serve_app.errors import MAX_QUOTED_CHARACTERS
+from serve_app.input_pictures import blank_png
 from serve_app.relay import Relay
 from serve_app.routes import build_api
 
@@ -92,6 +94,76 @@ PART = b'--b\r\ncontent-disposition: form-data; name="prompt"\r\n\r\n%s\r\n--b--
 )
 def test_a_form_is_utf_8_as_well(content_type: str, body: bytes) -> None:
     post(body, {"content-type": content_type}, VIDEOS)
+
+
+def part(name: str, data: bytes, filename: str | None = None) -> bytes:
+    file = "" if filename is None else f'; filename="{filename}"'
+    return f'--b\r\ncontent-disposition: form-data; name="{name}"{file}\r\n\r\n'.encode() + data + b"\r\n"
+
+
+def edit(*parts: bytes, end: bytes = b"--b--\r\n", content_type: str = "multipart/form-data; boundary=b") -> Any:
+    return ask(
+        IMAGES, "POST", "/v1/images/edits", content=b"".join(parts) + end, headers={"content-type": content_type}
+    )
+
+
+CAT = part("prompt", b"a cat")
+
+
+@pytest.mark.parametrize(
+    ("answer", "param", "told"),
+    [
+        (
+            edit(CAT, part("image", blank_png(), "x"), end=b""),
+            None,
+            "it is cut short: its last boundary is missing",
+        ),
+        (edit(CAT, part("image", blank_png(), "x")[:-20], end=b""), None, "cut short"),
+        (edit(CAT), "image", "image: Field required"),
+        (edit(CAT, part("image", b"cat.png")), "image", "no file (in curl: -F image=@FILE)"),
+        (edit(CAT, part("image", b"GIF89a", "cat.png")), "image", "it is a GIF"),
+        (edit(CAT, part("image[]", b"GIF89a", "cat.png")), "image", "it is a GIF"),
+        (edit(CAT, *[part("image[]", blank_png(), "x")] * 2), "image", "takes 1, got 2"),
+        (
+            edit(CAT, *[part("image", blank_png(), "x")] * 21),
+            None,
+            "Maximum number of files is 20",
+        ),
+        (edit(CAT, part("image", b"", "x")), "image", "it is empty"),
+        (edit(part("prompt", b"caf\xe9"), part("image", blank_png(), "x")), None, "the form is not UTF-8 (0xe9"),
+        (edit(part("prompt", b"a cat", "x"), part("image", blank_png(), "x")), "prompt", "valid string"),
+        (edit(CAT, content_type="multipart/form-data"), None, "Missing boundary"),
+        (edit(CAT, content_type="multipart/form-data; boundary=c"), None, "the form cannot be read"),
+    ],
+    ids=lambda value: value[:30] if isinstance(value, str) else None,
+)
+def test_a_form_with_files_that_is_wrong_says_so(answer: httpx.Response, param: str | None, told: str) -> None:
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"], told in error["message"]) == (400, param, True), error
+
+
+def test_a_forms_own_charset_changes_nothing() -> None:
+    """It is then the size that is wrong."""
+    parts = (part("prompt", "un café".encode()), part("image", blank_png(), "x"), part("size", b"1x1"))
+    answer = edit(*parts, content_type="multipart/form-data; charset=ascii; boundary=b")
+    assert answer.json()["error"]["param"] == "size"
+
+
+def test_a_body_has_room_for_pictures_only_where_they_go_in() -> None:
+    long = b" " * 2**21
+    for path, status in (("/v1/images/generations", 413), ("/v1/images/edits", 400)):
+        assert ask(IMAGES, "POST", path, content=long, headers=JSON).status_code == status
+    answer = ask(IMAGES, "POST", "/v1/images/edits", content=b" " * (2 * 28 * 2**20), headers=JSON)
+    assert answer.status_code == 413
+    assert ask(VIDEOS, "POST", "/v1/videos/sync", content=long, headers=JSON).status_code == 413
+
+
+def test_too_many_bytes_at_once_are_told_to_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(body_limit, "MAX_BYTES_AT_ONCE", 1000)
+    for _ in range(3):
+        assert edit(CAT, part("image", b"GIF89a", "x")).status_code == 400
+    answer = edit(CAT, part("image", bytes(2000), "x"))
+    assert (answer.status_code, answer.headers["retry-after"]) == (429, "5")
 
 
 @pytest.mark.parametrize("field", ["prompt", "negative_prompt", "user", "safety_identifier", "model", "size"])

@@ -25,6 +25,7 @@ from deployments.checkpoints.source import fetch_checkpoint
 from serve_app.cli import choose_file, cli, main
 from serve_app.config import APP_NAME, ConfigError
 from tests.conftest import ENDLESS
+from tests.serve_app.pictures import file, half_mask, noise
 
 pytestmark = pytest.mark.slow
 
@@ -108,12 +109,24 @@ def test_generate_starts_an_app_of_its_own_and_leaves_no_process(tmp_path: Path)
 
 def test_generate_asks_the_running_app(relay_app: Any, address: str, tmp_path: Path) -> None:
     out = tmp_path / "fox.webp"
-    fields = {"seed": "7", "steps": "3", "size": "64x64", "guidance-scale": "2.5"}
+    fields = {"seed": "7", "steps": "3", "size": "64x64", "guidance-scale": "2.5", "strength": "0.8"}
     options = [word for name, value in fields.items() for word in (f"--{name}", value)]
-    done = relay("generate", "a fox", *options, "--out", str(out), ray_address=address)
+    image, mask = tmp_path / "image.png", tmp_path / "mask.png"
+    image.write_bytes(file(noise()))
+    mask.write_bytes(file(half_mask()))
+    files = ["--image", str(image), "--mask", str(mask)]
+    done = relay("generate", "a fox", *options, *files, "--out", str(out), ray_address=address)
     assert done.returncode == 0, done.stderr
     [picture] = relay_app.handle.generate.remote(
-        prompt="a fox", seed=7, num_inference_steps=3, size="64x64", guidance_scale=2.5, output_format="webp"
+        prompt="a fox",
+        seed=7,
+        num_inference_steps=3,
+        size="64x64",
+        guidance_scale=2.5,
+        strength=0.8,
+        output_format="webp",
+        image=image.read_bytes(),
+        mask=mask.read_bytes(),
     ).result()
     assert out.read_bytes() == picture.media.data
     assert Image.open(io.BytesIO(picture.media.data)).format == "WEBP"

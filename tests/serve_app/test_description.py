@@ -1,5 +1,6 @@
 """What the API says of itself is what it does: a body fits the description where it is taken, and only there."""
 
+import base64
 from typing import Any
 
 import pytest
@@ -10,10 +11,11 @@ from deployments.config import DefaultsConfig, ModelConfig
 from deployments.families import FAMILIES
 from serve_app.config import LimitsConfig
 from serve_app.errors import BadRequest
-from serve_app.openai_api import ImageBody, VideoBody
+from serve_app.fields import parse_body
+from serve_app.input_pictures import blank_png
+from serve_app.openai_api import EditBody, ImageBody, VideoBody
 from serve_app.relay import Relay
 from serve_app.routes import build_api
-from serve_app.validation import parse_body
 
 LIMITS = LimitsConfig(
     max_pixels=512 * 512, max_num_inference_steps=20, max_prompt_characters=50, max_num_frames=33
@@ -30,20 +32,16 @@ def description(relay: Relay) -> dict[str, Any]:
     return build_api(relay).openapi()
 
 
-def described(api: dict[str, Any], content_type: str = "application/json") -> Any:
+def described(api: dict[str, Any], path: str, content_type: str = "application/json") -> Any:
     """A judge of bodies, by the description alone."""
-    [path] = [path for path in api["paths"] if "post" in api["paths"][path]]
     schema = api["paths"][path]["post"]["requestBody"]["content"][content_type]["schema"]
     Draft202012Validator.check_schema(schema)
     return Draft202012Validator(schema)
 
 
-def is_taken(relay: Relay, body: dict[str, Any]) -> bool:
+def is_taken(relay: Relay, kind: type[ImageBody] | type[VideoBody], body: dict[str, Any]) -> bool:
     try:
-        if relay.validator.family.media == "video":
-            relay.validator.video(parse_body(VideoBody, body, is_json=True))
-        else:
-            relay.validator.images(parse_body(ImageBody, body, is_json=True))
+        relay.validator.judge(parse_body(kind, body, is_json=True))
     except BadRequest:
         return False
     return True
@@ -108,6 +106,26 @@ IMAGES: list[dict[str, Any]] = [
     {"quality": "hd", "style": "vivid", "moderation": "low", "background": "opaque"},
     {"num_frames": 5},
 ]
+PICTURE = f"data:image/png;base64,{base64.b64encode(blank_png()).decode()}"
+EDITS: list[dict[str, Any]] = [
+    {"image": [PICTURE]},
+    {"image": []},
+    {"image": [PICTURE, PICTURE]},
+    {"image": None},
+    {"image": "https://example.com/cat.png"},
+    {"image": 5},
+    {"mask": PICTURE},
+    {"mask": None},
+    {"mask": "cat.png"},
+    {"mask": [PICTURE]},
+    {"strength": 1},
+    {"strength": 0.1},
+    {"strength": 0},
+    {"strength": 1.1},
+    {"strength": None},
+    {"input_fidelity": "high"},
+    {"input_fidelity": "middling"},
+]
 VIDEOS: list[dict[str, Any]] = [
     {"num_frames": 33},
     {"num_frames": 34},
@@ -128,30 +146,52 @@ VIDEOS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_body_is_described_where_it_is_taken_and_only_there(family: str) -> None:
-    relay = build(family)
-    judge = described(description(relay))
-    bodies = [*ANY, *(VIDEOS if FAMILIES[family].media == "video" else IMAGES)]
+    relay, is_video = build(family), FAMILIES[family].media == "video"
+    path, kind = ("/v1/videos/sync", VideoBody) if is_video else ("/v1/images/generations", ImageBody)
+    judge = described(description(relay), path)
+    bodies = [*ANY, *(VIDEOS if is_video else IMAGES)]
     for body in ({"prompt": "a cat"} | body for body in bodies):
-        assert judge.is_valid(body) == is_taken(relay, body), body
+        assert judge.is_valid(body) == is_taken(relay, kind, body), body
+
+
+@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if "edit" in family.calls])
+def test_an_edit_is_described_where_it_is_taken_and_only_there(family: str) -> None:
+    relay = build(family)
+    judge = described(description(relay), "/v1/images/edits")
+    steps = {"num_inference_steps": 10}  # of fewer, few strengths leave one
+    for body in ({"prompt": "a cat", "image": PICTURE} | steps | body for body in [*ANY, *IMAGES, *EDITS]):
+        if "num_inference_steps" in body and body["num_inference_steps"] in (2, 2.0):
+            continue
+        assert judge.is_valid(body) == is_taken(relay, EditBody, body), body
+    assert not judge.is_valid({"prompt": "a cat"})
+
+
+def test_a_form_is_described_with_files() -> None:
+    form = described(description(build("flux")), "/v1/images/edits", "multipart/form-data")
+    assert form.is_valid({"prompt": "a cat", "image": "bytes of any kind", "mask": "bytes"})
+    assert not form.is_valid({"prompt": "a cat", "image": ["bytes", "bytes"]})
+    assert form.schema["properties"]["image"]["anyOf"][0]["contentMediaType"] == "application/octet-stream"
 
 
 def test_a_form_is_described_without_nulls() -> None:
-    form = described(description(build("wan")), "multipart/form-data")
+    form = described(description(build("wan")), "/v1/videos/sync", "multipart/form-data")
     assert form.is_valid({"prompt": "waves", "num_frames": 5})
     for field in form.schema["properties"]:
         assert not form.is_valid({"prompt": "waves", field: None})
 
 
 def test_a_list_or_text_is_no_body() -> None:
-    judge = described(description(build("flux")))
+    judge = described(description(build("flux")), "/v1/images/generations")
     assert not judge.is_valid(["a cat"])
     assert not judge.is_valid("a cat")
 
 
-@pytest.mark.parametrize(("family", "path"), [("flux", "/v1/images/generations"), ("wan", "/v1/videos/sync")])
-def test_only_what_this_model_makes_is_described(family: str, path: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "paths"), [("flux", ["/v1/images/generations", "/v1/images/edits"]), ("wan", ["/v1/videos/sync"])]
+)
+def test_only_what_this_model_makes_is_described(family: str, paths: list[str]) -> None:
     api = description(build(family))
-    assert [path for path in api["paths"] if "post" in api["paths"][path]] == [path]
+    assert [path for path in api["paths"] if "post" in api["paths"][path]] == paths
     for operations in api["paths"].values():
         for operation in operations.values():
             assert "422" not in operation["responses"]
@@ -159,7 +199,8 @@ def test_only_what_this_model_makes_is_described(family: str, path: str) -> None
 
 def test_an_error_that_ends_a_stream_is_described_as_one_of_its_events() -> None:
     api = description(build("flux"))
-    events = api["components"]["schemas"]["ImageStreamEvent"] | {"components": api["components"]}
-    error = BadRequest("too large", "size").body()
-    assert Draft202012Validator(events).is_valid(error)
-    assert not Draft202012Validator(events).is_valid({"type": "image_generation.unheard_of"})
+    for name in ("ImageStreamEvent", "ImageEditStreamEvent"):
+        events = api["components"]["schemas"][name] | {"components": api["components"]}
+        error = BadRequest("too large", "size").body()
+        assert Draft202012Validator(events).is_valid(error)
+        assert not Draft202012Validator(events).is_valid({"type": "image_generation.unheard_of"})

@@ -199,9 +199,9 @@ def test_what_openai_has_and_is_not_here_says_what_to_do_instead(wan_app: Any) -
     with OpenAI(base_url=f"{wan_app.url}/v1", api_key="none", max_retries=0) as client:
         with pytest.raises(NotFoundError, match="POST the same fields to /v1/videos/sync"):
             client.post("/videos", cast_to=object, body={"prompt": "waves"})
-        with pytest.raises(NotFoundError, match="from text alone: POST to /v1/images/generations"):
-            client.images.edit(image=b"", prompt="a cat")
-        with pytest.raises(NotFoundError, match="from text alone: POST to /v1/images/generations"):
+        with pytest.raises(BadRequestError, match="makes videos: use /v1/videos/sync"):
+            client.images.edit(image=b"a cat", prompt="a cat")
+        with pytest.raises(NotFoundError, match="POST the picture to /v1/images/edits, with a prompt"):
             client.post("/images/variations", cast_to=object)
 
 

@@ -18,8 +18,8 @@ from deployments.stats import TransformerStats
 from deployments.transformer import Transformer
 from deployments.warm_up import WarmUp
 from serve_app.config import LimitsConfig
+from serve_app.config_check import plan_warm_up
 from serve_app.ingress import Ingress
-from serve_app.validation import plan_warm_up
 from tests.conftest import PATIENCE_S, TEXT_TOKENS, App
 
 pytestmark = pytest.mark.slow

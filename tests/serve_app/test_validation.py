@@ -15,7 +15,8 @@ from deployments.request import GenerationRequest, Prompt
 from serve_app.app import build_app
 from serve_app.config import AppConfig, ConfigError, LimitsConfig
 from serve_app.errors import BadRequest, UnknownModel
-from serve_app.openai_api import ImageBody, model_card
+from serve_app.model_card import model_card
+from serve_app.openai_api import ImageBody
 from serve_app.validation import Validator
 
 NEVER_GUIDED_ALONE = {"flux", "qwen-image"}

@@ -1,0 +1,68 @@
+"""What a config lets people ask for without saying it: judged like a request, before anything starts."""
+
+from typing import Any
+
+from deployments.config import WARM_UP_SIZE, DefaultsConfig, ModelConfig
+from deployments.families import Call
+from deployments.request import GenerationRequest
+from serve_app.config import ConfigError, LimitsConfig
+from serve_app.errors import BadRequest
+from serve_app.input_pictures import blank_png
+from serve_app.validation import Validator
+
+
+def check_defaults(model: ModelConfig, limits: LimitsConfig) -> None:
+    """Judges the defaults like a request that spells them out. Raises ConfigError."""
+    try:
+        size = model.default_size
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    given = model.defaults.model_dump(exclude_none=True, exclude={"width", "height", "strength"})
+    fields: dict[str, Any] = {
+        "num_inference_steps": model.request_defaults.num_inference_steps,
+        "size": f"{size.width}x{size.height}",
+    }
+    family = model.architecture
+    if family.media == "video":
+        fields["num_frames"] = size.num_frames
+    if model.defaults.strength is not None and all(
+        call.defaults.strength is None for call in family.calls.values()
+    ):
+        raise ConfigError(f"model.defaults: strength means nothing to {family.name}")
+    unsaid = DefaultsConfig.model_construct(width=size.width, height=size.height)  # judged below
+    judge = Validator(model.model_copy(update={"defaults": unsaid}), limits)
+    try:
+        judge.requests({"prompt": "-"} | _blank_pictures(family.call) | fields | given)
+    except BadRequest as error:
+        raise ConfigError(f"model.defaults, or the family's where it says nothing: {error}") from error
+
+
+def plan_warm_up(model: ModelConfig, limits: LimitsConfig) -> tuple[GenerationRequest, ...]:
+    """A guided request of two steps for each size in `model.warm_up`. Raises ConfigError."""
+    judge = Validator(model, limits)
+    steps = min(2, limits.max_num_inference_steps)  # a second, for what is recorded or fetched ahead by then
+    blank = {"prompt": "-", "negative_prompt": "", "num_inference_steps": steps}
+    blank |= _blank_pictures(model.architecture.call)
+    requests: list[GenerationRequest] = []
+    for asked in model.warm_up:
+        match = WARM_UP_SIZE.fullmatch(asked)
+        assert match is not None
+        fields = {"size": match[1]} | ({} if match[2] is None else {"num_frames": int(match[2])})
+        try:
+            requests += judge.requests(blank | fields)
+        except BadRequest as error:
+            raise ConfigError(f"model.warm_up, {asked}: {error}") from error
+    return tuple(requests)
+
+
+def _blank_pictures(call: Call) -> dict[str, Any]:
+    """The fields of those that must go in, of a request that is only judged."""
+    fields: dict[str, Any] = {} if call.defaults.strength is None else {"strength": 1.0}
+    match call.kind:
+        case "edit":
+            fields["image"] = blank_png()
+        case "inpaint":
+            fields |= {"image": blank_png(), "mask": blank_png()}
+        case "image_to_video":
+            fields["input_reference"] = blank_png()
+    return fields

@@ -1,0 +1,125 @@
+"""What clients may want to know of a served model before they ask for a picture."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import BaseModel, Field
+
+from deployments.config import ModelConfig
+from deployments.request import CallKind
+from serve_app.config import LimitsConfig
+from serve_app.openai_api import MAX_N
+
+GENERATIONS, EDITS, VIDEOS = "/v1/images/generations", "/v1/images/edits", "/v1/videos/sync"
+PATHS: Mapping[tuple[Literal["image", "video"], CallKind], str] = {
+    ("image", "generate"): GENERATIONS,
+    ("image", "edit"): EDITS,
+    ("image", "inpaint"): EDITS,
+    ("video", "generate"): VIDEOS,
+    ("video", "image_to_video"): VIDEOS,
+}
+"""Where a model that makes this is asked for that."""
+
+
+class CallDefaults(BaseModel):
+    """What a request that leaves a field out gets; null: this kind of call takes no such field."""
+
+    num_inference_steps: int
+    guidance_scale: float | None
+    true_cfg_scale: float | None
+    negative_prompt: str | None
+    strength: float | None
+
+
+class ModelDefaults(CallDefaults):
+    """Those of the kind of call that the checkpoint was saved for."""
+
+    size: str = Field(description="of a request without pictures; with them, auto has the shape of the first")
+    num_frames: int | None
+    fps: int | None
+
+
+class CallCard(BaseModel):
+    """One kind of call: what is asked at `path` with such pictures."""
+
+    path: str
+    max_images: int = Field(description="pictures that go into one that comes out; 0: none")
+    defaults: CallDefaults
+
+
+class ModelLimits(BaseModel):
+    """What a request may ask for."""
+
+    size_multiple: int = Field(description="width and height must be multiples of this")
+    max_side: int | None = Field(description="width, and height; null: only their product is limited")
+    max_pixels: int = Field(description="width times height")
+    max_num_inference_steps: int
+    max_prompt_characters: int
+    max_n: int = MAX_N
+    frame_stride: int = Field(description="num_frames must be 1 more than a multiple of this")
+    max_num_frames: int
+    max_image_bytes: int = Field(description="of each picture that goes in")
+    max_image_pixels: int = Field(description="of each picture that goes in, width times height")
+
+
+class ModelCard(BaseModel):
+    """One served model. What follows `owned_by` is beyond OpenAI."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "latent-relay"
+    family: str
+    media: Literal["image", "video"]
+    guidance: Literal["guidance_scale", "true_cfg_scale"] = Field(
+        description="the field that must be above 1 for a negative prompt to count"
+    )
+    about: str = Field(description="what the model knows, for people")
+    examples: tuple[str, ...] = Field(description="prompts that it draws well")
+    calls: dict[CallKind, CallCard] = Field(description="the kinds of call that it serves")
+    defaults: ModelDefaults
+    limits: ModelLimits
+
+
+def model_card(model: ModelConfig, created: int, limits: LimitsConfig) -> ModelCard:
+    """What its config, its checkpoint and its family say, in this order."""
+    family, own, size, geometry = model.architecture, model.request_defaults, model.default_size, model.geometry
+    defaults = {kind: vars(model.defaults_of(call)) for kind, call in family.calls.items()}
+    is_video = family.media == "video"
+    return ModelCard(
+        id=model.name,
+        about=model.about,
+        examples=model.examples,
+        created=created,
+        family=family.name,
+        media=family.media,
+        guidance=family.call.guidance,
+        calls={
+            kind: CallCard(
+                path=PATHS[family.media, kind], max_images=call.max_images, defaults=CallDefaults(**defaults[kind])
+            )
+            for kind, call in family.calls.items()
+            if (family.media, kind) in PATHS
+        },
+        defaults=ModelDefaults(
+            **defaults[family.call.kind] | {"fps": own.fps if is_video else None},
+            size=f"{size.width}x{size.height}",
+            num_frames=size.num_frames if is_video else None,
+        ),
+        limits=ModelLimits(
+            size_multiple=geometry.size_multiple,
+            max_side=geometry.max_side,
+            max_pixels=limits.max_pixels,
+            max_num_inference_steps=limits.max_num_inference_steps,
+            max_prompt_characters=limits.max_prompt_characters,
+            frame_stride=geometry.frame_stride,
+            max_num_frames=limits.max_num_frames,
+            max_image_bytes=limits.max_image_bytes,
+            max_image_pixels=limits.max_image_pixels,
+        ),
+    )
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]

@@ -1,0 +1,75 @@
+"""What size a request asks for: spelled out, or by the picture that goes in."""
+
+import re
+from dataclasses import dataclass
+from math import sqrt
+
+from deployments.families import Geometry
+from deployments.request import MediaSize
+from serve_app.errors import BadRequest, quoted
+
+SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
+MAX_SIDE = {"jpeg": 65_500, "webp": 16_383, "mp4": 16_384}
+"""Pixels; libjpeg, libwebp and x264 (16,384 is the most that H.264 level 6.2 has) encode no more."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What one served model may be asked for."""
+
+    geometry: Geometry
+    default: MediaSize
+    max_pixels: int
+
+    def read(self, size: str, picture: MediaSize | None, output_format: str) -> tuple[int, int]:
+        """(width, height) of "WIDTHxHEIGHT" or "auto". Raises BadRequest.
+
+        picture: the first that goes in; auto has its shape.
+        """
+        if size == "auto":
+            width, height = (self.default.width, self.default.height) if picture is None else self.near(picture)
+        else:
+            match = SIZE.fullmatch(size)
+            if match is None:
+                raise BadRequest(f'size must be "WIDTHxHEIGHT" or "auto", got {quoted(size)}', "size")
+            width, height = int(match[1]), int(match[2])
+        if size != "auto" or picture is not None:
+            self._check(width, height)
+        _check_sides(width, height, output_format)
+        return width, height
+
+    def near(self, picture: MediaSize) -> tuple[int, int]:
+        """(width, height) in its aspect: its own, or no more pixels than the model draws by default."""
+        most = min(self.default.width * self.default.height, self.max_pixels)
+        scale = min(1.0, sqrt(most / (picture.width * picture.height)))
+        if self.geometry.max_side is not None:
+            scale = min(scale, self.geometry.max_side / max(picture.width, picture.height))
+        sides, multiple = (picture.width * scale, picture.height * scale), self.geometry.size_multiple
+        width, height = (max(1, round(side / multiple)) * multiple for side in sides)
+        if width * height > most:
+            width, height = (max(1, int(side / multiple)) * multiple for side in sides)
+        return width, height
+
+    def _check(self, width: int, height: int) -> None:
+        size, multiple, limit = f"{width}x{height}", self.geometry.size_multiple, self.max_pixels
+        if width % multiple or height % multiple:
+            near = "x".join(str(max(multiple, round(v / multiple) * multiple)) for v in (width, height))
+            raise BadRequest(
+                f"size: width and height must be multiples of {multiple}, got {size}; nearest: {near}", "size"
+            )
+        most = self.geometry.max_side
+        if most is not None and max(width, height) > most:
+            raise BadRequest(f"size: this model draws {most} pixels each way at most, got {size}", "size")
+        if width * height > limit:
+            raise BadRequest(f"size: {size} has {width * height} pixels; the limit is {limit} pixels", "size")
+
+
+def _check_sides(width: int, height: int, output_format: str) -> None:
+    limit = MAX_SIDE.get(output_format)
+    if limit is not None and max(width, height) > limit:
+        instead = "" if output_format == "mp4" else "; use a smaller size, or output_format png"
+        raise BadRequest(
+            f"size: {width}x{height} is too long for output_format {output_format}, which has at most "
+            f"{limit} pixels a side{instead}",
+            "size",
+        )

@@ -1,0 +1,218 @@
+"""Bodies with pictures become requests of the kind that they ask for, or an error that names the field."""
+
+from dataclasses import replace
+from typing import Any, get_type_hints
+
+import pytest
+from openai.types.image_edit_params import ImageEditParamsBase
+from PIL import Image
+
+from deployments.config import DefaultsConfig, ModelConfig
+from deployments.families import FAMILIES, Family
+from deployments.families.flux import FLUX
+from deployments.families.wan import WAN
+from deployments.request import GenerationRequest
+from serve_app.config import ConfigError, LimitsConfig
+from serve_app.config_check import check_defaults, plan_warm_up
+from serve_app.errors import BadRequest
+from serve_app.fields import parse_body
+from serve_app.model_card import model_card
+from serve_app.openai_api import EditBody, ImageBody
+from serve_app.validation import Validator
+from tests.serve_app.pictures import data_url, file, noise
+from tests.serve_app.test_validation import choices
+
+PICTURE, OTHER = file(noise()), file(noise(1))
+
+
+def build_model(family: Family, **defaults: Any) -> ModelConfig:
+    model = ModelConfig(name="m", checkpoint="somewhere", defaults=DefaultsConfig(**defaults))
+    return model.with_derived_family(family, family.geometry(family.published))
+
+
+def served(pipeline_class: str, **limits: Any) -> Validator:
+    """As such a checkpoint would be: all but its class is FLUX's, or Wan's."""
+    entry = WAN if "Wan" in pipeline_class else FLUX
+    return Validator(build_model(replace(entry, pipeline_class=pipeline_class)), LimitsConfig(**limits))
+
+
+def one(validator: Validator, **fields: Any) -> GenerationRequest:
+    [request] = validator.requests({"prompt": "a cat"} | fields)
+    return request
+
+
+def blank(width: int, height: int) -> bytes:
+    return file(Image.new("L", (width, height)))
+
+
+def refusal(validator: Validator, **fields: Any) -> BadRequest:
+    with pytest.raises(BadRequest) as refused:
+        one(validator, **fields)
+    return refused.value
+
+
+@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if "edit" in family.calls])
+def test_the_kind_goes_by_the_pictures_and_the_defaults_by_the_kind(family: str) -> None:
+    validator, calls = Validator(build_model(FAMILIES[family]), LimitsConfig()), FAMILIES[family].calls
+    for pictures in ({}, {"image": PICTURE}, {"image": [PICTURE], "mask": OTHER}):
+        request = one(validator, **pictures)
+        assert request.kind == ("inpaint" if "mask" in pictures else "edit" if pictures else "generate")
+        for name in ("num_inference_steps", "guidance_scale", "true_cfg_scale", "strength"):
+            assert getattr(request, name) == getattr(calls[request.kind].defaults, name), name
+
+
+def test_pictures_go_in_as_they_were_sent() -> None:
+    judged = served("Flux2Pipeline").judge_fields({"prompt": ["a cat", "a dog"], "image": [PICTURE, OTHER]})
+    assert judged.pictures is not None
+    assert (judged.pictures.images, judged.pictures.mask) == ((PICTURE, OTHER), None)
+    assert [request.prompt.text for request in judged.requests] == ["a cat", "a dog"]
+
+
+@pytest.mark.parametrize(
+    ("pipeline_class", "fields", "param", "told"),
+    [
+        ("FluxFillPipeline", {}, "image", "image: Field required"),
+        ("FluxFillPipeline", {"image": PICTURE}, "mask", "mask is missing: this model fills in what a mask says"),
+        ("QwenImageEditPlusPipeline", {"image": PICTURE, "mask": OTHER}, "mask", "mask: this model takes none"),
+        ("QwenImageEditPlusPipeline", {"image": [PICTURE] * 11}, "image", "takes 10, got 11"),
+        ("FluxPipeline", {"image": [PICTURE, OTHER]}, "image", "takes 1, got 2"),
+        ("Flux2KleinPipeline", {"image": [PICTURE] * 2, "mask": OTHER}, "image", "takes 1 beside a mask, got 2"),
+        ("ChromaPipeline", {"image": PICTURE, "strength": 0}, "strength", "greater than 0"),
+        ("FluxKontextPipeline", {"image": PICTURE, "strength": 0.5}, "strength", "means nothing to this model"),
+        ("FluxPipeline", {"image": PICTURE, "guidance_scale": 101}, "guidance_scale", "less than or equal to 100"),
+        ("SanaPipeline", {"image": PICTURE}, "model", "from text alone: use /v1/images/generations"),
+        ("WanPipeline", {"input_reference": PICTURE}, "input_reference", "makes videos from text alone"),
+        ("WanPipeline", {"image": PICTURE}, "image", "did you mean input_reference?"),
+        ("WanImageToVideoPipeline", {}, "input_reference", "input_reference is missing"),
+        ("WanImageToVideoPipeline", {"input_reference": b"GIF89a"}, "input_reference", "it is a GIF"),
+        ("FluxPipeline", {"strength": 0.5}, "strength", "pictures go in at /v1/images/edits"),
+        ("FluxPipeline", {"init_image": PICTURE}, "init_image", "pictures go in at /v1/images/edits"),
+        ("FluxPipeline", {"image": PICTURE, "denoising_strength": 0.5}, "denoising_strength", "mean strength?"),
+        ("FluxPipeline", {"image": PICTURE, "mask_image": OTHER}, "mask_image", "did you mean mask?"),
+    ],
+)
+def test_what_a_model_does_not_take_is_refused_by_its_field(
+    pipeline_class: str, fields: dict[str, Any], param: str, told: str
+) -> None:
+    error = refusal(served(pipeline_class), **fields)
+    assert (error.param, told in error.message) == (param, True), error.message
+
+
+def test_a_model_that_makes_nothing_from_text_says_where_it_is_asked() -> None:
+    with pytest.raises(BadRequest, match="makes pictures of pictures: use /v1/images/edits") as refused:
+        served("FluxFillPipeline").judge(parse_body(ImageBody, {"prompt": "a cat"}))
+    assert refused.value.param == "model"
+
+
+def test_a_model_that_begins_with_a_picture_takes_one() -> None:
+    request = one(served("WanImageToVideoPipeline"), input_reference=PICTURE, size="64x64", num_frames=5)
+    assert (request.kind, request.num_frames) == ("image_to_video", 5)
+
+
+@pytest.mark.parametrize(("steps", "strength"), [(1, 0.6), (4, 0.2), (9, 0.1)])
+def test_a_strength_that_leaves_no_step_is_refused_and_what_is_said_instead_is_taken(
+    steps: int, strength: float
+) -> None:
+    validator, fields = served("FluxPipeline"), {"image": PICTURE, "strength": strength}
+    error = refusal(validator, num_inference_steps=steps, **fields)
+    assert error.param == "strength"
+    enough = int(error.message.partition("num_inference_steps of ")[2].partition(" ")[0])
+    assert enough > steps
+    assert one(validator, num_inference_steps=enough, **fields)
+
+
+@pytest.mark.parametrize(
+    ("picture", "expected"),
+    [
+        ((64, 64), (64, 64)),
+        ((100, 60), (96, 64)),
+        ((640, 480), (640, 480)),
+        ((1024, 1024), (1024, 1024)),
+        ((4000, 3000), (1184, 880)),
+        ((3000, 4000), (880, 1184)),
+        ((17, 16), (16, 16)),
+        ((6000, 16), (6000, 16)),
+    ],
+)
+def test_auto_has_the_shape_of_the_first_picture_and_no_more_pixels_than_the_model_draws(
+    picture: tuple[int, int], expected: tuple[int, int]
+) -> None:
+    request = one(served("Flux2Pipeline"), image=[blank(*picture), PICTURE])
+    assert (request.width, request.height) == expected
+
+
+def test_auto_stays_within_the_limits_and_an_explicit_size_goes_before_it() -> None:
+    validator = served("FluxPipeline", max_pixels=1024 * 1024)
+    large = blank(1500, 1490)
+    request = one(validator, image=large)
+    assert request.width * request.height <= 1024 * 1024
+    assert one(validator, image=large, size="64x32").size == replace(request, width=64, height=32).size
+    sd3 = Validator(build_model(FAMILIES["sd3"]), LimitsConfig())
+    assert one(sd3, image=blank(16, 4000)).height <= 3072
+
+
+@pytest.mark.parametrize(
+    ("image", "told"),
+    [
+        ("https://example.com/cat.png", "never fetched"),
+        ("HTTP://example.com/cat.png", "never fetched"),
+        ("file:///etc/passwd", "no file (in curl: -F image=@FILE) and no data URL"),
+        ("/etc/passwd", "no data URL"),
+        ("data:image/png;base64,%%%", "not base64"),
+        ("data:image/png,abc", "no data URL"),
+        ({"file_id": "file-1"}, "send a file, or a data URL"),
+        (5, "send a file, or a data URL"),
+        ([], "the list is empty"),
+        ([PICTURE, "x" * 10**6], "no data URL"),
+        ("data:;base64,", "it is empty"),
+        (data_url(b"GIF89a"), "it is a GIF"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_what_is_no_picture_is_refused_without_being_repeated(image: Any, told: str) -> None:
+    error = refusal(served("FluxPipeline"), image=image)
+    assert error.param == "image"
+    assert told in error.message
+    assert len(error.message) < 200
+
+
+def test_what_openais_types_let_an_app_say_of_an_edit_is_taken() -> None:
+    """But for GIF, SVG, transparency, URLs, and marks on a picture."""
+    fields, validator = get_type_hints(ImageEditParamsBase), served("FluxPipeline")
+    elsewhere = {"complexity", "frame_count", "frame_duration_ms", "svg", "markup"}
+    assert fields.keys() - EditBody.model_fields.keys() == elsewhere
+    plain = one(validator, image=PICTURE, seed=1)
+    for name in ("quality", "input_fidelity"):
+        for value in choices(fields[name]):
+            assert one(validator, image=PICTURE, seed=1, **{name: value}) == plain
+
+
+def test_the_card_tells_each_kind_where_it_is_asked_and_with_what() -> None:
+    card = model_card(build_model(FLUX, strength=0.5), 0, LimitsConfig())
+    assert {kind: (call.path, call.max_images) for kind, call in card.calls.items()} == {
+        "generate": ("/v1/images/generations", 0),
+        "edit": ("/v1/images/edits", 1),
+        "inpaint": ("/v1/images/edits", 1),
+    }
+    assert [call.defaults.strength for call in card.calls.values()] == [None, 0.5, 0.5]
+    assert card.calls["edit"].defaults.guidance_scale == FLUX.calls["edit"].defaults.guidance_scale
+    assert (card.limits.max_image_bytes, card.limits.max_image_pixels) == (20 * 2**20, 25_000_000)
+
+
+@pytest.mark.parametrize(
+    ("pipeline_class", "kind"),
+    [("FluxPipeline", "generate"), ("FluxFillPipeline", "inpaint"), ("QwenImageEditPipeline", "edit")],
+)
+def test_defaults_are_judged_and_warmed_up_in_the_kind_that_the_checkpoint_was_saved_for(
+    pipeline_class: str, kind: str
+) -> None:
+    model = build_model(replace(FLUX, pipeline_class=pipeline_class))
+    check_defaults(model, LimitsConfig())
+    warm = model.model_copy(update={"warm_up": ("64x64",)})
+    assert [request.kind for request in plan_warm_up(warm, LimitsConfig())] == [kind]
+
+
+def test_a_strength_by_default_that_no_kind_takes_is_refused_at_start() -> None:
+    check_defaults(build_model(FLUX, strength=0.5), LimitsConfig())
+    with pytest.raises(ConfigError, match="strength means nothing"):
+        check_defaults(build_model(replace(FLUX, pipeline_class="Flux2Pipeline"), strength=0.5), LimitsConfig())

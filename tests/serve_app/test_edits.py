@@ -1,0 +1,215 @@
+"""Pictures that go in over HTTP: the openai client gets what plain diffusers draws of them."""
+
+import base64
+import io
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import diffusers
+import numpy as np
+import psutil
+import pytest
+import torch
+from openai import BadRequestError, OpenAI
+from openai.types import ImageEditCompletedEvent, ImageEditPartialImageEvent
+from PIL import Image
+
+from tests.conftest import TEXT_TOKENS
+from tests.serve_app.pictures import SIDE, chunk, data_url, file, half_mask, noise, png_of
+
+pytestmark = pytest.mark.slow
+PATH = "/v1/images/edits"
+OURS = {
+    "seed",
+    "strength",
+    "num_inference_steps",
+    "guidance_scale",
+    "true_cfg_scale",
+    "negative_prompt",
+    "progress",
+}
+STEPS = {"num_inference_steps": 5, "strength": 0.8}
+
+
+def edit(app: Any, prompt: str, **settings: Any) -> Any:
+    """One call of the unmodified client; what OpenAI has no name for goes into extra_body."""
+    extra = {name: settings.pop(name) for name in OURS & settings.keys()}
+    with OpenAI(base_url=f"{app.url}/v1", api_key="none", max_retries=0) as client:
+        answer = client.images.edit(model=f"tiny-{app.family.name}", prompt=prompt, extra_body=extra, **settings)
+        return list(answer) if settings.get("stream") else answer
+
+
+def pixels(data: Any) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data.b64_json))).convert("RGB")).astype(int)
+
+
+@pytest.fixture(scope="session")
+def redraw(plain_pipeline: Callable[[str], Any]) -> Callable[..., np.ndarray]:
+    """`redraw(kind, prompt, image, seed=…, **settings)`: what FLUX's own pipeline of that kind draws."""
+
+    @cache
+    def pipe(kind: str) -> Any:
+        made = getattr(diffusers, f"Flux{kind}Pipeline")(**plain_pipeline("flux").components)
+        made.set_progress_bar_config(disable=True)
+        return made
+
+    def draw(kind: str, prompt: str, image: Image.Image, *, seed: int, **settings: Any) -> np.ndarray:
+        size = {"width": SIDE, "height": SIDE, "max_sequence_length": TEXT_TOKENS}
+        generator = torch.Generator("cpu").manual_seed(seed)
+        output = pipe(kind)(prompt=prompt, image=image, generator=generator, **size | STEPS | settings)
+        return np.asarray(output.images[0]).astype(int)
+
+    return draw
+
+
+Redraw = Callable[..., np.ndarray]
+
+
+@pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("JPEG", {"quality": 90}), ("WEBP", {})])
+def test_a_picture_is_drawn_anew_as_the_plain_pipeline_does(
+    flux_app: Any, redraw: Redraw, kind: str, options: dict[str, Any]
+) -> None:
+    data = file(noise(), kind, **options)
+    answer = edit(flux_app, "a red cat", image=("whatever.gif", data), seed=7, **STEPS)
+    shown = Image.open(io.BytesIO(data)).convert("RGB")
+    np.testing.assert_array_equal(pixels(answer.data[0]), redraw("Img2Img", "a red cat", shown, seed=7))
+    assert answer.size == "64x64"
+
+
+def test_what_a_mask_says_is_filled_in_as_the_plain_pipeline_does(flux_app: Any, redraw: Redraw) -> None:
+    white_is_anew = Image.fromarray(255 - np.asarray(half_mask())[..., 3])
+    expected = redraw("Inpaint", "a hat", noise(), seed=3, mask_image=white_is_anew)
+    for mask in (half_mask(), white_is_anew):
+        answer = edit(flux_app, "a hat", image=file(noise()), mask=file(mask), seed=3, **STEPS)
+        np.testing.assert_array_equal(pixels(answer.data[0]), expected)
+
+
+def test_json_with_data_urls_draws_what_a_form_draws(flux_app: Any) -> None:
+    fields = {"prompt": "a hat", "seed": 3, **STEPS}
+    sent = {"image": data_url(file(noise())), "mask": data_url(file(half_mask()))}
+    answer = flux_app.client.post(PATH, json=fields | sent).json()
+    form = edit(flux_app, "a hat", image=file(noise()), mask=file(half_mask()), seed=3, **STEPS)
+    assert answer["data"][0]["b64_json"] == form.data[0].b64_json
+
+
+def test_picture_i_of_n_has_seed_plus_i(flux_app: Any, redraw: Redraw) -> None:
+    """Together they share forwards, and a batch rounds differently: one grey level of 255 is allowed."""
+    answer = edit(flux_app, "two dogs", image=file(noise()), n=2, seed=40, **STEPS)
+    assert [data.seed for data in answer.data] == [40, 41]
+    for data in answer.data:
+        expected = redraw("Img2Img", "two dogs", noise(), seed=data.seed)
+        assert np.abs(pixels(data) - expected).max() <= 1
+
+
+def test_the_openai_client_sees_an_edit_form(flux_app: Any, redraw: Redraw) -> None:
+    settings = {"num_inference_steps": 15, "strength": 0.8, "seed": 9}
+    events = edit(
+        flux_app, "a fish", image=file(noise()), stream=True, partial_images=2, progress=True, **settings
+    )
+    progress = [event for event in events if event.type == "image_edit.progress"]
+    partials = [event for event in events if event.type == "image_edit.partial_image"]
+    completed = events[-1]
+    assert len(events) == len(progress) + len(partials) + 1
+    assert progress
+    assert all(isinstance(event, ImageEditPartialImageEvent) for event in partials)
+    assert [event.partial_image_index for event in partials] == [0, 1]
+    assert isinstance(completed, ImageEditCompletedEvent)
+    assert (completed.type, completed.size, completed.seed) == ("image_edit.completed", "64x64", 9)
+    np.testing.assert_array_equal(pixels(completed), redraw("Img2Img", "a fish", noise(), **settings))
+
+
+@pytest.fixture(scope="session")
+def sharded_app(start_app: Callable[..., Any]) -> Any:
+    return start_app("flux", shards=2)
+
+
+def test_eight_at_once_over_two_shards_get_their_own_pictures_anew(sharded_app: Any, redraw: Redraw) -> None:
+    def ask(i: int) -> Any:
+        mask = {"mask": file(half_mask())} if i % 2 else {}
+        return edit(sharded_app, f"prompt {i % 3}", image=file(noise(i)), seed=i % 4, **STEPS, **mask).data[0]
+
+    with ThreadPoolExecutor(8) as clients:
+        answers = list(clients.map(ask, range(8)))
+    white_is_anew = Image.fromarray(255 - np.asarray(half_mask())[..., 3])
+    for i, data in enumerate(answers):
+        kind, mask = ("Inpaint", {"mask_image": white_is_anew}) if i % 2 else ("Img2Img", {})
+        expected = redraw(kind, f"prompt {i % 3}", noise(i), seed=i % 4, **mask)
+        assert np.abs(pixels(data) - expected).max() <= 1
+
+
+def test_a_repeated_picture_costs_no_forward_of_the_vae_or_the_encoder(flux_app: Any) -> None:
+    first = edit(flux_app, "seen twice", image=file(noise(77)), seed=1, **STEPS)
+    before = flux_app.deployment("Encoder").stats.remote().result()
+    again = edit(flux_app, "seen twice", image=file(noise(77)), seed=1, **STEPS)
+    assert flux_app.deployment("Encoder").stats.remote().result().num_forwards == before.num_forwards
+    assert again.data[0].b64_json == first.data[0].b64_json
+
+
+def test_a_handle_takes_bytes_and_gives_what_http_gives(flux_app: Any) -> None:
+    fields = {"prompt": "a hat", "seed": 3, "image": file(noise()), "mask": file(half_mask()), **STEPS}
+    [picture] = flux_app.handle.generate.remote(**fields).result()
+    *_, last = flux_app.handle.options(stream=True).stream.remote(**fields)
+    answer = edit(flux_app, **fields)
+    assert picture.media.data == last.news.media.data == base64.b64decode(answer.data[0].b64_json)
+
+
+def test_pixels_that_are_broken_behind_a_good_header_are_a_400(flux_app: Any) -> None:
+    whole = file(noise(size=(512, 512)))
+    with pytest.raises(BadRequestError, match="image: it cannot be read") as refused:
+        edit(flux_app, "a cat", image=whole[: len(whole) // 2], **STEPS)
+    assert refused.value.param == "image"
+    with pytest.raises(BadRequestError, match="mask: it cannot be read") as refused:
+        edit(flux_app, "a cat", image=file(noise(size=(512, 512))), mask=whole[: len(whole) // 2], **STEPS)
+    assert refused.value.param == "mask"
+
+
+def bombs() -> list[tuple[bytes, int]]:
+    """Files that unfold to far more than they are, and the status of what comes of each."""
+    wide = png_of(4999, 5000, chunk(b"IDAT", zlib.compress(bytes(5000 * 5000), 9)))
+    more_than_wanted = png_of(SIDE, SIDE, chunk(b"IDAT", zlib.compress(bytes(2**26), 9)))
+    texts = [chunk(b"zTXt", b"C\0\0" + zlib.compress(bytes(2**19), 9))] * 200
+    return [
+        (wide, 200),
+        (more_than_wanted, 200),
+        (png_of(SIDE, SIDE, *texts, chunk(b"IDAT", zlib.compress(bytes(SIDE * SIDE + SIDE), 9))), 400),
+        (png_of(SIDE, SIDE, chunk(b"IDAT", zlib.compress(bytes(SIDE * SIDE + SIDE), 9)), *texts), 400),
+        (png_of(SIDE, SIDE, chunk(b"IDAT", b"no zlib")), 400),
+        (png_of(20_000, 20_000), 400),
+        (bytes(20 * 2**20), 400),
+        (file(noise(), "GIF"), 400),
+        (file(noise(size=(512, 512)))[:300_000], 400),
+    ]
+
+
+def test_bombs_are_a_400_or_a_picture_and_memory_stays_flat(flux_app: Any) -> None:
+    def throw() -> None:
+        fields = {"prompt": "a cat", "num_inference_steps": "2", "strength": "0.5"}
+        for data, status in bombs():
+            answer = flux_app.client.post(PATH, data=fields, files={"image": ("cat.png", data)})
+            assert answer.status_code == status, answer.text
+            if status == 400:
+                assert answer.json()["error"]["param"] == "image"
+
+    throw()
+    before = resident(flux_app)
+    for _ in range(5):
+        throw()
+    after = resident(flux_app)
+    assert before.keys() == after.keys()
+    assert len(before) >= 4
+    grown = {name: (after[name] - before[name]) / 2**20 for name in before}
+    assert max(grown.values()) < 100, grown
+
+
+def resident(app: Any) -> dict[str, int]:
+    """Bytes of each of the app's replicas."""
+    mine = f"ServeReplica:{app.name}:"
+    found = {}
+    for process in psutil.process_iter(["cmdline", "memory_info"]):
+        title = " ".join(process.info["cmdline"] or ())
+        if mine in title:
+            found[f"{title.partition(mine)[2]} {process.pid}"] = process.info["memory_info"].rss
+    return found
