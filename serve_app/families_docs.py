@@ -45,7 +45,7 @@ CANNOT: Mapping[str, str] = {
 """Of kinds of call over components that are served."""
 REASONS: Mapping[str, str] = {
     "PAG": "sets attention processors on its denoiser, which is in another stage",
-    "ControlNet|Adapter|Control|Transfer": "a control picture goes in, and models for it: not yet",
+    "ControlNet|Adapter|Control|Transfer": "not tried: a control picture goes in",
     "^(Kandinsky(V22)?[A-Z].*Combined|KandinskyCombined|StableCascade|IF)": "several pipelines one after another",
     "^AnimateDiff": "decodes a video in several calls",
     "^LTX2.*(DFR|HDR|InContext|Condition)": "a video goes in, or another pipeline's latents: not yet",

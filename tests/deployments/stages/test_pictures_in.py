@@ -98,12 +98,3 @@ def test_steps_are_counted_from_where_the_drawing_begins(model: ModelConfig) -> 
     stage.denoise(stage.join(), None, request, lambda step, _latents: steps.append(step), max_sequence_length=32)
     stage.close()
     assert steps == [3, 4]
-
-
-def test_a_strength_that_leaves_no_step_is_told_by_name(model: ModelConfig) -> None:
-    request = build_request(model, "edit", num_inference_steps=2, strength=0.1)
-    stage = load_denoising(model)
-    with pytest.raises(WrongField) as refused:
-        stage.denoise(stage.join(), None, request, max_sequence_length=32)
-    stage.close()
-    assert refused.value.param == "num_inference_steps"

@@ -34,6 +34,8 @@ QUICK = frozenset(
         "wan21-i2v",
         "wan22-a14b",
         "ltx-video",
+        "sd15-controlnet",
+        "flux-controlnet",
         *TINY_FAMILIES,
     }
 )
@@ -100,24 +102,24 @@ def test_three_stages_draw_what_the_plain_pipeline_draws(name: str, kind: CallKi
     request, call = small_request(name, kind), model(name).architecture.calls[kind]
     images = [picture(seed, request.width) for seed in range(min(2, call.max_images))]
     mask = half_mask(request.width) if kind == "inpaint" else None
-    pictures = InputPictures(tuple(map(png, images)), mask and png(mask)) if images else None
-    frames = draw_staged(model(name), request, pictures)
-    np.testing.assert_array_equal(frames, draw_plain(name, request, images, mask))
+    control = picture(9, request.width) if call.control else None
+    given = {"mask": mask, "control": control}
+    files = InputPictures(tuple(map(png, images)), **{key: image and png(image) for key, image in given.items()})
+    frames = draw_staged(model(name), request, files if images or control else None)
+    asked = {"image": images if len(images) > 1 else images[0]} if images else {}
+    asked |= {"mask_image": mask} if mask else {}
+    asked |= {call.control: control} if control else {}
+    np.testing.assert_array_equal(frames, draw_plain(name, request, asked))
 
 
 @torch.no_grad()
-def draw_plain(name: str, request: GenerationRequest, images: list[Any], mask: Any) -> np.ndarray:
-    """[F, H, W, 3] by the class that diffusers has for this kind of call."""
+def draw_plain(name: str, request: GenerationRequest, pictures: dict[str, Any]) -> np.ndarray:
+    """[F, H, W, 3] by the class that diffusers has for this kind of call. pictures: by its arguments' names."""
     of = model(name).architecture
     pipeline_class: Any = getattr(diffusers, of.calls[request.kind].pipeline_class)
     pipe = load_plain(name)
     pipe = pipe if type(pipe) is pipeline_class else pipeline_class.from_pipe(pipe)
     pipe.set_progress_bar_config(disable=True)
-    asked = call_arguments(pipeline_class, request, of.max_sequence_length)
-    if images:
-        asked["image"] = images if len(images) > 1 else images[0]
-    if mask is not None:
-        asked["mask_image"] = mask
     torch.manual_seed(request.seed)
-    made = np.asarray(pipe(**asked)[0])
+    made = np.asarray(pipe(**call_arguments(pipeline_class, request, of.max_sequence_length) | pictures)[0])
     return (made.reshape(-1, *made.shape[-3:]) * 255).round().astype(np.uint8)
