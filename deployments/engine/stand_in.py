@@ -55,7 +55,9 @@ class StandIn(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         """Whatever else a pipeline probes (`config`, SDXL's `add_embedding`), from the skeleton."""
-        return getattr(self.__dict__["skeleton"], name)
+        skeleton = self.__dict__["skeleton"]
+        # Of a model a setting is asked by its config: another way is deprecated, which is not ours to be told.
+        return skeleton.config[name] if name in skeleton.config else getattr(skeleton, name)
 
     @property
     def dtype(self) -> torch.dtype:

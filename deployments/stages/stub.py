@@ -54,6 +54,9 @@ class ModelStub:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "_face":
             raise AttributeError(name)
+        config: Any = self._face.config
+        if name in config:  # asked of a model it is deprecated, which is not ours to be told
+            return config[name]
         try:
             return getattr(self._face, name)
         except AttributeError:

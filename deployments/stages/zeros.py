@@ -52,10 +52,10 @@ class _Zeros:
     def _as_predicted(self, latents: torch.Tensor) -> torch.Tensor:
         """On the meta device: as many channels as the config says, where it says."""
         config: Any = self._skeleton.config
-        num_channels = config.get("out_channels")
-        if num_channels is None or latents.ndim < 4:
-            return latents.to(META)
-        return latents.new_empty((len(latents), num_channels, *latents.shape[2:]), device=META)
+        shape, given, made = list(latents.shape), config.get("in_channels"), config.get("out_channels")
+        if made is not None and latents.ndim > 3 and given in shape[1:3]:
+            shape[shape.index(given, 1)] = made
+        return latents.new_empty(shape, device=META)
 
 
 def decoded_shape(vae: Any, arguments: DecodeArguments) -> tuple[int, ...]:

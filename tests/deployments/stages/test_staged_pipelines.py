@@ -92,9 +92,11 @@ def small_request(name: str, kind: CallKind) -> GenerationRequest:
         num_frames=geometry.frame_stride + 1 if call.media == "video" else 1,
         num_inference_steps=min(3, call.defaults.num_inference_steps),
     )
-    return replace(request, strength=0.75, num_inference_steps=4) if call.defaults.strength else request
+    steps = min(4, call.defaults.num_inference_steps)
+    return replace(request, strength=0.75, num_inference_steps=steps) if call.defaults.strength else request
 
 
+@pytest.mark.filterwarnings("ignore:In CPU autocast")  # Mochi computes its rotary embeddings in float32
 def test_three_stages_draw_what_the_plain_pipeline_draws(name: str, kind: CallKind) -> None:
     if kind not in model(name).architecture.calls:
         assert find_calls(index_of(name)["_class_name"])[kind].pipeline_class in CANNOT
