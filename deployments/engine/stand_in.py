@@ -55,9 +55,7 @@ class StandIn(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         """Whatever else a pipeline probes (`config`, SDXL's `add_embedding`), from the skeleton."""
-        skeleton = self.__dict__["skeleton"]
-        # Of a model a setting is asked by its config: another way is deprecated, which is not ours to be told.
-        return skeleton.config[name] if name in skeleton.config else getattr(skeleton, name)
+        return attribute(self.__dict__["skeleton"], name)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -78,6 +76,19 @@ class StandIn(nn.Module):
         wants_names = inputs.pop("return_dict", True)
         output = self._submit(inputs)
         return Transformer2DModelOutput(sample=output[0]) if wants_names and len(output) == 1 else output
+
+
+def attribute(model: nn.Module, name: str) -> Any:
+    """`model.name`; a setting by its config, for pipelines that ask the model, which diffusers warns of."""
+    if name in vars(model) or hasattr(type(model), name):
+        return getattr(model, name)
+    try:
+        return nn.Module.__getattr__(model, name)
+    except AttributeError:
+        config: Any = model.config
+        if name in config:
+            return config[name]
+        raise
 
 
 @cache

@@ -21,7 +21,7 @@ from deployments.engine.stand_in import stand_ins
 from deployments.families import Call, Geometry
 from deployments.families.calls import REQUIRED, find_calls
 from deployments.request import DecodeArguments, GenerationRequest, MediaSize, Prompt
-from deployments.stages.blank import LEAST_TOKENS, BlankTexts
+from deployments.stages.blank import BlankTexts
 from deployments.stages.call import PipelineCalls
 from deployments.stages.pictures import blank_pictures
 from deployments.stages.pipeline import load_pipeline
@@ -79,6 +79,7 @@ class Derived:
             raise ValueError("it chooses another size than it is asked for")
         _, channels, *num_latent, _, width = latents.latents.shape
         pixels = asked.width // width
+        stride = (NUM_FRAMES - 1) // (num_latent[0] - 1) if self._is_video else 1
         usual = self._decoded(self._kind, None)
         if usual is None:
             raise ValueError("it makes nothing of a request that says no size")
@@ -88,15 +89,20 @@ class Derived:
             size_multiple=multiple,
             latent_pixels=pixels,
             latent_channels=channels,
-            num_frames=self._kind.num_frames,
-            frame_stride=(NUM_FRAMES - 1) // (num_latent[0] - 1) if self._is_video else 1,
+            num_frames=self._num_frames(usual, stride),
+            frame_stride=stride,
         )
+
+    def _num_frames(self, usual: DecodeArguments, stride: int) -> int:
+        """Of a request that does not say: as the call declares, or, where it asks the denoiser, as it makes."""
+        if not self._is_video or self._kind.num_frames > 1:
+            return self._kind.num_frames
+        return (int(usual.latents.shape[2]) - 1) * stride + 1
 
     def _draws(self, call: Call, geometry: Geometry) -> bool:
         """Whether this kind of call runs over the checkpoint's components, and makes the size that is asked."""
         multiple = geometry.size_multiple
-        num_frames = geometry.frame_stride + 1 if call.media == "video" else 1
-        asked = MediaSize(WIDTH * multiple, HEIGHT * multiple, num_frames)
+        asked = MediaSize(WIDTH * multiple, HEIGHT * multiple, NUM_FRAMES if call.media == "video" else 1)
         latents = self._decoded(call, asked)
         return latents is not None and self._made(latents) == asked
 
@@ -113,13 +119,13 @@ class Derived:
         """What is decoded for a size, or for none that is said; None: the pipeline refuses."""
         denoisers = stand_ins(self._skeletons, dtype=torch.float32, device=CPU, submit=self._zeros)
         components = {**denoisers, **self._blank.on(CPU)}
-        limit, request = call.max_sequence_length, self._request(call, size)
+        request = self._request(call, size)
         width, height = (size.width, size.height) if size else (PICTURE, PICTURE)
         pictures = blank_pictures(call, width, height)
         try:
             calls = PipelineCalls(self._pipe, {self._kind.kind: self._kind, call.kind: call})
             return calls.of(request).denoise(
-                request, components, pictures=pictures, max_sequence_length=limit and min(limit, LEAST_TOKENS)
+                request, components, pictures=pictures, max_sequence_length=call.max_sequence_length
             )
         except Exception:  # pipelines raise what they like of a size that they do not take
             return None

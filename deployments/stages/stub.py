@@ -8,6 +8,8 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
+from deployments.engine.stand_in import attribute
+
 
 class Reached(BaseException):
     """Ends a pipeline's call where another stage's work begins.
@@ -54,11 +56,8 @@ class ModelStub:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "_face":
             raise AttributeError(name)
-        config: Any = self._face.config
-        if name in config:  # asked of a model it is deprecated, which is not ours to be told
-            return config[name]
         try:
-            return getattr(self._face, name)
+            return attribute(self._face, name)
         except AttributeError:
             return getattr(self.skeleton, name)
 

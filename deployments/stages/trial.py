@@ -16,7 +16,7 @@ from deployments.engine.stand_in import Submit, stand_ins
 from deployments.memory.working import META
 from deployments.refusal import CannotServe, describe_cause
 from deployments.request import DecodeArguments, GenerationRequest
-from deployments.stages.blank import LEAST_TOKENS, BlankTexts
+from deployments.stages.blank import BlankTexts
 from deployments.stages.call import NO_PICTURES, Pictures, PipelineCall, PipelineCalls
 from deployments.stages.draws import Draws
 from deployments.stages.stub import Reached, reach
@@ -198,14 +198,14 @@ class Trial:
         pictures: Pictures = NO_PICTURES,
     ) -> DecodeArguments:
         """pictures: none for blank ones, where some are to go in."""
-        of, limit = self._denoisers, self._model.architecture.max_sequence_length
+        of = self._denoisers
         denoisers = stand_ins(of.skeletons, dtype=of.dtype, device=CPU, submit=submit or self._zeros)
         return self._calls.of(request).denoise(
             request,
             {**denoisers, **self._blank.on(CPU)},
             pictures=pictures or self._calls.of(request).blank_pictures(request),
             draws=draws or Draws(request.seed, CPU),
-            max_sequence_length=limit and min(limit, LEAST_TOKENS),
+            max_sequence_length=self._model.architecture.max_sequence_length,
         )
 
     def _advice(self) -> str:

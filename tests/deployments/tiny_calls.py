@@ -61,7 +61,7 @@ TINY_CALLS: Mapping[str, Mapping[str, Any]] = {
     "hunyuan-video": _VIDEO,
     "hunyuan-video15": _VIDEO | _GUIDED,
     "hunyuan-video15-i2v": {"image": PICTURE, "num_frames": 5, "num_inference_steps": 2} | _GUIDED,
-    "cogvideox": _VIDEO | _GUIDED | {"num_frames": 9, "max_sequence_length": 16},
+    "cogvideox": _VIDEO | _GUIDED | {"num_frames": 9},
     "mochi": _VIDEO | {"num_frames": 7, "max_sequence_length": 16},
     "sana-video": _IMAGE | _GUIDED | _EXACT | {"frames": 5},
     "kandinsky5-video": _VIDEO | _GUIDED,

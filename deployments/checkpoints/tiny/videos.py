@@ -129,7 +129,6 @@ def build_cogvideox() -> CogVideoXPipeline:
             sample_width=LATENT_SIZE,
             sample_height=LATENT_SIZE,
             sample_frames=9,
-            max_text_seq_length=_MAX_TEXT,
             **HEADS,
         ),
         scheduler=CogVideoXDPMScheduler(),

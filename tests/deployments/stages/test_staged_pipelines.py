@@ -89,7 +89,7 @@ def small_request(name: str, kind: CallKind) -> GenerationRequest:
         prompt=Prompt("a red cat", negative, is_guided=True),
         width=side,
         height=side,
-        num_frames=geometry.frame_stride + 1 if call.media == "video" else 1,
+        num_frames=2 * geometry.frame_stride + 1 if call.media == "video" else 1,
         num_inference_steps=min(3, call.defaults.num_inference_steps),
     )
     steps = min(4, call.defaults.num_inference_steps)
