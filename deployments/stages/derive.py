@@ -138,7 +138,9 @@ class Derived:
             width=size.width if size else None,  # type: ignore[arg-type]
             height=size.height if size else None,  # type: ignore[arg-type]
             num_frames=size.num_frames if size else None,  # type: ignore[arg-type]
-            num_inference_steps=NUM_STEPS,
+            num_inference_steps=defaults.num_inference_steps
+            if "guidance_schedule" in self._parameters
+            else NUM_STEPS,
             guidance_scale=defaults.guidance_scale,
             true_cfg_scale=defaults.true_cfg_scale,
             seed=0,

@@ -66,16 +66,21 @@ class TextEncoding:
         """Raises CannotServe where no text could be encoded."""
         side, limit = model.geometry.size_multiple, self._max_sequence_length
         request = default_request(model, MediaSize(side, side))
-        try:
-            self._encode(request, EmbeddingCache(0), limit and min(limit, LEAST_TOKENS))
-        except NotFinite:  # for this text; whoever asks for another may be served
-            pass
-        except Exception as error:  # pipelines and tokenizers raise what they like
-            parts = [name for name in missing if name.startswith(("text_encoder", "tokenizer"))]
-            without = f"; the checkpoint leaves out {', '.join(parts)}" if parts else ""
-            raise CannotServe(
-                f"the encode stage cannot run {type(self._pipe).__name__}: {describe_cause(error)}{without}"
-            ) from error
+        failed: list[Exception] = []
+        for length in dict.fromkeys((limit and min(limit, LEAST_TOKENS), limit)):  # some refuse to cut a text
+            try:
+                self._encode(request, EmbeddingCache(0), length)
+            except NotFinite:  # for this text; whoever asks for another may be served
+                return
+            except Exception as error:  # pipelines and tokenizers raise what they like
+                failed.append(error)
+            else:
+                return
+        parts = [name for name in missing if name.startswith(("text_encoder", "tokenizer"))]
+        without = f"; the checkpoint leaves out {', '.join(parts)}" if parts else ""
+        raise CannotServe(
+            f"the encode stage cannot run {type(self._pipe).__name__}: {describe_cause(failed[-1])}{without}"
+        ) from failed[-1]
 
     def warm_up(self, warm_up: WarmUp) -> None:
         """Texts of one length, or of any: sizes of pictures do not matter here."""

@@ -27,6 +27,8 @@ from deployments.warm_up import default_request
 FEW_STEPS = 4
 """What distilled models take: their schedulers may not know as many as a family's default."""
 CPU = torch.device("cpu")
+NO_AUTOCAST = "unsupported scalarType"
+"""What `torch.autocast` says of the meta device, on which some models ask for it."""
 log = logging.getLogger("ray.serve")
 
 
@@ -92,6 +94,8 @@ class Trial:
         except NotImplementedError:
             return  # it reads values
         except RuntimeError as error:
+            if str(error) == NO_AUTOCAST:
+                return
             raise ValueError(
                 f"its {component} does not take what its text encoders and scheduler give it ({error}): "
                 "a component is of another model"

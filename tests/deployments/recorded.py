@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 from deployments.checkpoints.source import fetch_checkpoint
 from tests.deployments.tiny_calls import NEEDS_FTFY, TINY_CALLS
 
-DENOISERS = ("unet", "transformer", "transformer_2")
+DENOISERS = ("unet", "transformer", "transformer_2", "unconditional_transformer")
 
 
 @dataclass(frozen=True, eq=False)
