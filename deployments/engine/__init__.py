@@ -1,4 +1,4 @@
-"""Several requests in one denoiser, one forward at a time, over one rank or several.
+"""Several requests in one denoiser, or in each of several, one forward at a time, over one rank or several.
 
 Read in this order: stand_in (what diffusers' pipeline calls), step_queue (who goes next), merge (several
 forwards become one), blocks, cut and shard (consecutive blocks of the model), load (one rank's weights),

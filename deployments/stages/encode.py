@@ -1,4 +1,4 @@
-"""Text to embeddings: diffusers' own pipeline call, until it asks its denoiser."""
+"""Text to embeddings: diffusers' own pipeline call, until it asks a denoiser."""
 
 import logging
 from collections.abc import Callable, Hashable, Sequence

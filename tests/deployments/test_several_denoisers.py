@@ -218,3 +218,15 @@ def test_an_expert_that_nothing_asks_is_told_in_the_log(tmp_path: Path, caplog: 
     with caplog.at_level("WARNING"):
         load_denoising(read_model(folder)).close()
     assert "asks nothing of its transformer_2 in a request by the defaults" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:The following device_map keys do not match any submodules")  # a parameter
+def test_a_device_map_gives_each_expert_its_part_of_the_memory(open_ranks: Open) -> None:
+    held = sum(p.nbytes for name in EXPERTS for p in getattr(plain_pipeline(), name).parameters())
+    stage = open_ranks(device_map="auto", max_memory={"cpu": f"{held * 3 // 4 // 1000}KB"})
+    [rank] = stage.stats().ranks
+    places = {
+        name: {rank.device_map[key] for key in rank.device_map if key.startswith(f"{name}.")} for name in EXPERTS
+    }
+    assert all(there == {"cpu", "disk"} for there in places.values())
+    assert torch.equal(draw(stage, request()), plain_latents(request()))
