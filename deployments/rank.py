@@ -13,7 +13,7 @@ from deployments.stats import RankStats
 
 
 class Rank:
-    """Holds consecutive blocks of the denoiser. Dies with its group: a ring with a gap serves nobody."""
+    """Holds consecutive blocks of each denoiser. Dies with its group: a ring with a gap serves nobody."""
 
     def __init__(self, rank: int, model: ModelConfig, config: TransformerConfig) -> None:
         on_sigterm(partial(exit_replica, SystemExit("SIGTERM")))

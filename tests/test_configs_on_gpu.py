@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from deployments.config import ModelConfig, StageConfig
-from deployments.families import FAMILIES
+from deployments.config import StageConfig
 from deployments.stages import load_stage
 from deployments.stages.tensors import each_tensor
 from serve_app.config import load_app_config
 from tests.deployments.memory.tiny_request import build_request
+from tests.tiny_models import EXPERTS, tiny_model
 
 pytestmark = [
     pytest.mark.gpu,
@@ -43,9 +43,9 @@ def draw(path: Path, **settings: Any) -> tuple[Any, torch.Tensor, Any]:
     """Embeddings, latents and frames."""
     app = load_app_config(path)
     assert app.model.family is not None
-    model = ModelConfig(name="tiny", checkpoint=f"tiny://{app.model.family}", family=app.model.family)
-    request = replace(build_request(app.model.family), num_inference_steps=3)
-    tokens = 64 if FAMILIES[app.model.family].max_sequence_length else None
+    name = EXPERTS if path.stem.startswith("wan22") else app.model.family
+    model, request = tiny_model(name), replace(build_request(name), num_inference_steps=3)
+    tokens = 64 if model.architecture.max_sequence_length else None
     encoding = load_stage("encode", model, tiny(app.encoder, max_sequence_length=tokens, **settings))
     denoising = load_stage("denoise", model, tiny(app.transformer, shards=1, **settings))
     denoising.connect(None, pytest.fail)

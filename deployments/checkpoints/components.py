@@ -57,14 +57,9 @@ def denoiser_names(index: ModelIndex) -> tuple[str, ...]:
 
     Of diffusers' models those that are no VAE, no scheduler and no guider: told by their classes' names.
     """
-    others = ("Scheduler", "Guidance", "VAE", "VQModel", "Autoencoder")
-    return tuple(
-        name
-        for name, entry in index.items()
-        if name in component_names(index)
-        and entry[0] == "diffusers"
-        and not any(part in entry[1] for part in others)
-    )
+    components, others = component_names(index), ("Scheduler", "Guidance", "VAE", "VQModel", "Autoencoder")
+    models = (name for name in index if name in components and index[name][0] == "diffusers")
+    return tuple(name for name in models if not any(part in index[name][1] for part in others))
 
 
 def component_names(index: ModelIndex) -> frozenset[str]:

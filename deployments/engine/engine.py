@@ -20,6 +20,9 @@ from deployments.engine.work import Leader
 from deployments.memory.needs import Needs
 from deployments.refusal import OutOfShare, ShardGroupLost
 
+TURN_S = 10.0
+"""Of one of several denoisers that are on the GPU one at a time: as long as a stage's, `OnDemandConfig.turn_s`."""
+
 
 @dataclass(frozen=True, eq=False)
 class _Asked:
@@ -75,6 +78,7 @@ class Engine:
             batch_wait_s=config.batch_wait_ms / 1e3,
             max_batch_tokens=config.max_batch_tokens,
             tells_idle=config.leaves_when_idle,
+            turn_s=TURN_S if config.has_one_model_at_a_time and len(mergers) > 1 else 0.0,
         )
         self._ring = Ring(
             self._compute,
@@ -97,7 +101,9 @@ class Engine:
         tokens = num_tokens(inputs, self._patch_sizes.get(component, 1))
         at_most = self._at_most(signature, tokens, component, inputs)
         asked = _Asked(component, inputs, accelerator.mark_queued(self._device))
-        output = self.queue.forward(seat, asked, signature=signature, tokens=tokens, at_most=at_most)
+        output = self.queue.forward(
+            seat, asked, signature=signature, tokens=tokens, at_most=at_most, model=component
+        )
         tree_map_only(torch.Tensor, accelerator.use_here, output)
         return output
 

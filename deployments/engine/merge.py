@@ -47,6 +47,7 @@ RULES: Mapping[str, MergeRule] = {
     "Flux2Transformer2DModel": MergeRule(equal=_IDS),
     "FluxTransformer2DModel": MergeRule(equal=_IDS),
     "HunyuanVideoTransformer3DModel": MergeRule(),
+    "Ideogram4Transformer2DModel": MergeRule(),
     "Krea2Transformer2DModel": MergeRule(equal=frozenset({"position_ids"})),
     "LTXVideoTransformer3DModel": MergeRule(),
     "LongCatImageTransformer2DModel": MergeRule(equal=_IDS),

@@ -22,6 +22,8 @@ from enum import Enum, auto
 from itertools import count
 from typing import Any
 
+from deployments.engine.model_turns import ModelTurns
+
 
 class Cancelled(Exception):
     """The request was cancelled."""
@@ -48,6 +50,8 @@ class Seat:
     """Of its latest forward; 0 before the first."""
     at_most: int | None = None
     """Of its latest forward."""
+    model: Hashable = None
+    """Of its latest forward."""
     successors: dict[Hashable, Hashable] = field(default_factory=dict)
     """Which signature came after which: the two passes of true CFG may alternate between two text lengths."""
 
@@ -55,6 +59,11 @@ class Seat:
         """Is its next forward on the way and, going by its habits, of this signature?"""
         next_signature = self.successors.get(self.signature, self.signature)
         return self.state is SeatState.BETWEEN and next_signature == signature
+
+    def wants(self, model: Hashable, since: float) -> bool:
+        """Is its forward at this model, or the next on its way to it, having landed after `since`?"""
+        is_coming = self.state is SeatState.BETWEEN and self.since > since
+        return self.model == model and (is_coming or self.state is SeatState.FLYING)
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +76,8 @@ class Forward:
     tokens: int
     at_most: int | None
     """How many of this signature may fly as one: there is memory for no more. None: any number."""
+    model: Hashable = None
+    """Which of several models computes it; equal for equal signatures."""
     result: Future[Any] = field(default_factory=Future)
 
 
@@ -119,12 +130,14 @@ class StepQueue:
         batch_wait_s: float,
         max_batch_tokens: int | None,
         tells_idle: bool = False,
+        turn_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
         Args:
             max_batch_tokens: where larger batches stop paying. A forward with more than that flies alone.
             tells_idle: whether an empty micro-batch follows the last of those that are there.
+            turn_s: for so long a model's forwards go before those of others, where they take turns at the device.
         """
         self.depth = 1 if num_shards == 1 else num_shards + 1
         self._max_batch_size = max_batch_size
@@ -132,6 +145,7 @@ class StepQueue:
         self._batch_wait_s = batch_wait_s
         self._tells_idle = tells_idle
         self._clock = clock
+        self._turns = ModelTurns(turn_s)
 
         self._changed = threading.Condition()  # guards all that follows; only `take` waits on it
         self._seats: set[Seat] = set()
@@ -153,7 +167,14 @@ class StepQueue:
         return seat
 
     def forward(
-        self, seat: Seat, payload: Any, *, signature: Hashable, tokens: int, at_most: int | None = None
+        self,
+        seat: Seat,
+        payload: Any,
+        *,
+        signature: Hashable,
+        tokens: int,
+        at_most: int | None = None,
+        model: Hashable = None,
     ) -> Any:
         """Block until the result is there. Forwards of equal signature may run as one; `tokens` is the cost.
 
@@ -162,7 +183,7 @@ class StepQueue:
         Raises `Cancelled`, or the error that its micro-batch failed with or the queue was closed with.
         """
         # Held by a variable here, a failed future would keep this frame and its payload alive in a cycle.
-        return self._submit(Forward(seat, payload, signature, tokens, at_most)).result()
+        return self._submit(Forward(seat, payload, signature, tokens, at_most, model)).result()
 
     def cancel(self, seat: Seat) -> None:
         """Let its open forward, and any later one, raise `Cancelled`. What flies lands, and is dropped."""
@@ -251,6 +272,7 @@ class StepQueue:
                 seat.successors[seat.signature] = forward.signature
             seat.state, seat.since = SeatState.WAITING, self._clock()
             seat.signature, seat.tokens, seat.at_most = forward.signature, forward.tokens, forward.at_most
+            seat.model = forward.model
             self._open[seat] = forward
             self._changed.notify_all()
         return forward.result
@@ -263,11 +285,13 @@ class StepQueue:
         for seat, forward in self._open.items():
             if seat.state is SeatState.WAITING:
                 groups[forward.signature].append(forward)
-        now, deadlines = self._clock(), []
-        for signature, group in groups.items():
+        now = self._clock()
+        turn, ask_again_at = self._turns.of(groups, self._seats, now)
+        deadlines = [] if ask_again_at is None else [ask_again_at]
+        for signature, group in turn.items():
             size, deadline = self._batch_size(group), self._deadline(signature)
             if len(group) >= size or deadline <= now:
-                return group[:size], None
+                return list(group[:size]), None
             deadlines.append(deadline)
             if group[0].seat.since + self._batch_wait_s <= now:
                 break  # the younger ones may not go first any more
@@ -296,6 +320,8 @@ class StepQueue:
         for forward in batch:
             forward.seat.state = SeatState.FLYING
             self._queue_wait_s += now - forward.seat.since
+        if batch:
+            self._turns.take_off(batch[0].model, now)
         self._batch_sizes.update([len(batch)] if batch else [])
         self._has_idle_to_tell = self._tells_idle and bool(batch)
         self._flights[batch_id] = batch

@@ -169,6 +169,11 @@ class MemoryConfig(Config):
         return self.on_demand is not None or (self.offload is not None and self.offload.kind == "model")
 
     @property
+    def has_one_model_at_a_time(self) -> bool:
+        """Whether a model that comes to the device sends the stage's others away."""
+        return self.offload is not None and self.offload.kind == "model"
+
+    @property
     def moves_weights(self) -> bool:
         """Whether weights come to the device and leave it."""
         return self.offload is not None or self.vram_limit_gib is not None or self.on_demand is not None

@@ -39,7 +39,6 @@ def advise(
     found = [
         *_on_splitting(sizes, transformer, placement),
         *_on_shards(sizes, transformer, admitted.max_concurrent_requests),
-        *_on_turns(sizes, transformer),
         *_on_limits(sizes, admitted),
     ]
     for config in stages:
@@ -108,17 +107,6 @@ def _on_shards(sizes: ModelSizes, transformer: TransformerConfig, max_concurrent
         yield f"{num_shards} shards and at most {at_once} requests at once: some shard always waits; fewer shards"
     elif at_once < 2 * num_shards:
         yield f"{num_shards} shards are kept full by {2 * num_shards} requests; at most {at_once} are let in"
-
-
-def _on_turns(sizes: ModelSizes, transformer: TransformerConfig) -> Iterator[str]:
-    """One denoiser comes, the other leaves, whenever a forward is another's than the one before."""
-    is_offloaded = transformer.offload is not None and transformer.offload.kind == "model"
-    if is_offloaded and len(sizes.denoisers) > 1 and transformer.max_ongoing_requests > 1:
-        names = " and ".join(of.name for of in sizes.denoisers)
-        yield (
-            f"offload: model has one of {names} on the GPU at a time, and requests that are not at the same "
-            "change them at every forward: transformer.max_ongoing_requests 1"
-        )
 
 
 def _on_limits(sizes: ModelSizes, admitted: Admitted) -> Iterator[str]:

@@ -31,7 +31,7 @@ from deployments.memory.working import META, on_meta, to_meta, working_bytes
 from deployments.plan.inputs import first_inputs, merged_inputs
 from deployments.plan.sizes import BlockSizes, ComponentSizes, DenoiserSizes, ModelSizes, RankSizes, StageSizes
 from deployments.request import MediaSize
-from deployments.stages.foresee import decode_inputs
+from deployments.stages.foresee import decode_inputs, foresee_working
 
 BUFFERED_BOUNDARIES = 2
 """A rank of a ring holds what crosses the cut three times: one comes, one is worked on, one goes."""
@@ -135,8 +135,9 @@ class Description:
                 model = models[name]
                 merged, batch_size = merged_inputs(model, config, own)
                 run = partial(model, **to_meta(merged), return_dict=False)
-                boundary_bytes = _boundary_bytes(cuttable_names(model), model, run)
-                found.append((model, Working(working_bytes(model, run), boundary_bytes, batch_size)))
+                peak_bytes = foresee_working(model, run)
+                boundary_bytes = _boundary_bytes(cuttable_names(model), model, run) if peak_bytes else 0
+                found.append((model, Working(peak_bytes, boundary_bytes, batch_size)))
         return denoisers, found
 
     def _describe_vae(self, key: str, sizes: tuple[MediaSize, ...]) -> tuple[dict[str, nn.Module], int]:

@@ -142,6 +142,7 @@ class BlankTextEncoder(nn.Module):
         super().__init__()
         self.config, self.device, self.dtype = config, device, dtype
         self._is_projected = class_name.endswith("WithProjection")
+        self.language_model = BlankLanguageModel(config.get_text_config(), dtype)
 
     def forward(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> "BlankOutput":
         batch, length = input_ids.shape
@@ -171,6 +172,25 @@ class BlankImageEncoder(nn.Module):
         hidden = torch.zeros(shape, dtype=self.dtype, device=pixel_values.device)
         every = (hidden,) * (vision.num_hidden_layers + 1)
         return BlankOutput({"last_hidden_state": hidden, "hidden_states": every, "image_embeds": hidden[:, 0]})
+
+
+class BlankLanguageModel:
+    """For pipelines that call a text encoder layer by layer."""
+
+    def __init__(self, config: Any, dtype: torch.dtype) -> None:
+        self.config, self._dtype = config, dtype
+        self.layers = [_pass_through] * getattr(config, "num_hidden_layers", 0)
+
+    def embed_tokens(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """[B, S] -> [B, S, D]"""
+        return torch.zeros(*input_ids.shape, self.config.hidden_size, dtype=self._dtype, device=input_ids.device)
+
+    def rotary_emb(self, *_: Any) -> None:
+        """Nobody reads positions here."""
+
+
+def _pass_through(hidden_states: torch.Tensor, **_: Any) -> torch.Tensor:
+    return hidden_states
 
 
 class BlankOutput:

@@ -238,7 +238,12 @@ def call_arguments(
         "use_resolution_binning": False,
     }
     parameters = _parameters(pipeline_class)
-    return {name: value for name, value in values.items() if name in parameters and value is not None}
+    known: dict[str, Any] = {
+        name: value for name, value in values.items() if name in parameters and value is not None
+    }
+    if "guidance_schedule" in parameters and request.guidance_scale is not None:
+        known["guidance_schedule"] = None  # its default, for so many steps, and a scale exclude each other
+    return known
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Noise to latents: diffusers' own pipeline call, driven over a stand-in for its denoiser.
+"""Noise to latents: diffusers' own pipeline call, driven over stand-ins for its denoisers.
 
 Every request runs in a thread of its own. What the result is, is the pipeline's by construction.
 """

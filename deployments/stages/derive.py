@@ -145,7 +145,9 @@ class Derived:
             width=size.width if size else None,  # type: ignore[arg-type]
             height=size.height if size else None,  # type: ignore[arg-type]
             num_frames=size.num_frames if size else None,  # type: ignore[arg-type]
-            num_inference_steps=min(NUM_STEPS, defaults.num_inference_steps),
+            num_inference_steps=defaults.num_inference_steps
+            if "guidance_schedule" in call.parameters
+            else min(NUM_STEPS, defaults.num_inference_steps),
             guidance_scale=defaults.guidance_scale,
             true_cfg_scale=defaults.true_cfg_scale,
             seed=0,

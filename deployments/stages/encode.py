@@ -1,4 +1,4 @@
-"""Text to embeddings: diffusers' own pipeline call, until it asks its denoiser."""
+"""Text to embeddings: diffusers' own pipeline call, until it asks a denoiser."""
 
 import logging
 from collections.abc import Callable, Hashable, Sequence
@@ -67,17 +67,21 @@ class TextEncoding:
     def _try(self, model: ModelConfig, missing: Sequence[str]) -> None:
         """Raises CannotServe where no text could be encoded."""
         request, limit = default_request(model, tried_size(model.geometry)), self._max_sequence_length
-        try:
-            limit = limit and min(limit, LEAST_TOKENS)
-            self._encode(request, self._calls.of(request).blank_pictures(request), EmbeddingCache(0), limit)
-        except NotFinite:  # for this text; whoever asks for another may be served
-            pass
-        except Exception as error:  # pipelines and tokenizers raise what they like
-            parts = [name for name in missing if name.startswith(("text_encoder", "tokenizer"))]
-            without = f"; the checkpoint leaves out {', '.join(parts)}" if parts else ""
-            raise CannotServe(
-                f"the encode stage cannot run {type(self._pipe).__name__}: {describe_cause(error)}{without}"
-            ) from error
+        pictures, failed = self._calls.of(request).blank_pictures(request), list[Exception]()
+        for length in dict.fromkeys((limit and min(limit, LEAST_TOKENS), limit)):  # some refuse to cut a text
+            try:
+                self._encode(request, pictures, EmbeddingCache(0), length)
+            except NotFinite:  # for this text; whoever asks for another may be served
+                return
+            except Exception as error:  # pipelines and tokenizers raise what they like
+                failed.append(error)
+            else:
+                return
+        parts = [name for name in missing if name.startswith(("text_encoder", "tokenizer"))]
+        without = f"; the checkpoint leaves out {', '.join(parts)}" if parts else ""
+        raise CannotServe(
+            f"the encode stage cannot run {type(self._pipe).__name__}: {describe_cause(failed[-1])}{without}"
+        ) from failed[-1]
 
     def warm_up(self, warm_up: WarmUp) -> None:
         """Texts of one length, or of any: sizes of pictures do not matter here."""

@@ -37,7 +37,7 @@ class ForwardForesight:
         """(bytes of all denoisers' weights on the device, bytes of tensors in one forward of these inputs)"""
         model = self._model(component)
         run = partial(model, **to_meta(inputs), return_dict=False)
-        return self._weights() + dequantized_bytes(model, self._config), _working(model, run)
+        return self._weights() + dequantized_bytes(model, self._config), foresee_working(model, run)
 
     def _weights_bytes(self) -> int:
         stored = stored_models(self._skeletons, self._config)
@@ -65,7 +65,7 @@ class DecodeForesight:
     def __call__(self, size: MediaSize) -> tuple[int, int]:
         """(bytes of weights on the device, bytes of tensors in the decode of one picture or video)"""
         run = partial(self._model.decode, decode_inputs(self._model.config, self._geometry, size, self._dtype))
-        return self._weights, _working(self._model, run)
+        return self._weights, foresee_working(self._model, run)
 
 
 def decode_inputs(
@@ -81,8 +81,8 @@ def _model(skeleton: nn.Module, config: MemoryConfig) -> Any:
     return as_stored(skeleton, config, is_quantized=False).to(META)
 
 
-def _working(model: nn.Module, run: Callable[[], Any]) -> int:
-    """What cannot run without its tensors' values, or off its GPU, is not foreseen: the cap remains."""
+def foresee_working(model: nn.Module, run: Callable[[], Any]) -> int:
+    """`working_bytes`; 0 of what cannot run without its tensors' values, or off its GPU."""
     try:
         return working_bytes(model, run)
     except Exception as error:  # kernels of other packages raise what they like

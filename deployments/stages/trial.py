@@ -31,7 +31,6 @@ FEW_STEPS = 4
 NOT_ON_META = ("meta", "unsupported scalarType")
 """Of what torch says where a model does what the meta device does not."""
 CPU = torch.device("cpu")
-log = logging.getLogger("ray.serve")
 
 
 class Trial:

@@ -18,7 +18,7 @@ from deployments.checkpoints.processors import is_processor, load_processor
 from deployments.checkpoints.source import fetch_checkpoint
 from tests.deployments.tiny_calls import TINY_CALLS
 
-DENOISERS = ("unet", "transformer", "transformer_2")
+DENOISERS = ("unet", "transformer", "transformer_2", "unconditional_transformer")
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from threading import Barrier
 from typing import Any
@@ -218,3 +219,31 @@ def test_an_expert_that_nothing_asks_is_told_in_the_log(tmp_path: Path, caplog: 
     with caplog.at_level("WARNING"):
         load_denoising(read_model(folder)).close()
     assert "asks nothing of its transformer_2 in a request by the defaults" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:The following device_map keys do not match any submodules")  # a parameter
+def test_a_device_map_gives_each_expert_its_part_of_the_memory(open_ranks: Open) -> None:
+    held = sum(p.nbytes for name in EXPERTS for p in getattr(plain_pipeline(), name).parameters())
+    stage = open_ranks(device_map="auto", max_memory={"cpu": f"{held * 3 // 4 // 1000}KB"})
+    [rank] = stage.stats().ranks
+    places = {
+        name: {rank.device_map[key] for key in rank.device_map if key.startswith(f"{name}.")} for name in EXPERTS
+    }
+    assert all(there == {"cpu", "disk"} for there in places.values())
+    assert torch.equal(draw(stage, request()), plain_latents(request()))
+
+
+@pytest.mark.parametrize("settings", [{}, {"cuts": (1,)}], ids=str)
+def test_experts_that_come_by_turns_stay_for_more_than_a_forward(
+    open_ranks: Open, settings: dict[str, Any]
+) -> None:
+    """Of two requests that are at both, else the experts would change at nearly each of their 26 forwards."""
+    stage = open_ranks(offload="model", max_batch_size=1, **settings)
+    requests = [request(1, 4), request(2, 9)]
+    flown = note_flights(stage)
+    with ThreadPoolExecutor(2) as threads:
+        for latents, each in zip(threads.map(lambda each: draw(stage, each), requests), requests, strict=True):
+            assert torch.equal(latents, plain_latents(each))
+    components = [component for component, _ in flown]
+    assert len(components) == 2 * (4 + 9)
+    assert sum(one != other for one, other in pairwise(components)) <= 3

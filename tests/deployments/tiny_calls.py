@@ -32,6 +32,7 @@ TINY_CALLS: Mapping[str, Mapping[str, Any]] = {
     "aura-flow": _IMAGE | _GUIDED,
     "hunyuan-image": _IMAGE | _GUIDED,
     "z-image": _IMAGE | _GUIDED,
+    "ideogram4": _IMAGE | {"guidance_scale": 4.0, "guidance_schedule": None, "max_sequence_length": 128},
     "lumina2": _IMAGE | _GUIDED,
     "lumina": _IMAGE | _GUIDED,
     "krea2": _IMAGE | _GUIDED,

@@ -7,6 +7,8 @@ from diffusers import (
     ErnieImagePipeline,
     ErnieImageTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
+    Ideogram4Pipeline,
+    Ideogram4Transformer2DModel,
     Krea2Pipeline,
     Krea2Transformer2DModel,
     Lumina2Pipeline,
@@ -60,6 +62,31 @@ def build_z_image() -> ZImagePipeline:
             cap_feat_dim=TEXT_WIDTH,
             axes_dims=ROPE_AXES,
         ),
+    )
+
+
+def build_ideogram4() -> Ideogram4Pipeline:
+    """Ideogram 4: layers all over Qwen3-VL; guidance by a second transformer, which is given no text."""
+    tokenizer, num_text_layers, num_read = build_chat_tokenizer(), 36, 13
+    transformers = {
+        name: Ideogram4Transformer2DModel(
+            in_channels=64,
+            num_layers=_NUM_BLOCKS,
+            attention_head_dim=32,
+            num_attention_heads=4,
+            intermediate_size=256,
+            adaln_dim=64,
+            llm_features_dim=num_read * TEXT_WIDTH,
+            mrope_section=(6, 5, 5),
+        )
+        for name in ("transformer", "unconditional_transformer")
+    }
+    return Ideogram4Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=build_flux2_vae(),
+        text_encoder=build_qwen3_vl(tokenizer, num_text_layers),
+        tokenizer=tokenizer,
+        **transformers,
     )
 
 

@@ -81,8 +81,8 @@ def build_gemma3(tokenizer: Qwen2Tokenizer) -> Gemma3ForConditionalGeneration:
     return Gemma3ForConditionalGeneration(config)
 
 
-def build_qwen3_vl(tokenizer: Qwen2Tokenizer) -> Qwen3VLModel:
-    """Qwen3-VL with its vision tower; 3 layers."""
+def build_qwen3_vl(tokenizer: Qwen2Tokenizer, num_layers: int = 3) -> Qwen3VLModel:
+    """Qwen3-VL with its vision tower."""
     rope = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e6}
     vision_config = {
         "depth": 1,
@@ -92,7 +92,7 @@ def build_qwen3_vl(tokenizer: Qwen2Tokenizer) -> Qwen3VLModel:
         "out_hidden_size": TEXT_WIDTH,
         "deepstack_visual_indexes": [0],
     }
-    text_config = _language(tokenizer, 3) | {"rope_parameters": rope}
+    text_config = _language(tokenizer, num_layers) | {"rope_parameters": rope}
     return Qwen3VLModel(Qwen3VLConfig(text_config=text_config, vision_config=vision_config))
 
 

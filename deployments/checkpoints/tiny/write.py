@@ -14,7 +14,7 @@ from deployments.checkpoints.tiny.names import TINY_MODULES
 _SEED = 0
 _JITTER_STD = 0.05
 _WEIGHT_GAIN = 1.5
-_DENOISERS = ("unet", "transformer", "transformer_2")
+_DENOISERS = ("unet", "transformer", "transformer_2", "unconditional_transformer")
 
 
 def write_tiny_checkpoint(name: str, out_dir: Path) -> None:

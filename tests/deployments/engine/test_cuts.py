@@ -29,6 +29,7 @@ QUICK = frozenset(
         "flux2-klein",
         "chroma",
         "z-image",
+        "ideogram4",
         "lumina2",
         "prx",
         "sd35",

@@ -117,11 +117,11 @@ class Part:
         self._rank, self._num_ranks = rank, num_ranks
         self.seen: list[weakref.ref[torch.Tensor]] = []
         """The embeddings it was given."""
-        self.asked: list[str] = []
-        """For which of the models."""
+        self.asked: list[tuple[str, int]] = []
+        """For which of the models, and how many forwards as one."""
 
     def run(self, component: str, inputs: Any, boundary: Any = None) -> Any:
-        self.asked.append(component)
+        self.asked.append((component, len(inputs["hidden_states"])))
         self.seen.append(weakref.ref(inputs["embeds"]))
         time.sleep(inputs.get("sleep_s", 0.0))
         if inputs.get("fails_on") == self._rank:
@@ -209,6 +209,25 @@ def test_what_merged_runs_out_of_memory_runs_alone_and_no_request_fails_for_it(
         for value, answer in enumerate(threads.map(request, range(8))):
             assert torch.equal(answer, torch.full((1, 4, 2), float(value)))
     assert max(engine.queue.stats().batch_sizes) > 1
+
+
+def test_forwards_of_two_models_never_fly_as_one_though_they_look_alike(open_engine: Open) -> None:
+    parts = [Part(rank, 2) for rank in range(2)]
+    engine = open_engine(parts, mergers=BY_SHAPE, batch_wait_ms=1000)
+    names, begin = tuple(BY_SHAPE), threading.Barrier(12)
+
+    def request(value: int) -> torch.Tensor:
+        begin.wait(SOON_S)
+        return forward(engine, names[value % 2], hidden_states=torch.full((1, 4, 2), float(value)))
+
+    with ThreadPoolExecutor(12) as threads:
+        for value, answer in enumerate(threads.map(request, range(12))):
+            assert torch.equal(answer, torch.full((1, 4, 2), float(value)))
+    assert parts[0].asked == parts[1].asked
+    for name in names:
+        sizes = [size for component, size in parts[0].asked if component == name]
+        assert sum(sizes) == 6
+        assert max(sizes) > 1
 
 
 @pytest.mark.parametrize(("name", "are_merged"), [("ltx2", False), ("z-image", True)])
