@@ -74,6 +74,8 @@ class InputPictures:
     images: tuple[bytes, ...]
     mask: bytes | None = None
     """As large as the first of `images`. What is transparent is drawn anew; without an alpha channel, white."""
+    field: str = "image"
+    """What the client calls the images."""
 
 
 Encodings = tuple[tuple[str, Any], ...]

@@ -67,6 +67,9 @@ class _WholeForm(MultiPartParser):
     """Refuses a form that is cut short; the parser alone would leave out what it ends with."""
 
     is_whole = False
+    spool_max_size = 2**30
+    """To the disk goes nothing: body_limit.py bounds it, and threads that read files would each keep a heap of
+    such a size."""
 
     def __init__(self, headers: Headers, stream: AsyncIterator[bytes], **limits: int) -> None:
         super().__init__(headers, self._until_whole(stream), **limits)

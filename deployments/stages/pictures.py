@@ -21,7 +21,7 @@ def open_pictures(pictures: InputPictures | None) -> dict[str, Any]:
     """`image` (a list) and `mask_image`, as a pipeline's call takes them. Raises WrongField."""
     if pictures is None:
         return {}
-    images = [_flat(_open(data, "image")) for data in pictures.images]
+    images = [_flat(_open(data, pictures.field)) for data in pictures.images]
     opened: dict[str, Any] = {"image": images}
     if pictures.mask is not None:
         mask = _open(pictures.mask, "mask")
