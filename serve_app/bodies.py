@@ -68,8 +68,7 @@ class _WholeForm(MultiPartParser):
 
     is_whole = False
     spool_max_size = 2**30
-    """To the disk goes nothing: body_limit.py bounds it, and threads that read files would each keep a heap of
-    such a size."""
+    """In memory, as far as body_limit.py lets it come: nothing waits for a disk."""
 
     def __init__(self, headers: Headers, stream: AsyncIterator[bytes], **limits: int) -> None:
         super().__init__(headers, self._until_whole(stream), **limits)
