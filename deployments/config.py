@@ -106,7 +106,7 @@ class ModelConfig(Config):
         width, height = said.width or own.width, said.height or own.height
         if width is None or height is None:
             raise ValueError(
-                f"model.defaults: width and height must be set, for the {self.architecture.denoiser} of "
+                f"model.defaults: width and height must be set, for the transformer or unet of "
                 f"{self.checkpoint!r} says no sample_size"
             )
         return MediaSize(width, height, said.num_frames or own.num_frames)
@@ -226,13 +226,14 @@ class EncoderConfig(SpreadConfig):
 
 
 class TransformerConfig(SpreadConfig):
-    """The denoiser: a transformer, or a UNet."""
+    """The denoisers: a transformer or a UNet, of some checkpoints several."""
 
     shards: int = Field(
         1, ge=1, le=64, description="consecutive block ranges, each on resources of its own (per num_gpus)"
     )
     cuts: tuple[int, ...] | None = Field(
-        None, description="blocks at which shards begin, such as [19, 38]; None: balanced by bytes"
+        None,
+        description="blocks of each denoiser at which shards begin, such as [19, 38]; None: balanced by bytes",
     )
     transport: Literal["auto", "object_store"] = Field(
         "auto",

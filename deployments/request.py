@@ -92,8 +92,10 @@ class Conditioning:
     encode_ms: float
 
 
-Posteriors = tuple[tuple[str, Any], ...]
-"""In the order of the pipeline's calls of `vae.encode`: "parameters" or "latent", and that of what it returned."""
+Posterior = tuple[Literal["parameters", "latent"], Any, bool]
+"""Of what `vae.encode` returned this tensor, on the CPU; and whether its channels lay last in memory."""
+Posteriors = tuple[Posterior, ...]
+"""In the order of the pipeline's calls."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,6 @@ class Prepared:
     """The VAE's answer for the pictures that go in."""
 
     posteriors: Posteriors
-    """Tensors are on the CPU."""
     prepare_ms: float
 
 
@@ -115,6 +116,8 @@ class DecodeArguments:
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    is_channels_last: bool = False
+    """How the latents lay in memory, which decides how a VAE's convolutions round."""
 
     @classmethod
     def of(cls, latents: Any) -> "DecodeArguments":

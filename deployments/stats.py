@@ -84,11 +84,11 @@ class RankStats:
 
     rank: int
     pid: int
-    blocks: tuple[int, int]
-    """The range of blocks that it holds."""
+    blocks: Mapping[str, tuple[int, int]]
+    """The range of blocks that it holds of each denoiser, by component name."""
     memory: MemoryStats
     device_map: Mapping[str, str] | None
-    """accelerate's `hf_device_map`, where `device_map` is set."""
+    """accelerate's `hf_device_map` of each denoiser, where `device_map` is set."""
     num_micro_batches: int
     compute_s: float
     bytes_sent: int

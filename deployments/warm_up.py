@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from deployments.config import ModelConfig
-from deployments.families import Call
+from deployments.families import Call, Geometry
 from deployments.request import GenerationRequest, MediaSize, Prompt
 
 
@@ -17,6 +17,15 @@ class WarmUp:
 
 
 NO_WARM_UP = WarmUp()
+
+
+def tried_size(of: Geometry) -> MediaSize:
+    """What stages try at their start: small, but not the least, at which some blocks see a single position.
+
+    Of a video two latent frames, for the first is like no other.
+    """
+    side = 2 * of.size_multiple
+    return MediaSize(side, side, of.frame_stride + 1 if of.num_frames > 1 else 1)
 
 
 def default_request(

@@ -43,7 +43,8 @@ console = Console(stderr=True)
 
 TINY = "deployments.checkpoints.tiny.write"
 SHAPES = "deployments.checkpoints.shapes.train"
-"""Both import torch and diffusers, so they are looked up only by the command that needs them."""
+FAMILIES_DOCS = "serve_app.families_docs"
+"""All import torch and diffusers, so they are looked up only by the command that needs them."""
 LOCAL = "serve_app.local"
 GENERATION = "serve_app.generation"
 """Both import Ray, likewise."""
@@ -197,6 +198,12 @@ def status(
 def config() -> None:
     """Explain every config key (docs/config.md)."""
     print(render_config_docs(), end="")
+
+
+@cli.command()
+def families() -> None:
+    """Which of diffusers' pipelines are served, and how (docs/families.md); builds the tiny checkpoints first."""
+    print(importlib.import_module(FAMILIES_DOCS).render_families_docs(), end="")
 
 
 def choose_file(out: Path | None, media: Literal["image", "video"]) -> tuple[Path, dict[str, str]]:

@@ -107,10 +107,12 @@ def profile_command(
     times = measure(app.model, stages, sizes, num_steps=steps)
     write_profile(Profile(machine, app.model.checkpoint, times), out)
     for name, found in times.items():
-        seconds = found.rank_s(0, len(found.blocks_s))
+        forwards = " and ".join(
+            f"{of.num_forwards} forwards of {len(of.blocks_s)} blocks" for of in found.denoisers.values()
+        )
         Console().print(
-            f"{name}: encode {found.encode_s:.3g} s, denoise {seconds:.3g} s in {found.num_forwards} forwards of "
-            f"{len(found.blocks_s)} blocks, decode {found.decode_s:.3g} s; wrote {out}",
+            f"{name}: encode {found.encode_s:.3g} s, denoise {found.rank_s(None):.3g} s in {forwards}, decode "
+            f"{found.decode_s:.3g} s; wrote {out}",
             highlight=False,
         )
 

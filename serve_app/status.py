@@ -114,8 +114,8 @@ def _encoder(stats: Json) -> Iterator[tuple[str, ...]]:
 def _transformer(stats: Json) -> Iterator[tuple[str, ...]]:
     queue = stats["queue"]
     for rank in stats["ranks"]:
-        first, end = rank["blocks"]
-        work = f"{rank['num_micro_batches']} batches, blocks {first}-{end - 1}"
+        blocks = dict.fromkeys(f"{first}-{end - 1}" for first, end in rank["blocks"].values())
+        work = f"{rank['num_micro_batches']} batches, blocks {', '.join(blocks)}"
         if stats["occupied_s"]:
             work += f", bubble {max(0.0, 1 - rank['compute_s'] / stats['occupied_s']):.0%}"
         queued = (str(queue["num_seats"]), str(queue["num_waiting"])) if rank["rank"] == 0 else ("", "")

@@ -29,6 +29,7 @@ from serve_app.app import build_app, build_ingress, resolve_family
 from serve_app.config import AppConfig, IngressConfig, LimitsConfig, parse_app_config
 from tests.pretend_cuda.collect import Groups
 from tests.pretend_cuda.items import Pretended
+from tests.tiny_models import family_of
 
 torch.set_num_threads(1)
 TEXT_TOKENS = 64
@@ -263,7 +264,7 @@ def plain(plain_pipeline: Callable[[str], Any]) -> Plain:
 
     def draw(family: str, prompt: str, *, seed: int, output_type: str = "pil", **settings: Any) -> Any:
         defaults: dict[str, Any] = {"width": 64, "height": 64, "num_inference_steps": 4}
-        if FAMILIES[family].media == "video":
+        if family_of(family).media == "video":
             defaults["num_frames"] = 5
         pipe = plain_pipeline(family)
         with decoded_by(pipe) as decoded:
@@ -301,4 +302,4 @@ def _load_plain(family: str) -> Any:
 
 
 def _text_tokens(family: str) -> dict[str, int]:
-    return {} if FAMILIES[family].max_sequence_length is None else {"max_sequence_length": TEXT_TOKENS}
+    return {} if family_of(family).max_sequence_length is None else {"max_sequence_length": TEXT_TOKENS}

@@ -38,6 +38,7 @@ FOLDERS = {
     "qwen_image": "qwen_image",
     "wan_t2v_1_3b": "wan_2_1_1_3b",
     "wan_t2v_14b": "wan_2_1_14b",
+    "wan22_t2v_a14b": "wan_2_2_a14b",
 }
 MODEL = {"name": "m", "checkpoint": "tiny://flux"}
 

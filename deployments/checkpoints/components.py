@@ -36,20 +36,35 @@ def read_index(folder: Path) -> ModelIndex:
 
 def stage_components(index: ModelIndex, family: Family, stage: Stage) -> frozenset[str]:
     """Names of the components that `stage` needs."""
+    light = weightless(index)
     if stage == "encode":
         names = component_names(index)
         texts = frozenset(n for n in names if n.startswith(("text_encoder", "tokenizer")))
-        return texts | (SEE_PICTURES & names if family.call.kind != "generate" else frozenset()) | {"scheduler"}
+        return texts | (SEE_PICTURES & names if family.call.kind != "generate" else frozenset()) | light
     if stage == "decode":
-        return frozenset({"vae", "scheduler"})
-    return frozenset({family.denoiser, "scheduler", *(("vae",) if family.reads_vae_buffers else ())})
+        return frozenset({"vae", *light})
+    return frozenset({*denoiser_names(index), *light, *(("vae",) if family.reads_vae_buffers else ())})
 
 
-def is_denoiser(name: str, index: ModelIndex) -> bool:
-    """Of diffusers' models those that are no VAE, no scheduler and no guider: told by their classes' names."""
-    library, class_name = index[name]
+def weightless(index: ModelIndex) -> frozenset[str]:
+    """Schedulers and guiders: every stage has its own."""
+    return frozenset(name for name in component_names(index) if name == "scheduler" or name.endswith("guider"))
+
+
+def denoiser_names(index: ModelIndex) -> tuple[str, ...]:
+    """The components that the denoise stage has, in the order of the index: most checkpoints have one, Wan 2.2 has
+    an expert for high noise and one for low.
+
+    Of diffusers' models those that are no VAE, no scheduler and no guider: told by their classes' names.
+    """
     others = ("Scheduler", "Guidance", "VAE", "VQModel", "Autoencoder")
-    return library == "diffusers" and not any(part in class_name for part in others)
+    return tuple(
+        name
+        for name, entry in index.items()
+        if name in component_names(index)
+        and entry[0] == "diffusers"
+        and not any(part in entry[1] for part in others)
+    )
 
 
 def component_names(index: ModelIndex) -> frozenset[str]:
@@ -66,7 +81,9 @@ def check_served(folder: Path, index: ModelIndex, family: Family) -> None:
     """Raises ValueError if some stage would lack what it cannot do without, or a model would be in no stage."""
     names = component_names(index)
     pipeline = f"{folder}, a {index.get('_class_name')}"
-    lacking = sorted({family.denoiser, "scheduler", "vae"} - names)
+    lacking = sorted({"scheduler", "vae"} - names)
+    if not denoiser_names(index):
+        lacking.insert(0, "denoiser (transformer or unet)")
     if lacking:
         raise ValueError(f"{pipeline}, has no {' and no '.join(lacking)}, which family {family.name} needs")
     served: frozenset[str] = frozenset().union(
@@ -75,8 +92,8 @@ def check_served(folder: Path, index: ModelIndex, family: Family) -> None:
     others = sorted(n for n in names - served - NEVER_LOADED if (folder / n / "config.json").is_file())
     if others:
         raise ValueError(
-            f"{pipeline}, has a model that no stage serves: {', '.join(others)}; of the denoisers family "
-            f"{family.name} runs {family.denoiser} alone. Serve a checkpoint without it"
+            f"{pipeline}, has a model that no stage serves: {', '.join(others)}; there are stages for text "
+            "encoders, denoisers and the VAE. Serve a checkpoint without it"
         )
 
 

@@ -11,7 +11,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from deployments.checkpoints.components import ModelIndex, Stage, component_names, fetch_stage, stage_components
+from deployments.checkpoints.components import (
+    SEE_PICTURES,
+    ModelIndex,
+    Stage,
+    component_names,
+    denoiser_names,
+    fetch_stage,
+    stage_components,
+)
 from deployments.checkpoints.json_file import read_json, read_settings
 from deployments.checkpoints.weights import (
     find_file_faults,
@@ -24,6 +32,7 @@ from deployments.checkpoints.weights import (
 from deployments.config import ModelConfig, StageConfig, TransformerConfig
 
 LIBRARIES = ("diffusers", "transformers")
+_PROCESSOR_CONFIGS = ("processor_config.json", "preprocessor_config.json")
 _SENTENCEPIECE = ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
 _OTHER_WEIGHTS = {".safetensors", ".bin", ".gguf", ".pt", ".pth", ".ckpt", ".msgpack", ".onnx", ".h5"}
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", *_SENTENCEPIECE)
@@ -48,7 +57,8 @@ def find_stage_faults(model: ModelConfig, stage: Stage, config: StageConfig) -> 
     for name in sorted(stage_components(index, model.architecture, stage)) if not variant_faults else ():
         entry = index.get(name)
         if isinstance(entry, list) and len(entry) == 2:
-            yield from _find_component_faults(folder / name, entry, model, config)
+            variants = _variants_of(name, index, model)
+            yield from _find_component_faults(folder / name, entry, variants, config)
         else:
             yield f"{folder / 'model_index.json'} does not say of which class {name} is: fetch it again"
 
@@ -81,8 +91,13 @@ def _find_variant_faults(model: ModelConfig, folder: Path, index: ModelIndex) ->
         )
 
 
+def _variants_of(name: str, index: ModelIndex, model: ModelConfig) -> tuple[str | None, ...]:
+    """Of a component's weights, those that will do: plain ones too, as diffusers has it, but of no denoiser."""
+    return (model.variant,) if name in denoiser_names(index) else (model.variant, None)
+
+
 def _find_component_faults(
-    folder: Path, entry: Sequence[str], model: ModelConfig, config: StageConfig
+    folder: Path, entry: Sequence[str], variants: Sequence[str | None], config: StageConfig
 ) -> Iterator[str]:
     library, class_name = entry
     if not any(folder.iterdir()):
@@ -94,8 +109,13 @@ def _find_component_faults(
     yield from _find_class_faults(folder, library, class_name)
     if folder.name.startswith("tokenizer"):
         yield from _find_tokenizer_faults(folder)
+    elif folder.name in SEE_PICTURES - {"image_encoder"}:
+        files = [folder / name for name in _PROCESSOR_CONFIGS]
+        yield from () if any(file.exists() for file in files) else (f"{folder} has no {files[0].name}: fetch it",)
     elif folder.name == "scheduler":
         yield from _find_config_faults(folder / "scheduler_config.json")
+    elif folder.name.endswith("guider"):
+        yield from _find_config_faults(folder / "guider_config.json")
     else:
         faults = list(_find_config_faults(folder / "config.json"))
         yield from faults
@@ -103,7 +123,7 @@ def _find_component_faults(
             stored = read_json(folder / "config.json")
             yield from _find_quantization_faults(folder, stored)
             yield from _find_cut_faults(stored, config)
-        yield from _find_model_faults(folder, library, class_name, model, config)
+        yield from _find_model_faults(folder, library, class_name, variants, config)
 
 
 def _find_config_faults(path: Path) -> list[str]:
@@ -167,13 +187,19 @@ def _find_quantization_faults(folder: Path, config: Mapping[str, Any]) -> Iterat
         )
 
 
+def _reads_bytes(folder: Path) -> bool:
+    """Such a tokenizer, as HunyuanImage's for glyphs, has no vocabulary."""
+    file = folder / "tokenizer_config.json"
+    return file.is_file() and read_json(file).get("tokenizer_class") == "ByT5Tokenizer"
+
+
 def _find_tokenizer_faults(folder: Path) -> Iterator[str]:
     names = {path.name for path in folder.iterdir() if not path.is_dir()}
     has_whole = "tokenizer.json" in names
     for name in sorted(names):
         if not (has_whole and name in _SENTENCEPIECE):
             yield from find_file_faults(folder / name)
-    if has_whole:
+    if has_whole or _reads_bytes(folder):
         return
     found = [name for name in _VOCABULARIES if name in names]
     if not found:
@@ -188,14 +214,12 @@ def _find_tokenizer_faults(folder: Path) -> Iterator[str]:
 
 
 def _find_model_faults(
-    folder: Path, library: str, class_name: str, model: ModelConfig, config: StageConfig
+    folder: Path, library: str, class_name: str, variants: Sequence[str | None], config: StageConfig
 ) -> Iterator[str]:
-    variant = model.variant
-    weights = find_weights(folder, library, variant)
-    if weights is None and variant is not None and folder.name != model.architecture.denoiser:
-        weights = find_weights(folder, library, None)  # as diffusers' pipelines do
+    found = (find_weights(folder, library, variant) for variant in variants)
+    weights = next((file for file in found if file is not None), None)
     if weights is None:
-        yield _no_weights(folder, library, variant)
+        yield _no_weights(folder, library, variants[0])
         return
     faults = list(find_weight_faults(weights))
     yield from faults

@@ -105,6 +105,14 @@ def block_names(model: nn.Module) -> tuple[str, ...]:
     return tuple(name for part in lists for name in _members(part, children[part]))
 
 
+def cuttable_names(model: nn.Module) -> tuple[str, ...]:
+    """`block_names`; none where there are none that could go to different shards."""
+    try:
+        return block_names(model)
+    except ValueError:
+        return ()
+
+
 def block_bytes(model: nn.Module) -> BlockBytes:
     """What each block of a model, or of a skeleton from `as_stored`, weighs."""
     first, *others = (stored_bytes(model.get_submodule(name)) for name in block_names(model))

@@ -1,8 +1,9 @@
 """Rank 0 of a shard group: requests' threads on one side, the ring of ranks on the other."""
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from cluster.message import Message
 from cluster.ring import Ring, RingStats, StopRing
 from cluster.transport import Transport
 from deployments.config import TransformerConfig
-from deployments.engine.merge import Inputs, Merger, num_samples, num_tokens, split
+from deployments.engine.merge import Inputs, Mergers, num_samples, num_tokens, split
 from deployments.engine.step_queue import Seat, StepQueue
 from deployments.engine.work import Leader
 from deployments.memory.needs import Needs
@@ -24,6 +25,7 @@ from deployments.refusal import OutOfShare, ShardGroupLost
 class _Asked:
     """One forward, as its request's thread has asked for it."""
 
+    component: str
     inputs: Inputs
     ready: Any
     """The event after which the inputs are there: requests have a stream beside the one that computes."""
@@ -44,25 +46,26 @@ class Engine:
     def __init__(
         self,
         leader: Leader,
-        merger: Merger,
+        mergers: Mergers,
         config: TransformerConfig,
         *,
         device: torch.device,
         transport: Transport | None = None,
-        patch_size: Any = 1,
+        patch_sizes: Mapping[str, Any] = MappingProxyType({}),
         needs: Needs | None = None,
-        foresee: Callable[[Inputs], tuple[int, int]] | None = None,
+        foresee: Callable[[str, Inputs], tuple[int, int]] | None = None,
         on_lost: Callable[[BaseException], None],
     ) -> None:
         """
         Args:
             transport: to the next rank and from the last; None where there is only this one.
-            patch_size: latent positions per token and axis, by which the cost of a forward is told.
+            patch_sizes: by component, latent positions per token and axis, by which the cost of a forward is told.
             needs: of memory, of this rank's forwards; None: they are not limited.
-            foresee: (bytes of weights, bytes of tensors in one forward of these inputs); comes with needs.
+            foresee: (component, inputs) -> (bytes of weights, bytes of tensors in one such forward); comes with
+                needs.
             on_lost: the group is no more, and the requests were told; end the process.
         """
-        self._merger, self._patch_size, self._on_lost = merger, patch_size, on_lost
+        self._mergers, self._patch_sizes, self._on_lost = mergers, patch_sizes, on_lost
         self._needs, self._foresee, self._leader = needs, foresee, leader
         self._max_batch_size, self._device = config.max_batch_size, device
         self._flights: dict[int, _Flight] = {}
@@ -84,35 +87,44 @@ class Engine:
         )
         self._ring.start()
 
-    def forward(self, seat: Seat, inputs: Inputs) -> Any:
-        """One forward of the denoiser, perhaps merged with others': what the model returns without `return_dict`.
+    def forward(self, seat: Seat, component: str, inputs: Inputs) -> Any:
+        """One forward of a denoiser, perhaps merged with others': what the model returns without `return_dict`.
         The request's thread calls it and waits, and may use the tensors on its own stream.
 
         Raises Cancelled, ShardGroupLost, NeverFits, or what the forward itself raised.
         """
-        signature, tokens = self._merger.signature(inputs), num_tokens(inputs, self._patch_size)
-        at_most = self._at_most(signature, tokens, inputs)
-        asked = _Asked(inputs, accelerator.mark_queued(self._device))
+        signature = self._signature(component, inputs)
+        tokens = num_tokens(inputs, self._patch_sizes.get(component, 1))
+        at_most = self._at_most(signature, tokens, component, inputs)
+        asked = _Asked(component, inputs, accelerator.mark_queued(self._device))
         output = self.queue.forward(seat, asked, signature=signature, tokens=tokens, at_most=at_most)
         tree_map_only(torch.Tensor, accelerator.use_here, output)
         return output
 
-    def _at_most(self, signature: Hashable, tokens: int, inputs: Inputs) -> int | None:
+    def _signature(self, component: str, inputs: Inputs) -> Hashable:
+        """Two denoisers' forwards are never merged."""
+        return component, self._mergers[component].signature(inputs)
+
+    def _at_most(self, signature: Hashable, tokens: int, component: str, inputs: Inputs) -> int | None:
         """How many such forwards fit the memory at once."""
-        if self._needs is None or self._foresee is None or not self._merger.knows_signatures:
+        if self._needs is None or self._foresee is None or not self._mergers[component].knows_signatures:
             return None
         label = f"a forward of {tokens} latent positions"
-        return self._needs.at_most(signature, label, partial(self._foresee, inputs), up_to=self._max_batch_size)
+        foresee = partial(self._foresee, component, inputs)
+        return self._needs.at_most(signature, label, foresee, up_to=self._max_batch_size)
 
     def _compute(self, body: tuple[Sequence[_Asked], tuple[int, ...]]) -> Any:
         asked, released = body
         for forward in asked:
             accelerator.queue_after(forward.ready, self._device)
         group = [forward.inputs for forward in asked]
-        if self._needs is None or not group:
-            return self._leader.run(group, released)
-        with self._needs.measured(self._merger.signature(group[0]), len(group)):
-            return self._leader.run(group, released)
+        if not group:
+            return self._leader.rest(released)
+        component = asked[0].component
+        if self._needs is None:
+            return self._leader.run(component, group, released)
+        with self._needs.measured(self._signature(component, group[0]), len(group)):
+            return self._leader.run(component, group, released)
 
     def lose(self, cause: BaseException) -> None:
         """The group is lost: every waiting thread gets ShardGroupLost, and so does whoever runs this."""

@@ -1,7 +1,8 @@
-"""One rank's shard of a checkpoint's denoiser, ready to run."""
+"""One rank's shards of a checkpoint's denoisers, ready to run."""
 
 import tempfile
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -13,58 +14,45 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from cluster.partition import plan_cuts
-from deployments.checkpoints.components import ModelIndex, fetch_stage
+from deployments.checkpoints.components import ModelIndex, denoiser_names, fetch_stage
 from deployments.config import ModelConfig, TransformerConfig
 from deployments.device import resolve_device, resolve_dtype
-from deployments.engine.blocks import BlockBytes, block_bytes, block_names, build_skeleton
+from deployments.engine.blocks import BlockBytes, block_bytes, build_skeleton
 from deployments.engine.cut import Boundary, Output
 from deployments.engine.merge import Inputs
 from deployments.engine.shard import Shard, load_shard
 from deployments.memory.keeper import Keeper
 from deployments.memory.on_demand import turn_to_load
-from deployments.memory.quantize import plan_quantization
+from deployments.memory.quantize import plan_stage_quantization
 from deployments.memory.share import take_share
 from deployments.memory.spread import memory_by_device
-from deployments.memory.stored import as_stored
+from deployments.memory.stored import as_stored, stored_bytes, stored_models
 
 
 @dataclass(frozen=True, eq=False)
-class Denoiser:
-    """A checkpoint's denoiser before its weights are read: what every rank knows alike."""
+class Denoisers:
+    """A checkpoint's denoisers before their weights are read: what every rank knows alike."""
 
     folder: Path
     index: ModelIndex
-    name: str
-    """The component's name: transformer or unet."""
-    model_class: Any
-    skeleton: nn.Module
-    """The model on the meta device."""
+    skeletons: Mapping[str, nn.Module]
+    """The models on the meta device, by component name."""
     dtype: torch.dtype
     device: torch.device
-
-    @property
-    def block_names(self) -> tuple[str, ...]:
-        """In forward order; none where the class declares none, which then runs as one shard."""
-        try:
-            return block_names(self.skeleton)
-        except ValueError:
-            return ()
-
-    @property
-    def config(self) -> Any:
-        """The model's config, as pipelines read it."""
-        return self.skeleton.config
 
 
 @dataclass(frozen=True, eq=False)
 class LoadedRank:
     """One rank's weights, and what keeps them."""
 
-    shard: Shard
+    shards: Mapping[str, Shard]
+    """One of each denoiser, by component name."""
     keeper: Keeper
 
-    def run(self, inputs: Inputs, boundary: Boundary | None = None) -> Boundary | tuple[Output, ...]:
-        """`Shard.run`, once the weights are there.
+    def run(
+        self, component: str, inputs: Inputs, boundary: Boundary | None = None
+    ) -> Boundary | tuple[Output, ...]:
+        """`Shard.run` of that denoiser, once the weights are there.
 
         In inference mode where no technique touches the weights: torch need not watch what becomes of tensors, and
         a step of many small operations takes a tenth less. Its tensors may not be written in place outside of it,
@@ -72,7 +60,7 @@ class LoadedRank:
         """
         with self.keeper.at_work():
             with torch.inference_mode(self.keeper.is_untouched):
-                output = self.shard.run(inputs, boundary)
+                output = self.shards[component].run(inputs, boundary)
             return output if isinstance(output, dict) else tree_map_only(torch.Tensor, _writable, output)
 
 
@@ -80,50 +68,59 @@ def _writable(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone() if tensor.is_inference() else tensor
 
 
-def open_denoiser(model: ModelConfig, config: TransformerConfig) -> Denoiser:
+def open_denoisers(model: ModelConfig, config: TransformerConfig) -> Denoisers:
     """Fetches the checkpoint if need be; reads configs only."""
     folder, index = fetch_stage(model, "denoise")
-    name = model.architecture.denoiser
-    model_class = getattr(diffusers, index[name][1])
-    skeleton = build_skeleton(model_class, folder, name)
-    return Denoiser(
-        folder, index, name, model_class, skeleton, resolve_dtype(config.dtype), resolve_device(config)
-    )
+    skeletons = build_skeletons(folder, index)
+    return Denoisers(folder, index, skeletons, resolve_dtype(config.dtype), resolve_device(config))
 
 
-def load_rank(denoiser: Denoiser, model: ModelConfig, config: TransformerConfig, rank: int) -> LoadedRank:
+def build_skeletons(folder: Path, index: ModelIndex) -> dict[str, nn.Module]:
+    """The checkpoint's denoisers on the meta device, by component name. Not thread-safe."""
+    classes = {name: getattr(diffusers, index[name][1]) for name in denoiser_names(index)}
+    return {name: build_skeleton(model_class, folder, name) for name, model_class in classes.items()}
+
+
+def load_rank(denoisers: Denoisers, model: ModelConfig, config: TransformerConfig, rank: int) -> LoadedRank:
     """Reads the weights of this rank's blocks, and only those, and keeps them as config says."""
-    options: dict[str, Any] = {}
+    quantized: Mapping[str, Any] = {}
     if config.quantization is not None:
-        options["quantization_config"] = plan_quantization(config.quantization, config.dtype, "diffusers")
-    if config.device_map is not None:
-        disk = tempfile.TemporaryDirectory(prefix="latent-relay-")  # for what fits nowhere
-        options |= {
-            "device_map": config.device_map,
-            "max_memory": memory_by_device(config),
-            "offload_folder": disk.name,
-        }
-    share = take_share(config, denoiser.device)
-    with turn_to_load(config, denoiser.device), share.naming():
-        shard = load_shard(
-            denoiser.model_class,
-            denoiser.folder,
-            denoiser.name,
-            blocks=plan_ranks(denoiser, config)[rank] if config.num_ranks > 1 else None,
-            dtype=denoiser.dtype,
-            variant=model.variant,
-            **options,
-        )
-        if config.device_map is not None:
-            weakref.finalize(shard.model, disk.cleanup)
-        models = {denoiser.name: shard.model}
-        keeper = Keeper(models, config, denoiser.device, config.device_map, share=share)
-        return LoadedRank(shard, keeper)
+        names = denoisers.skeletons
+        quantized = plan_stage_quantization(config.quantization, config.dtype, denoisers.index, names)
+    share = take_share(config, denoisers.device)
+    with turn_to_load(config, denoisers.device), share.naming():
+        shards = {}
+        for name, skeleton in denoisers.skeletons.items():
+            options = {"quantization_config": quantized[name]} if name in quantized else {}
+            if config.device_map is not None:
+                options |= _spread_options(name, denoisers, config)
+                disk = tempfile.TemporaryDirectory(prefix="latent-relay-")  # for what fits nowhere
+                options["offload_folder"] = disk.name
+            shards[name] = load_shard(
+                type(skeleton),
+                denoisers.folder,
+                name,
+                blocks=plan_ranks(name, skeleton, config)[rank] if config.num_ranks > 1 else None,
+                dtype=denoisers.dtype,
+                variant=model.variant,
+                **options,
+            )
+            if config.device_map is not None:
+                weakref.finalize(shards[name].model, disk.cleanup)
+        models = {name: shard.model for name, shard in shards.items()}
+        return LoadedRank(shards, Keeper(models, config, denoisers.device, config.device_map, share=share))
 
 
-def plan_ranks(denoiser: Denoiser, config: TransformerConfig) -> list[tuple[int, int]]:
+def _spread_options(name: str, denoisers: Denoisers, config: TransformerConfig) -> dict[str, Any]:
+    """`from_pretrained`'s, of one denoiser: it may take of each device as large a part as it is of them all."""
+    sizes = {other: stored_bytes(model) for other, model in stored_models(denoisers.skeletons, config).items()}
+    part = sizes[name] / sum(sizes.values())
+    return {"device_map": config.device_map, "max_memory": memory_by_device(config, part)}
+
+
+def plan_ranks(name: str, skeleton: nn.Module, config: TransformerConfig) -> list[tuple[int, int]]:
     """The block range of every rank: as configured, else so that the largest shard has the fewest bytes."""
-    return cut_ranks(block_bytes(as_stored(denoiser.skeleton, config)), config)
+    return cut_ranks(block_bytes(as_stored(skeleton, config, is_quantized=config.quantizes(name))), config)
 
 
 def cut_ranks(weights: BlockBytes, config: TransformerConfig) -> list[tuple[int, int]]:

@@ -11,6 +11,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -74,19 +75,19 @@ def num_samples(inputs: Inputs) -> int:
     return len(latents_of(inputs))
 
 
-def num_tokens(inputs: Inputs, patch_size: int | Sequence[int] = 1) -> int:
+def num_tokens(inputs: Inputs, patch: int | Sequence[int] = 1) -> int:
     """Latent positions of one forward over its samples, after patching: what its cost grows with.
 
     [B, S, D] -> B * S; [B, C, (F,) H, W], or a list of [C, (F,) H, W] -> B * F * H * W / patch volume.
     """
     latents = latents_of(inputs)
     if not isinstance(latents, torch.Tensor):
-        return sum(num_tokens({"sample": sample[None]}, patch_size) for sample in latents)
+        return sum(num_tokens({"sample": sample[None]}, patch) for sample in latents)
     if latents.ndim == 3:
         return int(latents.shape[0] * latents.shape[1])
     space = latents.shape[2:]
-    patch = [patch_size] * 2 if isinstance(patch_size, int) else list(patch_size)
-    return int(latents.shape[0] * math.prod(space) // math.prod(patch))
+    sides = [patch] * 2 if isinstance(patch, int) else list(patch)
+    return int(latents.shape[0] * math.prod(space) // math.prod(sides))
 
 
 def split(output: Any, sizes: Sequence[int]) -> list[Any]:
@@ -191,6 +192,20 @@ class Merger:
         if isinstance(first, list | tuple):
             return type(first)(self._join(name, entries, sizes) for entries in zip(*values, strict=True))
         return first
+
+
+Mergers = Mapping[str, Merger]
+"""Of a checkpoint's denoisers, by component name: forwards of two of them are never merged."""
+
+
+def build_mergers(models: Mapping[str, nn.Module]) -> Mergers:
+    """By the classes of models, or skeletons, by component name."""
+    return {name: Merger(type(model).__name__) for name, model in models.items()}
+
+
+def patch_size(model: Any) -> Any:
+    """Latent positions per token, for all axes or each, of a denoiser or its skeleton."""
+    return model.config.get("patch_size", 1)
 
 
 def latents_of(inputs: Inputs) -> Any:

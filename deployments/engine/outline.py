@@ -41,17 +41,18 @@ class ShapeOf:
 class Outliner:
     """Rank 0's side. One thread outlines; tensors may be freed in any."""
 
-    def __init__(self, shape_only: frozenset[str]) -> None:
-        """shape_only: names of inputs of which later shards need no values (`blocks.shape_only_inputs`)."""
-        self._shape_only = shape_only
+    def __init__(self) -> None:
         self._keys = count()
         self._held: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._released: deque[int] = deque()
 
-    def outline(self, inputs: Inputs) -> Inputs:
-        """The inputs with every tensor replaced by what the other ranks need of it."""
+    def outline(self, inputs: Inputs, shape_only: frozenset[str] = frozenset()) -> Inputs:
+        """The inputs with every tensor replaced by what the other ranks need of it.
+
+        shape_only: names of inputs of which later shards need no values (`blocks.shape_only_inputs`).
+        """
         return {
-            name: tree_map_only(torch.Tensor, _shape_of if name in self._shape_only else self._hold, value)
+            name: tree_map_only(torch.Tensor, _shape_of if name in shape_only else self._hold, value)
             for name, value in inputs.items()
         }
 

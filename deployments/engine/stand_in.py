@@ -1,16 +1,31 @@
-"""What a diffusers pipeline finds where its denoiser should be: the model's face, without its weights."""
+"""What a diffusers pipeline finds where its denoisers should be: a model's face, without its weights."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from inspect import signature
 from typing import Any
 
 import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
 Inputs = Mapping[str, Any]
 """Keyword arguments of the denoiser's forward: tensors, or nested dicts and lists of them, and flags."""
+
+
+Submit = Callable[[str, Inputs], Any]
+"""(component, inputs) -> what that denoiser's forward returns without `return_dict`."""
+
+
+def stand_ins(
+    skeletons: Mapping[str, nn.Module], *, dtype: torch.dtype, device: torch.device, submit: Submit
+) -> dict[str, "StandIn"]:
+    """For all of a checkpoint's denoisers, by component name."""
+    return {
+        name: StandIn(skeleton, dtype=dtype, device=device, submit=partial(submit, name))
+        for name, skeleton in skeletons.items()
+    }
 
 
 class StandIn(nn.Module):
@@ -33,6 +48,11 @@ class StandIn(nn.Module):
         self._dtype, self._device, self._submit = dtype, device, submit
         self.__dict__["skeleton"] = skeleton  # past nn.Module, which would list its meta parameters as ours
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type[nn.Module]:  # type: ignore[override]
+        """For pipelines that ask `isinstance`."""
+        return type(self.__dict__["skeleton"])
+
     def __getattr__(self, name: str) -> Any:
         """Whatever else a pipeline probes (`config`, SDXL's `add_embedding`), from the skeleton."""
         return getattr(self.__dict__["skeleton"], name)
@@ -53,8 +73,9 @@ class StandIn(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         model_class: Any = type(self.__dict__["skeleton"])
         inputs = dict(zip(_names(model_class), args, strict=False)) | kwargs
-        inputs.pop("return_dict", None)
-        return self._submit(inputs)
+        wants_names = inputs.pop("return_dict", True)
+        output = self._submit(inputs)
+        return Transformer2DModelOutput(sample=output[0]) if wants_names and len(output) == 1 else output
 
 
 @cache

@@ -1,18 +1,18 @@
 """A micro-batch on its way along the ranks, and what every rank does with it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from deployments.engine.cut import Boundary, Output
-from deployments.engine.merge import Inputs, Merger
+from deployments.engine.merge import Inputs, Mergers
 from deployments.engine.outline import Holder, Outliner
 
 
 class Blocks(Protocol):
-    """This rank's blocks, as `Shard` runs them."""
+    """This rank's blocks of every denoiser, as `LoadedRank` runs them."""
 
-    def run(self, inputs: Inputs, boundary: Boundary | None = None) -> "Boundary | Output": ...
+    def run(self, component: str, inputs: Inputs, boundary: Boundary | None = None) -> "Boundary | Output": ...
 
 
 OnIdle = Callable[[], None]
@@ -26,9 +26,10 @@ def do_nothing() -> None:
 class Work:
     """From one rank to the next. The last rank sends the bare predictions, of the whole batch, back to rank 0."""
 
+    component: str | None
+    """The denoiser whose forward it is; None where no request is left: then each rank may make room."""
     inputs: tuple[Inputs, ...]
-    """One per forward, outlined; every rank merges them itself, so that embeddings need not cross again.
-    None where no request is left: then each rank may make room."""
+    """One per forward, outlined; every rank merges them itself, so that embeddings need not cross again."""
     released: tuple[int, ...]
     """Keys of tensors that no later micro-batch will name."""
     boundary: Boundary
@@ -38,19 +39,30 @@ class Work:
 class Leader:
     """Rank 0's part of a micro-batch."""
 
-    def __init__(self, blocks: Blocks, merger: Merger, outliner: Outliner, on_idle: OnIdle = do_nothing) -> None:
-        self._blocks, self._merger, self._outliner, self._on_idle = blocks, merger, outliner, on_idle
+    def __init__(
+        self,
+        blocks: Blocks,
+        mergers: Mergers,
+        outliner: Outliner,
+        shape_only: Mapping[str, frozenset[str]],
+        on_idle: OnIdle = do_nothing,
+    ) -> None:
+        """shape_only: by component, names of inputs of which later shards need no values."""
+        self._blocks, self._mergers, self._on_idle = blocks, mergers, on_idle
+        self._outliner, self._shape_only = outliner, shape_only
 
-    def run(self, group: Sequence[Inputs], released: tuple[int, ...]) -> "Work | Output":
-        """The first blocks of a group of forwards of one signature; without any, on_idle."""
-        if not group:
-            self._on_idle()
-            return Work((), released, {})
-        output = self._blocks.run(self._merger.merge(group))
+    def run(self, component: str, group: Sequence[Inputs], released: tuple[int, ...]) -> "Work | Output":
+        """The first blocks of a group of forwards of one signature."""
+        output = self._blocks.run(component, self._mergers[component].merge(group))
         if not isinstance(output, dict):
             return output
-        outlined = tuple(self._outliner.outline(inputs) for inputs in group)
-        return Work(outlined, released, output)
+        outlined = tuple(self._outliner.outline(inputs, self._shape_only[component]) for inputs in group)
+        return Work(component, outlined, released, output)
+
+    def rest(self, released: tuple[int, ...]) -> Work:
+        """No request is left."""
+        self._on_idle()
+        return Work(None, (), released, {})
 
     def take_released(self) -> tuple[int, ...]:
         """The keys to let go of that the next micro-batch takes along."""
@@ -68,15 +80,15 @@ class Leader:
 class Follower:
     """Any other rank's part."""
 
-    def __init__(self, blocks: Blocks, merger: Merger, holder: Holder, on_idle: OnIdle = do_nothing) -> None:
-        self._blocks, self._merger, self._holder, self._on_idle = blocks, merger, holder, on_idle
+    def __init__(self, blocks: Blocks, mergers: Mergers, holder: Holder, on_idle: OnIdle = do_nothing) -> None:
+        self._blocks, self._mergers, self._holder, self._on_idle = blocks, mergers, holder, on_idle
 
     def run(self, work: Work) -> "Work | Output":
         """These blocks, from where the rank before left off."""
         self._holder.release(work.released)
-        if not work.inputs:
+        if work.component is None:
             self._on_idle()
             return work
-        inputs = self._merger.merge([self._holder.fill(outlined) for outlined in work.inputs])
-        output = self._blocks.run(inputs, work.boundary)
+        inputs = self._mergers[work.component].merge([self._holder.fill(outlined) for outlined in work.inputs])
+        output = self._blocks.run(work.component, inputs, work.boundary)
         return replace(work, boundary=output) if isinstance(output, dict) else output

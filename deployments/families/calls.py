@@ -6,6 +6,7 @@ Not by importing it, for that imports torch, and the ingress asks.
 import ast
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -29,6 +30,18 @@ _SUFFIXES: Mapping[CallKind, str] = {"edit": "Img2Img", "inpaint": "Inpaint"}
 """Of classes that no table names, and that run over the components of the class without it."""
 _SEVERAL = frozenset({"Flux2Pipeline", "Flux2KleinPipeline", "QwenImageEditPlusPipeline"})
 """Whose `image` may be several that make one picture; to all others a list is a batch."""
+_OTHER_MEDIA = (
+    "ace_step",
+    "audioldm2",
+    "diffusion_gemma",
+    "llada2",
+    "longcat_audio_dit",
+    "shap_e",
+    "stable_audio",
+    "stable_audio_3",
+)
+"""Packages whose pipelines make sounds, texts or bodies."""
+_FRAMES = ("num_frames", "frames", "video_length")
 _CLASS = re.compile(r"^class (\w+)\(", re.MULTILINE)
 MAX_IMAGES = 10
 FPS = 16
@@ -59,7 +72,12 @@ class Call:
 
     @property
     def media(self) -> Literal["image", "video"]:
-        return "video" if "num_frames" in self.parameters else "image"
+        return "image" if self.frames is None else "video"
+
+    @property
+    def frames(self) -> str | None:
+        """What it calls the number of frames; None: it makes pictures."""
+        return next((name for name in _FRAMES if name in self.parameters), None)
 
     @property
     def guidance(self) -> Literal["guidance_scale", "true_cfg_scale"]:
@@ -80,7 +98,7 @@ class Call:
     @property
     def num_frames(self) -> int:
         """Of a request that does not say."""
-        return self._number("num_frames", int) or 1
+        return (self.frames and self._number(self.frames, int)) or 1
 
     @property
     def max_images(self) -> int:
@@ -132,13 +150,27 @@ def find_calls(pipeline_class: str) -> Mapping[CallKind, Call]:
     return {kind: Call(kind, name, _parameters(name)) for kind, name in classes.items()}
 
 
+def find_pipelines() -> tuple[str, ...]:
+    """Of the installed diffusers, those that draw pictures or videos from a prompt, and are not deprecated."""
+    public = (_pipelines().parent / "__init__.py").read_text(encoding="utf-8")
+    found = []
+    for name, file in sorted(_files().items()):
+        is_other = {"deprecated", *_OTHER_MEDIA} & set(file.parts) or "Onnx" in name
+        if is_other or not name.endswith("Pipeline") or f'"{name}"' not in public:
+            continue
+        with suppress(ValueError):  # a base of others
+            if "prompt" in _parameters(name):
+                found.append(name)
+    return tuple(found)
+
+
 def _kind_by_parameters(parameters: Mapping[str, Any]) -> CallKind:
     """Of a class that no table names."""
     if "mask_image" in parameters:
         return "inpaint"
     if "image" not in parameters:
         return "generate"
-    return "image_to_video" if "num_frames" in parameters else "edit"
+    return "image_to_video" if any(name in parameters for name in _FRAMES) else "edit"
 
 
 @cache

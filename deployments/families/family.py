@@ -1,6 +1,6 @@
 """What is particular to one architecture. Everything else is said once, for all of them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,12 +17,12 @@ class Family:
     name: str
     pipeline_class: str
     """`_class_name` in a checkpoint's model_index.json."""
-    denoiser: str
-    """The component's name."""
     geometry: Callable[[Configs], Geometry]
     """As the pipeline computes it from its components' configs. Raises ValueError."""
     published: Configs
     """Of the published model, what `geometry` reads: for whoever cannot read the checkpoint."""
+    kinds: Sequence[CallKind] | None = None
+    """Of call, which its pipeline has told that it can do; None: all that diffusers has for it."""
     reads_vae_buffers: bool = False
     """Whether the VAE's files hold more than parameters, which the pipeline may read before it decodes."""
     upcasts_vae: bool = False
@@ -36,7 +36,8 @@ class Family:
     @property
     def calls(self) -> Mapping[CallKind, Call]:
         """What may be asked of its components, by kind; what they were trained for comes first."""
-        return find_calls(self.pipeline_class)
+        calls = find_calls(self.pipeline_class)
+        return calls if self.kinds is None else {kind: calls[kind] for kind in self.kinds}
 
     @property
     def call(self) -> Call:

@@ -16,7 +16,6 @@ def _geometry(configs: Configs) -> Geometry:
 FLUX = Family(
     name="flux",
     pipeline_class="FluxPipeline",
-    denoiser="transformer",
     geometry=_geometry,
     published={"vae": {"block_out_channels": (128, 256, 512, 512), "latent_channels": 16}},
 )

@@ -15,7 +15,6 @@ def _geometry(configs: Configs) -> Geometry:
 QWEN_IMAGE = Family(
     name="qwen-image",
     pipeline_class="QwenImagePipeline",
-    denoiser="transformer",
     geometry=_geometry,
     published={"vae": {}},
 )

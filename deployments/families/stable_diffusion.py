@@ -42,7 +42,6 @@ def _vae(latent_channels: int) -> Config:
 SD15 = Family(
     name="sd15",
     pipeline_class="StableDiffusionPipeline",
-    denoiser="unet",
     geometry=_geometry_sd15,
     published={"unet": {"sample_size": 64}, "vae": _vae(4)},
 )
@@ -50,7 +49,6 @@ SD15 = Family(
 SDXL = Family(
     name="sdxl",
     pipeline_class="StableDiffusionXLPipeline",
-    denoiser="unet",
     geometry=_geometry_sdxl,
     published={"unet": {"sample_size": 128}, "vae": _vae(4)},
     upcasts_vae=True,
@@ -59,7 +57,6 @@ SDXL = Family(
 SD3 = Family(
     name="sd3",
     pipeline_class="StableDiffusion3Pipeline",
-    denoiser="transformer",
     geometry=_geometry_sd3,
     published={"transformer": {"sample_size": 128, "pos_embed_max_size": 192}, "vae": _vae(16)},
 )

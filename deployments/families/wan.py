@@ -25,7 +25,6 @@ def _geometry(configs: Configs) -> Geometry:
 WAN = Family(
     name="wan",
     pipeline_class="WanPipeline",
-    denoiser="transformer",
     geometry=_geometry,
     published={"transformer": {}, "vae": {}},
 )

@@ -158,6 +158,11 @@ class MemoryConfig(Config):
         None, description="diffusers' name, such as native, flash, sage, xformers; None: native"
     )
 
+    def quantizes(self, component: str) -> bool:
+        """Whether `quantization`, if it is set, is for this model of the stage."""
+        components = None if self.quantization is None else self.quantization.components
+        return components is None or component in components
+
     @property
     def leaves_when_idle(self) -> bool:
         """Whether weights leave the device, or may, when there is no more work."""

@@ -3,7 +3,8 @@
 import tempfile
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import accelerate
@@ -11,6 +12,7 @@ import torch
 from diffusers.hooks import apply_group_offloading
 from torch import nn
 
+from cluster import accelerator
 from deployments.memory.config import OffloadConfig
 from deployments.memory.movable import make_movable
 
@@ -29,7 +31,7 @@ def offload(models: Iterable[nn.Module], config: OffloadConfig, device: torch.de
             _check_untied(model)
         if config.kind == "model":
             make_movable(model)
-            _, hook = accelerate.cpu_offload_with_hook(model, device, staying[-1] if staying else None)
+            _, hook = accelerate.cpu_offload_with_hook(model, device)
             staying.append(hook)
         elif config.kind == "sequential":
             accelerate.cpu_offload(model, device, offload_buffers=True)
@@ -48,7 +50,24 @@ def offload(models: Iterable[nn.Module], config: OffloadConfig, device: torch.de
                 offload_to_disk_path=config.folder and _folder(model, config.folder),
                 block_modules=_vae_blocks(model),
             )
+    for hook in staying:
+        others = [other for other in staying if other is not hook]
+        if others:
+            hook.model.register_forward_pre_hook(partial(_send_away, others, device), prepend=True)
     return staying
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _send_away(hooks: Sequence[Any], device: torch.device, *_: Any) -> None:
+    """Of the other models: one at a time is on the device, whichever came before.
+
+    accelerate's hooks know one that comes before, always; requests that are at two denoisers call them by turns.
+    """
+    there = [hook for hook in hooks if next(hook.model.parameters()).device != torch.device("cpu")]
+    for hook in there:
+        hook.offload()
+    if there:
+        accelerator.empty_cache(device)
 
 
 def _check_untied(model: nn.Module) -> None:

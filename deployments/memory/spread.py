@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import accelerate
-from accelerate.utils import get_balanced_memory, send_to_device
+from accelerate.utils import convert_file_size_to_int, get_balanced_memory, send_to_device
 from torch import nn
 
 from deployments.config import SpreadConfig
@@ -17,11 +17,14 @@ Device = int | str
 """As accelerate has it: a GPU's number, "cpu" or "disk"."""
 
 
-def memory_by_device(config: SpreadConfig) -> dict[Device, str] | None:
-    """`max_memory` as accelerate spells it: GPUs by number, "cpu" and "disk" by name."""
+def memory_by_device(config: SpreadConfig, part: float = 1.0) -> dict[Device, int] | None:
+    """`max_memory` as accelerate spells it: bytes by a GPU's number, or "cpu". part: of them, for one model."""
     if config.max_memory is None:
         return None
-    return {int(key) if key.isdecimal() else key: size for key, size in config.max_memory.items()}
+    return {
+        int(key) if key.isdecimal() else key: int(convert_file_size_to_int(size) * part)
+        for key, size in config.max_memory.items()
+    }
 
 
 def spread_models(models: Mapping[str, nn.Module], config: SpreadConfig) -> None:

@@ -6,7 +6,7 @@ bitsandbytes makes of a weight when it arrives is a formula here.
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -55,6 +55,11 @@ def as_stored(skeleton: nn.Module, config: MemoryConfig, *, is_quantized: bool =
     if config.layerwise_casting is not None:
         cast_layers(model, config.layerwise_casting, dtype)
     return stored
+
+
+def stored_models(skeletons: Mapping[str, nn.Module], config: MemoryConfig) -> dict[str, nn.Module]:
+    """All of a stage's, by component name, each as config says of it."""
+    return {n: as_stored(model, config, is_quantized=config.quantizes(n)) for n, model in skeletons.items()}
 
 
 def stored_bytes(model: nn.Module) -> int:

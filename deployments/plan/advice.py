@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from cluster.inventory import Gpu
-from cluster.partition import plan_cuts
 from deployments.checkpoints.components import Stage
 from deployments.config import StageConfig, TransformerConfig
 from deployments.memory.limit import OVERHEAD_BYTES
@@ -40,6 +39,7 @@ def advise(
     found = [
         *_on_splitting(sizes, transformer, placement),
         *_on_shards(sizes, transformer, admitted.max_concurrent_requests),
+        *_on_turns(sizes, transformer),
         *_on_limits(sizes, admitted),
     ]
     for config in stages:
@@ -69,8 +69,8 @@ def advise(
 
 
 def whole_bytes(sizes: ModelSizes) -> int:
-    """What one GPU would need for one replica of all three stages, the denoiser as one shard."""
-    denoiser = sizes.head_bytes + sum(block.weights_bytes for block in sizes.blocks) + sizes.tail_bytes
+    """What one GPU would need for one replica of all three stages, the denoisers as one shard."""
+    denoiser = sum(of.weights_bytes for of in sizes.denoisers)
     working = max(rank.working_bytes for rank in sizes.denoise.ranks)
     others = [*sizes.encode.ranks, *sizes.decode.ranks]
     return sum(rank.weights_bytes + rank.working_bytes + OVERHEAD_BYTES for rank in others) + (
@@ -110,6 +110,17 @@ def _on_shards(sizes: ModelSizes, transformer: TransformerConfig, max_concurrent
         yield f"{num_shards} shards are kept full by {2 * num_shards} requests; at most {at_once} are let in"
 
 
+def _on_turns(sizes: ModelSizes, transformer: TransformerConfig) -> Iterator[str]:
+    """One denoiser comes, the other leaves, whenever a forward is another's than the one before."""
+    is_offloaded = transformer.offload is not None and transformer.offload.kind == "model"
+    if is_offloaded and len(sizes.denoisers) > 1 and transformer.max_ongoing_requests > 1:
+        names = " and ".join(of.name for of in sizes.denoisers)
+        yield (
+            f"offload: model has one of {names} on the GPU at a time, and requests that are not at the same "
+            "change them at every forward: transformer.max_ongoing_requests 1"
+        )
+
+
 def _on_limits(sizes: ModelSizes, admitted: Admitted) -> Iterator[str]:
     most = largest(sizes.sizes)
     if admitted.max_pixels > most.width * most.height:
@@ -142,9 +153,11 @@ def _on_fragments(demands: Mapping[Stage, Demand], placement: Placement) -> Iter
 def _on_cuts(sizes: ModelSizes, times: Times) -> Iterator[str]:
     """The engine balances bytes; where times are known, they balance better."""
     ranks = sizes.denoise.ranks
-    now_s = max(times.rank_s(*(rank.blocks or (0, 0))) for rank in ranks)
-    cuts = plan_cuts(times.blocks_s, len(ranks), tail_cost=times.tail_s)
-    best_s = max(times.rank_s(start, end) for start, end in pairwise(cuts))
+    cuts = times.plan_cuts(len(ranks))
+    if cuts is None:
+        return
+    now_s = max(times.rank_s(rank.blocks) for rank in ranks)
+    best_s = max(times.rank_s([blocks] * len(times.denoisers)) for blocks in pairwise(cuts))
     if now_s / best_s > WORTH_TELLING:
         gain = now_s / best_s - 1
         yield f"by the measured times, cuts: {list(cuts[1:-1])} make the slowest shard {gain:.0%} faster"

@@ -21,15 +21,15 @@ from deployments.checkpoints.json_file import read_json
 from deployments.checkpoints.source import fetch_configs
 from deployments.config import EncoderConfig, ModelConfig, StageConfig, TransformerConfig, VaeConfig
 from deployments.device import resolve_dtype
-from deployments.engine.blocks import BlockBytes, block_bytes, build_skeleton
+from deployments.engine.blocks import BlockBytes, block_bytes, build_skeleton, cuttable_names
 from deployments.engine.cut import Cut, CutReached
-from deployments.engine.load import Denoiser, cut_ranks, open_denoiser
+from deployments.engine.load import Denoisers, cut_ranks, open_denoisers
 from deployments.memory.resident import device_bytes
-from deployments.memory.stored import as_stored, dequantized_bytes, stored_bytes
+from deployments.memory.stored import as_stored, dequantized_bytes, stored_bytes, stored_models
 from deployments.memory.tiling import set_tiles
 from deployments.memory.working import META, on_meta, to_meta, working_bytes
-from deployments.plan.inputs import denoiser_inputs, merged_inputs
-from deployments.plan.sizes import BlockSizes, ComponentSizes, ModelSizes, RankSizes, StageSizes
+from deployments.plan.inputs import first_inputs, merged_inputs
+from deployments.plan.sizes import BlockSizes, ComponentSizes, DenoiserSizes, ModelSizes, RankSizes, StageSizes
 from deployments.request import MediaSize
 from deployments.stages.foresee import decode_inputs
 
@@ -42,7 +42,7 @@ _WEIGHTS = {"dtype", "quantization", "layerwise_casting", "tiling", "max_batch_s
 
 @dataclass(frozen=True)
 class Working:
-    """Of one forward of the whole denoiser; no shard takes more."""
+    """Of one forward of a whole denoiser; no shard takes more."""
 
     peak_bytes: int
     boundary_bytes: int
@@ -62,8 +62,8 @@ class Description:
         self._folder = folder
         self._index = read_json(folder / "model_index.json")
         self._encoder = cache(self._describe_encoder)
-        self._denoiser = cache(self._describe_denoiser)
-        self._working = cache(self._run_denoiser)
+        self._denoisers = cache(self._describe_denoisers)
+        self._working = cache(self._run_denoisers)
         self._vae = cache(self._describe_vae)
         self._skeletons = cache(self._build_skeletons)
 
@@ -76,17 +76,18 @@ class Description:
     ) -> ModelSizes:
         """Raises ValueError if a model cannot be cut or placed so."""
         num_text_tokens = encoder.max_sequence_length or self._family.max_sequence_length or 0
-        denoiser, stored, blocks, working = self._denoiser(_key(transformer), sizes, num_text_tokens)
+        stored, working = self._denoisers(_key(transformer), sizes, num_text_tokens)
+        blocks = {name: _block_bytes(model) for name, model in stored.items()}
         return ModelSizes(
             encode=_stage(encoder, *self._encoder(_key(encoder), num_text_tokens)),
-            denoise=StageSizes(
-                (_component(denoiser.name, stored),), _ranks(denoiser, transformer, stored, blocks, working)
-            ),
+            denoise=StageSizes(_components(stored), _ranks(transformer, stored, blocks, working)),
             decode=_stage(vae, *self._vae(_key(vae), sizes)),
-            blocks=tuple(map(BlockSizes, denoiser.block_names, blocks.blocks)),
-            head_bytes=blocks.head,
-            tail_bytes=blocks.tail,
-            is_unet=denoiser.name == "unet",
+            denoisers=tuple(
+                DenoiserSizes(
+                    name, tuple(map(BlockSizes, cuttable_names(stored[name]), of.blocks)), of.head, of.tail
+                )
+                for name, of in blocks.items()
+            ),
             batch_size=working.batch_size,
             sizes=sizes,
         )
@@ -96,8 +97,7 @@ class Description:
         config = EncoderConfig.model_validate_json(key)
         stored, peaks = {}, []
         for name, skeleton in self._skeletons("encode").items():
-            components = None if config.quantization is None else config.quantization.components
-            stored[name] = as_stored(skeleton, config, is_quantized=components is None or name in components)
+            stored[name] = as_stored(skeleton, config, is_quantized=config.quantizes(name))
             model = as_stored(skeleton, config, is_quantized=False).to(META)
             longest = getattr(skeleton.config, "max_position_embeddings", None) or num_text_tokens
             tokens = torch.empty(1, min(num_text_tokens or longest, longest), dtype=torch.long, device=META)
@@ -105,33 +105,39 @@ class Description:
             peaks.append(peak + dequantized_bytes(model, config))
         return stored, max(peaks)
 
-    def _describe_denoiser(
+    def _describe_denoisers(
         self, key: str, sizes: tuple[MediaSize, ...], num_text_tokens: int
-    ) -> tuple[Denoiser, nn.Module, BlockBytes, Working]:
+    ) -> tuple[Mapping[str, nn.Module], Working]:
+        """The denoisers as stored, and what the most expensive forward takes of any of them."""
         config = TransformerConfig.model_validate_json(key)
-        denoiser, model, working = self._working(
-            _key(config.model_copy(update={"quantization": None})), sizes, num_text_tokens
-        )
-        stored = as_stored(denoiser.skeleton, config)
-        blocks = block_bytes(stored) if denoiser.block_names else BlockBytes(stored_bytes(stored), (), 0)
-        peak_bytes = working.peak_bytes + dequantized_bytes(model, config)
-        return denoiser, stored, blocks, replace(working, peak_bytes=peak_bytes)
+        unquantized = _key(config.model_copy(update={"quantization": None}))
+        denoisers, found = self._working(unquantized, sizes, num_text_tokens)
+        peaks = [
+            replace(working, peak_bytes=working.peak_bytes + dequantized_bytes(model, config))
+            for model, working in found
+        ]
+        return stored_models(denoisers.skeletons, config), max(peaks, key=lambda working: working.peak_bytes)
 
-    def _run_denoiser(
+    def _run_denoisers(
         self, key: str, sizes: tuple[MediaSize, ...], num_text_tokens: int
-    ) -> tuple[Denoiser, nn.Module, Working]:
-        """The denoiser, its model on the meta device, not quantised, and what its most expensive size takes."""
+    ) -> tuple[Denoisers, list[tuple[nn.Module, Working]]]:
+        """For each size, each denoiser on the meta device, not quantised, and what its forward takes."""
         config = TransformerConfig.model_validate_json(key)
-        denoiser = open_denoiser(self._model, config)
-        model = as_stored(denoiser.skeleton, config, is_quantized=False).to(META)
+        denoisers = open_denoisers(self._model, config)
+        models = {
+            name: as_stored(skeleton, config, is_quantized=False).to(META)
+            for name, skeleton in denoisers.skeletons.items()
+        }
         found = []
         for size in sizes:
-            inputs = denoiser_inputs(denoiser, self._model, config, size, num_text_tokens=num_text_tokens)
-            merged, batch_size = merged_inputs(denoiser, config, inputs)
-            run = partial(model, **to_meta(merged), return_dict=False)
-            boundary_bytes = _boundary_bytes(denoiser.block_names, model, run)
-            found.append(Working(working_bytes(model, run), boundary_bytes, batch_size))
-        return denoiser, model, max(found, key=lambda working: working.peak_bytes)
+            inputs = first_inputs(denoisers, self._model, config, size, num_text_tokens=num_text_tokens)
+            for name, own in inputs.items():
+                model = models[name]
+                merged, batch_size = merged_inputs(model, config, own)
+                run = partial(model, **to_meta(merged), return_dict=False)
+                boundary_bytes = _boundary_bytes(cuttable_names(model), model, run)
+                found.append((model, Working(working_bytes(model, run), boundary_bytes, batch_size)))
+        return denoisers, found
 
     def _describe_vae(self, key: str, sizes: tuple[MediaSize, ...]) -> tuple[dict[str, nn.Module], int]:
         config = VaeConfig.model_validate_json(key)
@@ -166,30 +172,47 @@ class Description:
 
 
 def _ranks(
-    denoiser: Denoiser, config: TransformerConfig, stored: nn.Module, blocks: BlockBytes, working: Working
+    config: TransformerConfig,
+    stored: Mapping[str, nn.Module],
+    blocks: Mapping[str, BlockBytes],
+    working: Working,
 ) -> tuple[RankSizes, ...]:
     takes_turns = config.on_demand is not None
     if config.num_ranks == 1:
-        whole = 0, len(blocks.blocks)
-        held, on_device = stored_bytes(stored), device_bytes({"": stored}, config)
+        whole = tuple((0, len(of.blocks)) for of in blocks.values())
+        held, on_device = sum(map(stored_bytes, stored.values())), device_bytes(stored, config)
         return (RankSizes(held, on_device, working.peak_bytes, whole, takes_turns),)
     peak = working.peak_bytes + BUFFERED_BOUNDARIES * working.boundary_bytes
     ranks = []
-    for start, end in cut_ranks(blocks, config):
-        on_device = weights = blocks.of_shard(start, end)
+    for ranges in zip(*(cut_ranks(of, config) for of in blocks.values()), strict=True):
+        on_device = weights = sum(of.of_shard(*own) for of, own in zip(blocks.values(), ranges, strict=True))
         if config.offload is not None or config.vram_limit_gib is not None:
-            shard = copy.deepcopy(stored)
-            Cut(denoiser.block_names, start, end).stub_foreign(shard)
-            on_device = device_bytes({"": shard}, config)
-        ranks.append(RankSizes(weights, on_device, peak, (start, end), takes_turns))
+            shards = {name: _cut(stored[name], *own) for name, own in zip(stored, ranges, strict=True)}
+            on_device = device_bytes(shards, config)
+        ranks.append(RankSizes(weights, on_device, peak, ranges, takes_turns))
     return tuple(ranks)
 
 
+def _cut(stored: nn.Module, start: int, end: int) -> nn.Module:
+    shard = copy.deepcopy(stored)
+    Cut(cuttable_names(stored), start, end).stub_foreign(shard)
+    return shard
+
+
+def _block_bytes(stored: nn.Module) -> BlockBytes:
+    """All of a model that cannot be cut is its head."""
+    return block_bytes(stored) if cuttable_names(stored) else BlockBytes(stored_bytes(stored), (), 0)
+
+
 def _stage(config: StageConfig, stored: Mapping[str, nn.Module], peak_bytes: int) -> StageSizes:
-    components = tuple(_component(name, model) for name, model in stored.items())
+    components = _components(stored)
     held = sum(component.weights_bytes for component in components)
     rank = RankSizes(held, device_bytes(stored, config), peak_bytes, takes_turns=config.on_demand is not None)
     return StageSizes(components, (rank,))
+
+
+def _components(stored: Mapping[str, nn.Module]) -> tuple[ComponentSizes, ...]:
+    return tuple(_component(name, model) for name, model in stored.items())
 
 
 def _component(name: str, stored: nn.Module) -> ComponentSizes:

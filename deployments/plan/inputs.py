@@ -1,66 +1,67 @@
 """What the models of a checkpoint are called with for a picture of some size: tensors on the meta device."""
 
-from typing import NoReturn
+from contextlib import suppress
+from typing import Any
 
 import torch
+from torch import nn
 
+from deployments.checkpoints.components import weightless
 from deployments.config import ModelConfig, TransformerConfig
-from deployments.engine.load import Denoiser
-from deployments.engine.merge import RULES, Inputs, Merger, num_tokens
-from deployments.engine.stand_in import StandIn
+from deployments.engine.load import Denoisers
+from deployments.engine.merge import RULES, Inputs, Merger, num_tokens, patch_size
+from deployments.engine.stand_in import stand_ins
 from deployments.request import MediaSize
 from deployments.stages.blank import BlankTexts
 from deployments.stages.call import PipelineCall
 from deployments.stages.pictures import blank_pictures
 from deployments.stages.pipeline import load_pipeline
+from deployments.stages.stub import Reached, reach
+from deployments.stages.zeros import Zeros
 from deployments.warm_up import default_request
 
 
-class _Called(Exception):
-    """The pipeline has called its denoiser."""
-
-    def __init__(self, inputs: Inputs) -> None:
-        super().__init__(inputs)
-        self.inputs = inputs
-
-
-def denoiser_inputs(
-    denoiser: Denoiser,
+def first_inputs(
+    denoisers: Denoisers,
     model: ModelConfig,
     config: TransformerConfig,
     size: MediaSize,
     *,
     num_text_tokens: int,
-) -> Inputs:
-    """Of the first forward of a request by the defaults: diffusers' own pipeline is run until it asks for it."""
+) -> dict[str, Inputs]:
+    """Of each denoiser's first forward in a request by the defaults, by component name: diffusers' own pipeline is
+    run until it has asked for all, and answered with zeros meanwhile. One that it does not ask is not there."""
+    zeros, found = Zeros(denoisers.skeletons), dict[str, Inputs]()
 
-    def submit(inputs: Inputs) -> NoReturn:
-        raise _Called(inputs)
+    def submit(component: str, inputs: Inputs) -> Any:
+        found.setdefault(component, inputs)
+        if len(found) == len(denoisers.skeletons):
+            reach()
+        return zeros(component, inputs)
 
-    pipe = load_pipeline(denoiser.folder, denoiser.index, frozenset({"scheduler"}), config, variant=None)
-    call = PipelineCall(pipe, model.architecture.call)
-    cpu = torch.device("cpu")
-    stand_in = StandIn(denoiser.skeleton, dtype=denoiser.dtype, device=cpu, submit=submit)
-    blank = BlankTexts(denoiser.folder, denoiser.index, denoiser.dtype).on(cpu)
-    request = default_request(model, size)
-    try:
-        call.denoise(
+    pipe = load_pipeline(denoisers.folder, denoisers.index, weightless(denoisers.index), config, variant=None)
+    cpu, request = torch.device("cpu"), default_request(model, size)
+    models = stand_ins(denoisers.skeletons, dtype=denoisers.dtype, device=cpu, submit=submit)
+    blank = BlankTexts(denoisers.folder, denoisers.index, denoisers.dtype).on(cpu)
+    with suppress(Reached):
+        PipelineCall(pipe, model.architecture.call).denoise(
             request,
-            {denoiser.name: stand_in, **blank},
+            {**models, **blank},
             pictures=blank_pictures(request),
             max_sequence_length=num_text_tokens or None,
         )
-    except _Called as called:
-        return called.inputs
-    raise AssertionError(f"{call} never called its denoiser")
+    return found
 
 
-def merged_inputs(denoiser: Denoiser, config: TransformerConfig, inputs: Inputs) -> tuple[Inputs, int]:
-    """As many forwards of these inputs as the step queue would merge into one, and how many those are."""
-    class_name = denoiser.model_class.__name__
+def merged_inputs(model: nn.Module, config: TransformerConfig, inputs: Inputs) -> tuple[Inputs, int]:
+    """As many forwards of these inputs as the step queue would merge into one, and how many those are.
+
+    model: the denoiser, or its skeleton.
+    """
+    class_name = type(model).__name__
     batch_size = config.max_batch_size if class_name in RULES else 1
     if config.max_batch_tokens is not None:
-        tokens = num_tokens(inputs, denoiser.config.get("patch_size", 1))
+        tokens = num_tokens(inputs, patch_size(model))
         batch_size = min(batch_size, config.max_batch_tokens // tokens)
     batch_size = max(1, batch_size)
     return Merger(class_name).merge([inputs] * batch_size), batch_size

@@ -11,9 +11,9 @@ from torch import nn
 
 from cluster import accelerator
 from deployments.config import ModelConfig, StageConfig
-from deployments.engine.blocks import block_names, tail_names
+from deployments.engine.blocks import cuttable_names, tail_names
 from deployments.plan.plan import StageConfigs
-from deployments.plan.profile import Times
+from deployments.plan.profile import DenoiserTimes, Times
 from deployments.request import MediaSize
 from deployments.stages import load_stage
 from deployments.warm_up import default_request
@@ -27,7 +27,7 @@ def measure(
 ) -> Mapping[str, Times]:
     """By `str(size)`. Each size is drawn twice in `num_steps` steps, and the second time counts.
 
-    The denoiser is loaded whole, however config cuts it: it must fit here, if need be by `vram_limit_gib`.
+    The denoisers are loaded whole, however config cuts them: they must fit here, if need be by `vram_limit_gib`.
     """
     loaded = _Loaded(model, stages)
     try:
@@ -48,14 +48,16 @@ class _Loaded:
         # Else weights that come during a call would be taken for its tensors.
         self._holds_still = not any(config.moves_weights for config in stages.by_stage().values())
         self.denoising.connect(None, _raise)
-        self._stopwatch = _Stopwatch(self.denoising.loaded.shard.model)
+        shards = self.denoising.loaded.shards
+        self._stopwatches = {name: _Stopwatch(shard.model) for name, shard in shards.items()}
 
     def draw(self, size: MediaSize, num_steps: int) -> Times:
         """One picture, and how long every part of it took."""
         request = default_request(self._model, size, num_steps)
         usual = default_request(self._model, size).num_inference_steps
-        watch, working = self._stopwatch, dict[str, int]()
-        watch.clear()
+        working = dict[str, int]()
+        for watch in self._stopwatches.values():
+            watch.clear()
         encodings, encode_s = _timed("encode", working, partial(self._encoding.encode, request))
         seat = self.denoising.join()
         try:
@@ -64,14 +66,9 @@ class _Loaded:
         finally:
             self.denoising.leave(seat)
         _, decode_s = _timed("decode", working, partial(self._decoding.decode, arguments, request))
-        blocks_s = tuple(watch.median_s(name) for name in watch.blocks)
-        tail_s = sum(watch.median_s(name) for name in watch.tail)
         return Times(
             encode_s=encode_s,
-            head_s=max(0.0, watch.median_s(_FORWARD) - sum(blocks_s) - tail_s),
-            blocks_s=blocks_s,
-            tail_s=tail_s,
-            num_forwards=round(watch.num_forwards * usual / num_steps),
+            denoisers={name: watch.times(usual / num_steps) for name, watch in self._stopwatches.items()},
             decode_s=decode_s,
             working_bytes=working if working and self._holds_still else None,
         )
@@ -81,26 +78,25 @@ class _Stopwatch:
     """Times of a denoiser's forwards and of its parts in each."""
 
     def __init__(self, model: nn.Module) -> None:
-        try:
-            self.blocks = block_names(model)
-        except ValueError:
-            self.blocks = ()
-        self.tail = tail_names(model)
+        self._blocks, self._tail = cuttable_names(model), tail_names(model)
         self._seconds: dict[str, list[float]] = defaultdict(list)
         self._started: dict[str, float] = {}
-        for name in (*self.blocks, *self.tail):
+        for name in (*self._blocks, *self._tail):
             self._watch(name, model.get_submodule(name))
         self._watch(_FORWARD, model)
 
-    @property
-    def num_forwards(self) -> int:
-        return len(self._seconds[_FORWARD])
-
-    def median_s(self, name: str) -> float:
-        return statistics.median(self._seconds[name]) if self._seconds[name] else 0.0
+    def times(self, times_more: float) -> DenoiserTimes:
+        """Since the last `clear`. times_more: forwards of a picture, over those that were made."""
+        blocks_s = tuple(self._median_s(name) for name in self._blocks)
+        tail_s = sum(self._median_s(name) for name in self._tail)
+        head_s = max(0.0, self._median_s(_FORWARD) - sum(blocks_s) - tail_s)
+        return DenoiserTimes(head_s, blocks_s, tail_s, round(len(self._seconds[_FORWARD]) * times_more))
 
     def clear(self) -> None:
         self._seconds.clear()
+
+    def _median_s(self, name: str) -> float:
+        return statistics.median(self._seconds[name]) if self._seconds[name] else 0.0
 
     def _watch(self, name: str, module: nn.Module) -> None:
         module.register_forward_pre_hook(lambda *_: self._start(name))

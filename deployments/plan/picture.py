@@ -59,8 +59,9 @@ def _column(plan: Plan, gpu: Gpu, x: int, scale: float) -> Iterator[str]:
 
 
 def _label(process: Process) -> str:
-    blocks = process.sizes.blocks
-    return str(process) + ("" if blocks is None else f": {blocks[0]}-{blocks[1] - 1}")
+    blocks = process.sizes.blocks or ()
+    ranges = dict.fromkeys(f"{start}-{end - 1}" for start, end in blocks)
+    return str(process) + (f": {', '.join(ranges)}" if ranges else "")
 
 
 def _legend(process: Process, gpu: Gpu) -> str:

@@ -9,7 +9,6 @@ from dataclasses import replace
 from itertools import product
 
 from cluster.inventory import Gpu
-from cluster.partition import plan_cuts
 from deployments.config import EncoderConfig, TransformerConfig, VaeConfig
 from deployments.memory.config import QuantizationConfig, TilingConfig
 from deployments.memory.limit import OVERHEAD_BYTES
@@ -34,7 +33,7 @@ def propose(sizes_of: SizesOf, gpus: tuple[Gpu, ...], times: Times | None = None
     """Raises DoesNotFit."""
     memory = min(gpu.memory_bytes for gpu in gpus)
     sizes = sizes_of(_stages())
-    most = 1 if sizes.is_unet or not sizes.blocks else min(len(gpus), len(sizes.blocks))
+    most = 1 if sizes.is_unet or not sizes.num_blocks else min(len(gpus), sizes.num_blocks)
     stages = _stages()
     for quantization, is_streamed, shards in product(QUANTIZATIONS, (False, True), range(1, most + 1)):
         for tiling in TILINGS:
@@ -104,7 +103,7 @@ def _filled(stages: StageConfigs, sizes_of: SizesOf, gpus: tuple[Gpu, ...], memo
 
 def _most_shards(stages: StageConfigs, sizes_of: SizesOf, num_gpus: int) -> int:
     sizes = sizes_of(stages)
-    return 1 if sizes.is_unet or not sizes.blocks else min(num_gpus, len(sizes.blocks))
+    return 1 if sizes.is_unet or not sizes.num_blocks else min(num_gpus, sizes.num_blocks)
 
 
 def _balanced(stages: StageConfigs, sizes_of: SizesOf, times: Times | None) -> StageConfigs:
@@ -112,8 +111,10 @@ def _balanced(stages: StageConfigs, sizes_of: SizesOf, times: Times | None) -> S
     shards = stages.transformer.shards
     if times is None or shards == 1:
         return stages
-    cuts = plan_cuts(times.blocks_s, shards, tail_cost=times.tail_s)[1:-1]
-    cut = replace(stages, transformer=stages.transformer.model_copy(update={"cuts": cuts}))
+    cuts = times.plan_cuts(shards)
+    if cuts is None:
+        return stages
+    cut = replace(stages, transformer=stages.transformer.model_copy(update={"cuts": cuts[1:-1]}))
     heaviest = max(rank.need_bytes for rank in sizes_of(cut).denoise.ranks)
     return cut if heaviest <= max(rank.need_bytes for rank in sizes_of(stages).denoise.ranks) else stages
 

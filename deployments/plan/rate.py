@@ -40,5 +40,5 @@ def bound_rate(placement: Placement, times: Times) -> Rate:
 def _seconds(process: Process, times: Times) -> float:
     """Of one picture on this process."""
     if process.stage == "denoise":
-        return times.rank_s(*(process.sizes.blocks or (0, len(times.blocks_s))))
+        return times.rank_s(process.sizes.blocks)
     return times.encode_s if process.stage == "encode" else times.decode_s

@@ -12,7 +12,7 @@ from deployments.config import StageConfig
 from deployments.memory.limit import OVERHEAD_BYTES
 from deployments.plan.place import GIB, Process
 from deployments.plan.plan import Plan
-from deployments.plan.sizes import STAGES, largest
+from deployments.plan.sizes import STAGES, ModelSizes, largest
 
 
 def print_plan(plan: Plan, console: Console) -> None:
@@ -20,7 +20,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     asked = ", ".join(map(str, plan.sizes.sizes))
     console.print(f"[bold]{plan.name}[/bold] at {asked}", highlight=False)
     console.print(_components(plan))
-    console.print(_blocks(plan), highlight=False)
+    for line in _blocks(plan):
+        console.print(line, highlight=False)
     console.print(_processes(plan))
     if plan.placement.gpus:
         console.print(_gpus(plan))
@@ -47,10 +48,15 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
             for stage in STAGES
             for part in sizes.stage(stage).components
         },
-        "blocks_bytes": {block.name: block.weights_bytes for block in sizes.blocks},
-        "head_bytes": sizes.head_bytes,
-        "tail_bytes": sizes.tail_bytes,
-        "processes": [_process_as_json(process) for process in plan.placement.processes],
+        "denoisers": {
+            of.name: {
+                "blocks_bytes": {block.name: block.weights_bytes for block in of.blocks},
+                "head_bytes": of.head_bytes,
+                "tail_bytes": of.tail_bytes,
+            }
+            for of in sizes.denoisers
+        },
+        "processes": [_process_as_json(process, sizes) for process in plan.placement.processes],
         "gpus": [
             {
                 "node": gpu.node,
@@ -69,12 +75,13 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _process_as_json(process: Process) -> dict[str, Any]:
+def _process_as_json(process: Process, sizes: ModelSizes) -> dict[str, Any]:
+    blocks, names = process.sizes.blocks, [of.name for of in sizes.denoisers]
     return {
         "stage": process.stage,
         "replica": process.replica,
         "rank": process.rank,
-        "blocks": process.sizes.blocks,
+        "blocks": None if blocks is None else dict(zip(names, blocks, strict=True)),
         "num_gpus": process.num_gpus,
         "gpus": [(gpu.node, gpu.index) for gpu in process.gpus],
         "weights_bytes": process.sizes.weights_bytes,
@@ -109,18 +116,20 @@ def _settings(config: StageConfig) -> str:
     return ", ".join(found)
 
 
-def _blocks(plan: Plan) -> str:
-    """`19 x transformer_blocks 0.61`: runs of equal blocks."""
-    sizes = plan.sizes
-    if not sizes.blocks:
-        return "the denoiser cannot be cut into shards"
-    runs = []
-    for (name, num_bytes), run in groupby(
-        sizes.blocks, key=lambda block: (block.name.rpartition(".")[0] or block.name, block.weights_bytes)
-    ):
-        runs.append(f"{len(list(run))} x {name} {_in_gib(num_bytes)}")
-    head, tail = _in_gib(sizes.head_bytes), _in_gib(sizes.tail_bytes)
-    return f"blocks: {', '.join(runs)} GiB; {head} more on every rank, {tail} on the last"
+def _blocks(plan: Plan) -> Iterator[str]:
+    """`blocks of transformer: 19 x transformer_blocks 0.61`: runs of equal blocks."""
+    for of in plan.sizes.denoisers:
+        if not of.blocks:
+            yield f"{of.name} cannot be cut into shards"
+            continue
+        runs = [
+            f"{len(list(run))} x {name} {_in_gib(num_bytes)}"
+            for (name, num_bytes), run in groupby(
+                of.blocks, key=lambda block: (block.name.rpartition(".")[0] or block.name, block.weights_bytes)
+            )
+        ]
+        head, tail = _in_gib(of.head_bytes), _in_gib(of.tail_bytes)
+        yield f"blocks of {of.name}: {', '.join(runs)} GiB; {head} more on every rank, {tail} on the last"
 
 
 def _processes(plan: Plan) -> Table:
@@ -129,7 +138,7 @@ def _processes(plan: Plan) -> Table:
         sizes = process.sizes
         table.add_row(
             str(process),
-            "" if sizes.blocks is None or not plan.sizes.blocks else "{}:{}".format(*sizes.blocks),
+            ", ".join(dict.fromkeys(f"{start}:{end}" for start, end in sizes.blocks or () if end)),
             _in_gib(sizes.weights_bytes),
             _in_gib(sizes.device_bytes),
             _in_gib(sizes.working_bytes),

@@ -32,8 +32,8 @@ class RankSizes:
     """How much of that is on its device at once, at most."""
     working_bytes: int
     """The most that one call of the asked sizes has in tensors besides weights."""
-    blocks: tuple[int, int] | None = None
-    """The denoiser's: its range of blocks."""
+    blocks: tuple[tuple[int, int], ...] | None = None
+    """Of the denoise stage: its range of blocks of each denoiser, in the order of `ModelSizes.denoisers`."""
     takes_turns: bool = False
     """`on_demand`: its weights and tensors are on the device only when those of the others that do so are not."""
 
@@ -56,10 +56,27 @@ class StageSizes:
 
 @dataclass(frozen=True)
 class BlockSizes:
-    """One block of the denoiser, or what is outside of all blocks."""
+    """One block of a denoiser."""
 
     name: str
     weights_bytes: int
+
+
+@dataclass(frozen=True)
+class DenoiserSizes:
+    """One denoiser, by who holds what of it."""
+
+    name: str
+    blocks: tuple[BlockSizes, ...]
+    """In forward order; none where the model cannot be cut."""
+    head_bytes: int
+    """On every rank."""
+    tail_bytes: int
+    """On the last rank."""
+
+    @property
+    def weights_bytes(self) -> int:
+        return self.head_bytes + sum(block.weights_bytes for block in self.blocks) + self.tail_bytes
 
 
 @dataclass(frozen=True)
@@ -69,17 +86,21 @@ class ModelSizes:
     encode: StageSizes
     denoise: StageSizes
     decode: StageSizes
-    blocks: tuple[BlockSizes, ...]
-    """In forward order; none where the model cannot be cut."""
-    head_bytes: int
-    """Of the denoiser, on every rank."""
-    tail_bytes: int
-    """Of the denoiser, on the last rank."""
-    is_unet: bool
+    denoisers: tuple[DenoiserSizes, ...]
+    """In the order of the checkpoint's index."""
     batch_size: int
     """Forwards merged into one in `working_bytes`."""
     sizes: tuple[MediaSize, ...]
     """What was asked for."""
+
+    @property
+    def num_blocks(self) -> int:
+        """Of the denoiser that has the fewest: there can be as many shards. 0 where one cannot be cut."""
+        return min(len(denoiser.blocks) for denoiser in self.denoisers)
+
+    @property
+    def is_unet(self) -> bool:
+        return any(denoiser.name == "unet" for denoiser in self.denoisers)
 
     def with_working(self, measured: Mapping[str, int]) -> "ModelSizes":
         """With measured working memory, by stage, instead of what the meta device told."""

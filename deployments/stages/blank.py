@@ -53,16 +53,29 @@ class BlankTexts:
 class BlankTokenizer:
     """Every text is as long as the call lets it be."""
 
+    pad_token_id = 0
+
     def __init__(self, folder: Path) -> None:
         file = folder / "tokenizer_config.json"
         config = read_json(file) if file.is_file() else {}
         self.model_max_length: int = config.get("model_max_length", _CLIP_TOKENS)
 
-    def __call__(self, text: str | list[str], *_: Any, max_length: int | None = None, **__: Any) -> "BlankTokens":
-        """[len(text), max_length] token ids, all zero, and a mask without padding."""
+    def __call__(
+        self,
+        text: str | list[str],
+        *_: Any,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+        **__: Any,
+    ) -> "BlankTokens":
+        """[len(text), max_length] token ids, all zero, and a mask without padding; lists, or tensors if asked."""
         num_texts = 1 if isinstance(text, str) else len(text)
         ids = torch.zeros(num_texts, max_length or LEAST_TOKENS, dtype=torch.long)
-        return BlankTokens(input_ids=ids, attention_mask=torch.ones_like(ids))
+        if return_tensors is not None:
+            return BlankTokens(input_ids=ids, attention_mask=torch.ones_like(ids))
+        lists = [ids.tolist(), torch.ones_like(ids).tolist()]
+        values = [each[0] for each in lists] if isinstance(text, str) else lists
+        return BlankTokens(input_ids=values[0], attention_mask=values[1])
 
     def tokenize(self, _text: str) -> list[str]:
         """For pipelines that look for the tokens of textual inversions."""
@@ -72,8 +85,17 @@ class BlankTokenizer:
         """For pipelines that warn of what they cut off."""
         return [""] * len(ids)
 
-    def apply_chat_template(self, *_: Any, **__: Any) -> str:
-        return ""
+    def apply_chat_template(
+        self, _messages: Any, *_: Any, tokenize: bool = True, max_length: int | None = None, **__: Any
+    ) -> "BlankTokens | str":
+        return self([""], max_length=max_length, return_tensors="pt") if tokenize else ""
+
+    def pad(self, tokens: Any, *_: Any, max_length: int | None = None, **__: Any) -> "BlankTokens":
+        return self([""] * len(tokens["input_ids"]), max_length=max_length, return_tensors="pt")
+
+    def encode(self, _text: str, **_: Any) -> list[int]:
+        """For pipelines that count the tokens of their own words."""
+        return [0] * LEAST_TOKENS
 
 
 class BlankProcessor:
@@ -98,16 +120,19 @@ class BlankProcessor:
         return ""
 
 
-class BlankTokens(dict[str, torch.Tensor]):
+class BlankTokens(dict[str, Any]):
     """As transformers' BatchEncoding."""
 
-    def __getattr__(self, name: str) -> torch.Tensor:
+    def __getattr__(self, name: str) -> Any:
         if name not in self:
             raise AttributeError(name)
         return self[name]
 
-    def to(self, device: torch.device) -> "BlankTokens":
-        return BlankTokens({name: value.to(device) for name, value in self.items()})
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "BlankTokens":
+        """dtype: of what are numbers."""
+        return BlankTokens(
+            {name: value.to(device, dtype if value.is_floating_point() else None) for name, value in self.items()}
+        )
 
 
 class BlankTextEncoder(nn.Module):
@@ -134,6 +159,9 @@ class BlankImageEncoder(nn.Module):
     def __init__(self, config: Any, *, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
         self.config, self.device, self.dtype = config, device, dtype
+        self.none = nn.Parameter(
+            torch.empty(0, dtype=dtype, device=device)
+        )  # for pipelines that ask it for its dtype
 
     def forward(self, pixel_values: torch.Tensor, **_: Any) -> "BlankOutput":
         vision = getattr(self.config, "vision_config", self.config)
@@ -151,5 +179,6 @@ class BlankOutput:
     def __init__(self, values: Mapping[str, Any]) -> None:
         self.__dict__.update(values)
 
-    def __getitem__(self, place: int) -> Any:
-        return list(self.__dict__.values())[place]
+    def __getitem__(self, place: int | str) -> Any:
+        values = self.__dict__
+        return values[place] if isinstance(place, str) else list(values.values())[place]

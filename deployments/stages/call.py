@@ -60,8 +60,8 @@ class PipelineCalls:
 class PipelineCall:
     """One pipeline's call, with stubs for the models that this stage lacks. Thread-safe.
 
-    Every request has a shallow copy of the pipeline, and a scheduler of its own (schedulers keep their state in
-    themselves). So every scheduler and guidance mode of diffusers works, and the result is the pipeline's.
+    Every request has a shallow copy of the pipeline, and a scheduler and guiders of its own (they keep their state
+    in themselves). So every scheduler and guidance mode of diffusers works, and the result is the pipeline's.
     """
 
     def __init__(self, pipe: Any, call: Call, place: Callable[[Any], Any] = lambda value: value) -> None:
@@ -69,6 +69,7 @@ class PipelineCall:
         self._pipe, self._place = pipe, place
         self.kind, self._takes_several = call.kind, call.max_images > 1
         encoders = {name for name in pipe.components if name.startswith("text_encoder")} | {"image_encoder"}
+        self._stateful = [name for name in pipe.components if name == "scheduler" or name.endswith("guider")]
         pipeline_class: Any = type(pipe)
         self._methods = encoding_methods(pipeline_class, frozenset(encoders))
 
@@ -158,7 +159,7 @@ class PipelineCall:
         """encode: in place of the VAE's."""
         pipe = copy.copy(self._pipe)
         # Not by setattr, which would write each into the pipeline's config.
-        vars(pipe)["scheduler"] = copy.deepcopy(self._pipe.scheduler)
+        vars(pipe).update({name: copy.deepcopy(getattr(self._pipe, name)) for name in self._stateful})
         if self.kind != "generate":
             vars(pipe)["vae"] = EncodingVae(self._pipe.vae, encode)
         return pipe
@@ -222,7 +223,7 @@ def call_arguments(
         "negative_prompt": request.prompt.negative_text,
         "height": request.height,
         "width": request.width,
-        "num_frames": request.num_frames,
+        **dict.fromkeys(("num_frames", "frames", "video_length"), request.num_frames),
         "num_inference_steps": request.num_inference_steps,
         "guidance_scale": request.guidance_scale,
         "true_cfg_scale": request.true_cfg_scale,
@@ -234,6 +235,9 @@ def call_arguments(
         # For pipelines that would choose another size near the one that is asked for (FLUX.1-Kontext).
         "max_area": request.width and request.width * request.height,
         "_auto_resize": False,
+        # Language models that rewrite prompts draw from the process's generator.
+        "enable_prompt_rewrite": False,
+        "use_pe": False,
         "use_resolution_binning": False,
     }
     parameters = _parameters(pipeline_class)

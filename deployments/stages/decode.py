@@ -23,6 +23,7 @@ from deployments.request import (
     GenerationRequest,
     InputPictures,
     MediaSize,
+    Posterior,
     Posteriors,
     num_bytes,
 )
@@ -34,8 +35,8 @@ from deployments.stages.media import MEDIA_TYPES, Frames, encode_media
 from deployments.stages.pictures import open_pictures
 from deployments.stages.pipeline import load_pipeline, loaded_models
 from deployments.stages.posterior import given, kept
-from deployments.stages.tensors import to_cpu, to_device
-from deployments.warm_up import WarmUp
+from deployments.stages.tensors import laid, to_device
+from deployments.warm_up import WarmUp, tried_size
 
 log = logging.getLogger("ray.serve")
 
@@ -80,10 +81,8 @@ class Decoding:
 
     @torch.no_grad()
     def _try(self) -> None:
-        """Blank latents of the smallest size; of a video's two frames, for the first is like no other. Raises
-        CannotServe."""
-        of = self._geometry
-        size = MediaSize(of.size_multiple, of.size_multiple, of.frame_stride + 1 if of.num_frames > 1 else 1)
+        """Blank latents of a small size. Raises CannotServe."""
+        size = tried_size(self._geometry)
         try:
             with self.keeper.at_work():
                 self._pixels(self._blank(size), size)
@@ -113,17 +112,17 @@ class Decoding:
     def prepare(self, encodings: Encodings, request: GenerationRequest, pictures: InputPictures) -> Posteriors:
         """What the VAE makes of the pictures that go in, on the CPU. Raises NotFinite, WrongField, OutOfShare."""
         opened = open_pictures(pictures)
-        made: list[tuple[str, Any]] = []
+        made: list[Posterior] = []
         failed: list[Exception] = []
 
         def encode(pixels: torch.Tensor, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
             try:
-                kind, tensor = self._encode(pixels, args, kwargs)
+                posterior = self._encode(pixels, args, kwargs)
             except Exception as error:
                 failed.append(error)
                 raise
-            made.append((kind, tensor))
-            return given(kind, tensor, return_dict=return_dict)
+            made.append(posterior)
+            return given(posterior, pixels.device, return_dict=return_dict)
 
         call = self._calls.of(request)
         try:
@@ -138,15 +137,14 @@ class Decoding:
             self.keeper.release()
         return tuple(made)
 
-    def _encode(self, pixels: torch.Tensor, args: Any, kwargs: Any) -> tuple[str, torch.Tensor]:
+    def _encode(self, pixels: torch.Tensor, args: Any, kwargs: Any) -> Posterior:
         """`vae.encode` of pictures, unless they were seen lately."""
         key = call_key("encode", (pixels, *args), kwargs)
-        made: tuple[str, torch.Tensor] | None = self.cache.get(key)
+        made: Posterior | None = self.cache.get(key)
         if made is None:
             self.num_encoded += 1
             args, kwargs = to_device((args, kwargs), self._device, self._dtype)
-            output = self._pipe.vae.encode(pixels.to(self._device, self._dtype), *args, **kwargs)
-            made = to_cpu(kept(output))
+            made = kept(self._pipe.vae.encode(pixels.to(self._device, self._dtype), *args, **kwargs))
             self.finite.check(made[1], self._explain_encoded)
             self.cache.put(key, made, num_bytes(made))
         return made
@@ -177,6 +175,7 @@ class Decoding:
     def _pixels(self, arguments: DecodeArguments, size: MediaSize) -> torch.Tensor:
         """[F, C, H, W], on the device."""
         args, kwargs = to_device((arguments.args, dict(arguments.kwargs)), self._device, self._dtype)
+        args = (laid(args[0], arguments.is_channels_last), *args[1:])
         pixels: torch.Tensor = self._pipe.vae.decode(*args, **kwargs, return_dict=False)[0]
         frames = pixels[0].transpose(0, 1) if pixels.ndim == 5 else pixels
         self._check_size(frames, size)

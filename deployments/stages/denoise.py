@@ -15,15 +15,16 @@ from cluster.object_store_transport import open_mailboxes
 from cluster.open_transport import open_transport
 from cluster.place import Place, Rendezvous, plan_backend
 from cluster.transport import open_store
+from deployments.checkpoints.components import weightless
 from deployments.checkpoints.geometry import read_geometry, with_geometry
 from deployments.config import ModelConfig, TransformerConfig
 from deployments.device import resolve_dtype
 from deployments.engine.blocks import shape_only_inputs
 from deployments.engine.engine import Engine
-from deployments.engine.load import load_rank, open_denoiser
-from deployments.engine.merge import Inputs, Merger, takes_any_length
+from deployments.engine.load import load_rank, open_denoisers
+from deployments.engine.merge import build_mergers, patch_size, takes_any_length
 from deployments.engine.outline import Outliner
-from deployments.engine.stand_in import StandIn
+from deployments.engine.stand_in import Submit, stand_ins
 from deployments.engine.step_queue import Seat
 from deployments.engine.work import Leader
 from deployments.refusal import CannotServe, WrongField, describe_cause
@@ -38,7 +39,7 @@ from deployments.stages.partial import PartialLatents
 from deployments.stages.pictures import blank_pictures, open_pictures
 from deployments.stages.pipeline import load_pipeline
 from deployments.stages.posterior import Encode, replay
-from deployments.stages.tensors import each_tensor, to_cpu, to_device
+from deployments.stages.tensors import each_tensor, lies_channels_last, to_cpu, to_device
 from deployments.stages.trial import Trial
 from deployments.stages.zeros import Zeros
 from deployments.stats import TransformerStats
@@ -54,36 +55,36 @@ PIPELINE_ERRORS = (ArithmeticError, AssertionError, LookupError, RuntimeError, V
 
 
 class Denoising:
-    """The checkpoint's scheduler and rank 0's shard of its denoiser. Thread-safe once connected."""
+    """The checkpoint's scheduler and rank 0's shards of its denoisers. Thread-safe once connected."""
 
     def __init__(self, model: ModelConfig, config: TransformerConfig) -> None:
         torch.set_num_threads(config.num_threads)
         model = with_geometry(model)
         self._family, self._config = model.architecture, config
-        self._denoiser = open_denoiser(model, config)
+        self._denoisers = open_denoisers(model, config)
         self._check_geometry(model)
-        folder, index = self._denoiser.folder, self._denoiser.index
-        pipe = load_pipeline(folder, index, frozenset({"scheduler"}), config, variant=model.variant)
+        folder, index = self._denoisers.folder, self._denoisers.index
+        pipe = load_pipeline(folder, index, weightless(index), config, variant=model.variant)
         pipe.vae.dtype = resolve_dtype(model.vae_dtype or config.dtype)
         # Not once for the whole request: many a pipeline joins what it gets, and has no more need of it.
-        place = partial(to_device, device=self._denoiser.device, dtype=self._denoiser.dtype)
+        place = partial(to_device, device=self._denoisers.device, dtype=self._denoisers.dtype)
         self._calls = PipelineCalls(pipe, self._family.calls, place)
-        self._zeros = Zeros(self._denoiser.skeleton)
-        self._blank = BlankTexts(folder, index, self._denoiser.dtype)
-        self._trial = Trial(self._calls, pipe, self._blank, model, self._denoiser)
+        self._zeros = Zeros(self._denoisers.skeletons)
+        self._blank = BlankTexts(folder, index, self._denoisers.dtype)
+        self._trial = Trial(self._calls, pipe, self._blank, model, self._denoisers)
         self._draws_noise = self._trial.start()
         self.finite = FiniteCheck()
-        self.loaded = load_rank(self._denoiser, model, config, rank=0)
+        self.loaded = load_rank(self._denoisers, model, config, rank=0)
         # Who waits for a copy of its own does not wait for the forward of another that is under way.
-        self._stream = accelerator.open_stream(self._denoiser.device, priority=-1)
+        self._stream = accelerator.open_stream(self._denoisers.device, priority=-1)
         self._store: TCPStore | None = None
 
     def _check_geometry(self, model: ModelConfig) -> None:
         """Requests were judged where the app was built, perhaps without this checkpoint. Raises CannotServe."""
-        found = read_geometry(self._denoiser.folder, self._family)
+        found = read_geometry(self._denoisers.folder, self._family)
         if found != model.geometry:
             raise CannotServe(
-                f"the app was built for sizes that {self._denoiser.folder} does not make: {model.geometry}; its "
+                f"the app was built for sizes that {self._denoisers.folder} does not make: {model.geometry}; its "
                 f"configs say {found}. Build it where model_index.json and every config.json can be read"
             )
 
@@ -93,27 +94,27 @@ class Denoising:
         if self._config.transport == "object_store":
             return Rendezvous(num_ranks, "object_store", mailboxes=open_mailboxes(num_ranks))
         self._store = open_store(host, num_ranks)
-        backend = plan_backend(places) if accelerator.has_nccl(self._denoiser.device) else "gloo"
+        backend = plan_backend(places) if accelerator.has_nccl(self._denoisers.device) else "gloo"
         return Rendezvous(num_ranks, backend, host, self._store.port)
 
     def connect(self, rendezvous: Rendezvous | None, on_lost: Callable[[BaseException], None]) -> None:
         """Meet the other ranks, if there are any, and begin to work. on_lost: the group is no more."""
-        transport, device = None, self._denoiser.device
+        transport, device, skeletons = None, self._denoisers.device, self._denoisers.skeletons
         if rendezvous is not None:
             transport = open_transport(0, rendezvous, device=device, store=self._store)
-        merger = Merger(self._denoiser.model_class.__name__)
-        outliner = Outliner(shape_only_inputs(self._denoiser.skeleton))
+        mergers = build_mergers(skeletons)
+        shape_only = {name: shape_only_inputs(skeleton) for name, skeleton in skeletons.items()}
         needs = self.loaded.keeper.needs
         is_limited = needs.is_limited
         self.engine = Engine(
-            Leader(self.loaded, merger, outliner, self.loaded.keeper.release),
-            merger,
+            Leader(self.loaded, mergers, Outliner(), shape_only, self.loaded.keeper.release),
+            mergers,
             self._config,
             device=device,
             transport=transport,
-            patch_size=self._denoiser.config.get("patch_size", 1),
+            patch_sizes={name: patch_size(skeleton) for name, skeleton in skeletons.items()},
             needs=needs if is_limited else None,
-            foresee=ForwardForesight(self._denoiser, self._config) if is_limited else None,
+            foresee=ForwardForesight(self._denoisers, self._config) if is_limited else None,
             on_lost=on_lost,
         )
 
@@ -121,9 +122,10 @@ class Denoising:
         """Blank texts through all ranks, for every size. Once connected."""
         longest = warm_up.max_sequence_length or self._family.max_sequence_length
         lengths = [longest]
-        if longest is not None and takes_any_length(self._denoiser.model_class.__name__):
+        classes = {type(skeleton).__name__ for skeleton in self._denoisers.skeletons.values()}
+        if longest is not None and any(map(takes_any_length, classes)):
             lengths.append(max(2, longest // 2))  # then torch compiles for any
-        for request in warm_up.requests:
+        for request in map(self._trial.with_all_asked, warm_up.requests):
             for length in lengths:
                 seat = self.join()
                 try:
@@ -147,7 +149,7 @@ class Denoising:
     def stats(self) -> TransformerStats:
         """With rank 0 alone; the other ranks tell of themselves."""
         ring = self.engine.stats()
-        rank_0 = rank_stats(0, self._denoiser, self.loaded, ring)
+        rank_0 = rank_stats(0, self._denoisers, self.loaded, ring)
         return TransformerStats(self.engine.queue.stats(), (rank_0,), ring.occupied_s or 0.0)
 
     def close(self) -> None:
@@ -178,11 +180,11 @@ class Denoising:
         Raises Cancelled, WrongField, NotFinite, OutOfShare, or what the engine does.
         """
         with self.loaded.keeper.naming(), accelerator.on_stream(self._stream):
-            components = self._stand_in(partial(self.engine.forward, seat))
+            components = self._stand_ins(partial(self.engine.forward, seat))
             opened = open_pictures(pictures)
             encode: Encode | None = None
             if encodings is None:
-                components |= self._blank.on(self._denoiser.device)
+                components |= self._blank.on(self._denoisers.device)
                 opened = blank_pictures(request)
             elif opened:
                 encode = self._replay(posteriors)
@@ -194,7 +196,7 @@ class Denoising:
                     encodings,
                     encode=encode,
                     pictures=opened,
-                    draws=Draws(request.seed, self._denoiser.device) if self._draws_noise else None,
+                    draws=Draws(request.seed, self._denoisers.device) if self._draws_noise else None,
                     after_step=self._after_step(
                         request, encodings, posteriors, opened, on_step, num_partial_images, on_partial
                     ),
@@ -204,6 +206,8 @@ class Denoising:
                 field = self._trial.find_fault(request, opened)
                 if field is None:
                     raise
+                if field == "image" and pictures is not None:
+                    field = pictures.field
                 message = f"{call} does not take this {field}: {describe_cause(error)}"
                 raise WrongField(message, field) from error
             for tensor in each_tensor((arguments.args, arguments.kwargs)):
@@ -227,7 +231,7 @@ class Denoising:
             assert encodings is not None
             arguments = self._calls.of(request).finish(
                 request,
-                self._stand_in(self._zeros),
+                self._stand_ins(self._zeros),
                 encodings,
                 latents,
                 encode=self._replay(posteriors),
@@ -245,14 +249,13 @@ class Denoising:
         return after_step
 
     def _replay(self, posteriors: Posteriors) -> Encode:
-        """In the dtype of the VAE: the pipeline's own code casts what it draws from them."""
-        return replay(posteriors, lambda tensor: tensor.to(self._denoiser.device))
+        """The pipeline's own code casts what it draws from them."""
+        return replay(posteriors, self._denoisers.device)
 
-    def _stand_in(self, submit: Callable[[Inputs], Any]) -> dict[str, Any]:
-        """For the pipeline's denoiser."""
-        denoiser = self._denoiser
-        stand_in = StandIn(denoiser.skeleton, dtype=denoiser.dtype, device=denoiser.device, submit=submit)
-        return {denoiser.name: stand_in}
+    def _stand_ins(self, submit: Submit) -> dict[str, Any]:
+        """For the pipeline's denoisers."""
+        of = self._denoisers
+        return dict(stand_ins(of.skeletons, dtype=of.dtype, device=of.device, submit=submit))
 
     def _explain(self, request: GenerationRequest) -> str:
         """Why latents are no numbers."""
@@ -263,7 +266,7 @@ class Denoising:
                 f"{what}, whatever the model predicts: its scheduler divides by zero. Ask for more "
                 "num_inference_steps, or check prediction_type and rescale_betas_zero_snr in its config"
             )
-        return f"{what}: {dtype_advice('transformer.dtype', self._denoiser.dtype)}"
+        return f"{what}: {dtype_advice('transformer.dtype', self._denoisers.dtype)}"
 
 
 def _num_done(scheduler: Any, index: int, num_inference_steps: int) -> int:
@@ -274,4 +277,5 @@ def _num_done(scheduler: Any, index: int, num_inference_steps: int) -> int:
 
 
 def _to_cpu(arguments: DecodeArguments) -> DecodeArguments:
-    return DecodeArguments(to_cpu(arguments.args), to_cpu(arguments.kwargs))
+    is_channels_last = lies_channels_last(arguments.latents)
+    return DecodeArguments(to_cpu(arguments.args), to_cpu(arguments.kwargs), is_channels_last)

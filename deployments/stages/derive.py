@@ -14,15 +14,15 @@ from typing import Any
 import diffusers
 import torch
 
-from deployments.checkpoints.components import ModelIndex, component_names, is_denoiser, read_index
+from deployments.checkpoints.components import read_index, weightless
 from deployments.config import TransformerConfig
-from deployments.engine.blocks import build_skeleton
-from deployments.engine.stand_in import StandIn
-from deployments.families import Geometry
+from deployments.engine.load import build_skeletons
+from deployments.engine.stand_in import stand_ins
+from deployments.families import Call, Geometry
 from deployments.families.calls import REQUIRED, find_calls
 from deployments.request import DecodeArguments, GenerationRequest, MediaSize, Prompt
 from deployments.stages.blank import LEAST_TOKENS, BlankTexts
-from deployments.stages.call import PipelineCall
+from deployments.stages.call import PipelineCalls
 from deployments.stages.pictures import blank_pictures
 from deployments.stages.pipeline import load_pipeline
 from deployments.stages.zeros import Zeros, decoded_shape
@@ -48,36 +48,38 @@ class Derived:
         self._class: Any = getattr(diffusers, self._index["_class_name"], None)
         if self._class is None:
             raise ValueError(f"diffusers {diffusers.__version__} has no such pipeline")
-        self._kind = next(iter(find_calls(self._index["_class_name"]).values()))
-        self.denoiser = self._find_denoiser(self._index)
+        self._kinds = find_calls(self._index["_class_name"])
+        self._kind = next(iter(self._kinds.values()))
         self._check_parameters()
-        model_class = getattr(diffusers, self._index[self.denoiser][1])
-        self._skeleton = build_skeleton(model_class, folder, self.denoiser)
+        self._skeletons = build_skeletons(folder, self._index)
+        if not self._skeletons:
+            raise ValueError("it has no model between its text encoders and its VAE that diffusers knows")
         config = TransformerConfig()
-        self._pipe = load_pipeline(folder, self._index, frozenset({"scheduler"}), config, variant=None)
-        self._call, self._zeros = PipelineCall(self._pipe, self._kind), Zeros(self._skeleton)
+        self._pipe = load_pipeline(folder, self._index, weightless(self._index), config, variant=None)
+        self._zeros = Zeros(self._skeletons)
         self._blank = BlankTexts(folder, self._index, torch.float32)
 
     def describe(self) -> dict[str, Any]:
         """A Family's own fields, and the checkpoint's geometry."""
+        geometry = self.geometry()
         return {
-            "denoiser": self.denoiser,
+            "kinds": [kind for kind, call in self._kinds.items() if self._draws(call, geometry)],
             "reads_vae_buffers": self._has_vae_buffers,
-            "geometry": asdict(self.geometry()),
+            "geometry": asdict(geometry),
         }
 
     def geometry(self) -> Geometry:
         """Found by calls that compute nothing: of the size by default, and of small ones."""
         for multiple in MULTIPLES:
             asked = MediaSize(WIDTH * multiple, HEIGHT * multiple, NUM_FRAMES if self._is_video else 1)
-            latents = self._decoded(asked)
+            latents = self._decoded(self._kind, asked)
             if latents is not None and self._made(latents) == asked:
                 break
         else:
             raise ValueError("it chooses another size than it is asked for")
         _, channels, *num_latent, _, width = latents.latents.shape
         pixels = asked.width // width
-        usual = self._decoded(None)
+        usual = self._decoded(self._kind, None)
         if usual is None:
             raise ValueError("it makes nothing of a request that says no size")
         return Geometry(
@@ -90,6 +92,14 @@ class Derived:
             frame_stride=(NUM_FRAMES - 1) // (num_latent[0] - 1) if self._is_video else 1,
         )
 
+    def _draws(self, call: Call, geometry: Geometry) -> bool:
+        """Whether this kind of call runs over the checkpoint's components, and makes the size that is asked."""
+        multiple = geometry.size_multiple
+        num_frames = geometry.frame_stride + 1 if call.media == "video" else 1
+        asked = MediaSize(WIDTH * multiple, HEIGHT * multiple, num_frames)
+        latents = self._decoded(call, asked)
+        return latents is not None and self._made(latents) == asked
+
     @property
     def _has_vae_buffers(self) -> bool:
         vae = self._pipe.vae.skeleton
@@ -99,14 +109,15 @@ class Derived:
     def _is_video(self) -> bool:
         return self._kind.media == "video"
 
-    def _decoded(self, size: MediaSize | None) -> DecodeArguments | None:
+    def _decoded(self, call: Call, size: MediaSize | None) -> DecodeArguments | None:
         """What is decoded for a size, or for none that is said; None: the pipeline refuses."""
-        stand_in = StandIn(self._skeleton, dtype=torch.float32, device=CPU, submit=self._zeros)
-        components = {self.denoiser: stand_in, **self._blank.on(CPU)}
-        limit, request = self._kind.max_sequence_length, self._request(size)
+        denoisers = stand_ins(self._skeletons, dtype=torch.float32, device=CPU, submit=self._zeros)
+        components = {**denoisers, **self._blank.on(CPU)}
+        limit, request = call.max_sequence_length, self._request(call, size)
         pictures = blank_pictures(replace(request, width=PICTURE, height=PICTURE) if size is None else request)
         try:
-            return self._call.denoise(
+            calls = PipelineCalls(self._pipe, {self._kind.kind: self._kind, call.kind: call})
+            return calls.of(request).denoise(
                 request, components, pictures=pictures, max_sequence_length=limit and min(limit, LEAST_TOKENS)
             )
         except Exception:  # pipelines raise what they like of a size that they do not take
@@ -120,32 +131,23 @@ class Derived:
             return None
         return MediaSize(made[-1], made[-2], made[2] if len(made) == 5 and self._is_video else 1)
 
-    def _request(self, size: MediaSize | None) -> GenerationRequest:
-        defaults = self._kind.defaults
+    def _request(self, call: Call, size: MediaSize | None) -> GenerationRequest:
+        defaults = call.defaults
         return GenerationRequest(
             Prompt("", None, is_guided=False),
             width=size.width if size else None,  # type: ignore[arg-type]
             height=size.height if size else None,  # type: ignore[arg-type]
             num_frames=size.num_frames if size else None,  # type: ignore[arg-type]
-            num_inference_steps=NUM_STEPS,
+            num_inference_steps=min(NUM_STEPS, defaults.num_inference_steps),
             guidance_scale=defaults.guidance_scale,
             true_cfg_scale=defaults.true_cfg_scale,
             seed=0,
             output_format="png",
             output_compression=100,
             fps=defaults.fps,
-            kind=self._kind.kind,
+            kind=call.kind,
             strength=defaults.strength and 1.0,
         )
-
-    def _find_denoiser(self, index: ModelIndex) -> str:
-        names = sorted(name for name in component_names(index) if is_denoiser(name, index))
-        if len(names) != 1:
-            raise ValueError(
-                f"it has {len(names)} models between its text encoders and its VAE ({', '.join(names)}), and one "
-                "is served"
-            )
-        return names[0]
 
     def _check_parameters(self) -> None:
         parameters = self._kind.parameters

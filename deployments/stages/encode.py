@@ -17,7 +17,7 @@ from deployments.memory.on_demand import turn_to_load
 from deployments.memory.share import take_share
 from deployments.memory.spread import spread_models
 from deployments.refusal import CannotServe, NotFinite, describe_cause
-from deployments.request import Encodings, GenerationRequest, InputPictures, MediaSize, num_bytes
+from deployments.request import Encodings, GenerationRequest, InputPictures, num_bytes
 from deployments.stages.blank import LEAST_TOKENS
 from deployments.stages.call import Method, Pictures, PipelineCalls
 from deployments.stages.call_key import call_key
@@ -25,7 +25,7 @@ from deployments.stages.finite import FiniteCheck, dtype_advice
 from deployments.stages.pictures import blank_pictures, open_pictures
 from deployments.stages.pipeline import load_pipeline, loaded_models
 from deployments.stages.tensors import each_tensor, map_tensors, to_cpu
-from deployments.warm_up import WarmUp, default_request
+from deployments.warm_up import WarmUp, default_request, tried_size
 
 log = logging.getLogger("ray.serve")
 
@@ -66,8 +66,7 @@ class TextEncoding:
 
     def _try(self, model: ModelConfig, missing: Sequence[str]) -> None:
         """Raises CannotServe where no text could be encoded."""
-        side, limit = model.geometry.size_multiple, self._max_sequence_length
-        request = default_request(model, MediaSize(side, side))
+        request, limit = default_request(model, tried_size(model.geometry)), self._max_sequence_length
         try:
             limit = limit and min(limit, LEAST_TOKENS)
             self._encode(request, blank_pictures(request), EmbeddingCache(0), limit)

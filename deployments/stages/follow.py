@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -9,8 +10,9 @@ from cluster.open_transport import open_transport
 from cluster.place import Rendezvous
 from cluster.ring import Ring, RingStats
 from deployments.config import ModelConfig, TransformerConfig
-from deployments.engine.load import Denoiser, LoadedRank, load_rank, open_denoiser
-from deployments.engine.merge import Merger
+from deployments.engine.blocks import cuttable_names
+from deployments.engine.load import Denoisers, LoadedRank, load_rank, open_denoisers
+from deployments.engine.merge import build_mergers
 from deployments.engine.outline import Holder
 from deployments.engine.work import Follower
 from deployments.stats import RankStats
@@ -22,14 +24,14 @@ class Following:
     def __init__(self, model: ModelConfig, config: TransformerConfig, rank: int) -> None:
         torch.set_num_threads(config.num_threads)
         self._rank = rank
-        self._denoiser = open_denoiser(model, config)
-        self._loaded = load_rank(self._denoiser, model, config, rank)
+        self._denoisers = open_denoisers(model, config)
+        self._loaded = load_rank(self._denoisers, model, config, rank)
 
     def connect(self, rendezvous: Rendezvous, on_lost: Callable[[BaseException], None]) -> None:
         """Meet the other ranks and begin to work. on_lost: the group is no more."""
-        device = self._denoiser.device
-        merger = Merger(self._denoiser.model_class.__name__)
-        follower = Follower(self._loaded, merger, Holder(device), self._loaded.keeper.release)
+        device = self._denoisers.device
+        mergers = build_mergers(self._denoisers.skeletons)
+        follower = Follower(self._loaded, mergers, Holder(device), self._loaded.keeper.release)
         self._ring = Ring(
             follower.run,
             rank=self._rank,
@@ -40,19 +42,28 @@ class Following:
         self._ring.start()
 
     def stats(self) -> RankStats:
-        return rank_stats(self._rank, self._denoiser, self._loaded, self._ring.stats())
+        return rank_stats(self._rank, self._denoisers, self._loaded, self._ring.stats())
 
 
-def rank_stats(rank: int, denoiser: Denoiser, loaded: LoadedRank, ring: RingStats) -> RankStats:
+def rank_stats(rank: int, denoisers: Denoisers, loaded: LoadedRank, ring: RingStats) -> RankStats:
     """What this process's rank holds and has done."""
-    is_spread = loaded.keeper.has_device_map  # what is quantised has a map that nobody asked for
-    device_map = getattr(loaded.shard.model, "hf_device_map", None) if is_spread else None
+    device_map = None
+    if loaded.keeper.has_device_map:  # what is quantised has a map that nobody asked for
+        models: dict[str, Any] = {component: shard.model for component, shard in loaded.shards.items()}
+        device_map = {
+            f"{component}.{name}".removesuffix("."): str(device)
+            for component, model in models.items()
+            for name, device in model.hf_device_map.items()
+        }
     return RankStats(
         rank=rank,
         pid=os.getpid(),
-        blocks=loaded.shard.blocks or (0, len(denoiser.block_names)),
+        blocks={
+            name: loaded.shards[name].blocks or (0, len(cuttable_names(skeleton)))
+            for name, skeleton in denoisers.skeletons.items()
+        },
         memory=loaded.keeper.stats(),
-        device_map=None if device_map is None else {name: str(device) for name, device in device_map.items()},
+        device_map=device_map,
         num_micro_batches=ring.num_computed,
         compute_s=ring.busy_s,
         bytes_sent=ring.bytes_sent,

@@ -12,12 +12,12 @@ from torch import nn
 from deployments.config import TransformerConfig, VaeConfig
 from deployments.device import resolve_dtype
 from deployments.engine.blocks import block_bytes, build_skeleton
-from deployments.engine.load import Denoiser, cut_ranks
+from deployments.engine.load import Denoisers, cut_ranks
 from deployments.engine.merge import Inputs
 from deployments.families import Geometry
 from deployments.memory.config import MemoryConfig
 from deployments.memory.resident import device_bytes
-from deployments.memory.stored import as_stored, dequantized_bytes
+from deployments.memory.stored import as_stored, dequantized_bytes, stored_models
 from deployments.memory.tiling import set_tiles
 from deployments.memory.working import META, to_meta, working_bytes
 from deployments.request import MediaSize
@@ -26,26 +26,29 @@ log = logging.getLogger("ray.serve")
 
 
 class ForwardForesight:
-    """Of the denoiser's forwards, on whichever rank holds most."""
+    """Of the denoisers' forwards, on whichever rank holds most."""
 
-    def __init__(self, denoiser: Denoiser, config: TransformerConfig) -> None:
-        self._denoiser, self._config = denoiser, config
-        self._model = cache(partial(_model, denoiser.skeleton, config))
+    def __init__(self, denoisers: Denoisers, config: TransformerConfig) -> None:
+        self._skeletons, self._config = denoisers.skeletons, config
+        self._model = cache(lambda component: _model(self._skeletons[component], config))
         self._weights = cache(self._weights_bytes)
 
-    def __call__(self, inputs: Inputs) -> tuple[int, int]:
-        """(bytes of weights on the device, bytes of tensors in one forward of these inputs)"""
-        model = self._model()
+    def __call__(self, component: str, inputs: Inputs) -> tuple[int, int]:
+        """(bytes of all denoisers' weights on the device, bytes of tensors in one forward of these inputs)"""
+        model = self._model(component)
         run = partial(model, **to_meta(inputs), return_dict=False)
         return self._weights() + dequantized_bytes(model, self._config), _working(model, run)
 
     def _weights_bytes(self) -> int:
-        stored = as_stored(self._denoiser.skeleton, self._config)
-        on_device = device_bytes({"": stored}, self._config)
+        stored = stored_models(self._skeletons, self._config)
+        on_device = device_bytes(stored, self._config)
         if self._config.num_ranks == 1:
             return on_device
-        blocks = block_bytes(stored)
-        return min(on_device, max(blocks.of_shard(*rank) for rank in cut_ranks(blocks, self._config)))
+        shards = [
+            [blocks.of_shard(*rank) for rank in cut_ranks(blocks, self._config)]
+            for blocks in map(block_bytes, stored.values())
+        ]
+        return min(on_device, max(map(sum, zip(*shards, strict=True))))
 
 
 class DecodeForesight:

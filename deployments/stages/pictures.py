@@ -13,6 +13,8 @@ from deployments.request import GenerationRequest, InputPictures
 FORMATS = ("PNG", "JPEG", "WEBP")
 core.set_block_size(64 * 2**20)
 """Of Pillow's buffers. Freed blocks of up to 32 MiB, as it has them, glibc keeps, and for each thread its own."""
+LEAST_SIDE = 64
+"""Pixels of a picture that goes in; FLUX.2 takes no smaller one."""
 _SIXTEEN_BITS = 257
 """A level of 16 bits to one of 8."""
 
@@ -37,7 +39,7 @@ def blank_pictures(request: GenerationRequest) -> dict[str, Any]:
     """Grey ones of the size that is asked for, for a call that is tried; none for a kind that takes none."""
     if request.kind == "generate":
         return {}
-    size = (request.width, request.height)
+    size = (max(LEAST_SIDE, request.width), max(LEAST_SIDE, request.height))
     opened: dict[str, Any] = {"image": [Image.new("RGB", size, "grey")]}
     if request.kind == "inpaint":
         opened["mask_image"] = Image.new("L", size, "white")
@@ -47,13 +49,17 @@ def blank_pictures(request: GenerationRequest) -> dict[str, Any]:
 def picture_arguments(
     pictures: Mapping[str, Any], request: GenerationRequest, parameters: frozenset[str], *, takes_several: bool
 ) -> dict[str, Any]:
-    """Of the pipeline's call. One that takes no size draws in the picture's own, which is made the request's."""
+    """Of the pipeline's call.
+
+    A picture that is drawn anew is made as large as what is asked for, by the filter of diffusers'
+    VaeImageProcessor: some pipelines take its size for the request's. One that is only looked at keeps its own.
+    """
     values: dict[str, Any] = dict(pictures)
-    if "height" not in parameters:
+    if "strength" in parameters and request.width is not None:
         size = (request.width, request.height)
-        values["image"] = [_resized(image, size, Image.Resampling.LANCZOS) for image in values["image"]]
+        values["image"] = [_resized(image, size) for image in values["image"]]
         if "mask_image" in values:
-            values["mask_image"] = _resized(values["mask_image"], size, Image.Resampling.NEAREST)
+            values["mask_image"] = _resized(values["mask_image"], size)
     if not takes_several:
         [values["image"]] = values["image"]
     return values
@@ -92,8 +98,8 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return image
 
 
-def _resized(image: Image.Image, size: tuple[int, int], how: Image.Resampling) -> Image.Image:
-    return image if image.size == size else image.resize(size, how)
+def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
 
 
 def _in_words(image: Image.Image) -> str:

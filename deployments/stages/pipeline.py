@@ -16,9 +16,10 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from deployments.checkpoints.components import ModelIndex, component_names, left_out
+from deployments.checkpoints.processors import is_processor, load_processor
 from deployments.checkpoints.weights import find_variants
 from deployments.config import StageConfig
-from deployments.device import resolve_dtype
+from deployments.device import resolve_device, resolve_dtype
 from deployments.engine.blocks import build_skeleton
 from deployments.engine.shard import check_complete
 from deployments.memory.quantize import plan_stage_quantization
@@ -41,7 +42,7 @@ def load_pipeline(
     known = dict(_known_models(folder, index, frozenset(absent)))
     if "requires_safety_checker" in index:
         absent["requires_safety_checker"] = False
-    names = sorted(name for name in keep if name.startswith(("text_encoder", "vae")))
+    names = sorted(name for name in keep if name.startswith(("text_encoder", "image_encoder", "vae")))
     quantized: dict[str, Any] = {}
     if config.quantization is not None and names:
         quantized = plan_stage_quantization(config.quantization, config.dtype, index, names)
@@ -49,12 +50,13 @@ def load_pipeline(
         name: _load_model(folder / name, index[name], resolve_dtype(config.dtype), variant, quantized.get(name))
         for name in names
     }
+    processors = {n: load_processor(folder / n, index[n][1]) for n in sorted(keep) if is_processor(index[n])}
     # DiffusionPipeline's own takes Wan's optional transformer for a setting, and would load it in every stage.
     pipeline_class = getattr(diffusers, index["_class_name"], diffusers.DiffusionPipeline)
-    pipe = pipeline_class.from_pretrained(folder, **absent | known | models, local_files_only=True)
+    pipe = pipeline_class.from_pretrained(folder, **absent | known | models | processors, local_files_only=True)
     for name, face in known.items():
         build = partial(build_skeleton, type(face), folder, name)
-        setattr(pipe, name, ModelStub(face, build, resolve_dtype(config.dtype)))
+        setattr(pipe, name, ModelStub(face, build, resolve_dtype(config.dtype), resolve_device(config)))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -123,4 +125,4 @@ def _build_face(model_class: Any, folder: Path, subfolder: str) -> nn.Module:
 
 def loaded_models(pipe: Any) -> dict[str, nn.Module]:
     """The pipeline's models by component name."""
-    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    return {name: part for name, part in pipe.components.items() if issubclass(type(part), nn.Module)}

@@ -14,8 +14,10 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution, Enco
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 
 from deployments.memory.working import META
-from deployments.request import Posteriors
+from deployments.request import Posterior, Posteriors
+from deployments.stages.tensors import laid, lies_channels_last, map_tensors
 
+CPU = torch.device("cpu")
 Encode = Callable[..., Any]
 """As `vae.encode`."""
 
@@ -26,6 +28,10 @@ class EncodingVae:
     def __init__(self, vae: Any, encode: Encode) -> None:
         self._vae, self.encode = vae, encode
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        return self._vae.__class__
+
     def to(self, *_: Any, **__: Any) -> "EncodingVae":
         return self
 
@@ -35,35 +41,35 @@ class EncodingVae:
         return getattr(self._vae, name)
 
 
-def kept(output: Any) -> tuple[str, torch.Tensor]:
+def kept(output: Any, device: torch.device = CPU) -> Posterior:
     """Of what `vae.encode` returned, as a tuple or not, what there is to know."""
     output = output[0] if isinstance(output, tuple) else output
     output = getattr(output, "latent_dist", output)
     if isinstance(output, DiagonalGaussianDistribution):
-        return "parameters", output.parameters
-    for name in ("latent", "latents"):
-        if hasattr(output, name):
-            return "latent", getattr(output, name)
-    return "latent", output
+        tensor = output.parameters
+        return "parameters", tensor.to(device).contiguous(), lies_channels_last(tensor)
+    tensor = next((getattr(output, name) for name in ("latent", "latents") if hasattr(output, name)), output)
+    return "latent", tensor.to(device).contiguous(), lies_channels_last(tensor)
 
 
-def given(kind: str, tensor: torch.Tensor, *, return_dict: bool = True) -> Any:
-    """What `vae.encode` returned."""
+def given(posterior: Posterior, device: torch.device, *, return_dict: bool = True) -> Any:
+    """What `vae.encode` returned, there."""
+    kind, tensor, is_channels_last = posterior
+    tensor = laid(tensor.to(device), is_channels_last)
     if kind == "parameters":
         distribution = DiagonalGaussianDistribution(tensor)
         return AutoencoderKLOutput(latent_dist=distribution) if return_dict else (distribution,)
     return EncoderOutput(latent=tensor) if return_dict else (tensor,)
 
 
-def replay(posteriors: Posteriors, place: Callable[[torch.Tensor], torch.Tensor]) -> Encode:
-    """Answers with these, one call after another. place: puts each where the caller computes."""
+def replay(posteriors: Posteriors, device: torch.device) -> Encode:
+    """Answers with these, one call after another, on that device."""
     left = deque(posteriors)
 
     def encode(*_: Any, return_dict: bool = True, **__: Any) -> Any:
         if not left:
             raise RuntimeError("the pipeline encodes more pictures than the decode stage has prepared")
-        kind, tensor = left.popleft()
-        return given(kind, place(tensor), return_dict=return_dict)
+        return given(left.popleft(), device, return_dict=return_dict)
 
     return encode
 
@@ -74,8 +80,8 @@ def blank(vae: Any) -> Encode:
     def encode(pixels: torch.Tensor, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
         model = copy.deepcopy(vae.skeleton).to(META)
         with torch.no_grad():
-            kind, made = kept(model.encode(pixels.to(META, torch.float32), *args, **kwargs))
-        zeros = torch.zeros(made.shape, dtype=pixels.dtype, device=pixels.device)
-        return given(kind, zeros, return_dict=return_dict)
+            output = model.encode(pixels.to(META, torch.float32), *args, **kwargs)
+        zeros = map_tensors(lambda made: torch.zeros(made.shape, dtype=pixels.dtype), kept(output, META))
+        return given(zeros, pixels.device, return_dict=return_dict)
 
     return encode

@@ -27,20 +27,24 @@ def reach(*args: Any, **kwargs: Any) -> NoReturn:
 
 
 class ModelStub:
-    """Its forward and its decode end the call.
+    """Its forward and its decode end the call. To pipelines that ask `isinstance` it is of the model's class."""
 
-    No `nn.Module`, for pipelines take their device from those that they have.
-    """
-
-    def __init__(self, face: nn.Module, build: Callable[[], nn.Module], dtype: torch.dtype) -> None:
+    def __init__(
+        self, face: nn.Module, build: Callable[[], nn.Module], dtype: torch.dtype, device: torch.device
+    ) -> None:
         """
         Args:
             face: of the model's class, with its config, perhaps without modules.
             build: the model on the meta device, for pipelines that look into it (SDXL's `unet.add_embedding`).
             dtype: what the other stage has it in, as far as this pipeline is to know.
+            device: where this stage computes, for pipelines take their own from the first model that they have.
         """
         self._face, self._build = face, build
-        self.dtype, self.device = dtype, torch.device("cpu")
+        self.dtype, self.device = dtype, device
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type[nn.Module]:  # type: ignore[override]
+        return type(self._face)
 
     @cached_property
     def skeleton(self) -> nn.Module:

@@ -29,6 +29,18 @@ def each_tensor(value: Any) -> Iterator[torch.Tensor]:
             yield from each_tensor(entry)
 
 
+def lies_channels_last(tensor: torch.Tensor) -> bool:
+    """As pictures do, and what convolutions make of them; they round otherwise than where channels come first."""
+    return (
+        tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def laid(tensor: torch.Tensor, is_channels_last: bool) -> torch.Tensor:
+    """As it lay before it was sent, which makes it contiguous."""
+    return tensor.contiguous(memory_format=torch.channels_last) if is_channels_last else tensor
+
+
 def to_cpu(value: Any) -> Any:
     """For another process."""
     return map_tensors(lambda tensor: tensor.cpu().contiguous(), value)

@@ -2,7 +2,6 @@
 
 import copy
 import logging
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -10,12 +9,13 @@ from typing import Any
 import torch
 
 from deployments.config import ModelConfig
-from deployments.engine.load import Denoiser
+from deployments.engine.blocks import cuttable_names
+from deployments.engine.load import Denoisers
 from deployments.engine.merge import Inputs
-from deployments.engine.stand_in import StandIn
+from deployments.engine.stand_in import Submit, stand_ins
 from deployments.memory.working import META
 from deployments.refusal import CannotServe, describe_cause
-from deployments.request import DecodeArguments, GenerationRequest, MediaSize
+from deployments.request import DecodeArguments, GenerationRequest
 from deployments.stages.blank import LEAST_TOKENS, BlankTexts
 from deployments.stages.call import NO_PICTURES, Pictures, PipelineCall, PipelineCalls
 from deployments.stages.draws import Draws
@@ -23,61 +23,72 @@ from deployments.stages.pictures import blank_pictures
 from deployments.stages.stub import Reached, reach
 from deployments.stages.tensors import each_tensor
 from deployments.stages.zeros import Zeros, decoded_shape, without_values
-from deployments.warm_up import default_request
+from deployments.warm_up import default_request, tried_size
 
 log = logging.getLogger("ray.serve")
 
 FEW_STEPS = 4
 """What distilled models take: their schedulers may not know as many as a family's default."""
+NOT_ON_META = ("meta", "unsupported scalarType")
+"""Of what torch says where a model does what the meta device does not."""
 CPU = torch.device("cpu")
+log = logging.getLogger("ray.serve")
 
 
 class Trial:
     """Of one checkpoint's pipeline and scheduler. Takes milliseconds: nothing is computed."""
 
     def __init__(
-        self, calls: PipelineCalls, pipe: Any, blank: BlankTexts, model: ModelConfig, denoiser: Denoiser
+        self, calls: PipelineCalls, pipe: Any, blank: BlankTexts, model: ModelConfig, denoisers: Denoisers
     ) -> None:
         """pipe: the checkpoint's own, whose VAE is a stub."""
-        self._calls, self._pipe, self._blank, self._model, self._denoiser = calls, pipe, blank, model, denoiser
-        self._zeros = Zeros(denoiser.skeleton)
-        side = model.geometry.size_multiple
-        self._usual = default_request(model, MediaSize(side, side))
+        self._calls, self._pipe, self._blank, self._model, self._denoisers = calls, pipe, blank, model, denoisers
+        self._zeros = Zeros(denoisers.skeletons)
+        self._usual = default_request(model, tried_size(model.geometry))
 
     def start(self) -> bool:
-        """A request by the defaults, of the smallest size. Returns whether the scheduler draws noise by itself.
+        """A request by the defaults, of a small size. Returns whether the scheduler draws noise by itself.
 
         Raises CannotServe.
         """
-        draws = Draws(self._usual.seed, CPU)
+        draws, checked = Draws(self._usual.seed, CPU), set[str]()
         try:
-            arguments = self._run(self._usual, draws, submit=self._check_first())
+            arguments = self._run(self._usual, draws, submit=self._check_first(checked))
         except Exception as error:  # schedulers and pipelines raise what they like
             raise CannotServe(
                 f"the denoise stage cannot run {self._usual_call}: {describe_cause(error)}. {self._advice()}"
             ) from error
         self._check_decodable(arguments)
         self._try_others()
+        if idle := self._denoisers.skeletons.keys() - checked:
+            log.warning(
+                "%s asks nothing of its %s in a request by the defaults: does model_index.json lack a "
+                "setting, such as boundary_ratio?",
+                self._usual_call,
+                " and ".join(sorted(idle)),
+            )
         return draws.were_taken
 
-    def _check_first(self) -> Callable[[Inputs], Any]:
-        """Answers zeros, once the model has been seen to take the inputs of the first forward."""
-        checked: list[bool] = []
+    def _check_first(self, checked: set[str]) -> Submit:
+        """Answers zeros, once each model has been seen to take the inputs of its first forward.
 
-        def submit(inputs: Inputs) -> Any:
-            if not checked:
-                checked.append(True)
-                self._check_taken(inputs)
-            return self._zeros(inputs)
+        checked: is given the names of those that were asked.
+        """
+
+        def submit(component: str, inputs: Inputs) -> Any:
+            if component not in checked:
+                checked.add(component)
+                self._check_taken(component, inputs)
+            return self._zeros(component, inputs)
 
         return submit
 
-    def _check_taken(self, inputs: Inputs) -> None:
+    def _check_taken(self, component: str, inputs: Inputs) -> None:
         """Raises ValueError. Only what comes before the blocks is run, for on the meta device each costs much."""
-        model: Any = copy.deepcopy(self._denoiser.skeleton).to(META)
-        blocks = self._denoiser.block_names
+        model: Any = copy.deepcopy(self._denoisers.skeletons[component]).to(META)
+        blocks = cuttable_names(model)
         try:
-            if (width := model.config.get("cross_attention_dim")) and self._denoiser.name == "unet":
+            if (width := model.config.get("cross_attention_dim")) and component == "unet":
                 _check_width(inputs["encoder_hidden_states"], width)
             if blocks:
                 model.get_submodule(blocks[0]).register_forward_pre_hook(reach, with_kwargs=True)
@@ -86,8 +97,10 @@ class Trial:
         except NotImplementedError:
             return  # it reads values
         except RuntimeError as error:
+            if any(words in str(error) for words in NOT_ON_META):
+                return
             raise ValueError(
-                f"its {self._denoiser.name} does not take what its text encoders and scheduler give it ({error}): "
+                f"its {component} does not take what its text encoders and scheduler give it ({error}): "
                 "a component is of another model"
             ) from error
 
@@ -103,10 +116,11 @@ class Trial:
                 f"{shapes[0]}, which it makes for {asked}: {describe_cause(error)}; they are not of one model"
             ) from error
         if (made[-1], made[-2]) != (asked.width, asked.height):
+            denoisers = " and ".join(self._denoisers.skeletons)
             raise CannotServe(
                 f"the denoise stage cannot run {self._usual_call}: for {asked} it makes latents of shape "
-                f"{shapes[0]}, and the vae makes {made[-1]}x{made[-2]} of them: {self._denoiser.name} and vae are "
-                "not of one model"
+                f"{shapes[0]}, and the vae makes {made[-1]}x{made[-2]} of them: {denoisers} and vae are not of "
+                "one model"
             )
 
     @property
@@ -139,16 +153,41 @@ class Trial:
                 prompt=usual.prompt,
             ),
         }
+        if pictures and not self._fails(request, blank_pictures(request)):
+            return "image"
         return next((field for field, changed in fields.items() if not self._fails(changed, pictures)), None)
+
+    def with_all_asked(self, request: GenerationRequest) -> GenerationRequest:
+        """With as many steps, up to the default, as it takes until every denoiser is asked."""
+        steps, most = request.num_inference_steps, self._usual.num_inference_steps
+        while len(self._denoisers.skeletons) > 1 and steps < most and not self._asks_all(request):
+            steps = min(2 * steps, most)
+            request = replace(request, num_inference_steps=steps)
+        return request
+
+    def _asks_all(self, request: GenerationRequest) -> bool:
+        asked: set[str] = set()
+
+        def submit(component: str, inputs: Inputs) -> Any:
+            asked.add(component)
+            return self._zeros(component, inputs)
+
+        self._run(request, submit=submit)
+        return asked == self._denoisers.skeletons.keys()
 
     def is_finite(self, request: GenerationRequest) -> bool:
         """Whether the scheduler makes numbers of zeros."""
         arguments = self._run(request)
         return all(bool(tensor.isfinite().all()) for tensor in each_tensor((arguments.args, arguments.kwargs)))
 
-    def _fails(self, request: GenerationRequest, pictures: Pictures = NO_PICTURES) -> bool:
+    def _fails(
+        self,
+        request: GenerationRequest,
+        pictures: Pictures = NO_PICTURES,
+        submit: Submit | None = None,
+    ) -> bool:
         try:
-            self._run(request, pictures=pictures)
+            self._run(request, submit=submit, pictures=pictures)
         except Exception:  # as in `start`
             return True
         return False
@@ -158,27 +197,28 @@ class Trial:
         self,
         request: GenerationRequest,
         draws: Draws | None = None,
-        submit: Callable[[Inputs], Any] | None = None,
+        submit: Submit | None = None,
         pictures: Pictures = NO_PICTURES,
     ) -> DecodeArguments:
         """pictures: none for blank ones, where some are to go in."""
-        denoiser, limit = self._denoiser, self._model.architecture.max_sequence_length
-        stand_in = StandIn(denoiser.skeleton, dtype=denoiser.dtype, device=CPU, submit=submit or self._zeros)
+        of, limit = self._denoisers, self._model.architecture.max_sequence_length
+        denoisers = stand_ins(of.skeletons, dtype=of.dtype, device=CPU, submit=submit or self._zeros)
         return self._calls.of(request).denoise(
             request,
-            {denoiser.name: stand_in, **self._blank.on(CPU)},
+            {**denoisers, **self._blank.on(CPU)},
             pictures=pictures or blank_pictures(request),
             draws=draws or Draws(request.seed, CPU),
             max_sequence_length=limit and min(limit, LEAST_TOKENS),
         )
 
     def _advice(self) -> str:
-        if not self._fails(replace(self._usual, num_inference_steps=FEW_STEPS)):
+        fewer = replace(self._usual, num_inference_steps=FEW_STEPS)
+        if not self._fails(fewer, submit=self._check_first(set())):
             return (
                 f"Set model.defaults.num_inference_steps, which is {self._usual.num_inference_steps}: with "
                 f"{FEW_STEPS} it runs"
             )
-        family, name = self._model.architecture, self._denoiser.index["_class_name"]
+        family, name = self._model.architecture, self._denoisers.index["_class_name"]
         if name != family.pipeline_class:
             return (
                 f"`family: {family.name}` is for checkpoints that run like {family.pipeline_class}, from a prompt "

@@ -1,7 +1,7 @@
 """Forwards and decodes that compute nothing: their shapes, told by the same code on the meta device."""
 
 import copy
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
@@ -14,10 +14,21 @@ from deployments.stages.tensors import each_tensor, map_tensors
 
 
 class Zeros:
-    """Answers a denoiser's forwards."""
+    """Answers the forwards of a checkpoint's denoisers."""
+
+    def __init__(self, skeletons: Mapping[str, nn.Module]) -> None:
+        """skeletons: the models on the meta device, by component name."""
+        self._zeros = {name: _Zeros(skeleton) for name, skeleton in skeletons.items()}
+
+    def __call__(self, component: str, inputs: Inputs) -> Any:
+        """A prediction that nothing was computed for. Thread-safe."""
+        return self._zeros[component](inputs)
+
+
+class _Zeros:
+    """Of one denoiser."""
 
     def __init__(self, skeleton: nn.Module) -> None:
-        """skeleton: the model on the meta device."""
         self._skeleton = skeleton
         self._shapes: dict[Hashable, Any] = {}
         config: Any = skeleton.config
@@ -25,16 +36,26 @@ class Zeros:
         self._predicts_its_input = type(skeleton).__name__ in RULES and has_channels
 
     def __call__(self, inputs: Inputs) -> Any:
-        """A prediction that nothing was computed for. Thread-safe."""
         if self._predicts_its_input:
-            return (torch.zeros_like(latents_of(inputs)),)
+            return (map_tensors(torch.zeros_like, latents_of(inputs)),)
         key = tuple((tuple(tensor.shape), tensor.dtype) for tensor in each_tensor(dict(inputs)))
         if key not in self._shapes:
             model: Any = copy.deepcopy(self._skeleton).to(META)
-            with torch.no_grad():
-                self._shapes[key] = model(**without_values(dict(inputs)), return_dict=False)
+            try:
+                with torch.no_grad():
+                    self._shapes[key] = model(**without_values(dict(inputs)), return_dict=False)
+            except (NotImplementedError, RuntimeError):  # it reads values, or asks for a real device
+                self._shapes[key] = (map_tensors(self._as_predicted, latents_of(inputs)),)
         like = next(tensor for tensor in each_tensor(dict(inputs)) if tensor.is_floating_point())
         return map_tensors(lambda made: like.new_zeros(made.shape), self._shapes[key])
+
+    def _as_predicted(self, latents: torch.Tensor) -> torch.Tensor:
+        """On the meta device: as many channels as the config says, where it says."""
+        config: Any = self._skeleton.config
+        num_channels = config.get("out_channels")
+        if num_channels is None or latents.ndim < 4:
+            return latents.to(META)
+        return latents.new_empty((len(latents), num_channels, *latents.shape[2:]), device=META)
 
 
 def decoded_shape(vae: Any, arguments: DecodeArguments) -> tuple[int, ...]:

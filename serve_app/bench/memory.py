@@ -23,7 +23,7 @@ from typing import Any
 from rich.progress import track
 
 from deployments.config import ModelConfig, TransformerConfig
-from deployments.engine.load import open_denoiser
+from deployments.engine.load import open_denoisers
 from serve_app.bench.frontier import draw_frontier
 from serve_app.bench.models import bench_model
 from serve_app.bench.report import Row, report
@@ -141,7 +141,7 @@ def _in_gib(stages: Stages | None, model: ModelConfig) -> Stages | None:
     transformer = dict(stages or {}).get("transformer", {})
     if stages is None or "vram_limit_gib" not in transformer:
         return stages
-    skeleton = open_denoiser(model, TransformerConfig()).skeleton
-    num_bytes = sum(parameter.numel() for parameter in skeleton.parameters()) * 4
+    denoisers = open_denoisers(model, TransformerConfig()).skeletons.values()
+    num_bytes = sum(parameter.numel() for denoiser in denoisers for parameter in denoiser.parameters()) * 4
     limit = transformer["vram_limit_gib"] * num_bytes / 2**30
     return {**stages, "transformer": {**transformer, "vram_limit_gib": limit}}

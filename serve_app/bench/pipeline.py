@@ -38,8 +38,9 @@ from deployments.replica import exit_replica
 from serve_app.bench.report import Row, report
 
 CPU = torch.device("cpu")
-UNMERGED = "PacedModel"
-"""A class that `merge` has no rule for."""
+COMPONENT = "transformer"
+MERGERS = {COMPONENT: Merger("PacedModel")}
+"""Of a class that `merge` has no rule for."""
 NUM_ROUNDS = 3
 """Of the ring, whose median counts: whatever else the machine does disturbs S processes more than one."""
 RESOURCES = ResourceConfig(num_cpus=0.1)
@@ -101,7 +102,9 @@ class PacedShard:
         self._outputs: dict[Any, torch.Tensor] = {}
         self._is_precise = False
 
-    def run(self, inputs: Mapping[str, Any], boundary: Boundary | None = None) -> Boundary | torch.Tensor:
+    def run(
+        self, _component: str, inputs: Mapping[str, Any], boundary: Boundary | None = None
+    ) -> Boundary | torch.Tensor:
         """inputs: `pace` holds [step_ms, payload_mb]."""
         if not self._is_precise:  # else Linux may wake this thread 50 us late, no fault of the pipeline
             self._is_precise = _libc.prctl(_PR_SET_TIMERSLACK, 1) == 0
@@ -124,7 +127,7 @@ class PacedRank:
         torch.set_num_threads(1)
         self._rank = rank
         shard: Any = PacedShard(is_last=rank == num_ranks - 1)
-        self._follower = Follower(shard, Merger(UNMERGED), Holder(CPU))
+        self._follower = Follower(shard, MERGERS, Holder(CPU))
 
     def place(self) -> Any:
         return this_place()
@@ -146,7 +149,7 @@ class PacedReplica:
     def __init__(self, num_shards: int) -> None:
         torch.set_num_threads(1)
         self._num_shards = num_shards
-        transport, merger = None, Merger(UNMERGED)
+        transport = None
         if num_shards > 1:
             self._group = group = ShardGroup(PacedRank, num_shards, RESOURCES, num_shards)
             places = group.places()
@@ -156,8 +159,8 @@ class PacedReplica:
             transport = group.connect(rendezvous, connect, exit_replica)
         shard: Any = PacedShard(is_last=num_shards == 1)
         self._engine = Engine(
-            Leader(shard, merger, Outliner(frozenset({"hidden_states"}))),
-            merger,
+            Leader(shard, MERGERS, Outliner(), {COMPONENT: frozenset({"hidden_states"})}),
+            MERGERS,
             TransformerConfig(shards=num_shards),
             device=CPU,
             transport=transport,
@@ -175,7 +178,7 @@ class PacedReplica:
             start.wait()
             for _ in range(num_steps):
                 inputs = {"hidden_states": latents, "pace": [step_ms, payload_mb]}
-                latents = latents + self._engine.forward(seat, inputs)
+                latents = latents + self._engine.forward(seat, COMPONENT, inputs)
             self._engine.queue.leave(seat)
 
         with ThreadPoolExecutor(num_requests) as threads:
@@ -194,7 +197,7 @@ class PacedReplica:
             boundary: Any = None
             for shard in shards:
                 inputs = {"hidden_states": torch.zeros(1, 16, 64), "pace": [step_ms, payload_mb]}
-                boundary = shard.run(inputs, boundary)
+                boundary = shard.run(COMPONENT, inputs, boundary)
                 if isinstance(boundary, dict):
                     boundary = {"block": boundary["block"].clone()}
         return time.perf_counter() - began

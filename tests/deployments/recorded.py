@@ -6,17 +6,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
-import pytest
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from deployments.checkpoints.components import component_names, read_index
+from deployments.checkpoints.processors import is_processor, load_processor
 from deployments.checkpoints.source import fetch_checkpoint
-from tests.deployments.tiny_calls import NEEDS_FTFY, TINY_CALLS
+from tests.deployments.tiny_calls import TINY_CALLS
 
 DENOISERS = ("unet", "transformer", "transformer_2")
 
@@ -39,10 +39,16 @@ class Recorded:
 
 @cache
 def load_tiny(name: str) -> Any:
-    if name in NEEDS_FTFY and find_spec("ftfy") is None:
-        pytest.skip(f"the pipeline of {name} needs ftfy")
+    folder = fetch_checkpoint(f"tiny://{name}", ())
+    index = read_index(folder)
     with warnings.catch_warnings(action="ignore"):
-        pipeline = DiffusionPipeline.from_pretrained(fetch_checkpoint(f"tiny://{name}", ()))
+        # plain diffusers fails where one of them needs torchvision
+        processors = {
+            part: load_processor(folder / part, index[part][1])
+            for part in component_names(index)
+            if is_processor(index[part])
+        }
+        pipeline = DiffusionPipeline.from_pretrained(folder, **processors)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

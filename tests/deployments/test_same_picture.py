@@ -17,12 +17,13 @@ from cluster.place import Place
 from deployments.checkpoints.source import fetch_checkpoint
 from deployments.config import EncoderConfig, ModelConfig, TransformerConfig, VaeConfig
 from deployments.engine.blocks import block_bytes
-from deployments.engine.load import open_denoiser
+from deployments.engine.load import open_denoisers
 from deployments.engine.step_queue import Cancelled
 from deployments.families import FAMILIES
 from deployments.replica import exit_replica
 from deployments.request import DecodeArguments, GenerationRequest, Prompt
 from deployments.stages import load_stage
+from tests.tiny_models import EXPERTS, family_of, tiny_model
 
 pytestmark = pytest.mark.slow
 STAGE_ENV = {"env_vars": {"OMP_NUM_THREADS": "1"}}
@@ -41,8 +42,7 @@ class StageProcess:
     def load(self, stage: str, family: str, config: Any, *args: Any) -> None:
         key = _key(stage, family, config)
         if key not in self._stages:
-            model = ModelConfig(name="tiny", checkpoint=f"tiny://{family}", family=family)
-            self._stages[key] = load_stage(stage, model, config, *args)
+            self._stages[key] = load_stage(stage, tiny_model(family), config, *args)
 
     def call(self, stage: str, family: str, config: Any, method: str, *args: Any) -> Any:
         return getattr(self._stages[_key(stage, family, config)], method)(*args)
@@ -86,7 +86,7 @@ class Processes:
         self, family: str, request: GenerationRequest, shards: int = 1, **settings: Any
     ) -> tuple[torch.Tensor, Any]:
         """(latents, frames); settings: of the transformer."""
-        tokens = 64 if FAMILIES[family].max_sequence_length else None
+        tokens = 64 if family_of(family).max_sequence_length else None
         encode, decode = EncoderConfig(max_sequence_length=tokens), VaeConfig()
         denoise = self.connect(family, shards, **settings)
         ray.get(
@@ -138,9 +138,9 @@ def processes(ray_cluster: None) -> Iterator[Processes]:
 def build_request(
     family: str, *, guided: bool, width: int = 64, height: int = 64, seed: int = 3
 ) -> GenerationRequest:
-    of = FAMILIES[family]
+    of = family_of(family)
     scale = 3.0 if guided else 1.0
-    guidance = of.defaults.guidance_scale if of.guidance == "true_cfg_scale" else scale
+    guidance = of.call.defaults.guidance_scale if of.call.guidance == "true_cfg_scale" else scale
     return GenerationRequest(
         Prompt("a red cat", "blurry" if guided else None, guided),
         width,
@@ -148,7 +148,7 @@ def build_request(
         num_frames=5 if of.media == "video" else 1,
         num_inference_steps=3,
         guidance_scale=guidance,
-        true_cfg_scale=scale if of.guidance == "true_cfg_scale" else None,
+        true_cfg_scale=scale if of.call.guidance == "true_cfg_scale" else None,
         seed=seed,
         output_format="mp4" if of.media == "video" else "png",
         output_compression=100,
@@ -180,7 +180,7 @@ def test_three_processes_draw_what_the_plain_pipeline_draws(
 def test_so_they_do_with_a_guidance_scale_and_no_negative_prompt(
     processes: Processes, plain: Callable[..., Any], family: str
 ) -> None:
-    prompt = Prompt("a red cat", None, is_guided=not FAMILIES[family].needs_negative_prompt)
+    prompt = Prompt("a red cat", None, is_guided=not FAMILIES[family].call.needs_negative_prompt)
     request = replace(build_request(family, guided=True), prompt=prompt)
     check_same_picture(processes, plain, family, request)
 
@@ -209,7 +209,10 @@ def check_same_picture(
 
 @pytest.mark.parametrize(
     ("family", "shards", "transport"),
-    [*((family, shards, "auto") for family in FAMILIES for shards in (2, 3)), ("flux", 3, "object_store")],
+    [
+        *((family, shards, "auto") for family in (*FAMILIES, EXPERTS) for shards in (2, 3)),
+        ("flux", 3, "object_store"),
+    ],
 )
 def test_shards_in_separate_processes_draw_what_the_plain_pipeline_draws(
     processes: Processes, plain: Callable[..., Any], family: str, shards: int, transport: str
@@ -259,11 +262,12 @@ def test_the_ranks_together_hold_the_model_and_the_embedders_once_more_each(
     processes: Processes, family: str
 ) -> None:
     model = ModelConfig(name="tiny", checkpoint=f"tiny://{family}", family=family)
-    weights = block_bytes(open_denoiser(model, processes.config(3)).skeleton)
+    [denoiser] = open_denoisers(model, processes.config(3)).skeletons.values()
+    weights = block_bytes(denoiser)
     processes.connect(family, 3)
     held = [sum(rank.memory.weights_bytes.values()) for rank in processes.stats(family, 3)]
     assert sum(held) == 3 * weights.head + sum(weights.blocks) + weights.tail
-    blocks = [rank.blocks for rank in processes.stats(family, 3)]
+    [blocks] = zip(*(rank.blocks.values() for rank in processes.stats(family, 3)), strict=True)
     assert [start for start, _ in blocks[1:]] == [end for _, end in blocks[:-1]]
 
 
@@ -280,8 +284,8 @@ def test_defaults_are_those_of_the_pipelines_call(family: Any) -> None:
     call = inspect.signature(getattr(diffusers, family.pipeline_class).__call__).parameters
     for name in ("num_inference_steps", "guidance_scale", "true_cfg_scale", "max_sequence_length"):
         if name in call:
-            ours = family.max_sequence_length if name == "max_sequence_length" else getattr(family.defaults, name)
-            assert ours == call[name].default, name
+            of = family if name == "max_sequence_length" else family.call.defaults
+            assert getattr(of, name) == call[name].default, name
 
 
 @pytest.fixture(scope="module")

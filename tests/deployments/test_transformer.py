@@ -265,7 +265,7 @@ def test_stats_tell_blocks_bytes_and_work(transformer: Transformer, conditioning
     asyncio.run(collect(transformer, conditioning, build_request()))
     stats = asyncio.run(transformer.stats())
     [rank] = stats.ranks
-    assert rank.blocks[0] == 0
+    assert rank.blocks["transformer"][0] == 0
     assert list(rank.memory.weights_bytes) == ["cpu float32"]
     assert rank.num_micro_batches == sum(stats.queue.batch_sizes.values()) > 0
     assert 0 < rank.compute_s <= stats.occupied_s

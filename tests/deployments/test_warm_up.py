@@ -94,9 +94,9 @@ def test_blank_texts_and_latents_are_shaped_as_real_ones(family: str) -> None:
     seen: list[list[torch.Size]] = []
     forward = stage.engine.forward
 
-    def noting(seat: Any, inputs: Any) -> torch.Tensor:
+    def noting(seat: Any, component: str, inputs: Any) -> torch.Tensor:
         seen.append([tensor.shape for tensor in each_tensor(dict(inputs))])
-        prediction: torch.Tensor = forward(seat, inputs)
+        prediction: torch.Tensor = forward(seat, component, inputs)
         return prediction
 
     stage.engine.forward = noting

@@ -21,8 +21,8 @@ TINY_CALLS: Mapping[str, Mapping[str, Any]] = {
     "flux": _IMAGE | {"max_sequence_length": 32},
     "flux-kontext": _IMAGE | {"image": PICTURE, "_auto_resize": False, "max_area": 64 * 64},
     "flux-fill": _IMAGE | {"image": PICTURE, "mask_image": MASK},
-    "flux2": _IMAGE | {"text_encoder_out_layers": (1, 2, 3), "max_sequence_length": 32},
-    "flux2-klein": _IMAGE | {"text_encoder_out_layers": (1, 2, 3), "max_sequence_length": 32},
+    "flux2": _IMAGE | {"max_sequence_length": 32},
+    "flux2-klein": _IMAGE | {"max_sequence_length": 32},
     "chroma": _IMAGE | _GUIDED | {"max_sequence_length": 32},
     "bria": _IMAGE | _GUIDED,
     "bria-fibo": _IMAGE | _GUIDED,
@@ -41,6 +41,7 @@ TINY_CALLS: Mapping[str, Mapping[str, Any]] = {
     "prx": _IMAGE | _GUIDED | _EXACT,
     "cogview4": _IMAGE | _GUIDED,
     "sd35": _IMAGE | _GUIDED,
+    "sd15-inpaint": _IMAGE | _GUIDED | {"image": PICTURE, "mask_image": MASK},
     "lcm": _IMAGE,
     "pixart-alpha": _IMAGE | _GUIDED | _EXACT,
     "pixart-sigma": _IMAGE | _GUIDED | _EXACT,
@@ -55,9 +56,11 @@ TINY_CALLS: Mapping[str, Mapping[str, Any]] = {
     "wan22-i2v": _VIDEO | _GUIDED | {"image": PICTURE},
     "skyreels2": _VIDEO | _GUIDED,
     "ltx-video": _VIDEO | _GUIDED | {"num_frames": 9},
+    "ltx-video-i2v": _VIDEO | _GUIDED | {"num_frames": 9, "image": PICTURE},
     "ltx2": _VIDEO | {"height": 128, "width": 128, "num_frames": 9, "max_sequence_length": 32},
     "hunyuan-video": _VIDEO,
     "hunyuan-video15": _VIDEO | _GUIDED,
+    "hunyuan-video15-i2v": {"image": PICTURE, "num_frames": 5, "num_inference_steps": 2} | _GUIDED,
     "cogvideox": _VIDEO | _GUIDED | {"num_frames": 9, "max_sequence_length": 16},
     "mochi": _VIDEO | {"num_frames": 7, "max_sequence_length": 16},
     "sana-video": _IMAGE | _GUIDED | _EXACT | {"frames": 5},
@@ -65,6 +68,3 @@ TINY_CALLS: Mapping[str, Mapping[str, Any]] = {
     "latte": _IMAGE | _GUIDED | {"video_length": 2},
     "animatediff": _IMAGE | _GUIDED | {"num_frames": 2},
 }
-
-NEEDS_FTFY = frozenset({"prx", "wan21-i2v", "wan22-i2v", "skyreels2"})
-"""Their pipelines clean every prompt with it."""

@@ -96,7 +96,7 @@ def test_status_tells_replicas_queues_blocks_and_bytes(flux_app: Any) -> None:
     [transformer] = status["transformer"]["replicas"]
     assert transformer["queue"]["num_waiting"] == 0
     [rank] = transformer["ranks"]
-    assert rank["blocks"] == [0, 8]
+    assert rank["blocks"] == {"transformer": [0, 8]}
     assert rank["memory"]["weights_bytes"]["cpu float32"] > 1_000_000
     assert rank["device_map"] is None
     [encoder], [vae] = status["encoder"]["replicas"], status["vae"]["replicas"]

@@ -77,14 +77,15 @@ def test_a_profile_is_measured_and_planned_with(config: Path, tmp_path: Path) ->
     output = relay("profile", config, "--out", out, "--size", "64x64", "--steps", 2)
     assert "64x64: encode" in output
     times = read_profile(out).times["64x64"]
-    assert len(times.blocks_s) == 8
-    assert times.num_forwards == 2 * 8  # guided, and the config's steps, not the two that were measured
-    assert min(times.encode_s, times.decode_s, *times.blocks_s) > 0
+    [denoiser] = times.denoisers.values()
+    assert len(denoiser.blocks_s) == 8
+    assert denoiser.num_forwards == 2 * 8  # guided, and the config's steps, not the two that were measured
+    assert min(times.encode_s, times.decode_s, *denoiser.blocks_s) > 0
     planned = tmp_path / "plan.json"
     relay("plan", config, "--size", "64x64", "--profile", out, "--json", planned)
     found = json.loads(planned.read_text())
     assert found["bound_per_s"] == pytest.approx(1 / max(found["stage_s"].values()))
-    assert found["stage_s"]["denoise"] == pytest.approx(times.rank_s(0, 8))
+    assert found["stage_s"]["denoise"] == pytest.approx(times.rank_s([(0, 8)]))
 
 
 @pytest.mark.parametrize(

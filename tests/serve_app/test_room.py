@@ -50,7 +50,7 @@ def test_what_is_planned_is_the_config_itself() -> None:
     whole = describe(config(dtype="bfloat16"), MediaSize(64, 64))
     assert len(sizes.denoise.ranks) == 2
     assert sum(rank.weights_bytes for rank in sizes.denoise.ranks) == (
-        whole.denoise.ranks[0].weights_bytes + whole.head_bytes
+        whole.denoise.ranks[0].weights_bytes + whole.denoisers[0].head_bytes
     )
 
 

@@ -23,8 +23,8 @@ MEMORY = {
 }
 QUEUE = {"num_seats": 6, "num_waiting": 4}
 RANKS = [
-    {"rank": 0, "blocks": [0, 19], "num_micro_batches": 50, "compute_s": 9.0, "memory": MEMORY},
-    {"rank": 1, "blocks": [19, 57], "num_micro_batches": 48, "compute_s": 6.0, "memory": MEMORY},
+    {"rank": 0, "blocks": {"transformer": [0, 19]}, "num_micro_batches": 50, "compute_s": 9.0, "memory": MEMORY},
+    {"rank": 1, "blocks": {"transformer": [19, 57]}, "num_micro_batches": 48, "compute_s": 6.0, "memory": MEMORY},
 ]
 STATUS: dict[str, Any] = {
     "model": "flux",

@@ -20,6 +20,7 @@ from diffusers import (
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    StableDiffusionInpaintPipeline,
     UNet2DConditionModel,
 )
 
@@ -35,6 +36,7 @@ from deployments.checkpoints.tiny.text import (
     build_t5_tokenizer,
 )
 from deployments.checkpoints.tiny.vaes import build_flux_vae, build_sd_vae
+from deployments.checkpoints.tiny.vision import build_qwen_processor
 
 
 def build_sd35() -> StableDiffusion3Pipeline:
@@ -62,6 +64,14 @@ def build_lcm() -> LatentConsistencyModelPipeline:
     parts["unet"] = UNet2DConditionModel.from_config(config)
     parts["scheduler"] = LCMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     return LatentConsistencyModelPipeline(**parts, requires_safety_checker=False)
+
+
+def build_sd15_inpaint() -> StableDiffusionInpaintPipeline:
+    """Stable Diffusion 1.5 for inpainting: the masked picture's latents and the mask beside the 4 of the noise."""
+    parts = build_sd15().components
+    config = dict(parts["unet"].config) | {"in_channels": 9, "_use_default_values": []}
+    parts["unet"] = UNet2DConditionModel.from_config(config)
+    return StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
 
 
 def build_pixart_alpha() -> PixArtAlphaPipeline:
@@ -148,10 +158,7 @@ def build_kandinsky5() -> Kandinsky5T2IPipeline:
 
 
 def build_kandinsky5_parts(visual_cond: bool) -> dict[str, Any]:
-    """All but the VAE. visual_cond: whether the denoiser's latents come with those of a picture and a mask.
-
-    Qwen2.5-VL's processor is the bare tokenizer here: the whole one needs torchvision.
-    """
+    """All but the VAE. visual_cond: whether the denoiser's latents come with those of a picture and a mask."""
     qwen, clip_tokenizer = build_qwen_image(), build_clip_tokenizer()
     return {
         "transformer": Kandinsky5Transformer3DModel(
@@ -168,7 +175,7 @@ def build_kandinsky5_parts(visual_cond: bool) -> dict[str, Any]:
             visual_cond=visual_cond,
         ),
         "text_encoder": qwen.text_encoder,
-        "tokenizer": qwen.tokenizer,
+        "tokenizer": build_qwen_processor(qwen.tokenizer),
         "text_encoder_2": build_clip_encoder(clip_tokenizer),
         "tokenizer_2": clip_tokenizer,
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),

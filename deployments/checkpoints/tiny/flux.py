@@ -52,9 +52,12 @@ from deployments.checkpoints.tiny.vaes import (
     build_sd_vae,
     build_wan22_vae,
 )
+from deployments.checkpoints.tiny.vision import build_qwen_processor
 
 _USER_TEXT = "{% for part in messages[1].content %}{{ part.text }}{% endfor %}"
 _TWO_EACH = {"num_layers": 2, "num_single_layers": 2}
+_EMPTY_PROMPT = 128_000
+"""The token that Bria Fibo reads where a prompt is empty, of SmolLM3's vocabulary."""
 _NUM_STACKED_LAYERS = 3
 """Hidden states of the language model that FLUX.2 puts side by side."""
 
@@ -104,7 +107,7 @@ def build_flux2_klein() -> Flux2KleinPipeline:
     return Flux2KleinPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
         vae=build_flux2_vae(),
-        text_encoder=build_language_model("Qwen3", tokenizer, suffix="ForCausalLM", num_layers=4),
+        text_encoder=build_language_model("Qwen3", tokenizer, suffix="ForCausalLM", num_layers=27),
         tokenizer=tokenizer,
         transformer=_build_flux2_transformer(guidance_embeds=False),
     )
@@ -161,7 +164,9 @@ def build_bria_fibo() -> BriaFiboPipeline:
     return BriaFiboPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=build_wan22_vae(),
-        text_encoder=build_language_model("SmolLM3", tokenizer, suffix="ForCausalLM"),
+        text_encoder=build_language_model(
+            "SmolLM3", tokenizer, suffix="ForCausalLM", vocab_size=_EMPTY_PROMPT + 1
+        ),
         tokenizer=tokenizer,
         transformer=BriaFiboTransformer2DModel(
             in_channels=48,
@@ -189,17 +194,14 @@ def build_ovis() -> OvisImagePipeline:
 
 
 def build_longcat() -> LongCatImagePipeline:
-    """LongCat-Image: Qwen2.5-VL as text encoder.
-
-    Its processor, which only rewrites prompts, is the bare tokenizer: the whole one needs torchvision.
-    """
+    """LongCat-Image: Qwen2.5-VL as text encoder, and its processor, which rewrites prompts."""
     qwen = build_qwen_image()
     return LongCatImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=build_flux_vae(),
         text_encoder=qwen.text_encoder,
         tokenizer=qwen.tokenizer,
-        text_processor=qwen.tokenizer,
+        text_processor=build_qwen_processor(qwen.tokenizer),
         transformer=LongCatImageTransformer2DModel(
             joint_attention_dim=TEXT_WIDTH,
             pooled_projection_dim=TEXT_WIDTH,

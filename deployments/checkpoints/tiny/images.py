@@ -86,7 +86,7 @@ def build_lumina2() -> Lumina2Pipeline:
 
 def build_lumina() -> LuminaPipeline:
     """Lumina-Next: Gemma as text encoder."""
-    tokenizer = build_chat_tokenizer()
+    tokenizer = build_chat_tokenizer(marks_start=True)
     transformer = LuminaNextDiT2DModel(
         sample_size=LATENT_SIZE,
         patch_size=2,
@@ -220,7 +220,7 @@ def build_prx() -> PRXPipeline:
 
 def build_cogview4() -> CogView4Pipeline:
     """CogView 4: GLM as text encoder; pictures up to 256 px."""
-    tokenizer = build_chat_tokenizer()
+    tokenizer = build_chat_tokenizer(marks_start=True)
     return CogView4Pipeline(
         tokenizer=tokenizer,
         text_encoder=build_language_model("Glm", tokenizer),

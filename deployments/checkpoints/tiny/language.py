@@ -3,14 +3,12 @@
 from typing import Any
 
 import transformers
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     BertConfig,
     BertModel,
     ByT5Tokenizer,
-    CLIPImageProcessor,
     CLIPTokenizer,
-    CLIPVisionConfig,
-    CLIPVisionModel,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Mistral3Config,
@@ -22,25 +20,25 @@ from transformers import (
     T5EncoderModel,
 )
 
+from deployments.checkpoints.tiny.sizes import VISION
 from deployments.checkpoints.tiny.text import TEXT_WIDTH, build_qwen_tokenizer
 
 _CHAT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 _MAX_LENGTH = 4096
-_VISION = {
-    "hidden_size": TEXT_WIDTH,
-    "intermediate_size": TEXT_WIDTH,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 32,
-    "patch_size": 8,
-}
-"""Towers that text alone never reaches."""
 
 
-def build_chat_tokenizer() -> Qwen2Tokenizer:
-    """Writes a conversation as Qwen's template does, without a default system message."""
+def build_chat_tokenizer(*, marks_start: bool = False) -> Qwen2Tokenizer:
+    """Writes a conversation as Qwen's template does, without a default system message.
+
+    marks_start: every text begins with a token of its own, as Gemma's and GLM's do: an empty one is not nothing.
+    """
     tokenizer = build_qwen_tokenizer()
     tokenizer.chat_template = _CHAT
+    if marks_start:
+        start = tokenizer.pad_token
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"{start} $A", special_tokens=[(start, tokenizer.pad_token_id)]
+        )
     return tokenizer
 
 
@@ -49,11 +47,9 @@ def build_language_model(
 ) -> PreTrainedModel:
     """`kind` and `suffix` make the class: Qwen3, Llama, SmolLM3, Gemma, Gemma2 or Glm; Model or ForCausalLM."""
     model_config = getattr(transformers, f"{kind}Config")(
-        **_language(tokenizer, num_layers),
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=0,
-        eos_token_id=1,
-        **config,
+        **_language(tokenizer, num_layers)
+        | {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": 0, "eos_token_id": 1}
+        | config
     )
     model: PreTrainedModel = getattr(transformers, f"{kind}{suffix}")(model_config)
     return model
@@ -66,10 +62,11 @@ def build_byt5() -> tuple[ByT5Tokenizer, T5EncoderModel]:
 
 
 def build_mistral3(tokenizer: Qwen2Tokenizer, suffix: str) -> PreTrainedModel:
-    """Mistral Small 3 with its vision tower. suffix: Model or ForConditionalGeneration."""
+    """Mistral Small 3 with its vision tower; 30 layers, so that FLUX.2 finds those that it takes. suffix: Model or
+    ForConditionalGeneration."""
     config = Mistral3Config(
-        text_config={"model_type": "mistral"} | _language(tokenizer, 3),
-        vision_config={"model_type": "pixtral"} | _VISION,
+        text_config={"model_type": "mistral"} | _language(tokenizer, 30),
+        vision_config={"model_type": "pixtral"} | VISION,
         image_token_index=5,
     )
     model: PreTrainedModel = getattr(transformers, f"Mistral3{suffix}")(config)
@@ -79,7 +76,7 @@ def build_mistral3(tokenizer: Qwen2Tokenizer, suffix: str) -> PreTrainedModel:
 def build_gemma3(tokenizer: Qwen2Tokenizer) -> Gemma3ForConditionalGeneration:
     """Gemma 3 with its vision tower; 2 layers, so 3 hidden states."""
     config = Gemma3Config(
-        text_config=_language(tokenizer, 2), vision_config=_VISION, mm_tokens_per_image=4, image_token_index=5
+        text_config=_language(tokenizer, 2), vision_config=VISION, mm_tokens_per_image=4, image_token_index=5
     )
     return Gemma3ForConditionalGeneration(config)
 
@@ -109,12 +106,6 @@ def build_bert(tokenizer: CLIPTokenizer) -> BertModel:
         intermediate_size=TEXT_WIDTH,
     )
     return BertModel(config)
-
-
-def build_clip_vision() -> tuple[CLIPImageProcessor, CLIPVisionModel]:
-    """Embeds the first frame of Wan 2.1."""
-    config = CLIPVisionConfig(**_VISION | {"num_hidden_layers": 2, "num_attention_heads": 4})
-    return CLIPImageProcessor(size=32, crop_size=32), CLIPVisionModel(config)
 
 
 def _language(tokenizer: Qwen2Tokenizer, num_layers: int) -> dict[str, Any]:

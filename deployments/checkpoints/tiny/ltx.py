@@ -1,5 +1,7 @@
 """Tiny pipelines of LTX: videos, and videos with sound."""
 
+from typing import Any
+
 from diffusers import (
     AutoencoderKLLTX2Audio,
     AutoencoderKLLTX2Video,
@@ -7,6 +9,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     LTX2Pipeline,
     LTX2VideoTransformer3DModel,
+    LTXImageToVideoPipeline,
     LTXPipeline,
     LTXVideoTransformer3DModel,
 )
@@ -21,6 +24,15 @@ _NUM_BLOCKS = 3
 
 def build_ltx_video() -> LTXPipeline:
     """LTX-Video: T5 as text encoder; statistics of the latents are buffers of the VAE."""
+    return LTXPipeline(**_build_ltx_video_parts())
+
+
+def build_ltx_video_i2v() -> LTXImageToVideoPipeline:
+    """LTX-Video, its first frame given."""
+    return LTXImageToVideoPipeline(**_build_ltx_video_parts())
+
+
+def _build_ltx_video_parts() -> dict[str, Any]:
     vae = AutoencoderKLLTXVideo(
         latent_channels=8,
         block_out_channels=(8,) * 4,
@@ -29,11 +41,11 @@ def build_ltx_video() -> LTXPipeline:
         decoder_layers_per_block=(1,) * 5,
     )
     vae.latents_mean.normal_()
-    return LTXPipeline(
+    return {
         **build_t5(),
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-        vae=vae,
-        transformer=LTXVideoTransformer3DModel(
+        "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        "vae": vae,
+        "transformer": LTXVideoTransformer3DModel(
             in_channels=8,
             out_channels=8,
             cross_attention_dim=128,
@@ -41,7 +53,7 @@ def build_ltx_video() -> LTXPipeline:
             caption_channels=TEXT_WIDTH,
             **HEADS,
         ),
-    )
+    }
 
 
 def build_ltx2() -> LTX2Pipeline:

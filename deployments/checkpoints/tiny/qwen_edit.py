@@ -3,13 +3,9 @@
 from typing import Any
 
 from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline
-from transformers import PaddleOCRVLProcessor, Qwen2VLImageProcessorPil
 
 from deployments.checkpoints.tiny.families import build_qwen_image
-from deployments.checkpoints.tiny.text import build_qwen_encoder, build_qwen_tokenizer
-
-_PIXELS = 56 * 56
-"""Of a picture as the text encoder sees it: 4 tokens."""
+from deployments.checkpoints.tiny.vision import build_qwen_processor
 
 
 def build_qwen_image_edit() -> QwenImageEditPipeline:
@@ -23,14 +19,5 @@ def build_qwen_image_edit_plus() -> QwenImageEditPlusPipeline:
 
 
 def _build_parts() -> dict[str, Any]:
-    """With a processor that does with texts and pictures what Qwen2.5-VL's does, whose half for videos needs
-    torchvision.
-    """
     parts: dict[str, Any] = build_qwen_image().components
-    tokenizer = build_qwen_tokenizer(image_token="<|image_pad|>")
-    pictures = Qwen2VLImageProcessorPil(min_pixels=_PIXELS, max_pixels=_PIXELS)
-    return parts | {
-        "tokenizer": tokenizer,
-        "text_encoder": build_qwen_encoder(tokenizer),
-        "processor": PaddleOCRVLProcessor(pictures, tokenizer),
-    }
+    return parts | {"processor": build_qwen_processor(parts["tokenizer"])}

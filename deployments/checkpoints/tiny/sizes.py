@@ -5,3 +5,12 @@ ROPE_AXES = (8, 12, 12)
 """Of one head: frame, row and column."""
 LATENT_SIZE = 8
 """Latent height and width a pipeline draws when no size is given: 64 px. Flux, Qwen-Image, Wan ignore it."""
+VISION = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+}
+"""A tower that looks at pictures."""

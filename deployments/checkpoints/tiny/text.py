@@ -58,17 +58,14 @@ def build_t5_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=special + characters, extra_ids=0, model_max_length=512)
 
 
-def build_qwen_tokenizer(**named_tokens: str) -> Qwen2Tokenizer:
+def build_qwen_tokenizer() -> Qwen2Tokenizer:
     """Byte-level tokenizer, with one token per marker of Qwen2.5-VL and per word of the template.
 
     The pipeline drops the template's first 34 tokens by count; spelled in bytes, a hundred tokens of template
     would stay and drown the prompt.
-
-    Args:
-        named_tokens: of the markers, those that a processor asks the tokenizer for: `image_token`.
     """
     vocab = {char: index for index, char in enumerate(sorted(ByteLevel.alphabet()))}
-    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], model_max_length=4096, **named_tokens)
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], model_max_length=4096)
     tokenizer.add_special_tokens({"additional_special_tokens": _QWEN_SPECIAL_TOKENS})
     tokenizer.add_tokens(re.findall(r" ?\w+", _QWEN_TEMPLATE))
     return tokenizer

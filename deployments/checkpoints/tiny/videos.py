@@ -1,5 +1,7 @@
 """Tiny pipelines of other videos than Wan's and LTX's."""
 
+from typing import Any
+
 from diffusers import (
     AnimateDiffPipeline,
     AutoencoderKLCogVideoX,
@@ -12,6 +14,7 @@ from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    HunyuanVideo15ImageToVideoPipeline,
     HunyuanVideo15Pipeline,
     HunyuanVideo15Transformer3DModel,
     HunyuanVideoPipeline,
@@ -43,6 +46,7 @@ from deployments.checkpoints.tiny.text import (
     build_t5,
 )
 from deployments.checkpoints.tiny.vaes import build_hunyuan_video_vae, build_sd_vae, build_wan_vae
+from deployments.checkpoints.tiny.vision import build_siglip
 
 _NUM_BLOCKS = 3
 _MAX_TEXT = 16
@@ -73,14 +77,26 @@ def build_hunyuan_video() -> HunyuanVideoPipeline:
 
 def build_hunyuan_video15() -> HunyuanVideo15Pipeline:
     """HunyuanVideo 1.5: Qwen2.5-VL and ByT5 as text encoders, guidance by a component of its own."""
+    return HunyuanVideo15Pipeline(**_build_hunyuan_video15_parts("t2v"))
+
+
+def build_hunyuan_video15_i2v() -> HunyuanVideo15ImageToVideoPipeline:
+    """HunyuanVideo 1.5, its first frame given, and embedded by SigLIP."""
+    processor, encoder = build_siglip()
+    return HunyuanVideo15ImageToVideoPipeline(
+        **_build_hunyuan_video15_parts("i2v"), feature_extractor=processor, image_encoder=encoder
+    )
+
+
+def _build_hunyuan_video15_parts(task_type: str) -> dict[str, Any]:
     tokenizer, (byt5_tokenizer, byt5) = build_chat_tokenizer(), build_byt5()
     channels = 8
-    return HunyuanVideo15Pipeline(
-        text_encoder=Qwen2_5_VLTextModel(build_qwen_encoder(tokenizer).config.text_config),
-        tokenizer=tokenizer,
-        text_encoder_2=byt5,
-        tokenizer_2=byt5_tokenizer,
-        transformer=HunyuanVideo15Transformer3DModel(
+    return {
+        "text_encoder": Qwen2_5_VLTextModel(build_qwen_encoder(tokenizer).config.text_config),
+        "tokenizer": tokenizer,
+        "text_encoder_2": byt5,
+        "tokenizer_2": byt5_tokenizer,
+        "transformer": HunyuanVideo15Transformer3DModel(
             in_channels=2 * channels + 1,  # with a picture's latents and a mask
             out_channels=channels,
             num_layers=_NUM_BLOCKS,
@@ -90,15 +106,15 @@ def build_hunyuan_video15() -> HunyuanVideo15Pipeline:
             image_embed_dim=TEXT_WIDTH,
             rope_axes_dim=ROPE_AXES,
             target_size=64,
-            task_type="t2v",
+            task_type=task_type,
             **HEADS,
         ),
-        vae=AutoencoderKLHunyuanVideo15(
+        "vae": AutoencoderKLHunyuanVideo15(
             latent_channels=channels, block_out_channels=(32,) * 5, layers_per_block=1
         ),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
-        guider=ClassifierFreeGuidance(guidance_scale=6.0),
-    )
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=5.0),
+        "guider": ClassifierFreeGuidance(guidance_scale=6.0),
+    }
 
 
 def build_cogvideox() -> CogVideoXPipeline:

@@ -11,10 +11,10 @@ from diffusers import (
     WanTransformer3DModel,
 )
 
-from deployments.checkpoints.tiny.language import build_clip_vision
 from deployments.checkpoints.tiny.sizes import HEADS
 from deployments.checkpoints.tiny.text import TEXT_WIDTH, build_t5_tokenizer, build_umt5_encoder
 from deployments.checkpoints.tiny.vaes import build_wan22_vae, build_wan_vae
+from deployments.checkpoints.tiny.vision import build_clip_vision
 
 _NUM_BLOCKS = 3
 _I2V_CHANNELS = 36

@@ -152,7 +152,9 @@ def test_what_the_config_says_goes_before_the_checkpoint(tmp_path: Path) -> None
 def test_a_checkpoint_that_says_no_size_must_be_told_one(tmp_path: Path) -> None:
     folder = write_tiny("sdxl", tmp_path / "x")
     edit(folder / "unet" / "config.json", sample_size=None)
-    with pytest.raises(ValueError, match=r"width and height must be set, for the unet .* says no sample_size"):
+    with pytest.raises(
+        ValueError, match=r"width and height must be set, for the transformer or unet .* no sample_size"
+    ):
         assert read_model(folder).default_size
     told = DefaultsConfig(width=64, height=32)
     assert read_model(folder, defaults=told).default_size == MediaSize(64, 32)
@@ -177,10 +179,9 @@ def test_a_checkpoint_that_is_here_must_have_its_configs(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("family", "entries", "message"),
     [
-        ("wan", {"transformer_2": ["diffusers", "WanTransformer3DModel"]}, "no stage serves: transformer_2"),
-        ("sd15", {"controlnet": ["diffusers", "ControlNetModel"]}, "no stage serves: controlnet"),
+        ("sd15", {"reward_model": ["transformers", "CLIPModel"]}, "no stage serves: reward_model"),
         ("sd15", {"vae": [None, None]}, "has no vae, which family sd15 needs"),
-        ("wan", {"transformer": [None, None]}, "has no transformer, which family wan needs"),
+        ("wan", {"transformer": [None, None]}, r"has no denoiser \(transformer or unet\), which family wan"),
         ("flux", {"scheduler": [None, None], "vae": [None, None]}, "has no scheduler and no vae"),
     ],
 )

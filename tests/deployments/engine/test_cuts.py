@@ -11,11 +11,14 @@ from torch.utils._pytree import tree_leaves
 from cluster.message import Message, pack, unpack
 from deployments.checkpoints.source import fetch_checkpoint
 from deployments.checkpoints.tiny.names import TINY_FAMILIES, TINY_MODULES
+from deployments.config import TransformerConfig
 from deployments.engine.blocks import NO_CHAINS, block_names, shape_only_inputs
-from deployments.engine.merge import Merger
+from deployments.engine.load import LoadedRank
+from deployments.engine.merge import build_mergers
 from deployments.engine.outline import Holder, Outliner
 from deployments.engine.shard import Shard, load_shard
 from deployments.engine.work import Follower, Leader
+from deployments.memory.keeper import Keeper
 from tests.deployments.recorded import Recorded, record
 
 CPU = torch.device("cpu")
@@ -84,11 +87,13 @@ def load_blocks(name: str, forward: Recorded, start: int, end: int) -> Shard:
 
 def run_chain(shards: list[Shard], forward: Recorded) -> Any:
     """As the ranks do it, with everything that crosses on the wire."""
-    merger = Merger(type(forward.model).__name__)
-    leader = Leader(shards[0], merger, Outliner(shape_only_inputs(forward.model)))
-    crossed: Any = leader.run([forward.inputs], ())
-    for shard in shards[1:]:
-        crossed = Follower(shard, merger, Holder(CPU)).run(over_the_wire(crossed))
+    name = forward.component
+    mergers = build_mergers({name: forward.model})
+    ranks = [LoadedRank({name: shard}, Keeper({}, TransformerConfig(), CPU)) for shard in shards]
+    leader = Leader(ranks[0], mergers, Outliner(), {name: shape_only_inputs(forward.model)})
+    crossed: Any = leader.run(name, [forward.inputs], ())
+    for rank in ranks[1:]:
+        crossed = Follower(rank, mergers, Holder(CPU)).run(over_the_wire(crossed))
     return crossed
 
 

@@ -17,11 +17,12 @@ from cluster.transport import GroupTransport, join_store, open_store
 from deployments.checkpoints.source import fetch_checkpoint
 from deployments.config import EncoderConfig, ModelConfig, TransformerConfig
 from deployments.engine.engine import Engine
-from deployments.engine.load import load_rank, open_denoiser
-from deployments.engine.merge import Merger
+from deployments.engine.load import LoadedRank, load_rank, open_denoisers
+from deployments.engine.merge import Merger, Mergers, build_mergers
 from deployments.engine.outline import Holder, Outliner
 from deployments.engine.shard import load_shard
 from deployments.engine.work import Blocks, Follower, Leader
+from deployments.memory.keeper import Keeper
 from deployments.refusal import OutOfShare, ShardGroupLost
 from deployments.stages import load_stage
 from tests.deployments.memory.tiny_request import build_request
@@ -29,8 +30,8 @@ from tests.deployments.recorded import Recorded, record
 
 CPU = torch.device("cpu")
 MODEL = ModelConfig(name="tiny", checkpoint="tiny://flux", family="flux")
-UNMERGED = Merger("a class without a rule")
-BY_SHAPE = Merger("WanTransformer3DModel")
+UNMERGED = {"transformer": Merger("a class without a rule")}
+BY_SHAPE = {name: Merger("WanTransformer3DModel") for name in ("transformer", "transformer_2")}
 SOON_S = 20.0
 
 
@@ -54,11 +55,11 @@ def test_room_is_made_when_the_last_request_has_left(
     inputs: dict[str, Any], settings: dict[str, Any], makes_room: bool
 ) -> None:
     config = TransformerConfig(**settings)
-    denoiser = open_denoiser(MODEL, config)
-    merger, idle = Merger(denoiser.model_class.__name__), threading.Semaphore(0)
-    shard = load_rank(denoiser, MODEL, config, rank=0).shard
-    leader = Leader(shard, merger, Outliner(frozenset()), on_idle=idle.release)
-    engine = Engine(leader, merger, config, device=denoiser.device, on_lost=pytest.fail)
+    denoisers = open_denoisers(MODEL, config)
+    mergers, idle = build_mergers(denoisers.skeletons), threading.Semaphore(0)
+    rank = load_rank(denoisers, MODEL, config, rank=0)
+    leader = Leader(rank, mergers, Outliner(), {"transformer": frozenset()}, on_idle=idle.release)
+    engine = Engine(leader, mergers, config, device=denoisers.device, on_lost=pytest.fail)
     try:
         predictions = []
         for _ in range(2):
@@ -86,13 +87,15 @@ def test_torch_watches_tensors_only_where_a_technique_writes_to_them(
     inputs: dict[str, Any], settings: dict[str, Any], is_inference: bool
 ) -> None:
     config = TransformerConfig(**settings)
-    denoiser = open_denoiser(MODEL, config)
-    rank = load_rank(denoiser, MODEL, config, rank=0)
+    denoisers = open_denoisers(MODEL, config)
+    rank = load_rank(denoisers, MODEL, config, rank=0)
     seen: list[bool] = []
-    rank.shard.model.norm_out.register_forward_hook(lambda *_: seen.append(torch.is_inference_mode_enabled()))
-    typed = {k: v.to(denoiser.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+    rank.shards["transformer"].model.norm_out.register_forward_hook(
+        lambda *_: seen.append(torch.is_inference_mode_enabled())
+    )
+    typed = {k: v.to(denoisers.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
     with torch.no_grad():
-        [prediction] = rank.run(typed)
+        [prediction] = rank.run("transformer", typed)
         prediction.add_(1)  # as a scheduler may
     assert seen == [is_inference]
 
@@ -100,7 +103,7 @@ def test_torch_watches_tensors_only_where_a_technique_writes_to_them(
 def burst(engine: Engine, inputs: dict[str, Any]) -> torch.Tensor:
     """Two requests, one after the other has begun."""
     seats = [engine.queue.join(), engine.queue.join()]
-    answers = [engine.forward(seat, inputs)[0] for seat in seats]
+    answers = [engine.forward(seat, "transformer", inputs)[0] for seat in seats]
     for seat in seats:
         engine.queue.leave(seat)
     assert torch.equal(*answers)
@@ -108,14 +111,17 @@ def burst(engine: Engine, inputs: dict[str, Any]) -> torch.Tensor:
 
 
 class Part:
-    """A rank's part of a model that hands its latents on; it sleeps, or fails, as the inputs say."""
+    """A rank's part of models that hand their latents on; it sleeps, or fails, as the inputs say."""
 
     def __init__(self, rank: int, num_ranks: int) -> None:
         self._rank, self._num_ranks = rank, num_ranks
         self.seen: list[weakref.ref[torch.Tensor]] = []
         """The embeddings it was given."""
+        self.asked: list[str] = []
+        """For which of the models."""
 
-    def run(self, inputs: Any, boundary: Any = None) -> Any:
+    def run(self, component: str, inputs: Any, boundary: Any = None) -> Any:
+        self.asked.append(component)
         self.seen.append(weakref.ref(inputs["embeds"]))
         time.sleep(inputs.get("sleep_s", 0.0))
         if inputs.get("fails_on") == self._rank:
@@ -138,7 +144,7 @@ def open_engine() -> Iterator[Open]:
     followers: list[Ring] = []
 
     def open_one(
-        parts: Sequence[Blocks], *, merger: Merger = UNMERGED, on_lost: Any = pytest.fail, **settings: Any
+        parts: Sequence[Blocks], *, mergers: Mergers = UNMERGED, on_lost: Any = pytest.fail, **settings: Any
     ) -> Engine:
         num_ranks = len(parts)
         store = open_store("127.0.0.1", num_ranks)
@@ -150,12 +156,12 @@ def open_engine() -> Iterator[Open]:
         with ThreadPoolExecutor(num_ranks) as threads:
             transport, *others = threads.map(connect, range(num_ranks))
         for rank, other in enumerate(others, start=1):
-            follower = Follower(parts[rank], merger, Holder(CPU))
+            follower = Follower(parts[rank], mergers, Holder(CPU))
             followers.append(Ring(follower.run, rank=rank, transport=other, on_failure=print, device=CPU))
             followers[-1].start()
         config = TransformerConfig(shards=num_ranks, **settings)
-        leader = Leader(parts[0], merger, Outliner(frozenset()))
-        engines.append(Engine(leader, merger, config, device=CPU, transport=transport, on_lost=on_lost))
+        leader = Leader(parts[0], mergers, Outliner(), dict.fromkeys(mergers, frozenset()))
+        engines.append(Engine(leader, mergers, config, device=CPU, transport=transport, on_lost=on_lost))
         return engines[-1]
 
     yield open_one
@@ -163,11 +169,12 @@ def open_engine() -> Iterator[Open]:
         part.close()
 
 
-def forward(engine: Engine, **said: Any) -> Any:
+def forward(engine: Engine, component: str = "transformer", **said: Any) -> Any:
     """Of a request of its own."""
     seat = engine.queue.join()
     try:
-        return engine.forward(seat, {"hidden_states": torch.ones(1, 4, 2), "embeds": torch.ones(3), **said})
+        inputs = {"hidden_states": torch.ones(1, 4, 2), "embeds": torch.ones(3), **said}
+        return engine.forward(seat, component, inputs)
     finally:
         engine.queue.leave(seat)
 
@@ -191,7 +198,7 @@ def test_what_merged_runs_out_of_memory_runs_alone_and_no_request_fails_for_it(
 ) -> None:
     """Its embeddings reach the ranks that the merged one never came to."""
     parts = [Part(rank, 3) for rank in range(3)]
-    engine = open_engine(parts, merger=BY_SHAPE, batch_wait_ms=1000)
+    engine = open_engine(parts, mergers=BY_SHAPE, batch_wait_ms=1000)
     begin = threading.Barrier(8)
 
     def request(value: float) -> torch.Tensor:
@@ -213,14 +220,15 @@ def test_each_request_gets_all_that_the_model_returns(open_engine: Open, name: s
         load_shard(model_class, folder, "transformer", blocks=blocks, dtype=torch.float32)
         for blocks in [(0, 1), (1, 3)]
     ]
-    merger = Merger(model_class.__name__)
-    engine = open_engine(shards, merger=merger, batch_wait_ms=1000)
+    parts = [LoadedRank({"transformer": shard}, Keeper({}, TransformerConfig(), CPU)) for shard in shards]
+    mergers = build_mergers({"transformer": recorded[0][0].model})
+    engine = open_engine(parts, mergers=mergers, batch_wait_ms=1000)
     begin = threading.Barrier(len(recorded))
 
     def request(forwards: list[Recorded]) -> list[Any]:
         seat = engine.queue.join()
         begin.wait(SOON_S)
-        answers = [engine.forward(seat, asked.inputs) for asked in forwards]
+        answers = [engine.forward(seat, asked.component, asked.inputs) for asked in forwards]
         engine.queue.leave(seat)
         return answers
 

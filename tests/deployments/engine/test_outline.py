@@ -16,14 +16,14 @@ def embeds() -> torch.Tensor:
 
 
 def test_a_tensor_crosses_the_first_time_only(embeds: torch.Tensor) -> None:
-    outliner = Outliner(frozenset())
+    outliner = Outliner()
     first, second = (outliner.outline({"encoder_hidden_states": embeds})["encoder_hidden_states"] for _ in "12")
     assert first.tensor is embeds
     assert (second.key, second.tensor) == (first.key, None)
 
 
 def test_the_other_side_sees_the_same_inputs_each_time(embeds: torch.Tensor) -> None:
-    outliner, holder = Outliner(frozenset()), Holder(CPU)
+    outliner, holder = Outliner(), Holder(CPU)
     inputs = {"a": embeds, "nested": {"b": embeds + 1}, "guidance": None, "img_shapes": [[(1, 4, 4)]]}
     for _ in range(2):
         filled = holder.fill(outliner.outline(inputs))
@@ -34,10 +34,10 @@ def test_the_other_side_sees_the_same_inputs_each_time(embeds: torch.Tensor) -> 
 
 
 def test_tensors_in_lists_cross_once_too(embeds: torch.Tensor) -> None:
-    outliner, holder = Outliner(frozenset({"x"})), Holder(CPU)
+    outliner, holder = Outliner(), Holder(CPU)
     inputs = {"cap_feats": [embeds, embeds + 1], "residuals": (embeds,), "x": [embeds, embeds]}
     for _ in range(2):
-        outlined = outliner.outline(inputs)
+        outlined = outliner.outline(inputs, frozenset({"x"}))
         filled = holder.fill(outlined)
         assert torch.equal(filled["cap_feats"][1], embeds + 1)
         assert torch.equal(filled["residuals"][0], embeds)
@@ -46,20 +46,20 @@ def test_tensors_in_lists_cross_once_too(embeds: torch.Tensor) -> None:
 
 
 def test_a_tensor_that_was_written_to_crosses_again(embeds: torch.Tensor) -> None:
-    outliner, holder = Outliner(frozenset()), Holder(CPU)
+    outliner, holder = Outliner(), Holder(CPU)
     holder.fill(outliner.outline({"a": embeds}))
     embeds += 1
     assert torch.equal(holder.fill(outliner.outline({"a": embeds}))["a"], embeds)
 
 
 def test_equal_tensors_of_two_requests_are_kept_apart() -> None:
-    outliner = Outliner(frozenset())
+    outliner = Outliner()
     one, other = torch.ones(3), torch.ones(3)
     assert outliner.outline({"a": one})["a"].key != outliner.outline({"a": other})["a"].key
 
 
 def test_a_freed_tensor_is_released_once_on_the_other_side() -> None:
-    outliner, holder = Outliner(frozenset()), Holder(CPU)
+    outliner, holder = Outliner(), Holder(CPU)
     inputs = {"a": torch.ones(3)}
     outlined = outliner.outline(inputs)
     holder.fill(outlined)
@@ -76,7 +76,7 @@ def test_a_freed_tensor_is_released_once_on_the_other_side() -> None:
 
 
 def test_latents_cross_as_a_shape_where_values_do_not_matter(embeds: torch.Tensor) -> None:
-    outlined = Outliner(frozenset({"hidden_states"})).outline({"hidden_states": embeds.bfloat16()})
+    outlined = Outliner().outline({"hidden_states": embeds.bfloat16()}, frozenset({"hidden_states"}))
     assert outlined["hidden_states"] == ShapeOf((1, 2, 3), torch.bfloat16)
     filled = Holder(CPU).fill(outlined)["hidden_states"]
     assert filled.shape == (1, 2, 3)

@@ -1,6 +1,8 @@
 """On a GPU: what moves weights changes no picture, and what leaves is gone from there."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -8,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from deployments.config import EncoderConfig, ModelConfig, TransformerConfig
+from deployments.config import EncoderConfig, TransformerConfig
 from deployments.stages import load_stage
 from tests.deployments.memory.tiny_request import build_request
+from tests.tiny_models import EXPERTS, tiny_model
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,7 +22,6 @@ pytestmark = [
     pytest.mark.usefixtures("own_turns"),
 ]
 
-MODEL = ModelConfig(name="tiny", checkpoint="tiny://flux", family="flux")
 STREAMED = {"kind": "group", "use_stream": True}
 WAYS: tuple[dict[str, Any], ...] = (
     {"offload": "model"},
@@ -49,28 +51,26 @@ CHANGES_WEIGHTS = {"quantization", "layerwise_casting"}
 
 
 class Stage:
-    """The tiny FLUX's transformer on the GPU."""
+    """A tiny checkpoint's denoisers on the GPU."""
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, name: str = "flux", **settings: Any) -> None:
         config = TransformerConfig(num_gpus=1, dtype="bfloat16", **settings)
-        self.denoising = load_stage("denoise", MODEL, config)
+        self._name, self.denoising = name, load_stage("denoise", tiny_model(name), config)
         self.denoising.connect(None, pytest.fail)
 
-    def draw(self) -> torch.Tensor:
-        seat = self.denoising.join()
+    def draw(self, on_step: Any = lambda *_: None, **changes: Any) -> torch.Tensor:
+        seat, request = self.denoising.join(), replace(build_request(self._name), **changes)
         try:
-            latents: torch.Tensor = self.denoising.denoise(
-                seat, embeds(), build_request("flux"), on_step=lambda *_: None
-            ).latents
+            latents: torch.Tensor = self.denoising.denoise(seat, embeds(self._name), request, on_step).latents
         finally:
             self.denoising.leave(seat)
         return latents
 
 
 @cache
-def embeds() -> Any:
+def embeds(name: str) -> Any:
     config = EncoderConfig(max_sequence_length=64)
-    return load_stage("encode", MODEL, config).encode(build_request("flux"))
+    return load_stage("encode", tiny_model(name), config).encode(build_request(name))
 
 
 @pytest.mark.parametrize(
@@ -87,6 +87,52 @@ def test_what_moves_weights_draws_what_the_same_weights_draw_at_rest(settings: d
     for _ in range(2):
         torch.testing.assert_close(stage.draw(), expected, atol=0.1, rtol=0.1)  # bf16; compiled, other kernels
     stage.denoising.close()
+
+
+EXPERTS_WAYS: tuple[dict[str, Any], ...] = (
+    {"offload": "model"},
+    {"offload": "group"},
+    {"offload": STREAMED},
+    {"on_demand": True},
+    {"vram_limit_gib": 1e-3},
+    {"quantization": "nf4", "offload": "model"},
+    {"quantization": "int8", "offload": "model"},
+)
+
+
+@pytest.mark.parametrize("settings", EXPERTS_WAYS, ids=str)
+def test_two_experts_draw_what_they_draw_at_rest(settings: dict[str, Any]) -> None:
+    """Of two requests at once, which are at one and at the other by turns."""
+    plain = Stage(EXPERTS, **{key: value for key, value in settings.items() if key in CHANGES_WEIGHTS})
+    steps = (4, 9)
+    expected = [plain.draw(num_inference_steps=number) for number in steps]
+    plain.denoising.close()
+    stage = Stage(EXPERTS, max_batch_size=1, **settings)
+    for _ in range(2):
+        with ThreadPoolExecutor(2) as threads:
+            drawn = threads.map(lambda number: stage.draw(num_inference_steps=number), steps)
+            for latents, wanted in zip(drawn, expected, strict=True):
+                torch.testing.assert_close(latents, wanted, atol=0.1, rtol=0.1)
+    stage.denoising.close()
+
+
+@pytest.mark.parametrize("kind", [None, "nf4", "int8"])
+def test_one_expert_at_a_time_is_on_the_gpu_whichever_was_there_before(kind: str | None) -> None:
+    stage = Stage(EXPERTS, offload="model", quantization=kind)
+    models = {name: shard.model for name, shard in stage.denoising.loaded.shards.items()}
+    there: list[set[str]] = []
+
+    def note(*_: Any) -> None:
+        devices = {name: next(model.parameters()).device.type for name, model in models.items()}
+        there.append({name for name, device in devices.items() if device == "cuda"})
+
+    for model in models.values():
+        model.register_forward_hook(note)
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(lambda number: stage.draw(num_inference_steps=number), (4, 9)))
+    stage.denoising.close()
+    assert all(len(names) == 1 for names in there)
+    assert set().union(*there) == set(models)
 
 
 @pytest.mark.parametrize("kind", [None, "nf4", "int8"])
@@ -121,7 +167,9 @@ def test_quantised_layers_are_weighed_once_and_have_no_device_map(monkeypatch: p
     """To be asked for their scales they wait for the GPU, one layer after another."""
     stage = Stage(quantization={"kind": "nf4", "double_quant": True})
     [before] = stage.denoising.stats().ranks
-    monkeypatch.setattr(stage.denoising.loaded.shard.model, "state_dict", lambda **_: pytest.fail("asked again"))
+    monkeypatch.setattr(
+        stage.denoising.loaded.shards["transformer"].model, "state_dict", lambda **_: pytest.fail("asked again")
+    )
     [after] = stage.denoising.stats().ranks
     stage.denoising.close()
     assert after.memory.weights_bytes == before.memory.weights_bytes

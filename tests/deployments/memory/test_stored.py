@@ -6,7 +6,7 @@ import pytest
 
 from deployments.config import ModelConfig, TransformerConfig
 from deployments.engine.blocks import block_bytes
-from deployments.engine.load import load_rank, open_denoiser, plan_ranks
+from deployments.engine.load import load_rank, open_denoisers, plan_ranks
 from deployments.families import FAMILIES
 from deployments.memory.config import MemoryConfig
 from deployments.memory.stored import as_stored
@@ -27,17 +27,18 @@ def test_every_rank_holds_what_its_skeleton_weighs(
     """Exactly, but for the notes that bitsandbytes keeps beside each layer: under 1 % of tiny layers."""
     model = ModelConfig(name="tiny", checkpoint=f"tiny://{family}", family=family)
     config = TransformerConfig(dtype="bfloat16", shards=2, **technique)
-    denoiser = open_denoiser(model, config)
-    weights = block_bytes(as_stored(denoiser.skeleton, config))
-    for rank, blocks in enumerate(plan_ranks(denoiser, config)):
-        held = sum(load_rank(denoiser, model, config, rank).keeper.stats().weights_bytes.values())
+    denoisers = open_denoisers(model, config)
+    [(name, skeleton)] = denoisers.skeletons.items()
+    weights = block_bytes(as_stored(skeleton, config))
+    for rank, blocks in enumerate(plan_ranks(name, skeleton, config)):
+        held = sum(load_rank(denoisers, model, config, rank).keeper.stats().weights_bytes.values())
         exact = "quantization" not in technique
         assert weights.of_shard(*blocks) == pytest.approx(held, rel=0 if exact else 0.01)
 
 
 def test_the_skeleton_itself_stays_as_it_was() -> None:
     model = ModelConfig(name="tiny", checkpoint="tiny://sd3", family="sd3")
-    skeleton = open_denoiser(model, TransformerConfig()).skeleton
+    skeleton = open_denoisers(model, TransformerConfig()).skeletons["transformer"]
     before = block_bytes(skeleton)
     smaller = block_bytes(as_stored(skeleton, MemoryConfig(dtype="bfloat16", layerwise_casting=True)))
     assert block_bytes(skeleton) == before

@@ -18,9 +18,9 @@ from bitsandbytes.nn import Linear8bitLt
 from diffusers import DiffusionPipeline
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
+from deployments.checkpoints.components import denoiser_names, read_index
 from deployments.checkpoints.source import fetch_checkpoint
 from deployments.config import EncoderConfig, ModelConfig, TransformerConfig, VaeConfig
-from deployments.families import FAMILIES
 from deployments.memory.conflicts import find_conflict
 from deployments.memory.movable import make_movable
 from deployments.request import DecodeArguments, GenerationRequest
@@ -28,6 +28,7 @@ from deployments.stages import load_stage
 from deployments.stages.tensors import each_tensor
 from tests.conftest import decoded_by
 from tests.deployments.memory.tiny_request import NUM_STEPS, PROMPT, build_request
+from tests.tiny_models import EXPERTS, family_of, tiny_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quantize_on_cpu", "fresh_torch", "own_turns")]
 
@@ -91,7 +92,7 @@ def config(technique: str) -> TransformerConfig:
 def draw(family: str, model: ModelConfig | None = None, **settings: Any) -> torch.Tensor:
     """Latents of the denoise stage."""
     request = build_request(family)
-    model = model or ModelConfig(name="tiny", checkpoint=f"tiny://{family}", family=family)
+    model = model or tiny_model(family)
     stage = load_stage("denoise", model, TransformerConfig(**settings))
     stage.connect(None, pytest.fail)
     try:
@@ -105,8 +106,7 @@ def draw(family: str, model: ModelConfig | None = None, **settings: Any) -> torc
 
 @cache
 def embeds(family: str) -> Any:
-    model = ModelConfig(name="tiny", checkpoint=f"tiny://{family}", family=family)
-    return load_stage("encode", model, build_encoder_config(family)).encode(build_request(family))
+    return load_stage("encode", tiny_model(family), build_encoder_config(family)).encode(build_request(family))
 
 
 def prompt_embeds(family: str) -> dict[str, torch.Tensor]:
@@ -123,15 +123,14 @@ def prompt_embeds(family: str) -> dict[str, torch.Tensor]:
 
 
 def build_encoder_config(family: str, **settings: Any) -> EncoderConfig:
-    tokens = 64 if FAMILIES[family].max_sequence_length else None
+    tokens = 64 if family_of(family).max_sequence_length else None
     return EncoderConfig(max_sequence_length=tokens, **settings)
 
 
 @cache
 def plain_latents(family: str, technique: str | None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """By diffusers' own pipeline, with its own switch for the technique; None: without any."""
-    folder, name = fetch_checkpoint(f"tiny://{family}", ()), FAMILIES[family].denoiser
-    kind: Any = getattr(diffusers, DiffusionPipeline.load_config(folder)[name][1])
+    folder = fetch_checkpoint(f"tiny://{family}", ())
     four_bits = {"load_in_4bit": True, "bnb_4bit_compute_dtype": dtype}
     quantization = {
         "nf4": lambda: diffusers.BitsAndBytesConfig(bnb_4bit_quant_type="nf4", **four_bits),
@@ -140,11 +139,13 @@ def plain_latents(family: str, technique: str | None, dtype: torch.dtype = torch
         ),
         "int8": lambda: diffusers.BitsAndBytesConfig(load_in_8bit=True),
     }.get(technique or "", lambda: None)()
-    denoiser = kind.from_pretrained(folder, subfolder=name, dtype=dtype, quantization_config=quantization)
-    if technique == "fp8":
-        denoiser.enable_layerwise_casting(torch.float8_e4m3fn, compute_dtype=dtype)
     pipe: Any = DiffusionPipeline.from_pretrained(folder)
-    setattr(pipe, name, denoiser)
+    for name in denoisers(family):
+        kind = type(getattr(pipe, name))
+        denoiser = kind.from_pretrained(folder, subfolder=name, dtype=dtype, quantization_config=quantization)
+        if technique == "fp8":
+            denoiser.enable_layerwise_casting(torch.float8_e4m3fn, compute_dtype=dtype)
+        setattr(pipe, name, denoiser)
     pipe.set_progress_bar_config(disable=True)
     request = build_request(family)
     settings: dict[str, Any] = {"prompt": PROMPT}
@@ -153,9 +154,9 @@ def plain_latents(family: str, technique: str | None, dtype: torch.dtype = torch
         settings = {key: value.to(dtype) for key, value in prompt_embeds(family).items()}
     if request.true_cfg_scale is not None:
         settings["true_cfg_scale"] = request.true_cfg_scale
-    if FAMILIES[family].media == "video":
+    if family_of(family).media == "video":
         settings["num_frames"] = 5
-    if FAMILIES[family].max_sequence_length is not None:
+    if family_of(family).max_sequence_length is not None:
         settings["max_sequence_length"] = 64
     pipe.vae.to(dtype)
     with decoded_by(pipe) as decoded:
@@ -176,10 +177,14 @@ def expected(family: str, techniques: tuple[str, ...]) -> torch.Tensor:
     return plain_latents(family, next((name for name in techniques if name in WEIGHTS), None), dtype)
 
 
+def denoisers(family: str) -> tuple[str, ...]:
+    return denoiser_names(read_index(fetch_checkpoint(f"tiny://{family}", ())))
+
+
 def suits(family: str, technique: str) -> bool:
     if technique == "math":
-        return FAMILIES[family].denoiser == "transformer" and family != "sd3"
-    return technique not in {"trace", "channels_last"} or FAMILIES[family].denoiser == "unet"
+        return "unet" not in denoisers(family) and family != "sd3"
+    return technique not in {"trace", "channels_last"} or "unet" in denoisers(family)
 
 
 def singles(*families: str) -> list[Any]:
@@ -219,6 +224,7 @@ def is_allowed(names: tuple[str, ...]) -> bool:
     [
         *singles("flux", "sdxl"),
         *((family, (name,)) for family in ("qwen-image", "wan") for name in ("nf4", "fp8", "blocks", "compile")),
+        *singles(EXPERTS),
         *pairs("flux", "math"),
         *pairs("sdxl", "trace", "channels_last"),
         *pairs("flux", "nf4", "int8", "fp8"),
@@ -256,10 +262,25 @@ def compare_with_diffusers(family: str, names: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("technique", ["nf4", "int8", "fp8"])
-def test_what_changes_the_weights_changes_the_picture(technique: str) -> None:
+@pytest.mark.parametrize("family", ["flux", EXPERTS])
+def test_what_changes_the_weights_changes_the_picture(family: str, technique: str) -> None:
     """Or the tests above could not tell one from the other."""
-    difference = (plain_latents("flux", technique) - plain_latents("flux", None)).abs().max()
+    difference = (plain_latents(family, technique) - plain_latents(family, None)).abs().max()
     assert difference > 1e-2
+
+
+def test_one_of_two_denoisers_alone_may_be_quantised() -> None:
+    stage = load_stage(
+        "denoise",
+        tiny_model(EXPERTS),
+        TransformerConfig(quantization={"kind": "nf4", "components": ["transformer_2"]}),
+    )
+    dtypes = [{p.dtype for p in shard.model.parameters()} for shard in stage.loaded.shards.values()]
+    assert [torch.uint8 in found for found in dtypes] == [False, True]
+    with pytest.raises(ValueError, match=r"no text_encoder in this stage; it has transformer, transformer_2"):
+        load_stage(
+            "denoise", tiny_model(EXPERTS), TransformerConfig(quantization={"components": ["text_encoder"]})
+        )
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
@@ -269,7 +290,7 @@ def test_a_checkpoint_that_is_stored_quantised_needs_no_config(kind: str, tmp_pa
     shutil.copytree(fetch_checkpoint("tiny://flux", ()), folder)
     stage = load_stage("denoise", ModelConfig(name="m", checkpoint=str(folder), family="flux"), config(kind))
     shutil.rmtree(folder / "transformer")
-    stage.loaded.shard.model.save_pretrained(folder / "transformer")
+    stage.loaded.shards["transformer"].model.save_pretrained(folder / "transformer")
     model = ModelConfig(name="m", checkpoint=str(folder), family="flux")
     assert torch.equal(draw("flux", model), plain_latents("flux", kind))
     assert not load_stage("denoise", model, TransformerConfig()).loaded.keeper.is_untouched
@@ -282,7 +303,7 @@ def test_an_8_bit_model_that_moves_takes_all_its_layers_hold_along(has_run: bool
     """Or what leaves a GPU would stay there. Here another place in memory stands for another device."""
     stage = load_stage("denoise", ModelConfig(name="m", checkpoint="tiny://flux", family="flux"), config("int8"))
     stage.connect(None, pytest.fail)
-    model, request = stage.loaded.shard.model, build_request("flux")
+    model, request = stage.loaded.shards["transformer"].model, build_request("flux")
     if has_run:
         stage.denoise(stage.join(), embeds("flux"), request, on_step=lambda *_: None)
     make_movable(model)
@@ -322,9 +343,9 @@ def test_a_shard_quantised_holds_what_the_whole_holds(technique: str, shards: in
     """A shard reads only its blocks and quantises them alike: the blocks' state is equal, key by key."""
     model = ModelConfig(name="tiny", checkpoint="tiny://flux", family="flux")
     whole = load_stage("denoise", model, TransformerConfig(**TECHNIQUES[technique]))
-    state = whole.loaded.shard.model.state_dict()
+    state = whole.loaded.shards["transformer"].model.state_dict()
     part = load_stage("denoise", model, TransformerConfig(shards=shards, **TECHNIQUES[technique]))
-    part_state = part.loaded.shard.model.state_dict()
+    part_state = part.loaded.shards["transformer"].model.state_dict()
     assert 0 < len(part_state) < len(state)
     for key, value in part_state.items():
         assert torch.equal(value.float(), state[key].float()), key

@@ -1,5 +1,6 @@
 """What is planned, against what processes really hold."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import nn
 
 from deployments.checkpoints.components import Stage, fetch_stage, stage_components
 from deployments.config import EncoderConfig, ModelConfig, StageConfig, TransformerConfig, VaeConfig
-from deployments.engine.load import load_rank, open_denoiser
+from deployments.engine.load import load_rank, open_denoisers
 from deployments.families import FAMILIES
 from deployments.memory.working import on_meta, working_bytes
 from deployments.plan.describe import Description
@@ -17,6 +18,7 @@ from deployments.plan.sizes import ModelSizes
 from deployments.request import MediaSize
 from deployments.stages.pipeline import load_pipeline, loaded_models
 from serve_app.bench.models import bench_model
+from tests.tiny_models import EXPERTS, tiny_model
 
 
 def described(model: ModelConfig, size: int = 64, **transformer: Any) -> ModelSizes:
@@ -28,8 +30,8 @@ def described(model: ModelConfig, size: int = 64, **transformer: Any) -> ModelSi
 
 def held_by_ranks(model: ModelConfig, config: TransformerConfig) -> list[int]:
     """As every rank's process tells of itself."""
-    denoiser = open_denoiser(model, config)
-    ranks = [load_rank(denoiser, model, config, rank) for rank in range(config.num_ranks)]
+    denoisers = open_denoisers(model, config)
+    ranks = [load_rank(denoisers, model, config, rank) for rank in range(config.num_ranks)]
     return [sum(rank.keeper.stats().weights_bytes.values()) for rank in ranks]
 
 
@@ -41,9 +43,9 @@ def held_by_stage(model: ModelConfig, stage: Stage, config: StageConfig) -> int:
     return sum(tensors.values())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_process_holds_what_was_planned(family: str) -> None:
-    model = ModelConfig(name="tiny", checkpoint=f"tiny://{family}", family=family)
+@pytest.mark.parametrize("name", [*FAMILIES, EXPERTS])
+def test_every_process_holds_what_was_planned(name: str) -> None:
+    model = tiny_model(name)
     planned = described(model, shards=2)
     held = held_by_ranks(model, TransformerConfig(shards=2))
     assert [rank.weights_bytes for rank in planned.denoise.ranks] == held
@@ -97,6 +99,21 @@ def test_a_budget_or_offloading_leaves_less_on_the_device() -> None:
     assert limited == [2**21, 2**21]
     for rank in range(2):
         assert layers[rank] < blocks[rank] < whole[rank]
+
+
+def test_two_denoisers_take_what_each_takes_and_the_larger_forward() -> None:
+    one, both = described(tiny_model("wan22-5b")), described(tiny_model(EXPERTS), shards=2)
+    assert [of.name for of in one.denoisers] == ["transformer"]
+    assert [of.name for of in both.denoisers] == ["transformer", "transformer_2"]
+    first, second = both.denoisers
+    assert replace(second, name=first.name) == first
+    assert [rank.blocks for rank in both.denoise.ranks] == [((0, 2),) * 2, ((2, 3),) * 2]
+    assert sum(rank.weights_bytes for rank in both.denoise.ranks) == 2 * (first.weights_bytes + first.head_bytes)
+
+
+def test_two_denoisers_by_turns_are_one_at_a_time_on_the_device() -> None:
+    resident, offloaded = (described(tiny_model(EXPERTS), **way) for way in ({}, {"offload": "model"}))
+    assert resident.denoise.ranks[0].device_bytes == 2 * offloaded.denoise.ranks[0].device_bytes
 
 
 def test_working_memory_is_what_lives_at_once() -> None:

@@ -2,6 +2,7 @@
 
 from itertools import product, takewhile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from accelerate.utils import compute_module_sizes, get_balanced_memory
 
 from cluster.inventory import parse_gpus
 from deployments.config import EncoderConfig, TransformerConfig, VaeConfig
-from deployments.engine.load import open_denoiser
+from deployments.engine.load import open_denoisers
 from deployments.memory.config import MemoryConfig
 from deployments.memory.stored import as_stored, stored_bytes
 from deployments.plan.place import blocked_by_order, place
@@ -45,9 +46,9 @@ BF16 = StageConfigs(
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_transformer_weighs_what_is_known_in_every_format(name: str) -> None:
-    denoiser = open_denoiser(model_config(name), BF16.transformer)
+    skeleton = open_denoisers(model_config(name), BF16.transformer).skeletons["transformer"]
     for technique, expected in zip(TECHNIQUES, TRANSFORMERS[name], strict=True):
-        stored = as_stored(denoiser.skeleton, MemoryConfig.model_validate({"dtype": "bfloat16", **technique}))
+        stored = as_stored(skeleton, MemoryConfig.model_validate({"dtype": "bfloat16", **technique}))
         assert stored_bytes(stored) / GIB == pytest.approx(expected, rel=0.015), technique
 
 
@@ -109,7 +110,7 @@ def test_the_fullest_rank_holds_less_than_by_accelerates_automatic_map(name: str
     sizes = sizes_of(name)(
         StageConfigs(BF16.encoder, TransformerConfig(dtype="bfloat16", shards=num_gpus), BF16.vae)
     )
-    skeleton = open_denoiser(model_config(name), BF16.transformer).skeleton
+    skeleton: Any = open_denoisers(model_config(name), BF16.transformer).skeletons["transformer"]
     whole = dict.fromkeys(range(num_gpus), 2**40)
     options = {"no_split_module_classes": skeleton._no_split_modules, "dtype": torch.bfloat16}
     device_map = infer_auto_device_map(skeleton, get_balanced_memory(skeleton, whole, **options), **options)
@@ -118,7 +119,7 @@ def test_the_fullest_rank_holds_less_than_by_accelerates_automatic_map(name: str
     for part, device in device_map.items():
         held[device] += part_bytes[part]
     fullest = max(rank.weights_bytes for rank in sizes.denoise.ranks)
-    assert fullest <= max(held.values()) + sizes.head_bytes
+    assert fullest <= max(held.values()) + sizes.denoisers[0].head_bytes
     if num_gpus == 4:
         assert fullest < 0.98 * max(held.values())
 

@@ -1,19 +1,22 @@
 """The bound on throughput."""
 
+from dataclasses import replace
+
 import pytest
 
 from cluster.inventory import parse_gpus
 from deployments.plan.place import Demand, place
-from deployments.plan.profile import Profile, Times, read_profile, write_profile
+from deployments.plan.profile import DenoiserTimes, Profile, Times, read_profile, write_profile
 from deployments.plan.rate import bound_rate
 from deployments.plan.sizes import RankSizes
 from deployments.request import MediaSize
 
-TIMES = Times(encode_s=0.1, head_s=0.01, blocks_s=(0.1, 0.1, 0.1, 0.2), tail_s=0.04, num_forwards=10, decode_s=0.2)
+DENOISER = DenoiserTimes(head_s=0.01, blocks_s=(0.1, 0.1, 0.1, 0.2), tail_s=0.04, num_forwards=10)
+TIMES = Times(encode_s=0.1, denoisers={"transformer": DENOISER}, decode_s=0.2)
 
 
 def rank(*blocks: int) -> RankSizes:
-    return RankSizes(0, 0, 0, blocks or None)
+    return RankSizes(0, 0, 0, ((blocks[0], blocks[1]),) if blocks else None)
 
 
 def test_the_slowest_shard_bounds_a_pipeline_and_every_rank_computes_the_head() -> None:
@@ -50,6 +53,17 @@ def test_replicas_add_up() -> None:
     }
     rate = bound_rate(place(demands, parse_gpus("3x16GiB")), TIMES)
     assert rate.bound == pytest.approx(3 / 5.5)
+
+
+def test_the_times_of_several_denoisers_add_up_and_one_cut_is_for_all() -> None:
+    first = DenoiserTimes(head_s=0.0, blocks_s=(0.3, 0.1, 0.1), tail_s=0.0, num_forwards=2)
+    second = DenoiserTimes(head_s=0.0, blocks_s=(0.1, 0.1, 0.1), tail_s=0.1, num_forwards=10)
+    times = Times(encode_s=0.1, denoisers={"transformer": first, "transformer_2": second}, decode_s=0.1)
+    assert times.rank_s(((0, 1), (0, 1))) == pytest.approx(2 * 0.3 + 10 * 0.1)
+    assert times.rank_s(None) == pytest.approx(2 * 0.5 + 10 * 0.4)
+    assert times.plan_cuts(2) == (0, 2, 3)
+    shorter = replace(first, blocks_s=(0.3, 0.1))
+    assert replace(times, denoisers={"transformer": shorter, "transformer_2": second}).plan_cuts(2) is None
 
 
 def test_a_profile_comes_back_as_it_was_written(tmp_path) -> None:

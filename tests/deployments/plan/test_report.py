@@ -3,6 +3,7 @@
 import io
 import json
 from dataclasses import replace
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -13,26 +14,25 @@ from deployments.config import EncoderConfig, TransformerConfig, VaeConfig
 from deployments.plan.advice import Admitted
 from deployments.plan.picture import draw_placement
 from deployments.plan.plan import Plan, StageConfigs, plan
-from deployments.plan.profile import Profile, Times
+from deployments.plan.profile import DenoiserTimes, Profile, Times
 from deployments.plan.report import plan_as_json, print_plan
-from deployments.plan.sizes import BlockSizes, ComponentSizes, ModelSizes, RankSizes, StageSizes
+from deployments.plan.sizes import BlockSizes, ComponentSizes, DenoiserSizes, ModelSizes, RankSizes, StageSizes
 from deployments.request import MediaSize
 
 GIB = 2**30
+BLOCKS = tuple(BlockSizes(f"transformer_blocks.{i}", 9 * GIB // 2) for i in range(4))
 SIZES = ModelSizes(
     encode=StageSizes((ComponentSizes("text_encoder", "T5", 10**9, 2 * GIB),), (RankSizes(2 * GIB, 2 * GIB, 0),)),
     denoise=StageSizes(
         (ComponentSizes("transformer", "Flux", 9 * 10**9, 18 * GIB),),
-        (RankSizes(9 * GIB, 9 * GIB, GIB, (0, 2)), RankSizes(9 * GIB, 9 * GIB, GIB, (2, 4))),
+        (RankSizes(9 * GIB, 9 * GIB, GIB, ((0, 2),)), RankSizes(9 * GIB, 9 * GIB, GIB, ((2, 4),))),
     ),
     decode=StageSizes((ComponentSizes("vae", "KL", 10**8, GIB // 8),), (RankSizes(GIB // 8, GIB // 8, GIB),)),
-    blocks=tuple(BlockSizes(f"transformer_blocks.{i}", 9 * GIB // 2) for i in range(4)),
-    head_bytes=0,
-    tail_bytes=0,
-    is_unet=False,
+    denoisers=(DenoiserSizes("transformer", BLOCKS, 0, 0),),
     batch_size=1,
     sizes=(MediaSize(1024, 1024),),
 )
+EXPERTS = tuple(DenoiserSizes(name, BLOCKS, 0, 0) for name in ("transformer", "transformer_2"))
 TWO_SHARDS = StageConfigs(
     EncoderConfig(num_gpus=0.18, dtype="bfloat16"),
     TransformerConfig(num_gpus=0.69, dtype="bfloat16", shards=2),
@@ -44,6 +44,11 @@ def planned(gpus: str, stages: StageConfigs = TWO_SHARDS, sizes: ModelSizes = SI
     return plan(
         "a model", stages, sizes, parse_gpus(gpus), **{"admitted": Admitted(256, 1024 * 1024, 1)} | options
     )
+
+
+def build_times(*blocks_s: float, **others: Any) -> Times:
+    denoiser = DenoiserTimes(head_s=0, blocks_s=blocks_s, tail_s=0, num_forwards=10)
+    return Times(encode_s=0.1, denoisers={"transformer": denoiser}, decode_s=0.1, **others)
 
 
 def text_of(plan: Plan) -> str:
@@ -68,21 +73,23 @@ def test_what_does_not_fit_is_told_in_text_json_and_picture() -> None:
 
 
 def test_with_times_it_tells_throughput_and_use() -> None:
-    times = Times(0.1, 0, (0.1, 0.1, 0.1, 0.1), 0, num_forwards=10, decode_s=0.1)
+    times = build_times(0.1, 0.1, 0.1, 0.1)
     plan = planned("2x16GiB", profile=Profile({}, "x", {"1024x1024": times}))
     assert "throughput: at most 0.455 a second" in text_of(plan)  # rank 0 and both small stages share a GPU
     assert plan_as_json(plan)["gpus"][0]["use"] == pytest.approx(1)
 
 
 def test_measured_working_memory_replaces_what_was_told() -> None:
-    times = Times(0.1, 0, (0.1,) * 4, 0, 10, 0.1, {"encode": 1, "denoise": 2, "decode": 3})
+    times = build_times(*(0.1,) * 4, working_bytes={"encode": 1, "denoise": 2, "decode": 3})
     plan = planned("2x16GiB", profile=Profile({}, "x", {"1024x1024": times}))
     assert [process.sizes.working_bytes for process in plan.placement.processes] == [1, 2, 2, 3]
 
 
 def test_the_json_holds_every_block_and_process() -> None:
     found = json.loads(json.dumps(plan_as_json(planned("2x16GiB"))))
-    assert found["blocks_bytes"] == {f"transformer_blocks.{i}": 9 * GIB // 2 for i in range(4)}
+    assert found["denoisers"]["transformer"]["blocks_bytes"] == {
+        f"transformer_blocks.{i}": 9 * GIB // 2 for i in range(4)
+    }
     assert [process["gpus"] for process in found["processes"]] == [[[0, 0]], [[0, 0]], [[0, 1]], [[0, 0]]]
 
 
@@ -110,11 +117,17 @@ def test_it_tells_where_ray_would_send_a_further_replica_to_wait(max_replicas: i
     ("gpus", "stages", "sizes", "advice"),
     [
         ("2x80GiB", {}, {}, "shards give one request no speed-up"),
-        ("2x16GiB", {}, {"is_unet": True}, "a UNet in 2 shards"),
+        ("2x16GiB", {}, {"denoisers": (DenoiserSizes("unet", BLOCKS, 0, 0),)}, "a UNet in 2 shards"),
         ("3x16GiB", {}, {}, "nothing lies on node 0 GPU 2"),
         ("2x(1x16GiB)", {}, {}, "lie on several nodes"),
         ("2x16GiB", {"max_ongoing_requests": 3}, {}, "2 shards are kept full by 4 requests; at most 3"),
         ("2x16GiB", {"dtype": "float32"}, {}, "transformer.dtype is float32"),
+        (
+            "2x16GiB",
+            {"offload": "model"},
+            {"denoisers": EXPERTS},
+            "one of transformer and transformer_2 on the GPU",
+        ),
         ("4x16GiB", {"num_gpus": 2}, {}, "transformer.num_gpus 2 without device_map uses one GPU only"),
     ],
 )
@@ -139,6 +152,6 @@ def test_requests_beyond_the_plan_are_told() -> None:
 
 
 def test_uneven_times_are_worth_other_cuts() -> None:
-    times = Times(0.1, 0, (0.4, 0.1, 0.1, 0.1), 0, num_forwards=10, decode_s=0.1)
+    times = build_times(0.4, 0.1, 0.1, 0.1)
     plan = planned("2x16GiB", profile=Profile({}, "x", {"1024x1024": times}))
     assert "cuts: [1] make the slowest shard 25% faster" in " ".join(plan.advice)

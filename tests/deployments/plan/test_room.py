@@ -10,7 +10,7 @@ from cluster.inventory import Gpu, parse_gpus
 from deployments.config import EncoderConfig, TransformerConfig, VaeConfig
 from deployments.plan.plan import StageConfigs
 from deployments.plan.room import find_lack
-from deployments.plan.sizes import ModelSizes, RankSizes, StageSizes
+from deployments.plan.sizes import DenoiserSizes, ModelSizes, RankSizes, StageSizes
 from deployments.request import MediaSize
 
 GIB = 2**30
@@ -20,10 +20,7 @@ FLUX = ModelSizes(
         StageSizes((), (RankSizes(int(weights * GIB), int(weights * GIB), GIB // 2),))
         for weights in (9.1, 22.17, 0.16)
     ),
-    blocks=(),
-    head_bytes=0,
-    tail_bytes=0,
-    is_unet=False,
+    denoisers=(DenoiserSizes("transformer", (), 0, 0),),
     batch_size=1,
     sizes=(MediaSize(1024, 1024),),
 )

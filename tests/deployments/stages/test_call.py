@@ -42,17 +42,19 @@ def test_what_would_be_decoded_after_the_last_step_is_what_is(
     request, seat = build_request(model), stage.join()
     arguments = stage.denoise(seat, encodings, request, lambda _step, latents: steps.append(latents))
     stage.leave(seat)
-    finished = stage._call.finish(request, stage._stand_in(stage._zeros), encodings, steps[-1])
+    finished = stage._calls.of(request).finish(request, stage._stand_ins(stage._zeros), encodings, steps[-1])
     assert torch.equal(finished.latents, arguments.latents)
 
 
 def test_a_request_leaves_nothing_in_the_pipeline_that_all_share(
     model: ModelConfig, stage: Any, encodings: Encodings
 ) -> None:
-    before, settings = dict(vars(stage._call._pipe)), dict(stage._call._pipe.config)
-    denoise(stage, encodings, build_request(model))
-    assert vars(stage._call._pipe) == before
-    assert dict(stage._call._pipe.config) == settings
+    request = build_request(model)
+    pipe = stage._calls.of(request)._pipe
+    before, settings = dict(vars(pipe)), dict(pipe.config)
+    denoise(stage, encodings, request)
+    assert vars(pipe) == before
+    assert dict(pipe.config) == settings
 
 
 def test_encodings_of_another_call_are_not_taken_for_this_ones(

@@ -1,65 +1,118 @@
-"""Pictures that go in: drawn anew, edited, filled in, bit-equal to the plain pipeline of that kind of call."""
+"""Pictures that go in: how files are read, and what is kept of them."""
 
-from functools import cache
 from io import BytesIO
 from typing import Any
 
-import diffusers
 import numpy as np
 import pytest
 from PIL import Image
 
 from deployments.checkpoints.source import fetch_checkpoint
-from deployments.config import ModelConfig
-from deployments.request import CallKind, InputPictures
-from tests.deployments.variants import SEED, build_request, draw_staged, read_model
-
-SIDE = 64
-FAMILIES = ("flux", "sd15", "sdxl", "sd3", "qwen-image")
-
-
-def picture(seed: int = 0, size: tuple[int, int] = (SIDE, SIDE)) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
+from deployments.config import ModelConfig, VaeConfig
+from deployments.refusal import WrongField
+from deployments.request import InputPictures
+from deployments.stages import load_stage
+from deployments.stages.pictures import open_pictures
+from tests.deployments.variants import build_request, draw_staged, encode, load_denoising, read_model
+from tests.pictures import half_mask, picture, png
 
 
-def half_mask() -> Image.Image:
-    """White, which is drawn anew, on the right."""
-    return Image.fromarray(np.uint8(np.arange(SIDE)[None].repeat(SIDE, 0) > SIDE // 2) * 255)
+@pytest.fixture(scope="module")
+def model() -> ModelConfig:
+    return read_model(fetch_checkpoint("tiny://flux", ()))
 
 
-def png(image: Image.Image) -> bytes:
+def opened(image: Image.Image, kind: str = "PNG", **options: Any) -> Image.Image:
     buffer = BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
+    image.save(buffer, kind, **options)
+    [found] = open_pictures(InputPictures((buffer.getvalue(),)))["image"]
+    return found
 
 
-@cache
-def model(name: str) -> ModelConfig:
-    return read_model(fetch_checkpoint(f"tiny://{name}", ()))
+def test_what_is_transparent_shows_white() -> None:
+    clear = Image.new("RGBA", (64, 64), (200, 0, 0, 0))
+    assert opened(clear).getpixel((0, 0)) == (255, 255, 255)
 
 
-def draw_plain(name: str, kind: CallKind, **asked: Any) -> np.ndarray:
-    """[F, H, W, 3] by the class that diffusers has for this kind of call."""
-    base = diffusers.DiffusionPipeline.from_pretrained(fetch_checkpoint(f"tiny://{name}", ()))
-    pipeline_class: Any = getattr(diffusers, model(name).architecture.calls[kind].pipeline_class)
-    pipe = base if type(base) is pipeline_class else pipeline_class.from_pipe(base)
-    pipe.set_progress_bar_config(disable=True)
-    import torch
-
-    generator = torch.Generator().manual_seed(SEED)
-    output = np.asarray(pipe(generator=generator, output_type="np", **asked)[0])
-    return (output.reshape(-1, *output.shape[-3:]) * 255).round().astype(np.uint8)
+def test_a_palette_with_a_transparent_colour_shows_white_there() -> None:
+    image = Image.new("P", (64, 64), 0)
+    image.putpalette([200, 0, 0, 0, 200, 0])
+    image.putpixel((1, 1), 1)
+    found = opened(image, transparency=0)
+    assert (found.getpixel((0, 0)), found.getpixel((1, 1))) == ((255, 255, 255), (0, 200, 0))
 
 
-@pytest.mark.parametrize("kind", ["edit", "inpaint"])
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_picture_is_drawn_anew_as_the_plain_pipeline_does(name: str, kind: CallKind) -> None:
-    request = build_request(model(name), kind, num_inference_steps=4, strength=0.75)
-    pictures = InputPictures((png(picture()),), png(half_mask()) if kind == "inpaint" else None)
-    asked = {"prompt": request.prompt.text, "num_inference_steps": 4, "strength": 0.75, "image": picture()}
-    if kind == "inpaint":
-        asked["mask_image"] = half_mask()
-    if "height" in model(name).architecture.calls[kind].parameters:
-        asked |= {"height": SIDE, "width": SIDE}
-    np.testing.assert_array_equal(draw_staged(model(name), request, pictures), draw_plain(name, kind, **asked))
+def test_sixteen_bits_are_scaled_to_eight() -> None:
+    deep = Image.fromarray(np.full((64, 64), 0x8080, np.uint16))
+    assert opened(deep).getpixel((0, 0)) == (128, 128, 128)
+
+
+def test_a_photograph_is_turned_as_its_camera_was_held() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned to the right
+    image = Image.new("RGB", (64, 32), "red")
+    assert opened(image, "JPEG", exif=exif).size == (32, 64)
+
+
+def test_a_mask_with_an_alpha_channel_draws_anew_what_is_transparent() -> None:
+    alpha = Image.new("RGBA", (64, 64), (255, 255, 255, 255))
+    alpha.putpixel((3, 3), (255, 255, 255, 0))
+    mask = open_pictures(InputPictures((png(picture()),), png(alpha)))["mask_image"]
+    assert (mask.getpixel((3, 3)), mask.getpixel((0, 0))) == (255, 0)
+
+
+def test_a_mask_of_another_size_is_refused() -> None:
+    with pytest.raises(WrongField, match="32x32 pixels, and the first image 64x64") as refused:
+        open_pictures(InputPictures((png(picture()),), png(half_mask(32))))
+    assert refused.value.param == "mask"
+
+
+@pytest.mark.parametrize("data", [b"", b"GIF89a", png(picture())[:500]])
+def test_what_is_no_whole_picture_is_refused_by_name(data: bytes) -> None:
+    with pytest.raises(WrongField, match="cannot be read") as refused:
+        open_pictures(InputPictures((data,)))
+    assert refused.value.param == "image"
+
+
+def test_a_picture_that_was_seen_lately_costs_no_encode(model: ModelConfig) -> None:
+    stage = load_stage("decode", model, VaeConfig())
+    request, pictures = build_request(model, "edit"), InputPictures((png(picture()),))
+    encodings = encode(model, request, pictures)
+    for seed in range(3):
+        stage.prepare(encodings, build_request(model, "edit", strength=0.5 + seed / 10), pictures)
+    assert stage.num_encoded == 1
+
+
+def test_another_strength_draws_another_picture(model: ModelConfig) -> None:
+    pictures = InputPictures((png(picture()),))
+    drawn = [
+        draw_staged(model, build_request(model, "edit", num_inference_steps=4, strength=strength), pictures)
+        for strength in (0.5, 1.0)
+    ]
+    assert np.abs(drawn[0].astype(int) - drawn[1]).max() > 8
+
+
+def test_steps_are_counted_from_where_the_drawing_begins(model: ModelConfig) -> None:
+    request = build_request(model, "edit", num_inference_steps=4, strength=0.5)
+    stage, steps = load_denoising(model), list[int]()
+    stage.denoise(stage.join(), None, request, lambda step, _latents: steps.append(step), max_sequence_length=32)
+    stage.close()
+    assert steps == [3, 4]
+
+
+def test_a_strength_that_leaves_no_step_is_told_by_name(model: ModelConfig) -> None:
+    request = build_request(model, "edit", num_inference_steps=2, strength=0.1)
+    stage = load_denoising(model)
+    with pytest.raises(WrongField) as refused:
+        stage.denoise(stage.join(), None, request, max_sequence_length=32)
+    stage.close()
+    assert refused.value.param == "num_inference_steps"
+
+
+def test_a_picture_that_its_pipeline_does_not_take_is_told_by_name() -> None:
+    """FLUX.2 takes none of under 64 pixels."""
+    klein = read_model(fetch_checkpoint("tiny://flux2-klein", ()))
+    request = build_request(klein, "edit", num_inference_steps=2)
+    with pytest.raises(WrongField, match="Both dimensions must be at least 64px") as refused:
+        draw_staged(klein, request, InputPictures((png(picture(side=32)),)))
+    assert refused.value.param == "image"

@@ -1,0 +1,102 @@
+"""The page that says which of diffusers' pipelines run staged, in shards, merged; and why not where not.
+
+Imports torch: what can be cut is asked of the models themselves.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import diffusers
+
+from deployments.checkpoints.components import ModelIndex, denoiser_names, read_index
+from deployments.checkpoints.source import fetch_checkpoint
+from deployments.checkpoints.tiny.names import TINY_MODULES
+from deployments.engine.blocks import build_skeleton, cuttable_names
+from deployments.engine.merge import RULES
+from deployments.families.calls import Call, find_calls, find_pipelines
+
+INTRO = """\
+# Pipelines
+
+Which pipelines of diffusers {version} that draw pictures or videos are served, and how. `relay families` prints
+this page; a test compares. A pipeline of the first table runs as three stages and draws what the plain pipeline
+draws, bit for bit, in every kind of call named: tests/deployments/stages/test_staged_pipelines.py shows it on the
+tiny checkpoint of the second column (with `--thorough`, on all). Blocks: of the tiny denoiser, which may be cut
+into shards between any two, each cut bit-equal (tests/deployments/engine/test_cuts.py). Merged: forwards of
+several requests run as one (test_merged_pipelines.py); others run one after another.
+
+`generate` draws from a prompt, `edit` from pictures too, `inpaint` where a mask says, `image_to_video` goes on
+from a picture.
+"""
+UNSTAGED: Mapping[str, str] = {
+    "kandinsky5": "chooses one of seven sizes of its own",
+    "hidream": "scales the size that is asked to an area of its own",
+    "hunyuan-video15-i2v": "takes its size from the picture",
+    "ltx2": "makes sound beside the video, by models that no stage has",
+    "latte": "decodes a video in several calls",
+    "animatediff": "decodes a video in several calls",
+}
+"""Tiny checkpoints that are refused at start, and why."""
+CANNOT: Mapping[str, str] = {
+    "ChromaInpaintPipeline": "fails in diffusers itself: its transformer has no guidance_embeds",
+    "QwenImageEditInpaintPipeline": "chooses a size of its own",
+}
+"""Of kinds of call over components that are served."""
+REASONS: Mapping[str, str] = {
+    "PAG": "sets attention processors on its denoiser, which is in another stage",
+    "ControlNet|Adapter|Control|Transfer": "a control picture goes in, and models for it: not yet",
+    "^(Kandinsky(V22)?[A-Z].*Combined|KandinskyCombined|StableCascade|IF)": "several pipelines one after another",
+    "^AnimateDiff": "decodes a video in several calls",
+    "^LTX2.*(DFR|HDR|InContext|Condition)": "a video goes in, or another pipeline's latents: not yet",
+    "^LTX2": "makes sound beside the video, by models that no stage has",
+    "^Cosmos": "needs cosmos_guardrail, which is another package",
+    "VideoToVideo|LucyEdit|WanAnimate|VACE|AnyFlow|LTXCondition|EasyAnimateInpaint": "a video goes in: not yet",
+    "Prior|Refine|Upscale|SuperResolution": "a part of another pipeline's work",
+    "Helios|Framepack|DiffusionForcing|SanaWM|OmniGen": "encodes or decodes inside its loop",
+    "KV": "keeps a cache of its own on its denoiser",
+    "Kandinsky5I2I": "chooses a size of its own",
+}
+"""Of pipelines without a tiny checkpoint, by what their names hold; the first that fits."""
+UNKNOWN = "not tried: there is no tiny checkpoint of it; a start tells"
+
+
+def render_families_docs() -> str:
+    """Markdown."""
+    indexes = {name: read_index(fetch_checkpoint(f"tiny://{name}", ())) for name in TINY_MODULES}
+    staged = {name: index for name, index in indexes.items() if name not in UNSTAGED}
+    related = {call.pipeline_class for index in staged.values() for call in _calls(index)}
+    unstaged = dict(CANNOT) | {str(indexes[name]["_class_name"]): reason for name, reason in UNSTAGED.items()}
+    others = [name for name in find_pipelines() if name not in related]
+    rows = "\n".join(_staged_row(name, index) for name, index in staged.items())
+    reasons = "\n".join(f"| {name} | {unstaged.get(name) or _reason(name)} |" for name in others)
+    return (
+        INTRO.format(version=diffusers.__version__)
+        + f"\n## Staged: {len(related)} pipeline classes\n\n"
+        + f"| pipeline | tiny:// | calls | blocks | merged |\n|---|---|---|---|---|\n{rows}\n"
+        + f"\n## Not, or not shown\n\n| pipeline | |\n|---|---|\n{reasons}\n"
+    )
+
+
+def _staged_row(name: str, index: ModelIndex) -> str:
+    folder = fetch_checkpoint(f"tiny://{name}", ())
+    parts = [_denoiser(folder, index, component) for component in denoiser_names(index)]
+    blocks = ", ".join(dict.fromkeys(str(number) if number else "whole" for number, _ in parts))
+    merged = ", ".join(dict.fromkeys("yes" if is_merged else "" for _, is_merged in parts))
+    calls = ", ".join(call.kind for call in _calls(index))
+    return f"| {index['_class_name']} | {name} | {calls} | {blocks} | {merged} |"
+
+
+def _denoiser(folder: Path, index: ModelIndex, component: str) -> tuple[int, bool]:
+    model_class = getattr(diffusers, index[component][1])
+    skeleton = build_skeleton(model_class, folder, component)
+    return len(cuttable_names(skeleton)), model_class.__name__ in RULES
+
+
+def _calls(index: ModelIndex) -> Iterator[Call]:
+    calls = find_calls(index["_class_name"]).values()
+    yield from (call for call in calls if call.pipeline_class not in CANNOT)
+
+
+def _reason(pipeline_class: str) -> str:
+    return next((why for words, why in REASONS.items() if re.search(words, pipeline_class)), UNKNOWN)
