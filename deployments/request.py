@@ -78,6 +78,8 @@ class InputPictures:
     """As large as the first of `images`. What is transparent is drawn anew; without an alpha channel, white."""
     control: bytes | None = None
     """Says where things are: edges, depths, poses, as the checkpoint's ControlNet was trained on."""
+    field: str = "image"
+    """What the client calls the images."""
 
 
 Encodings = tuple[tuple[str, Any], ...]

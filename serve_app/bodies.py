@@ -67,6 +67,8 @@ class _WholeForm(MultiPartParser):
     """Refuses a form that is cut short; the parser alone would leave out what it ends with."""
 
     is_whole = False
+    spool_max_size = 2**30
+    """In memory, as far as body_limit.py lets it come: nothing waits for a disk."""
 
     def __init__(self, headers: Headers, stream: AsyncIterator[bytes], **limits: int) -> None:
         super().__init__(headers, self._until_whole(stream), **limits)

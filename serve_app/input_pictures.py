@@ -17,7 +17,7 @@ from PIL import Image, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError, 
 from PIL.ExifTags import Base
 from pydantic_core import PydanticCustomError
 
-from deployments.request import MediaSize
+from deployments.request import InputPictures, MediaSize
 from serve_app.config import LimitsConfig
 from serve_app.errors import BadRequest, quoted
 
@@ -83,11 +83,9 @@ def read_pictures(value: Any) -> tuple[bytes, ...]:
     return tuple(map(read_picture, value))
 
 
-def judge_pictures(images: tuple[bytes, ...], mask: bytes | None, limits: LimitsConfig, field: str) -> MediaSize:
-    """The size of the first. Raises BadRequest for any that is not to be decoded.
-
-    field: of the images.
-    """
+def judge_pictures(pictures: InputPictures, limits: LimitsConfig) -> MediaSize:
+    """The size of the first. Raises BadRequest for any that is not to be decoded."""
+    images, mask, field = pictures.images, pictures.mask, pictures.field
     several = len(images) > 1
     sizes = [
         _judge(data, field, f"{field}: number {i} of {len(images)}" if several else f"{field}: it", limits)

@@ -155,7 +155,11 @@ class VideoBody(GenerationBody):
 
     @property
     def pictures(self) -> InputPictures | None:
-        return None if self.input_reference is None else InputPictures((self.input_reference,))
+        return (
+            None
+            if self.input_reference is None
+            else InputPictures((self.input_reference,), field="input_reference")
+        )
 
 
 class TimingsMs(BaseModel):

@@ -181,15 +181,11 @@ class Validator:
         pictures = body.pictures
         if pictures is None:
             return None
-        field, num, limit = (
-            ("image" if body.media == "image" else "input_reference"),
-            len(pictures.images),
-            call.max_images,
-        )
+        num, limit = len(pictures.images), call.max_images
         if num > limit:
             beside = " beside a mask" if call.kind == "inpaint" else ""
-            raise BadRequest(f"{field}: this model takes {limit}{beside}, got {num}", field)
-        return judge_pictures(pictures.images, pictures.mask, self._limits, field)
+            raise BadRequest(f"{pictures.field}: this model takes {limit}{beside}, got {num}", pictures.field)
+        return judge_pictures(pictures, self._limits)
 
     def _check_prompt(self, text: str) -> None:
         if not text.strip():

@@ -129,7 +129,11 @@ class PipelineCall:
             self._replay(pipe, encodings)
         if draws is not None or after_step is not None:
             _watch_steps(pipe.scheduler, draws, after_step)
-        return self._until_decode(pipe, request, pictures, max_sequence_length)
+        try:
+            return self._until_decode(pipe, request, pictures, max_sequence_length)
+        finally:
+            # It holds its scheduler and, by after_step, the pictures: a cycle that nobody would collect for long.
+            vars(pipe.scheduler).pop("step", None)
 
     def finish(
         self,

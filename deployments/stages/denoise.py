@@ -206,6 +206,8 @@ class Denoising:
                 field = self._trial.find_fault(request, opened)
                 if field is None:
                     raise
+                if field == "image" and pictures is not None:
+                    field = pictures.field
                 message = f"{call} does not take this {field}: {describe_cause(error)}"
                 raise WrongField(message, field) from error
             for tensor in each_tensor((arguments.args, arguments.kwargs)):

@@ -26,7 +26,7 @@ def open_pictures(pictures: InputPictures | None) -> dict[str, Any]:
         return {}
     opened: dict[str, Any] = {}
     if pictures.images:
-        opened["image"] = [_flat(_open(data, "image")) for data in pictures.images]
+        opened["image"] = [_flat(_open(data, pictures.field)) for data in pictures.images]
     if pictures.mask is not None:
         mask, first = _open(pictures.mask, "mask"), opened["image"][0]
         if mask.size != first.size:

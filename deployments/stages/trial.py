@@ -151,6 +151,8 @@ class Trial:
                 prompt=usual.prompt,
             ),
         }
+        if pictures and not self._fails(request, blank_pictures(request)):
+            return "image"
         return next((field for field, changed in fields.items() if not self._fails(changed, pictures)), None)
 
     def with_all_asked(self, request: GenerationRequest) -> GenerationRequest:

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -205,11 +206,13 @@ def test_bombs_are_a_400_or_a_picture_and_memory_stays_flat(flux_app: Any) -> No
 
 
 def resident(app: Any) -> dict[str, int]:
-    """Bytes of each of the app's replicas."""
+    """Bytes of each of the app's replicas, without the object store, of which each maps what it has read."""
     mine = f"ServeReplica:{app.name}:"
     found = {}
     for process in psutil.process_iter(["cmdline", "memory_info"]):
         title = " ".join(process.info["cmdline"] or ())
         if mine in title:
-            found[f"{title.partition(mine)[2]} {process.pid}"] = process.info["memory_info"].rss
+            memory = process.info["memory_info"]
+            deployment = re.split(r"\W", title.partition(mine)[2])[0]  # what it is called for follows
+            found[f"{deployment} {process.pid}"] = memory.rss - memory.shared
     return found

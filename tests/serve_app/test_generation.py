@@ -114,7 +114,7 @@ class Stream:
             await asyncio.sleep(0.01)  # a step
         if self._error is not None:
             raise self._error
-        yield ready(Denoised(encode_ms=1, queue_ms=1, denoise_ms=1))
+        yield ready(Denoised(encode_ms=1, prepare_ms=0, queue_ms=1, denoise_ms=1))
 
     def __next__(self) -> str:
         return next(self._latents)

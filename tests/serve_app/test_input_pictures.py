@@ -21,7 +21,7 @@ ZEROS = zlib.compress(bytes(2**24), 9)
 
 
 def judge(*images: bytes, mask: bytes | None = None) -> MediaSize:
-    return judge_pictures(images, mask, LIMITS, "image")
+    return judge_pictures(InputPictures(images, mask), LIMITS)
 
 
 @pytest.fixture(autouse=True)

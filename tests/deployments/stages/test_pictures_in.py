@@ -98,3 +98,12 @@ def test_steps_are_counted_from_where_the_drawing_begins(model: ModelConfig) -> 
     stage.denoise(stage.join(), None, request, lambda step, _latents: steps.append(step), max_sequence_length=32)
     stage.close()
     assert steps == [3, 4]
+
+
+def test_a_picture_that_its_pipeline_does_not_take_is_told_by_name() -> None:
+    """FLUX.2 takes none of under 64 pixels."""
+    klein = read_model(fetch_checkpoint("tiny://flux2-klein", ()))
+    request = build_request(klein, "edit", num_inference_steps=2)
+    with pytest.raises(WrongField, match="Both dimensions must be at least 64px") as refused:
+        draw_staged(klein, request, InputPictures((png(picture(side=32)),)))
+    assert refused.value.param == "image"
