@@ -11,8 +11,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from deployments.checkpoints.components import ModelIndex, Stage, component_names, fetch_stage, stage_components
+from deployments.checkpoints.components import ModelIndex, Stage, component_names, read_index, stage_components
 from deployments.checkpoints.json_file import read_json, read_settings
+from deployments.checkpoints.parts import find_part_faults, find_parts
+from deployments.checkpoints.source import fetch_checkpoint, fetch_configs
 from deployments.checkpoints.weights import (
     find_file_faults,
     find_variants,
@@ -42,13 +44,16 @@ def check_stage(model: ModelConfig, stage: Stage, config: StageConfig) -> None:
 
 def find_stage_faults(model: ModelConfig, stage: Stage, config: StageConfig) -> Iterator[str]:
     """Of the checkpoint's files. Raises as `fetch_checkpoint`."""
-    folder, index = fetch_stage(model, stage)
+    index = read_index(fetch_configs(model.layout, revision=model.revision))
+    components, parts = stage_components(index, model.architecture, stage), find_parts(model, index)
+    others = components - parts.keys()
+    folder = fetch_checkpoint(model.layout, others, revision=model.revision, variant=model.variant)
     variant_faults = list(_find_variant_faults(model, folder, index))
     yield from variant_faults
-    for name in sorted(stage_components(index, model.architecture, stage)) if not variant_faults else ():
+    for name in sorted(components) if not variant_faults else ():
         entry = index.get(name)
         if isinstance(entry, list) and len(entry) == 2:
-            yield from _find_component_faults(folder / name, entry, model, config)
+            yield from _find_component_faults(folder / name, entry, model, config, parts.get(name))
         else:
             yield f"{folder / 'model_index.json'} does not say of which class {name} is: fetch it again"
 
@@ -68,7 +73,7 @@ def find_offload_faults(stage: Stage, config: StageConfig) -> Iterator[str]:
 
 def _find_variant_faults(model: ModelConfig, folder: Path, index: ModelIndex) -> Iterator[str]:
     """A variant that no component has; where only some lack it, diffusers takes their plain weights."""
-    if model.variant is None:
+    if model.variant is None or model.config is not None:
         return
     found: set[str] = set()
     for name in component_names(index):
@@ -82,10 +87,11 @@ def _find_variant_faults(model: ModelConfig, folder: Path, index: ModelIndex) ->
 
 
 def _find_component_faults(
-    folder: Path, entry: Sequence[str], model: ModelConfig, config: StageConfig
+    folder: Path, entry: Sequence[str], model: ModelConfig, config: StageConfig, part: Path | None
 ) -> Iterator[str]:
+    """part: the file that its weights are in, if they are in none of the folder."""
     library, class_name = entry
-    if not any(folder.iterdir()):
+    if not folder.is_dir() or not any(folder.iterdir()):
         yield f"{folder} is empty: fetch the checkpoint again"
         return
     if library not in LIBRARIES:
@@ -101,9 +107,12 @@ def _find_component_faults(
         yield from faults
         if not faults:
             stored = read_json(folder / "config.json")
-            yield from _find_quantization_faults(folder, stored)
+            yield from _find_quantization_faults(folder, stored) if part is None else ()
             yield from _find_cut_faults(stored, config)
-        yield from _find_model_faults(folder, library, class_name, model, config)
+        if part is None:
+            yield from _find_model_faults(folder, library, class_name, model, config)
+        else:
+            yield from find_part_faults(folder.name, part, entry, config)
 
 
 def _find_config_faults(path: Path) -> list[str]:

@@ -82,7 +82,7 @@ def _writable(tensor: torch.Tensor) -> torch.Tensor:
 
 def open_denoiser(model: ModelConfig, config: TransformerConfig) -> Denoiser:
     """Fetches the checkpoint if need be; reads configs only."""
-    folder, index = fetch_stage(model, "denoise")
+    folder, index = fetch_stage(model, "denoise", config.dtype)
     name = model.architecture.denoiser
     model_class = getattr(diffusers, index[name][1])
     skeleton = build_skeleton(model_class, folder, name)

@@ -31,7 +31,7 @@ class Decoding:
         model = with_geometry(model)
         self._family, self._geometry = model.architecture, model.geometry
         self.finite = FiniteCheck()
-        folder, index = fetch_stage(model, "decode")
+        folder, index = fetch_stage(model, "decode", config.dtype)
         keep = stage_components(index, self._family, "decode")
         self._device = resolve_device(config)
         share = take_share(config, self._device)

@@ -25,16 +25,20 @@ def _is_no_noise(record: logging.LogRecord) -> bool:
 
 
 def skip_unneeded(model: ModelConfig, config: StageConfig) -> None:
-    """diffusers and transformers import bitsandbytes wherever it is installed: about 1 s of CPU in every start.
+    """diffusers and transformers import bitsandbytes and gguf where they are installed: 1 s of CPU in every start.
 
     None in `sys.modules` is Python's own word for a module that must not be imported
     (https://docs.python.org/3/reference/import.html#the-module-cache); the libraries take it for not installed.
     """
-    if config.quantization is None and not is_stored_quantized(model) and "diffusers" not in sys.modules:
+    if "diffusers" in sys.modules:
+        return
+    if config.quantization is None and not is_stored_quantized(model):
         sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
+    if not any(file.endswith(".gguf") for file in (model.checkpoint, *model.components.values())):
+        sys.modules["gguf"] = None  # type: ignore[assignment]
 
 
 def is_stored_quantized(model: ModelConfig) -> bool:
     """Whether some component's own config says so."""
-    configs = fetch_configs(model.checkpoint, revision=model.revision).glob("*/config.json")
+    configs = fetch_configs(model.layout, revision=model.revision).glob("*/config.json")
     return any("quantization_config" in read_json(path) for path in configs)

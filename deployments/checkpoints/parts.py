@@ -1,0 +1,169 @@
+"""Components whose weights lie in files of their own: a whole model in one file, or a denoiser beside a folder.
+
+All else reads folders in diffusers' layout, so one is put together in the user's cache, out of links. Configs and
+tokenizers, and what no file has, are the layout's. What a file has is converted once (`convert`, in a process of
+its own), for the dtype that is asked for; GGUF stays as it is, and is read by whoever loads the model.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from deployments.checkpoints.layout import describe_pickle
+from deployments.checkpoints.source import fetch_checkpoint, fetch_file
+from deployments.checkpoints.weights import find_file_faults, find_lora, read_header
+from deployments.config import ModelConfig, StageConfig
+from deployments.memory.config import Dtype, QuantizationConfig
+from deployments.memory.conflicts import find_conflict
+
+log = logging.getLogger("ray.serve")
+
+ModelIndex = Mapping[str, Any]
+CONVERT = "deployments.checkpoints.convert"
+GGUF = ".gguf"
+_CACHE = Path(".cache") / "latent-relay" / "files"
+"""Under the user's home."""
+_PREFIXES = {
+    "text_encoder": ("cond_stage_model.", "conditioner.embedders.0.transformer.", "text_encoders.clip_l."),
+    "text_encoder_2": (
+        "conditioner.embedders.0.model.",
+        "conditioner.embedders.1.",
+        "text_encoders.clip_g.",
+    ),
+    "vae": ("first_stage_model.", "vae."),
+    "audio_vae": ("audio_vae.",),
+}
+"""Of the tensors' names in the files of whole models. All others are the denoiser's."""
+_T5_PREFIX = "text_encoders.t5xxl."
+
+
+def find_parts(model: ModelConfig, index: ModelIndex) -> dict[str, Path]:
+    """The file of each component that is in one. Raises ValueError or FileNotFoundError."""
+    parts: dict[str, Path] = {}
+    if model.config is not None:
+        whole = fetch_file(model.checkpoint, "model.config is for a checkpoint in one file")
+        _check(whole)
+        names = () if whole.suffix == GGUF else read_header(whole)
+        parts = {name: whole for name in index if _is_model(index, name) and _holds(names, name, index[name][1])}
+    for name, file in model.components.items():
+        if not _is_model(index, name):
+            known = ", ".join(sorted(other for other in index if _is_model(index, other)))
+            raise ValueError(f"model.components: {model.layout} has no model {name!r}; it has {known}")
+        parts[name] = fetch_file(file, f"model.components.{name} must be a file of weights")
+        _check(parts[name])
+    return parts
+
+
+def find_part_faults(name: str, file: Path, entry: Sequence[str], config: StageConfig) -> Iterator[str]:
+    """Of one component's file, which is whole: what would keep it from being read."""
+    library, class_name = entry
+    if file.suffix != GGUF:
+        return
+    if library != "diffusers" or name.startswith("vae"):
+        yield f"{file}: GGUF files are read as denoisers alone, and {name} is of {class_name}"
+    if config.quantization is not None:
+        yield f"{file} is quantised already: leave out quantization"
+        return
+    stored = config.model_copy(update={"quantization": QuantizationConfig()})
+    conflict = find_conflict(stored)
+    if conflict is not None:
+        yield f"{file} is stored quantised, and {conflict}"
+
+
+def open_checkpoint(model: ModelConfig, index: ModelIndex, components: Collection[str], dtype: Dtype) -> Path:
+    """A folder that holds `components`, and every model's config. Raises as `fetch_checkpoint`, or ValueError."""
+    parts = {name: file for name, file in find_parts(model, index).items() if name in components}
+    others = frozenset(components) - parts.keys()
+    layout = fetch_checkpoint(model.layout, others, revision=model.revision, variant=model.variant)
+    if not parts:
+        return layout
+    held = {name: _open_part(file, layout, name, index[name][1], dtype) for name, file in parts.items()}
+    return _put_together(layout, held)
+
+
+def _check(file: Path) -> None:
+    """Raises ValueError for a file that is none of these, or not whole."""
+    if file.suffix not in (GGUF, ".safetensors"):
+        raise ValueError(describe_pickle(file))
+    for fault in find_file_faults(file):
+        raise ValueError(fault)
+    if file.suffix == ".safetensors" and find_lora(read_header(file)) is not None:
+        raise ValueError(f"{file} is a LoRA, which changes a model and is none")
+
+
+def _is_model(index: ModelIndex, name: str) -> bool:
+    """By the names of classes: configs need not be here."""
+    entry = index.get(name)
+    if not (isinstance(entry, list) and len(entry) == 2 and entry[0] in ("diffusers", "transformers")):
+        return False
+    others = ("Scheduler", "Guidance", "Tokenizer", "TokenizerFast", "Processor", "Extractor")
+    return not str(entry[1]).endswith(others)
+
+
+def _holds(tensors: Iterable[str], name: str, class_name: str) -> bool:
+    prefixes = (_T5_PREFIX,) if class_name == "T5EncoderModel" else _PREFIXES.get(name)
+    if prefixes is None:
+        return not name.startswith(("text_encoder", "image_encoder", "safety_checker"))
+    return any(tensor.startswith(prefixes) for tensor in tensors)
+
+
+def _open_part(file: Path, layout: Path, name: str, class_name: str, dtype: Dtype) -> Path:
+    """The component's folder. Processes may ask at once; a rename makes it, so one that exists is complete."""
+    is_gguf = file.suffix == GGUF
+    config = layout / name / "config.json"
+    told = file.stat()
+    key = [str(file.resolve()), told.st_mtime_ns, told.st_size, class_name, is_gguf or dtype, config.read_text()]
+    digest = hashlib.sha256(json.dumps([*key, version("diffusers")]).encode()).hexdigest()[:16]
+    folder = Path.home() / _CACHE / f"{file.stem}-{name}-{digest}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
+        if not folder.is_dir():
+            unfinished = folder.with_name(f"{folder.name}.unfinished")
+            (_link_gguf if is_gguf else _convert)(file, layout, name, unfinished, dtype)
+            unfinished.rename(folder)
+    return folder
+
+
+def _convert(file: Path, layout: Path, name: str, folder: Path, dtype: Dtype) -> None:
+    """Raises ValueError, which says why not."""
+    log.warning("%s: its %s is converted once, to %s, into %s", file, name, dtype, folder.parent)
+    command = [sys.executable, "-m", CONVERT, str(file), str(layout), name, str(folder), dtype]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if ran.returncode:
+        reason = (ran.stderr.strip() or "no reason given").splitlines()[-1]
+        raise ValueError(f"{file}: its {name} cannot be converted with the configs of {layout}: {reason}")
+
+
+def _link_gguf(file: Path, layout: Path, name: str, folder: Path, _dtype: Dtype) -> None:
+    folder.mkdir(exist_ok=True)
+    stored = json.loads((layout / name / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(stored))
+    link = folder / f"model{GGUF}"
+    link.unlink(missing_ok=True)
+    link.symlink_to(file.resolve())
+
+
+def _put_together(layout: Path, held: Mapping[str, Path]) -> Path:
+    """The layout, and in place of some of its components those that are `held`: all of them links."""
+    links = {entry.name: entry for entry in layout.iterdir()} | dict(held)
+    key = "\n".join(f"{name} {target}" for name, target in sorted(links.items()))
+    folder = Path.home() / _CACHE / f"together-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
+        if not folder.is_dir():
+            unfinished = folder.with_name(f"{folder.name}.unfinished")
+            unfinished.mkdir(exist_ok=True)
+            for name, target in links.items():
+                (unfinished / name).unlink(missing_ok=True)
+                (unfinished / name).symlink_to(target.absolute())
+            unfinished.rename(folder)
+    return folder
