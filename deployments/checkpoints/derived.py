@@ -6,10 +6,10 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from functools import cache, partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from deployments.checkpoints.packages import describe_missing, is_public
 from deployments.families import FAMILIES, Defaults, Family, Geometry
 from deployments.families.geometry import Configs
 
@@ -23,8 +23,10 @@ def derive_family(folder: Path, pipeline_class: str) -> tuple[Family, Geometry]:
 
     Raises ValueError if its pipeline cannot be served.
     """
-    if f'"{pipeline_class}"' not in _names_of_diffusers():
+    if not is_public(pipeline_class):
         raise _refusal(folder, pipeline_class, "the installed diffusers has none of that name")
+    if missing := describe_missing(pipeline_class):
+        raise ValueError(f"{folder}: {missing}")
     command = [sys.executable, "-m", DERIVE, str(folder)]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     ran = subprocess.run(
@@ -52,13 +54,6 @@ def read_derived(pipeline_class: str, told: Mapping[str, Any]) -> tuple[Family, 
 
 def _given(geometry: Geometry, _configs: Configs) -> Geometry:
     return geometry
-
-
-def _names_of_diffusers() -> str:
-    spec = find_spec("diffusers")
-    assert spec is not None
-    assert spec.origin is not None
-    return Path(spec.origin).read_text(encoding="utf-8")
 
 
 def _refusal(folder: Path, pipeline_class: str, reason: str) -> ValueError:

@@ -6,13 +6,13 @@ Looks at headers and small files only, and at nothing that the stage does not re
 import importlib.util
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from deployments.checkpoints.components import ModelIndex, Stage, component_names, read_index, stage_components
 from deployments.checkpoints.json_file import read_json, read_settings
+from deployments.checkpoints.packages import describe_missing, is_public
 from deployments.checkpoints.parts import find_part_faults, find_parts
 from deployments.checkpoints.source import fetch_checkpoint, fetch_configs
 from deployments.checkpoints.weights import (
@@ -107,7 +107,7 @@ def _find_component_faults(
         yield from faults
         if not faults:
             stored = read_json(folder / "config.json")
-            yield from _find_quantization_faults(folder, stored) if part is None else ()
+            yield from _find_quantization_faults(folder, stored, config)
             yield from _find_cut_faults(stored, config)
         if part is None:
             yield from _find_model_faults(folder, library, class_name, model, config)
@@ -129,18 +129,15 @@ def _find_config_faults(path: Path) -> list[str]:
 
 def _find_class_faults(folder: Path, library: str, class_name: str) -> Iterator[str]:
     """Of transformers' classes no file has all names, and loading them tells of a missing one well enough."""
-    if library == "diffusers" and f'"{class_name}"' not in _names_of_diffusers():
+    if library != "diffusers":
+        return
+    if not is_public(class_name):
         yield (
             f"{folder}: diffusers {version('diffusers')} has no class {class_name}: install a newer diffusers, or "
             "mend model_index.json"
         )
-
-
-@cache
-def _names_of_diffusers() -> str:
-    """The source that lists its public names; not imported, for that takes seconds."""
-    spec = importlib.util.find_spec("diffusers")
-    return "" if spec is None or spec.origin is None else Path(spec.origin).read_text(encoding="utf-8")
+    elif missing := describe_missing(class_name):
+        yield f"{folder}: {missing}"
 
 
 def _find_cut_faults(stored: Mapping[str, Any], config: StageConfig) -> Iterator[str]:
@@ -159,8 +156,8 @@ def _find_cut_faults(stored: Mapping[str, Any], config: StageConfig) -> Iterator
         yield f"transformer.shards: each needs a block, and the model has {num_blocks}, got {config.num_ranks}"
 
 
-def _find_quantization_faults(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
-    stored = config.get("quantization_config")
+def _find_quantization_faults(folder: Path, own: Mapping[str, Any], config: StageConfig) -> Iterator[str]:
+    stored = own.get("quantization_config")
     if stored is None:
         return
     if not isinstance(stored, Mapping):
@@ -168,12 +165,18 @@ def _find_quantization_faults(folder: Path, config: Mapping[str, Any]) -> Iterat
         return
     method = str(stored.get("quant_method") or "")
     is_bitsandbytes = stored.get("load_in_4bit") or stored.get("load_in_8bit")
-    if not method.startswith("bitsandbytes") and not (method == "" and is_bitsandbytes):
+    if method.startswith("bitsandbytes") or (method == "" and is_bitsandbytes):
+        return
+    if method != "torchao":
         yield (
-            f"{folder} is stored quantised by {method or 'a method that its config.json does not name'}, which is "
-            "not loaded here: weights may be stored by bitsandbytes (nf4, fp4, int8) or unquantised; take the "
-            f"unquantised {folder.name}, and set `quantization:` if it is to be small"
+            f"{folder} is stored quantised by {method or 'a method that its config.json does not name'}, which "
+            "is not loaded here: weights may be stored by bitsandbytes (nf4, fp4, int8), torchao or unquantised; take "
+            f"the unquantised {folder.name}, and set `quantization:` if it is to be small"
         )
+    elif importlib.util.find_spec(method) is None:
+        yield f"{folder} is stored quantised by torchao, which is not installed here: `pip install torchao`"
+    elif config.quantization is not None:
+        yield f"{folder} is stored quantised by torchao already: leave out quantization"
 
 
 def _find_tokenizer_faults(folder: Path) -> Iterator[str]:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from deployments.checkpoints.layout import describe_pickle
 from deployments.checkpoints.source import fetch_checkpoint, fetch_file
 from deployments.checkpoints.weights import find_file_faults, find_lora, read_header
 from deployments.config import ModelConfig, StageConfig
-from deployments.memory.config import Dtype, QuantizationConfig
+from deployments.memory.config import GGUF_WEIGHTS, Dtype, QuantizationConfig
 from deployments.memory.conflicts import find_conflict
 
 log = logging.getLogger("ray.serve")
@@ -146,9 +147,8 @@ def _convert(file: Path, layout: Path, name: str, folder: Path, dtype: Dtype) ->
 
 def _link_gguf(file: Path, layout: Path, name: str, folder: Path, _dtype: Dtype) -> None:
     folder.mkdir(exist_ok=True)
-    stored = json.loads((layout / name / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(stored))
-    link = folder / f"model{GGUF}"
+    shutil.copyfile(layout / name / "config.json", folder / "config.json")
+    link = folder / GGUF_WEIGHTS
     link.unlink(missing_ok=True)
     link.symlink_to(file.resolve())
 

@@ -8,15 +8,23 @@ import torch
 from diffusers import GGUFQuantizationConfig
 from torch import nn
 
+from deployments.memory.config import GGUF_WEIGHTS
+from deployments.memory.unread import refuse_unread
+
 
 def find_gguf(component: Path) -> Path | None:
     """The file in a component's folder, beside its config; None where its weights are stored otherwise."""
-    return next(component.glob("*.gguf"), None)
+    file = component / GGUF_WEIGHTS
+    return file if file.exists() else None
 
 
 def load_gguf(model_class: Any, file: Path, dtype: torch.dtype) -> nn.Module:
-    """By the class's own `from_single_file`. What the file lacks stays on the meta device."""
-    return _build(model_class, str(file), file.parent, dtype, "cpu")
+    """By the class's own `from_single_file`. What the file lacks stays on the meta device.
+
+    Raises ValueError if it has weights that are not read.
+    """
+    with refuse_unread(file.resolve()):
+        return _build(model_class, str(file), file.parent, dtype, "cpu")
 
 
 def gguf_as_stored(model_class: Any, file: Path, dtype: torch.dtype) -> nn.Module:

@@ -15,7 +15,8 @@ from deployments.checkpoints.integrity import find_stage_faults
 from deployments.checkpoints.parts import find_parts, open_checkpoint
 from deployments.checkpoints.source import fetch_checkpoint, with_family
 from deployments.config import ModelConfig, TransformerConfig, VaeConfig
-from tests.deployments.single_files import write_gguf, write_sd15
+from deployments.engine.load import load_rank, open_denoiser
+from tests.deployments.single_files import read, wan_tensors, write_gguf, write_sd15
 
 DENOISE = ["scheduler", "unet"]
 
@@ -106,6 +107,46 @@ def test_a_file_of_another_model_is_refused_in_one_sentence(folder: Path) -> Non
     ) as told:
         open_checkpoint(model, read_index(folder), DENOISE, "float32")
     assert "\n" not in str(told.value)
+
+
+def test_a_text_encoder_alone_keeps_its_own_names(folder: Path) -> None:
+    file, plain = folder.parent / "clip_l.safetensors", read(folder / "text_encoder")
+    save_file(plain, file)
+    (folder / "text_encoder" / "model.safetensors").unlink()
+    model = read_model(folder, components={"text_encoder": str(file)})
+    made = read(
+        open_checkpoint(model, read_index(folder), ["text_encoder", "tokenizer"], "float32") / "text_encoder"
+    )
+    assert made.keys() == plain.keys()
+    assert all(torch.equal(made[name], plain[name]) for name in plain)
+
+
+def test_weights_that_nothing_reads_are_refused(folder: Path) -> None:
+    layout, file = fetch_checkpoint("tiny://wan", ()), folder.parent / "x.safetensors"
+    save_file({**wan_tensors(layout), "scaled_fp8": torch.zeros(2)}, file)
+    model = read_model(layout, components={"transformer": str(file)})
+    with pytest.raises(
+        ValueError, match=r"has weights that nothing reads, scaled_fp8 \(1 such\): it is of another"
+    ):
+        open_checkpoint(model, read_index(layout), ["transformer"], "float32")
+
+
+def test_gguf_of_another_model_is_refused(folder: Path) -> None:
+    layout = fetch_checkpoint("tiny://wan", ())
+    file = write_gguf({**wan_tensors(layout), "more": torch.zeros(2)}, folder.parent / "x.gguf")
+    model = read_model(layout, components={"transformer": str(file)})
+    denoiser = open_denoiser(model, TransformerConfig())
+    with pytest.raises(ValueError, match=r"x\.gguf has weights that nothing reads, more \(1 such\)"):
+        load_rank(denoiser, model, TransformerConfig(), 0)
+
+
+def test_a_class_that_is_read_from_no_single_file_is_never_read_from_the_layout_instead(folder: Path) -> None:
+    layout = fetch_checkpoint("tiny://qwen-image", ())
+    file = folder.parent / "vae.safetensors"
+    save_file(read(layout / "vae"), file)
+    model = read_model(layout, components={"vae": str(file)})
+    with pytest.raises(ValueError, match="diffusers reads no AutoencoderKLQwenImage from a single file"):
+        open_checkpoint(model, read_index(layout), ["vae"], "float32")
 
 
 @pytest.mark.parametrize(
