@@ -61,8 +61,9 @@ def _is_loadable(model_class: Any) -> bool:
 
 def _is_renamed(model_class: Any, checkpoint: dict[str, torch.Tensor]) -> bool:
     """Whether the file is of a whole model, where text encoders have prefixes and CLIP other names."""
-    is_t5 = model_class.__name__ == "T5EncoderModel" and is_t5_in_single_file(checkpoint)
-    return is_t5 or is_clip_model_in_single_file(model_class, checkpoint)
+    if model_class.__name__ == "T5EncoderModel":
+        return bool(is_t5_in_single_file(checkpoint))
+    return bool(is_clip_model_in_single_file(model_class, checkpoint))
 
 
 def _load_transformers(

@@ -169,8 +169,8 @@ def _find_quantization_faults(folder: Path, own: Mapping[str, Any], config: Stag
         return
     if method != "torchao":
         yield (
-            f"{folder} is stored quantised by {method or 'a method that its config.json does not name'}, which "
-            "is not loaded here: weights may be stored by bitsandbytes (nf4, fp4, int8), torchao or unquantised; take "
+            f"{folder} is stored quantised by {method or 'a method that its config.json does not name'}, which is "
+            "not loaded here: weights may be stored by bitsandbytes (nf4, fp4, int8), or torchao; take "
             f"the unquantised {folder.name}, and set `quantization:` if it is to be small"
         )
     elif importlib.util.find_spec(method) is None:
