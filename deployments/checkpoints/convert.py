@@ -7,7 +7,6 @@ In a process of its own, whose memory goes with it. It is at most that of the co
 
 import importlib
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -51,7 +50,6 @@ def convert(file: Path, layout: Path, name: str, out_folder: Path, dtype: torch.
     missing = sorted(key for key, tensor in model.state_dict().items() if tensor.is_meta)
     if missing:
         raise ValueError(f"it lacks weights that {class_name} needs: {missing[0]} ({len(missing)} such)")
-    shutil.rmtree(out_folder, ignore_errors=True)
     model.save_pretrained(out_folder)
 
 

@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -45,6 +46,8 @@ _PREFIXES = {
 }
 """Of the tensors' names in the files of whole models. All others are the denoiser's."""
 _T5_PREFIX = "text_encoders.t5xxl."
+_DENOISERS = ("transformer", "unet")
+"""A second one, as Wan 2.2's, is in a file of its own."""
 
 
 def find_parts(model: ModelConfig, index: ModelIndex) -> dict[str, Path]:
@@ -113,7 +116,7 @@ def _is_model(index: ModelIndex, name: str) -> bool:
 def _holds(tensors: Iterable[str], name: str, class_name: str) -> bool:
     prefixes = (_T5_PREFIX,) if class_name == "T5EncoderModel" else _PREFIXES.get(name)
     if prefixes is None:
-        return not name.startswith(("text_encoder", "image_encoder", "safety_checker"))
+        return name in _DENOISERS
     return any(tensor.startswith(prefixes) for tensor in tensors)
 
 
@@ -127,16 +130,17 @@ def _open_part(file: Path, layout: Path, name: str, class_name: str, dtype: Dtyp
     folder = Path.home() / _CACHE / f"{file.stem}-{name}-{digest}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f"{folder.name}.lock")):
-        if not folder.is_dir():
-            unfinished = folder.with_name(f"{folder.name}.unfinished")
-            (_link_gguf if is_gguf else _convert)(file, layout, name, unfinished, dtype)
-            unfinished.rename(folder)
+        if not folder.is_dir():  # another process may have made it while we waited
+            with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as building:
+                made = Path(building) / folder.name
+                (_link_gguf if is_gguf else _convert)(file, layout, name, made, dtype)
+                made.rename(folder)
     return folder
 
 
 def _convert(file: Path, layout: Path, name: str, folder: Path, dtype: Dtype) -> None:
     """Raises ValueError, which says why not."""
-    log.warning("%s: its %s is converted once, to %s, into %s", file, name, dtype, folder.parent)
+    log.warning("%s: its %s is converted once, to %s, into ~/%s", file, name, dtype, _CACHE)
     command = [sys.executable, "-m", CONVERT, str(file), str(layout), name, str(folder), dtype]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -146,11 +150,9 @@ def _convert(file: Path, layout: Path, name: str, folder: Path, dtype: Dtype) ->
 
 
 def _link_gguf(file: Path, layout: Path, name: str, folder: Path, _dtype: Dtype) -> None:
-    folder.mkdir(exist_ok=True)
+    folder.mkdir()
     shutil.copyfile(layout / name / "config.json", folder / "config.json")
-    link = folder / GGUF_WEIGHTS
-    link.unlink(missing_ok=True)
-    link.symlink_to(file.resolve())
+    (folder / GGUF_WEIGHTS).symlink_to(file.resolve())
 
 
 def _put_together(layout: Path, held: Mapping[str, Path]) -> Path:
@@ -160,10 +162,10 @@ def _put_together(layout: Path, held: Mapping[str, Path]) -> Path:
     folder = Path.home() / _CACHE / f"together-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     with FileLock(folder.with_name(f"{folder.name}.lock")):
         if not folder.is_dir():
-            unfinished = folder.with_name(f"{folder.name}.unfinished")
-            unfinished.mkdir(exist_ok=True)
-            for name, target in links.items():
-                (unfinished / name).unlink(missing_ok=True)
-                (unfinished / name).symlink_to(target.absolute())
-            unfinished.rename(folder)
+            with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as building:
+                made = Path(building) / folder.name
+                made.mkdir()
+                for name, target in links.items():
+                    (made / name).symlink_to(target.absolute())
+                made.rename(folder)
     return folder

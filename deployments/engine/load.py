@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from cluster.partition import plan_cuts
 from deployments.checkpoints.components import ModelIndex, fetch_stage
+from deployments.checkpoints.weights import find_variants
 from deployments.config import ModelConfig, TransformerConfig
 from deployments.device import resolve_device, resolve_dtype
 from deployments.engine.blocks import BlockBytes, block_bytes, block_names, build_skeleton
@@ -103,6 +104,7 @@ def load_rank(denoiser: Denoiser, model: ModelConfig, config: TransformerConfig,
             "max_memory": memory_by_device(config),
             "offload_folder": disk.name,
         }
+    variants = find_variants(denoiser.folder / denoiser.name, "diffusers")
     share = take_share(config, denoiser.device)
     with turn_to_load(config, denoiser.device), share.naming():
         shard = load_shard(
@@ -111,7 +113,7 @@ def load_rank(denoiser: Denoiser, model: ModelConfig, config: TransformerConfig,
             denoiser.name,
             blocks=plan_ranks(denoiser, config)[rank] if config.num_ranks > 1 else None,
             dtype=denoiser.dtype,
-            variant=model.variant,
+            variant=model.variant if model.variant in variants else None,  # what was in a file has none
             **options,
         )
         if config.device_map is not None:

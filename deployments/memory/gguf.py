@@ -38,7 +38,12 @@ def gguf_as_stored(model_class: Any, file: Path, dtype: torch.dtype) -> nn.Modul
         kind = tensor.tensor_type
         empty = torch.empty(tuple(tensor.data.shape), dtype=plain.get(kind, torch.uint8), device="meta")
         tensors[tensor.name] = empty if kind in plain else quantized(empty, quant_type=kind)
-    return _build(model_class, tensors, file.parent, dtype, "meta")
+    model = _build(model_class, tensors, file.parent, dtype, "meta")
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if isinstance(weight, quantized):  # whose class cannot be copied
+                module._parameters[name] = nn.Parameter(weight.as_tensor(), requires_grad=False)
+    return model
 
 
 def _build(model_class: Any, weights: Any, folder: Path, dtype: torch.dtype, device: str) -> nn.Module:

@@ -9,9 +9,10 @@ from deployments.config import ModelConfig, StageConfig
 
 NOISE = {
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward from kernels-community",
+    "diffusers.quantizers.gguf.gguf_quantizer": "is required to remain in FP32, dequantizing now",
     "transformers.utils.import_utils": "requires torchvision (not installed); falling back to",
 }
-"""What loggers say of optional packages that nothing here needs, as if something had gone wrong."""
+"""What loggers say of optional packages that nothing here needs, or of layers, as if something had gone wrong."""
 
 
 def silence_imports() -> None:

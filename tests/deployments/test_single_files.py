@@ -87,6 +87,12 @@ def test_ranks_read_their_blocks_of_a_gguf_file_and_weigh_what_was_planned(tmp_p
     held = [sum(rank.keeper.stats().weights_bytes.values()) for rank in ranks]
     assert [rank.weights_bytes for rank in planned.denoise.ranks] == held
     assert sum(held) < file.stat().st_size * 1.5
+    offloaded = TransformerConfig(shards=2, offload={"kind": "model"})
+    assert (
+        Description(model)
+        .sizes(EncoderConfig(max_sequence_length=64), offloaded, VaeConfig(), sizes)
+        .denoise.ranks
+    )
 
 
 def load_gguf(file: Path, folder: Path) -> Any:

@@ -85,6 +85,13 @@ def test_a_file_is_converted_once_and_anew_when_it_has_changed(folder: Path) -> 
     assert open_checkpoint(model, index, DENOISE, "float16") != made
 
 
+def test_a_converted_denoiser_has_no_variant_and_is_loaded_all_the_same(folder: Path) -> None:
+    file = write_sd15(folder, folder.parent / "sd15.safetensors")
+    model = read_model(folder, components={"unet": str(file)}, variant="fp16")
+    config = TransformerConfig()
+    assert load_rank(open_denoiser(model, config), model, config, 0).shard.blocks is None
+
+
 def test_what_no_file_has_comes_from_the_layout(folder: Path) -> None:
     file = write_names(folder.parent / "x.safetensors", "model.diffusion_model.x")
     model = read_model(file, config=str(folder))
