@@ -170,8 +170,8 @@ def _find_quantization_faults(folder: Path, own: Mapping[str, Any], config: Stag
     if method != "torchao":
         yield (
             f"{folder} is stored quantised by {method or 'a method that its config.json does not name'}, which is "
-            "not loaded here: weights may be stored by bitsandbytes (nf4, fp4, int8), or torchao; take "
-            f"the unquantised {folder.name}, and set `quantization:` if it is to be small"
+            "not loaded here: weights may be stored by bitsandbytes (nf4, fp4, int8) or by torchao; "
+            f"take the unquantised {folder.name}, and set `quantization:` if it is to be small"
         )
     elif importlib.util.find_spec(method) is None:
         yield f"{folder} is stored quantised by torchao, which is not installed here: `pip install torchao`"

@@ -32,6 +32,7 @@ log = logging.getLogger("ray.serve")
 ModelIndex = Mapping[str, Any]
 CONVERT = "deployments.checkpoints.convert"
 GGUF = ".gguf"
+_GGUF_HEAD = b"GGUF"
 _CACHE = Path(".cache") / "latent-relay" / "files"
 """Under the user's home."""
 _PREFIXES = {
@@ -74,9 +75,10 @@ def find_part_faults(name: str, file: Path, entry: Sequence[str], config: StageC
         return
     if library != "diffusers" or name.startswith("vae"):
         yield f"{file}: GGUF files are read as denoisers alone, and {name} is of {class_name}"
-    if config.quantization is not None:
-        yield f"{file} is quantised already: leave out quantization"
-        return
+    for option in ("quantization", "device_map"):
+        if getattr(config, option, None) is not None:
+            yield f"{file} is stored quantised, by GGUF, and does not go with {option}: leave it out"
+            return
     stored = config.model_copy(update={"quantization": QuantizationConfig()})
     conflict = find_conflict(stored)
     if conflict is not None:
@@ -100,6 +102,10 @@ def _check(file: Path) -> None:
         raise ValueError(describe_pickle(file))
     for fault in find_file_faults(file):
         raise ValueError(fault)
+    with file.open("rb") as opened:
+        head = opened.read(len(_GGUF_HEAD))
+    if file.suffix == GGUF and head != _GGUF_HEAD:
+        raise ValueError(f"{file} is no GGUF file, or cut short: fetch it again")
     if file.suffix == ".safetensors" and find_lora(read_header(file)) is not None:
         raise ValueError(f"{file} is a LoRA, which changes a model and is none")
 

@@ -164,12 +164,14 @@ def test_a_class_that_is_read_from_no_single_file_is_never_read_from_the_layout_
         ("model.ckpt", r"model\.ckpt is pickled"),
         ("lora.safetensors", "is a LoRA"),
         ("cut.safetensors", "is no safetensors file, or cut short"),
+        ("cut.gguf", "is no GGUF file, or cut short"),
     ],
 )
 def test_what_is_no_whole_model_in_a_file_is_refused(folder: Path, checkpoint: str, sentence: str) -> None:
     (folder.parent / "model.ckpt").touch()
     write_names(folder.parent / "lora.safetensors", "x.lora_A.weight")
-    (folder.parent / "cut.safetensors").write_bytes(b"\0" * 20)
+    for name in ("cut.safetensors", "cut.gguf"):
+        (folder.parent / name).write_bytes(b"\0" * 20)
     model = read_model(folder.parent / checkpoint, config=str(folder))
     with pytest.raises((ValueError, FileNotFoundError), match=sentence):
         list(find_stage_faults(model, "denoise", TransformerConfig()))
@@ -185,7 +187,8 @@ def test_a_file_for_no_model_of_the_checkpoint_is_refused(folder: Path, name: st
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"quantization": "nf4"}, "is quantised already: leave out quantization"),
+        ({"quantization": "nf4"}, "is stored quantised, by GGUF, and does not go with quantization: leave it out"),
+        ({"device_map": "auto", "num_gpus": 2}, "by GGUF, and does not go with device_map: leave it out"),
         (
             {"layerwise_casting": "float8_e4m3fn"},
             "is stored quantised, and quantization and layerwise_casting do not",
