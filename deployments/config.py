@@ -38,8 +38,17 @@ class ModelConfig(Config):
     name: str = Field(min_length=1, description="what clients put into `model`")
     checkpoint: str = Field(
         min_length=1,
-        description="a local folder, a hub id, embedded://shapes (small, draws coloured shapes) or tiny://FAMILY "
-        "(smaller, random weights)",
+        description="a local folder, a hub id, embedded://shapes (small, draws coloured shapes), tiny://FAMILY "
+        "(smaller, random weights), or, with `config`, one file of a whole model",
+    )
+    config: str | None = Field(
+        None,
+        description="of a checkpoint in one file: the folder or hub id in diffusers' layout with its configs and "
+        "tokenizers",
+    )
+    components: dict[str, str] = Field(
+        {},
+        description="files of weights instead of the checkpoint's: {transformer: /models/flux1-dev-Q4_K_S.gguf}",
     )
     family: str | None = Field(None, description="None: read from the checkpoint's model_index.json")
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
@@ -65,6 +74,11 @@ class ModelConfig(Config):
         if self.family is None:
             raise ValueError(f"the family of {self.checkpoint!r} is not known here: one of {', '.join(FAMILIES)}")
         return FAMILIES[self.family]
+
+    @property
+    def layout(self) -> str:
+        """The checkpoint in diffusers' layout that has its configs: itself, unless it is in one file."""
+        return self.config or self.checkpoint
 
     @property
     def has_derived_family(self) -> bool:

@@ -41,5 +41,5 @@ def check_files(config: AppConfig) -> None:
 
 def _is_here(model: ModelConfig) -> bool:
     """Whether nothing is still to come: a folder, or a hub id of which the hub's cache must have all."""
-    is_folder = local_folder(model.checkpoint, model.revision) is not None
-    return is_folder or (constants.HF_HUB_OFFLINE and not is_tiny(model.checkpoint))
+    is_folder = local_folder(model.layout, model.revision) is not None
+    return is_folder or (constants.HF_HUB_OFFLINE and not is_tiny(model.layout))

@@ -121,9 +121,10 @@ def _resolved(app: AppConfig, configs_dir: Path | None) -> AppConfig:
     """With what the checkpoint's configs say, or those in this folder."""
     if configs_dir is None:
         return resolve_family(app)
-    there = app.model.model_copy(update={"checkpoint": str(configs_dir)})
+    said = app.model.model_dump(include={"checkpoint", "config", "components"})
+    there = app.model.model_copy(update={"checkpoint": str(configs_dir), "config": None, "components": {}})
     found = resolve_family(app.model_copy(update={"model": there})).model
-    return app.model_copy(update={"model": found.model_copy(update={"checkpoint": app.model.checkpoint})})
+    return app.model_copy(update={"model": found.model_copy(update=said)})
 
 
 def _app_config(path: Path | None, model: str | None) -> AppConfig:

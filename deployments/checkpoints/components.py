@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from deployments.checkpoints.json_file import read_settings
-from deployments.checkpoints.source import fetch_checkpoint, fetch_configs
+from deployments.checkpoints.parts import open_checkpoint
+from deployments.checkpoints.source import fetch_configs
 from deployments.config import ModelConfig
 from deployments.families import Family
+from deployments.memory.config import Dtype
 
 Stage = Literal["encode", "denoise", "decode"]
 
@@ -21,12 +23,14 @@ NEVER_LOADED = frozenset({"safety_checker", "watermark"}) | SEE_PICTURES
 """Pipelines do without."""
 
 
-def fetch_stage(model: ModelConfig, stage: Stage) -> tuple[Path, ModelIndex]:
-    """The checkpoint's folder, holding what `stage` needs and every model's config, and its model_index.json."""
-    index = read_index(fetch_configs(model.checkpoint, revision=model.revision))
+def fetch_stage(model: ModelConfig, stage: Stage, dtype: Dtype) -> tuple[Path, ModelIndex]:
+    """The checkpoint's folder, holding what `stage` needs and every model's config, and its model_index.json.
+
+    dtype: that of the stage, for what lies in a file and must be converted.
+    """
+    index = read_index(fetch_configs(model.layout, revision=model.revision))
     components = stage_components(index, model.architecture, stage)
-    folder = fetch_checkpoint(model.checkpoint, components, revision=model.revision, variant=model.variant)
-    return folder, index
+    return open_checkpoint(model, index, components, dtype), index
 
 
 def read_index(folder: Path) -> ModelIndex:

@@ -9,6 +9,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from deployments.checkpoints.packages import describe_missing
 from deployments.families import FAMILIES, Family, Geometry
 from deployments.families.calls import find_calls
 from deployments.families.geometry import Configs
@@ -27,6 +28,8 @@ def derive_family(folder: Path, pipeline_class: str) -> tuple[Family, Geometry]:
         find_calls(pipeline_class)
     except ValueError as error:
         raise _refusal(folder, pipeline_class, str(error)) from error
+    if missing := describe_missing(pipeline_class):
+        raise ValueError(f"{folder}: {missing}")
     command = [sys.executable, "-m", DERIVE, str(folder)]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     ran = subprocess.run(

@@ -27,9 +27,9 @@ def with_geometry(model: ModelConfig) -> ModelConfig:
         return model
     family = model.architecture
     try:
-        geometry = read_geometry(fetch_configs(model.checkpoint, revision=model.revision), family)
+        geometry = read_geometry(fetch_configs(model.layout, revision=model.revision), family)
     except FileNotFoundError as error:
-        if Path(model.checkpoint).expanduser().exists():
+        if Path(model.layout).expanduser().exists():
             raise
         log.warning("sizes are assumed to be those of the published %s: %s", family.pipeline_class, error)
         geometry = family.geometry(family.published)

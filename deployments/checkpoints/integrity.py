@@ -6,7 +6,6 @@ Looks at headers and small files only, and at nothing that the stage does not re
 import importlib.util
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,13 @@ from deployments.checkpoints.components import (
     Stage,
     component_names,
     denoiser_names,
-    fetch_stage,
+    read_index,
     stage_components,
 )
 from deployments.checkpoints.json_file import read_json, read_settings
+from deployments.checkpoints.packages import describe_missing, is_public
+from deployments.checkpoints.parts import find_part_faults, find_parts
+from deployments.checkpoints.source import fetch_checkpoint, fetch_configs
 from deployments.checkpoints.weights import (
     find_file_faults,
     find_variants,
@@ -51,14 +53,17 @@ def check_stage(model: ModelConfig, stage: Stage, config: StageConfig) -> None:
 
 def find_stage_faults(model: ModelConfig, stage: Stage, config: StageConfig) -> Iterator[str]:
     """Of the checkpoint's files. Raises as `fetch_checkpoint`."""
-    folder, index = fetch_stage(model, stage)
+    index = read_index(fetch_configs(model.layout, revision=model.revision))
+    components, parts = stage_components(index, model.architecture, stage), find_parts(model, index)
+    others = components - parts.keys()
+    folder = fetch_checkpoint(model.layout, others, revision=model.revision, variant=model.variant)
     variant_faults = list(_find_variant_faults(model, folder, index))
     yield from variant_faults
-    for name in sorted(stage_components(index, model.architecture, stage)) if not variant_faults else ():
+    for name in sorted(components) if not variant_faults else ():
         entry = index.get(name)
         if isinstance(entry, list) and len(entry) == 2:
             variants = _variants_of(name, index, model)
-            yield from _find_component_faults(folder / name, entry, variants, config)
+            yield from _find_component_faults(folder / name, entry, variants, config, parts.get(name))
         else:
             yield f"{folder / 'model_index.json'} does not say of which class {name} is: fetch it again"
 
@@ -78,7 +83,7 @@ def find_offload_faults(stage: Stage, config: StageConfig) -> Iterator[str]:
 
 def _find_variant_faults(model: ModelConfig, folder: Path, index: ModelIndex) -> Iterator[str]:
     """A variant that no component has; where only some lack it, diffusers takes their plain weights."""
-    if model.variant is None:
+    if model.variant is None or model.config is not None:
         return
     found: set[str] = set()
     for name in component_names(index):
@@ -97,10 +102,11 @@ def _variants_of(name: str, index: ModelIndex, model: ModelConfig) -> tuple[str 
 
 
 def _find_component_faults(
-    folder: Path, entry: Sequence[str], variants: Sequence[str | None], config: StageConfig
+    folder: Path, entry: Sequence[str], variants: Sequence[str | None], config: StageConfig, part: Path | None
 ) -> Iterator[str]:
+    """part: the file that its weights are in, if they are in none of the folder."""
     library, class_name = entry
-    if not any(folder.iterdir()):
+    if not folder.is_dir() or not any(folder.iterdir()):
         yield f"{folder} is empty: fetch the checkpoint again"
         return
     if library not in LIBRARIES:
@@ -121,9 +127,12 @@ def _find_component_faults(
         yield from faults
         if not faults:
             stored = read_json(folder / "config.json")
-            yield from _find_quantization_faults(folder, stored)
+            yield from _find_quantization_faults(folder, stored, config)
             yield from _find_cut_faults(stored, config)
-        yield from _find_model_faults(folder, library, class_name, variants, config)
+        if part is None:
+            yield from _find_model_faults(folder, library, class_name, variants, config)
+        else:
+            yield from find_part_faults(folder.name, part, entry, config)
 
 
 def _find_config_faults(path: Path) -> list[str]:
@@ -140,18 +149,15 @@ def _find_config_faults(path: Path) -> list[str]:
 
 def _find_class_faults(folder: Path, library: str, class_name: str) -> Iterator[str]:
     """Of transformers' classes no file has all names, and loading them tells of a missing one well enough."""
-    if library == "diffusers" and f'"{class_name}"' not in _names_of_diffusers():
+    if library != "diffusers":
+        return
+    if not is_public(class_name):
         yield (
             f"{folder}: diffusers {version('diffusers')} has no class {class_name}: install a newer diffusers, or "
             "mend model_index.json"
         )
-
-
-@cache
-def _names_of_diffusers() -> str:
-    """The source that lists its public names; not imported, for that takes seconds."""
-    spec = importlib.util.find_spec("diffusers")
-    return "" if spec is None or spec.origin is None else Path(spec.origin).read_text(encoding="utf-8")
+    elif missing := describe_missing(class_name):
+        yield f"{folder}: {missing}"
 
 
 def _find_cut_faults(stored: Mapping[str, Any], config: StageConfig) -> Iterator[str]:
@@ -170,8 +176,8 @@ def _find_cut_faults(stored: Mapping[str, Any], config: StageConfig) -> Iterator
         yield f"transformer.shards: each needs a block, and the model has {num_blocks}, got {config.num_ranks}"
 
 
-def _find_quantization_faults(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
-    stored = config.get("quantization_config")
+def _find_quantization_faults(folder: Path, own: Mapping[str, Any], config: StageConfig) -> Iterator[str]:
+    stored = own.get("quantization_config")
     if stored is None:
         return
     if not isinstance(stored, Mapping):
@@ -179,12 +185,18 @@ def _find_quantization_faults(folder: Path, config: Mapping[str, Any]) -> Iterat
         return
     method = str(stored.get("quant_method") or "")
     is_bitsandbytes = stored.get("load_in_4bit") or stored.get("load_in_8bit")
-    if not method.startswith("bitsandbytes") and not (method == "" and is_bitsandbytes):
+    if method.startswith("bitsandbytes") or (method == "" and is_bitsandbytes):
+        return
+    if method != "torchao":
         yield (
             f"{folder} is stored quantised by {method or 'a method that its config.json does not name'}, which is "
-            "not loaded here: weights may be stored by bitsandbytes (nf4, fp4, int8) or unquantised; take the "
-            f"unquantised {folder.name}, and set `quantization:` if it is to be small"
+            "not loaded here: weights may be stored by bitsandbytes (nf4, fp4, int8) or by torchao; "
+            f"take the unquantised {folder.name}, and set `quantization:` if it is to be small"
         )
+    elif importlib.util.find_spec(method) is None:
+        yield f"{folder} is stored quantised by torchao, which is not installed here: `pip install torchao`"
+    elif config.quantization is not None:
+        yield f"{folder} is stored quantised by torchao already: leave out quantization"
 
 
 def _reads_bytes(folder: Path) -> bool:

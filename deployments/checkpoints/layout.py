@@ -6,14 +6,16 @@ from pathlib import Path
 from deployments.checkpoints.weights import find_lora, read_header
 
 MODEL_INDEX = "model_index.json"
-_WEIGHTS = {".safetensors", ".ckpt", ".pt", ".pth", ".bin"}
-_PIPELINES = {
-    "joint_blocks.": "StableDiffusion3Pipeline",
-    "double_blocks.": "FluxPipeline",
-    "conditioner.embedders.": "StableDiffusionXLPipeline",
-    "cond_stage_model.": "StableDiffusionPipeline",
+_PICKLES = {".ckpt", ".pt", ".pth", ".bin"}
+_WEIGHTS = {".safetensors", ".gguf", *_PICKLES}
+_LAYOUTS = {
+    "joint_blocks.": "stabilityai/stable-diffusion-3-medium-diffusers",
+    "double_blocks.": "black-forest-labs/FLUX.1-dev",
+    "conditioner.embedders.": "stabilityai/stable-diffusion-xl-base-1.0",
+    "cond_stage_model.": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "patch_embedding.": "Wan-AI/Wan2.1-T2V-14B-Diffusers",
 }
-"""By what the names of a single file's tensors contain."""
+"""A hub id in diffusers' layout, by what the names of a single file's tensors contain."""
 
 
 def open_hub_cache(folder: Path, revision: str | None) -> Path:
@@ -47,17 +49,29 @@ def _has(*patterns: str) -> Callable[[Path], bool]:
     return lambda folder: any(any(folder.glob(pattern)) for pattern in patterns)
 
 
-def _conversion(file: Path) -> str:
-    """The command for a single file; its class is told by the tensors where they can be seen."""
+def describe_pickle(file: Path) -> str:
+    """Of a file of weights that is neither safetensors nor GGUF."""
+    code = (
+        f"import torch, safetensors.torch as s; w = torch.load('{file}', weights_only=True); "
+        f"s.save_file(w.get('state_dict', w), '{file.with_suffix('.safetensors')}')"
+    )
+    return (
+        f"{file} is pickled, or holds no weights. A pickle can run any program when it is read, so none is: "
+        f'convert it, `python -c "{code}"`, and name that file'
+    )
+
+
+def _tell_single(file: Path) -> str:
+    """Whose layout it has is told by the tensors where they can be seen."""
     try:
-        names = "\n".join(read_header(file)) if file.suffix == ".safetensors" else ""
+        names = "\n".join(read_header(file))
     except (OSError, ValueError):
         names = ""
-    pipeline = next((pipeline for mark, pipeline in _PIPELINES.items() if mark in names), "PIPELINE")
-    which = f" (PIPELINE: {', '.join(_PIPELINES.values())})" if pipeline == "PIPELINE" else ""
+    like = next((layout for mark, layout in _LAYOUTS.items() if mark in names), "OWNER/NAME")
     return (
-        f"`python -c \"import diffusers; diffusers.{pipeline}.from_single_file('{file}')"
-        f".save_pretrained('NEW_FOLDER')\"`{which}, and serve NEW_FOLDER"
+        f"{file} is a single file of weights. If it holds a whole model, set `config` under model to the folder "
+        f"or hub id in diffusers' layout with its configs and tokenizers, such as `config: {like}`; if it holds a "
+        f"denoiser alone, serve `checkpoint: {like}` with `components: {{transformer: {file}}}`"
     )
 
 
@@ -78,9 +92,10 @@ def _tell_lora(path: Path) -> str:
 
 def _tell_weights(folder: Path) -> str:
     file = next(file for file in sorted(folder.iterdir()) if file.suffix in _WEIGHTS)
+    told = describe_pickle(file) if file.suffix in _PICKLES else _tell_single(file)
     return (
         f"{folder} holds files of weights and no {MODEL_INDEX}, so it is not in diffusers' layout. Fetch the "
-        f"whole repository, or convert the file that holds the whole checkpoint: {_conversion(file)}"
+        f"whole repository, or name one file: {told}"
     )
 
 
@@ -89,21 +104,9 @@ Layouts = tuple[tuple[Callable[[Path], bool], Callable[[Path], str]], ...]
 
 _FILES: Layouts = (
     (lambda file: file.name == MODEL_INDEX, lambda file: f"{file} is a file of a checkpoint: name its folder"),
-    (
-        lambda file: file.suffix == ".gguf",
-        lambda file: (
-            f"{file} is a GGUF file, which is not loaded here: take the model in diffusers' layout, and "
-            "`quantization: nf4` to make it as small"
-        ),
-    ),
     (_is_lora, _tell_lora),
-    (
-        lambda file: file.suffix in _WEIGHTS,
-        lambda file: (
-            f"{file} has no {MODEL_INDEX}, for it is a single file of weights, not a folder in diffusers' layout. "
-            f"If it holds a whole checkpoint, convert it once: {_conversion(file)}"
-        ),
-    ),
+    (lambda file: file.suffix in {".gguf", ".safetensors"}, _tell_single),
+    (lambda file: file.suffix in _PICKLES, describe_pickle),
     (Path.is_file, lambda file: f"{file} is a file; a checkpoint is a folder in diffusers' layout"),
 )
 _FOLDERS: Layouts = (

@@ -51,12 +51,10 @@ def with_family(model: ModelConfig) -> ModelConfig:
     """The same, its family as said, or else as the checkpoint says. Raises as `detect_family`."""
     if model.has_derived_family:
         return model
-    family = model.family or detect_family(model.checkpoint, model.revision)
+    family = model.family or detect_family(model.layout, model.revision)
     if family in FAMILIES:
         return model.model_copy(update={"family": family})
-    return model.with_derived_family(
-        *derive_family(fetch_configs(model.checkpoint, revision=model.revision), family)
-    )
+    return model.with_derived_family(*derive_family(fetch_configs(model.layout, revision=model.revision), family))
 
 
 def detect_family(checkpoint: str, revision: str | None) -> str:
@@ -149,6 +147,21 @@ def local_folder(checkpoint: str, revision: str | None = None) -> Path | None:
             f"checkpoint {checkpoint!r} looks like a path, but {path.absolute()} does not exist on {_node()}"
         )
     return None
+
+
+def fetch_file(file: str, must_be: str) -> Path:
+    """A file on this machine, by its path, or of the hub: OWNER/NAME/FILE. Raises FileNotFoundError."""
+    path = Path(file).expanduser()
+    if path.is_file():
+        return path
+    owner, _, rest = file.partition("/")
+    name, _, within = rest.partition("/")
+    is_path = path.exists() or file.startswith(("/", "./", "../", "~"))
+    if is_path or not (owner and name and within):
+        what = "is a folder" if path.is_dir() else f"does not exist on {_node()}"
+        raise FileNotFoundError(f"{must_be}, and {path.absolute()} {what}")
+    with _hub(f"{owner}/{name}"):
+        return Path(hf_hub_download(f"{owner}/{name}", within))
 
 
 def plan_hub_patterns(components: Collection[str], variant: str | None) -> tuple[list[str], list[str]]:

@@ -10,6 +10,7 @@ from accelerate import init_empty_weights
 from diffusers import ModelMixin
 from torch import nn
 
+from deployments.memory.gguf import find_gguf
 from deployments.memory.stored import stored_bytes
 
 TAIL = (
@@ -79,11 +80,13 @@ def build_skeleton(model_class: type[ModelMixin], checkpoint_dir: Path, subfolde
     config = model_class.load_config(checkpoint_dir, subfolder=subfolder, local_files_only=True)
     try:
         with init_empty_weights():
-            skeleton: nn.Module = model_class.from_config(config)
+            skeleton: Any = model_class.from_config(config)
     except Exception as error:  # whatever a constructor makes of it
         described = f"{checkpoint_dir / subfolder / 'config.json'} describes no {model_class.__name__}"
         raise ValueError(f"{described}: {type(error).__name__}: {error}") from error
-    return skeleton
+    skeleton.gguf_file = find_gguf(checkpoint_dir / subfolder)
+    built: nn.Module = skeleton
+    return built
 
 
 def block_names(model: nn.Module) -> tuple[str, ...]:

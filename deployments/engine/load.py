@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from cluster.partition import plan_cuts
 from deployments.checkpoints.components import ModelIndex, denoiser_names, fetch_stage
+from deployments.checkpoints.weights import find_variants
 from deployments.config import ModelConfig, TransformerConfig
 from deployments.device import resolve_device, resolve_dtype
 from deployments.engine.blocks import BlockBytes, block_bytes, build_skeleton
@@ -70,7 +71,7 @@ def _writable(tensor: torch.Tensor) -> torch.Tensor:
 
 def open_denoisers(model: ModelConfig, config: TransformerConfig) -> Denoisers:
     """Fetches the checkpoint if need be; reads configs only."""
-    folder, index = fetch_stage(model, "denoise")
+    folder, index = fetch_stage(model, "denoise", config.dtype)
     skeletons = build_skeletons(folder, index)
     return Denoisers(folder, index, skeletons, resolve_dtype(config.dtype), resolve_device(config))
 
@@ -92,6 +93,7 @@ def load_rank(denoisers: Denoisers, model: ModelConfig, config: TransformerConfi
         shards = {}
         for name, skeleton in denoisers.skeletons.items():
             options = {"quantization_config": quantized[name]} if name in quantized else {}
+            variants = find_variants(denoisers.folder / name, "diffusers")
             if config.device_map is not None:
                 options |= _spread_options(name, denoisers, config)
                 disk = tempfile.TemporaryDirectory(prefix="latent-relay-")  # for what fits nowhere
@@ -102,7 +104,7 @@ def load_rank(denoisers: Denoisers, model: ModelConfig, config: TransformerConfi
                 name,
                 blocks=plan_ranks(name, skeleton, config)[rank] if config.num_ranks > 1 else None,
                 dtype=denoisers.dtype,
-                variant=model.variant,
+                variant=model.variant if model.variant in variants else None,  # what was in a file has none
                 **options,
             )
             if config.device_map is not None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from deployments.engine.blocks import block_names, build_skeleton
 from deployments.engine.cut import Boundary, Cut, CutReached, Output
+from deployments.memory.gguf import find_gguf, load_gguf
 
 _MAX_KEYS_SHOWN = 5
 
@@ -43,6 +44,12 @@ def load_shard(
         skeleton = build_skeleton(model_class, checkpoint_dir, subfolder)
         cut = _plan_cut(skeleton, blocks)
         model_class = _shard_class(type(skeleton), cut, cut.foreign_names(skeleton))
+    gguf_file = find_gguf(checkpoint_dir / subfolder)
+    if gguf_file is not None:
+        model = load_gguf(model_class, gguf_file, dtype)
+        missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+        check_complete(missing, gguf_file.resolve(), model_class.__name__)
+        return Shard(model, cut)
     model, keys = model_class.from_pretrained(
         checkpoint_dir,
         subfolder=subfolder,

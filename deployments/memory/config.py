@@ -8,6 +8,8 @@ from cluster.config import Config
 from deployments.memory.conflicts import find_conflict
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+GGUF_WEIGHTS = "diffusion_pytorch_model.gguf"
+"""Of a component's folder whose weights stay in a GGUF file: a link to it."""
 
 
 class Technique(Config):

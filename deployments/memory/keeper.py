@@ -232,9 +232,10 @@ def _weigh(model: nn.Module) -> Counter[tuple[str, str]]:
 
 def _check_stored(name: str, model: nn.Module, config: StageConfig) -> None:
     """Raises ValueError if a checkpoint is stored quantised and config asks for what does not go with that."""
-    for kind, mark in (("nf4", "is_loaded_in_4bit"), ("int8", "is_loaded_in_8bit")):
-        if getattr(model, mark, False) and config.quantization is None:
-            stored = QuantizationConfig.model_validate({"kind": kind})
-            conflict = find_conflict(config.model_copy(update={"quantization": stored}))
-            if conflict is not None:
-                raise ValueError(f"{name} is stored quantised, and {conflict}")
+    if config.quantization is not None or not _is_quantized(model):
+        return
+    kind = "int8" if getattr(model, "is_loaded_in_8bit", False) else "nf4"
+    stored = QuantizationConfig.model_validate({"kind": kind})
+    conflict = find_conflict(config.model_copy(update={"quantization": stored}))
+    if conflict is not None:
+        raise ValueError(f"{name} is stored quantised, and {conflict}")

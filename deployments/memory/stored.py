@@ -19,6 +19,7 @@ from transformers.quantizers import AutoHfQuantizer
 from deployments.device import resolve_dtype
 from deployments.memory.casting import cast_layers
 from deployments.memory.config import MemoryConfig
+from deployments.memory.gguf import gguf_as_stored
 from deployments.memory.quantize import plan_quantization
 from deployments.memory.quantized import is_4bit, is_8bit
 
@@ -37,6 +38,9 @@ def as_stored(skeleton: nn.Module, config: MemoryConfig, *, is_quantized: bool =
     Args:
         is_quantized: False leaves quantisation away, the config's and the checkpoint's own.
     """
+    gguf_file = getattr(skeleton, "gguf_file", None)
+    if gguf_file is not None and is_quantized:
+        return gguf_as_stored(type(skeleton), gguf_file, resolve_dtype(config.dtype))
     stored = copy.deepcopy(skeleton)
     model: Any = stored
     dtype = resolve_dtype(config.dtype)
@@ -136,7 +140,7 @@ def _quantized_bytes(module: "Linear4bit | Linear8bitLt") -> int:
 
 
 def dequantized_bytes(model: nn.Module, config: MemoryConfig) -> int:
-    """bitsandbytes makes one layer's weights whole for its call."""
-    if config.quantization is None:
+    """bitsandbytes makes one layer's weights whole for its call, and so is it with GGUF."""
+    if config.quantization is None and getattr(model, "gguf_file", None) is None:
         return 0
     return max((layer.weight.nbytes for layer in model.modules() if isinstance(layer, nn.Linear)), default=0)

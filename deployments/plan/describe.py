@@ -18,6 +18,7 @@ from transformers import AutoConfig, PreTrainedModel
 from deployments.checkpoints.components import Stage, stage_components
 from deployments.checkpoints.geometry import with_geometry
 from deployments.checkpoints.json_file import read_json
+from deployments.checkpoints.parts import GGUF, find_parts
 from deployments.checkpoints.source import fetch_configs
 from deployments.config import EncoderConfig, ModelConfig, StageConfig, TransformerConfig, VaeConfig
 from deployments.device import resolve_dtype
@@ -56,11 +57,15 @@ class Description:
 
     def __init__(self, model: ModelConfig, configs_dir: Path | None = None) -> None:
         """configs_dir: a folder in diffusers' layout to read instead of the checkpoint; weights may be missing."""
-        folder = configs_dir or fetch_configs(model.checkpoint, revision=model.revision)
-        self._model = with_geometry(model.model_copy(update={"checkpoint": str(folder), "variant": None}))
+        folder = configs_dir or fetch_configs(model.layout, revision=model.revision)
+        self._index = read_json(folder / "model_index.json")
+        # What is converted from files will be as large as in a folder; GGUF stays what it is.
+        parts = {} if configs_dir else find_parts(model, self._index)
+        gguf_files = {name: str(file) for name, file in parts.items() if file.suffix == GGUF}
+        here = {"checkpoint": str(folder), "config": None, "components": gguf_files, "variant": None}
+        self._model = with_geometry(model.model_copy(update=here))
         self._family = model.architecture
         self._folder = folder
-        self._index = read_json(folder / "model_index.json")
         self._encoder = cache(self._describe_encoder)
         self._denoisers = cache(self._describe_denoisers)
         self._working = cache(self._run_denoisers)

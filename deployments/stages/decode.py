@@ -52,7 +52,7 @@ class Decoding:
         self.cache = EmbeddingCache(int(config.cache_mib * 2**20))
         self.num_encoded = 0
         """Pictures that went in and were not in the cache."""
-        folder, index = fetch_stage(model, "decode")
+        folder, index = fetch_stage(model, "decode", config.dtype)
         keep = stage_components(index, self._family, "decode")
         self._device = resolve_device(config)
         share = take_share(config, self._device)

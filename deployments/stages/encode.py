@@ -49,7 +49,7 @@ class TextEncoding:
         self.num_forwards = 0
         """Calls of encoding methods that requests needed and the cache did not have."""
         self._max_sequence_length = config.max_sequence_length or self._family.max_sequence_length
-        folder, index = fetch_stage(model, "encode")
+        folder, index = fetch_stage(model, "encode", config.dtype)
         keep = stage_components(index, self._family, "encode")
         self._device = resolve_device(config)
         share = take_share(config, self._device)

@@ -9,9 +9,10 @@ from deployments.config import ModelConfig, StageConfig
 
 NOISE = {
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward from kernels-community",
+    "diffusers.quantizers.gguf.gguf_quantizer": "is required to remain in FP32, dequantizing now",
     "transformers.utils.import_utils": "requires torchvision (not installed); falling back to",
 }
-"""What loggers say of optional packages that nothing here needs, as if something had gone wrong."""
+"""What loggers say of optional packages that nothing here needs, or of layers, as if something had gone wrong."""
 
 
 def silence_imports() -> None:
@@ -25,16 +26,25 @@ def _is_no_noise(record: logging.LogRecord) -> bool:
 
 
 def skip_unneeded(model: ModelConfig, config: StageConfig) -> None:
-    """diffusers and transformers import bitsandbytes wherever it is installed: about 1 s of CPU in every start.
+    """diffusers and transformers import these packages wherever they are installed: up to seconds of every start.
 
     None in `sys.modules` is Python's own word for a module that must not be imported
     (https://docs.python.org/3/reference/import.html#the-module-cache); the libraries take it for not installed.
     """
-    if config.quantization is None and not is_stored_quantized(model) and "diffusers" not in sys.modules:
-        sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
+    if "diffusers" in sys.modules:
+        return
+    methods = stored_methods(model)
+    files = (model.checkpoint, *model.components.values())
+    is_needed = {
+        "bitsandbytes": config.quantization is not None or bool(methods - {"torchao"}),
+        "gguf": any(file.endswith(".gguf") for file in files),
+        "torchao": "torchao" in methods,
+    }
+    sys.modules.update(dict.fromkeys(name for name, needed in is_needed.items() if not needed))  # type: ignore[arg-type]
 
 
-def is_stored_quantized(model: ModelConfig) -> bool:
-    """Whether some component's own config says so."""
-    configs = fetch_configs(model.checkpoint, revision=model.revision).glob("*/config.json")
-    return any("quantization_config" in read_json(path) for path in configs)
+def stored_methods(model: ModelConfig) -> frozenset[str]:
+    """By which methods some components are stored quantised, as their own configs say; "" where one says none."""
+    configs = fetch_configs(model.layout, revision=model.revision).glob("*/config.json")
+    stored = [read_json(path).get("quantization_config") for path in configs]
+    return frozenset(str(each.get("quant_method") or "") for each in stored if isinstance(each, dict))

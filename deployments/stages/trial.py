@@ -151,7 +151,7 @@ class Trial:
                 prompt=usual.prompt,
             ),
         }
-        if pictures and not self._fails(request, blank_pictures(request)):
+        if pictures and not self._fails(request):
             return "image"
         return next((field for field, changed in fields.items() if not self._fails(changed, pictures)), None)
 

@@ -1,12 +1,14 @@
 """Checkpoints as people have them draw what plain diffusers draws of the same folder, bit for bit."""
 
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from diffusers import StableDiffusion3Pipeline
+from diffusers import FluxPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
 
 from tests.deployments.variants import (
     build_request,
@@ -66,6 +68,31 @@ def without_t5(folder: Path) -> None:
     pipe.save_pretrained(folder)
 
 
+def in_parts(folder: Path) -> None:
+    pipe = FluxPipeline.from_pretrained(folder)
+    for name in ("transformer", "text_encoder_2"):
+        shutil.rmtree(folder / name)
+        pipe.components[name].save_pretrained(folder / name, max_shard_size="200KB")
+        assert list((folder / name).glob("*.index.json"))
+
+
+def as_fp16_but_for_the_text_encoder(folder: Path) -> None:
+    for name in ("unet", "vae"):
+        plain = folder / name / "diffusion_pytorch_model.safetensors"
+        tensors = load_file(plain)
+        save_file({key: value.half() for key, value in tensors.items()}, plain.with_suffix(".fp16.safetensors"))
+        plain.unlink()
+
+
+def test_a_variant_that_some_components_lack_draws_what_the_plain_pipeline_draws(tmp_path: Path) -> None:
+    folder = write_tiny("sd15", tmp_path / "sd15")
+    as_fp16_but_for_the_text_encoder(folder)
+    model = read_model(folder, variant="fp16")
+    request = build_request(model)
+    pipe = StableDiffusionPipeline.from_pretrained(folder, variant="fp16")
+    np.testing.assert_array_equal(draw_staged(model, request), draw_plain(pipe, request))
+
+
 @pytest.mark.parametrize(
     ("family", "change"),
     [
@@ -81,6 +108,7 @@ def without_t5(folder: Path) -> None:
         ("sd15", tiny_vae(4)),
         ("flux", tiny_vae(16)),
         ("sd3", without_t5),
+        ("flux", in_parts),
     ],
 )
 def test_a_variant_draws_what_the_plain_pipeline_draws(

@@ -103,9 +103,11 @@ def draw_staged(
     return last.decode(arguments, request)
 
 
-def draw_plain(folder: Path, request: GenerationRequest, **call: Any) -> np.ndarray:
+def draw_plain(checkpoint: Path | DiffusionPipeline, request: GenerationRequest, **call: Any) -> np.ndarray:
     """[F, H, W, 3] by diffusers itself. call: in place of what the request says, or beside it."""
-    pipe = DiffusionPipeline.from_pretrained(folder, **dict.fromkeys(left_out(read_index(folder))))
+    pipe: Any = checkpoint
+    if isinstance(checkpoint, Path):
+        pipe = DiffusionPipeline.from_pretrained(checkpoint, **dict.fromkeys(left_out(read_index(checkpoint))))
     pipe.set_progress_bar_config(disable=True)
     torch.manual_seed(request.seed)
     asked = {

@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -307,9 +308,7 @@ def test_a_variant_that_does_not_exist_is_refused_once(folder: Path, present: st
 
 
 @pytest.mark.parametrize("component", ["text_encoder", "transformer", "vae"])
-@pytest.mark.parametrize(
-    "method", ["gguf", "quanto", "torchao", "svdquant", "nunchaku_lite", "fp8", "gptq", "modelopt"]
-)
+@pytest.mark.parametrize("method", ["gguf", "quanto", "svdquant", "nunchaku_lite", "fp8", "gptq", "modelopt"])
 def test_a_quantisation_that_is_not_loaded_is_named(folder: Path, component: str, method: str) -> None:
     rewrite(folder / component / "config.json", quantization_config={"quant_method": method})
     [fault] = faults(folder)
@@ -364,6 +363,20 @@ def test_a_class_that_this_diffusers_lacks_is_named(folder: Path) -> None:
     rewrite(folder / "model_index.json", transformer=["diffusers", "Flux9Transformer2DModel"])
     [fault] = faults(folder)
     assert re.search(r"transformer: diffusers [\d.]+ has no class Flux9Transformer2DModel: install a newer", fault)
+
+
+@pytest.mark.skipif(find_spec("torchsde") is not None, reason="torchsde is installed")
+def test_a_class_whose_package_is_missing_says_what_to_install(folder: Path) -> None:
+    rewrite(folder / "model_index.json", scheduler=["diffusers", "DPMSolverSDEScheduler"])
+    [fault] = faults(folder)
+    assert "diffusers' DPMSolverSDEScheduler needs torchsde, not installed here: `pip install torchsde`" in fault
+
+
+@pytest.mark.skipif(find_spec("torchao") is not None, reason="torchao is installed")
+def test_weights_of_torchao_say_what_to_install(folder: Path) -> None:
+    rewrite(folder / "transformer" / "config.json", quantization_config={"quant_method": "torchao"})
+    [fault] = faults(folder)
+    assert "is stored quantised by torchao, which is not installed here: `pip install torchao`" in fault
 
 
 def test_a_class_of_another_library_is_named(folder: Path) -> None:

@@ -98,31 +98,32 @@ def gguf(tmp_path: Path) -> Path:
     return file
 
 
+def pickled(tmp_path: Path) -> Path:
+    file = tmp_path / "model.ckpt"
+    file.touch()
+    return file
+
+
 def component(tmp_path: Path) -> Path:
     (tmp_path / "model_index.json").write_text("{}")
     return folder_with("config.json")(tmp_path)
 
 
 LAYOUTS: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "FLUX in one file": (single_file("double_blocks.0.x"), r"diffusers\.FluxPipeline\.from_single_file\('{}'\)"),
+    "FLUX in one file": (single_file("double_blocks.0.x"), r"such as `config: black-forest-labs/FLUX\.1-dev`"),
     "SD 1.5 in one file": (
         single_file("cond_stage_model.x"),
-        r"diffusers\.StableDiffusionPipeline\.from_single_file",
+        r"config: stable-diffusion-v1-5/stable-diffusion-v1-5",
     ),
     "SDXL in one file": (
         single_file("conditioner.embedders.1.x"),
-        r"diffusers\.StableDiffusionXLPipeline\.from_s",
+        r"config: stabilityai/stable-diffusion-xl-base",
     ),
-    "SD 3 in one file": (
-        single_file("model.joint_blocks.1.x"),
-        r"diffusers\.StableDiffusion3Pipeline\.from_single",
-    ),
-    "anything in one file": (
-        single_file("x"),
-        r"is a single file of weights.*PIPELINE: StableDiffusion3Pipeline, ",
-    ),
+    "SD 3 in one file": (single_file("model.joint_blocks.1.x"), r"config: stabilityai/stable-diffusion-3-medium"),
+    "anything in one file": (single_file("x"), r"is a single file of weights.*components: {{transformer: {}}}"),
+    "a pickle": (pickled, r"is pickled.*so none is: convert it, .*torch\.load\('{}'"),
     "a LoRA in one file": (single_file("x.lora_A.weight"), r"is a LoRA, not a checkpoint\. Fuse it into one"),
-    "GGUF": (gguf, "is a GGUF file, which is not loaded here"),
+    "GGUF": (gguf, "is a single file of weights.*serve `checkpoint: OWNER/NAME` with `components:"),
     "the index itself": (lambda path: component(path).parent / "model_index.json", "name its folder"),
     "a component": (component, "is one component of a checkpoint: name the folder that it is in"),
     "a LoRA": (folder_with("pytorch_lora_weights.safetensors"), "is a LoRA, not a checkpoint"),

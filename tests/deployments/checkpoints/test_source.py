@@ -153,10 +153,10 @@ def test_a_folder_without_an_index_is_refused(tmp_path: Path) -> None:
         fetch_checkpoint(str(tmp_path), [])
 
 
-def test_a_single_file_is_refused(tmp_path: Path) -> None:
+def test_a_single_file_without_a_layout_is_refused(tmp_path: Path) -> None:
     weights = tmp_path / "flux1-dev.safetensors"
     weights.touch()
-    with pytest.raises(FileNotFoundError, match=r"has no model_index\.json"):
+    with pytest.raises(FileNotFoundError, match=r"flux1-dev\.safetensors is a single file of weights"):
         fetch_checkpoint(str(weights), [])
 
 

@@ -36,7 +36,7 @@ def held_by_ranks(model: ModelConfig, config: TransformerConfig) -> list[int]:
 
 
 def held_by_stage(model: ModelConfig, stage: Stage, config: StageConfig) -> int:
-    folder, index = fetch_stage(model, stage)
+    folder, index = fetch_stage(model, stage, "float32")
     parts = stage_components(index, model.architecture, stage)
     models = loaded_models(load_pipeline(folder, index, parts, config, variant=None)).values()
     tensors = {value.data_ptr(): value.nbytes for model in models for value in model.state_dict().values()}

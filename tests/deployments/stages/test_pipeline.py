@@ -21,7 +21,9 @@ CONFIGS = {"encode": EncoderConfig(), "denoise": TransformerConfig(), "decode": 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_only_what_is_named_is_loaded(family: str) -> None:
     """Wan's transformer is an optional part of its pipeline, and came along to every stage."""
-    folder, index = fetch_stage(ModelConfig(name="tiny", checkpoint=f"tiny://{family}", family=family), "decode")
+    folder, index = fetch_stage(
+        ModelConfig(name="tiny", checkpoint=f"tiny://{family}", family=family), "decode", "float32"
+    )
     pipe = load_pipeline(folder, index, frozenset({"vae"}), StageConfig(), variant=None)
     assert set(loaded_models(pipe)) == {"vae"}
 
