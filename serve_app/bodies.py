@@ -16,7 +16,13 @@ from serve_app.errors import BadRequest, quoted
 
 COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\x78\x9c": "deflate", b"\x78\xda": "deflate"}
 """First bytes that no UTF-8 text begins with, and of what (the last two: improbably)."""
-FILES = {"image": "image", "image[]": "image", "mask": "mask", "input_reference": "input_reference"}
+FILES = {
+    "image": "image",
+    "image[]": "image",
+    "mask": "mask",
+    "control_image": "control_image",
+    "input_reference": "input_reference",
+}
 """Of a form: the field that it is, by its name; OpenAI's client sends several as `image[]`."""
 SEVERAL = frozenset({"image"})
 MAX_FILES = 20

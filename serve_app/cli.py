@@ -145,6 +145,10 @@ def generate(
     strength: Annotated[
         float | None, typer.Option(help="from 0 to 1, how much of the image is drawn anew")
     ] = None,
+    control: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="file that a ControlNet draws by")
+    ] = None,
+    control_scale: Annotated[float | None, typer.Option(help="how loud the ControlNet is")] = None,
 ) -> None:
     """Make one picture or video, by a running app or by one started for it."""
     local = importlib.import_module(LOCAL)
@@ -160,19 +164,20 @@ def generate(
         "seed": seed,
         "num_frames": num_frames,
         "strength": strength,
+        "control_scale": control_scale,
     }
     given = {name: value for name, value in fields.items() if value is not None}
     app_config = None if config is None else load_app_config(config)
     if app_config is not None:  # refuse at once what would be refused once the app is started
         validator = Validator(resolve_family(app_config).model, app_config.limits)
         media = validator.family.media
-        validator.requests(given | read_pictures(image or [], mask, media) | choose_file(out, media)[1])
+        validator.requests(given | read_pictures(image or [], mask, control, media) | choose_file(out, media)[1])
     if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # `nohup` has it ignored
         signal.signal(signal.SIGHUP, lambda number, _frame: sys.exit(128 + number))
     with local.app_handle(app_config) as handle:
         media = handle.model.remote().result().media
         out, chosen = choose_file(out, media)
-        picture = _watch(handle, given | read_pictures(image or [], mask, media) | chosen)
+        picture = _watch(handle, given | read_pictures(image or [], mask, control, media) | chosen)
     out.write_bytes(picture.media.data)
     times = ", ".join(f"{stage} {ms:.0f} ms" for stage, ms in picture.timings_ms.items())
     console.print(f"{out}: {picture.media.media_type}, seed {picture.seed} ({times})", highlight=False)
@@ -219,7 +224,7 @@ def choose_file(out: Path | None, media: Literal["image", "video"]) -> tuple[Pat
 
 
 def read_pictures(
-    images: Sequence[Path], mask: Path | None, media: Literal["image", "video"]
+    images: Sequence[Path], mask: Path | None, control: Path | None, media: Literal["image", "video"]
 ) -> dict[str, bytes | list[bytes]]:
     """The fields of a request with these files."""
     fields: dict[str, bytes | list[bytes]] = {}
@@ -229,6 +234,8 @@ def read_pictures(
         fields["image"] = [image.read_bytes() for image in images]
     if mask is not None:
         fields["mask"] = mask.read_bytes()
+    if control is not None:
+        fields["control_image"] = control.read_bytes()
     return fields
 
 

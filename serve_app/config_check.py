@@ -58,6 +58,8 @@ def plan_warm_up(model: ModelConfig, limits: LimitsConfig) -> tuple[GenerationRe
 def _blank_pictures(call: Call) -> dict[str, Any]:
     """The fields of those that must go in, of a request that is only judged."""
     fields: dict[str, Any] = {} if call.defaults.strength is None else {"strength": 1.0}
+    if call.control is not None:
+        fields["control_image"] = blank_png()
     match call.kind:
         case "edit":
             fields["image"] = blank_png()

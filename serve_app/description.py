@@ -107,6 +107,12 @@ def _describe_pictures(schema: Schema, calls: Mapping[CallKind, CallCard], *, is
             schema["required"].append(name)
     if "image" not in fields:
         return
+    if not any(call.needs_control for call in calls.values()):
+        del fields["control_image"], fields["control_scale"]
+        schema["required"].append("image")
+    else:
+        fields["control_image"] = _without_null(fields["control_image"]) | ({"anyOf": [FILE]} if is_form else {})
+        schema["required"].append("control_image")
     most = max(call.max_images for call in calls.values())
     one, several = (FILE, {"type": "array", "items": FILE, "minItems": 1}) if is_form else fields["image"]["anyOf"]
     fields["image"]["anyOf"] = [one, several | {"maxItems": most}]

@@ -84,7 +84,7 @@ def read_pictures(value: Any) -> tuple[bytes, ...]:
 
 
 def judge_pictures(pictures: InputPictures, limits: LimitsConfig) -> MediaSize:
-    """The size of the first. Raises BadRequest for any that is not to be decoded."""
+    """The size of the first, or of the control picture. Raises BadRequest for any that is not to be decoded."""
     images, mask, field = pictures.images, pictures.mask, pictures.field
     several = len(images) > 1
     sizes = [
@@ -97,6 +97,8 @@ def judge_pictures(pictures: InputPictures, limits: LimitsConfig) -> MediaSize:
             raise BadRequest(
                 f"mask: it has {size} pixels, and the first image {sizes[0]}: they must be equal", "mask"
             )
+    if pictures.control is not None:
+        sizes.append(_judge(pictures.control, "control_image", "control_image: it", limits))
     return sizes[0]
 
 

@@ -29,6 +29,7 @@ class CallDefaults(BaseModel):
     true_cfg_scale: float | None
     negative_prompt: str | None
     strength: float | None
+    control_scale: float | None
 
 
 class ModelDefaults(CallDefaults):
@@ -44,6 +45,7 @@ class CallCard(BaseModel):
 
     path: str
     max_images: int = Field(description="pictures that go into one that comes out; 0: none")
+    needs_control: bool = Field(description="whether a control_image must go in")
     defaults: CallDefaults
 
 
@@ -96,7 +98,10 @@ def model_card(model: ModelConfig, created: int, limits: LimitsConfig) -> ModelC
         guidance=family.call.guidance,
         calls={
             kind: CallCard(
-                path=PATHS[family.media, kind], max_images=call.max_images, defaults=CallDefaults(**defaults[kind])
+                path=EDITS if call.control else PATHS[family.media, kind],
+                max_images=call.max_images,
+                needs_control=call.control is not None,
+                defaults=CallDefaults(**defaults[kind]),
             )
             for kind, call in family.calls.items()
             if (family.media, kind) in PATHS

@@ -120,7 +120,7 @@ class ImageBody(GenerationBody):
 class EditBody(ImageBody):
     """`POST /v1/images/edits`."""
 
-    image: PictureFiles = Field(description="PNG, JPEG or WebP, or several where the model takes them")
+    image: PictureFiles = Field((), description="PNG, JPEG or WebP, or several where the model takes them")
     mask: PictureFile | None = Field(
         None,
         description="as large as the (first) image: what is transparent is drawn anew; of a mask without an alpha "
@@ -129,15 +129,21 @@ class EditBody(ImageBody):
     strength: float | None = Field(
         None, gt=0, le=1, description="beyond OpenAI: how much of the picture is drawn anew"
     )
+    control_image: PictureFile | None = Field(
+        None, description="beyond OpenAI: says where things are, by edges, depths or poses; for a ControlNet"
+    )
+    control_scale: float | None = Field(None, ge=0, le=10, description="beyond OpenAI: how loud the ControlNet is")
     input_fidelity: Literal["high", "low"] | None = Field(None, description="accepted, without effect")
 
     @property
     def call_kind(self) -> CallKind:
-        return "edit" if self.mask is None else "inpaint"
+        if self.mask is not None:
+            return "inpaint"
+        return "edit" if self.image else "generate"
 
     @property
     def pictures(self) -> InputPictures:
-        return InputPictures(self.image, self.mask)
+        return InputPictures(self.image, self.mask, self.control_image)
 
 
 class VideoBody(GenerationBody):

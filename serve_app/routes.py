@@ -207,7 +207,7 @@ def _max_body_bytes(relay: Relay) -> tuple[int, dict[str, int]]:
     texts = 2**18 + 2 * 12 * model.limits.max_prompt_characters
     num_pictures: dict[str, int] = {}
     for kind, call in model.calls.items():
-        num = call.max_images + (kind == "inpaint")
+        num = call.max_images + (kind == "inpaint") + call.needs_control
         num_pictures[call.path] = max(num, num_pictures.get(call.path, 0))
     each = 2**10 + model.limits.max_image_bytes * 4 // 3
     return texts, {path: texts + num * each for path, num in num_pictures.items() if num}

@@ -69,12 +69,14 @@ class Validator:
     def _body_kind(self, fields: Mapping[str, Any]) -> type[ImageBody] | type[VideoBody]:
         if self.family.media == "video":
             return VideoBody
-        goes_in = "generate" not in self.family.calls or not fields.keys().isdisjoint(("image", "mask"))
+        has_pictures = not fields.keys().isdisjoint(("image", "mask", "control_image"))
+        goes_in = "generate" not in self.family.calls or has_pictures
         return EditBody if goes_in else ImageBody
 
     def judge(self, body: ImageBody | VideoBody) -> Judged:
         """Of a picture i has seed + i. Raises BadRequest or UnknownModel."""
         call = self._call(body)
+        self._check_control(body, call)
         if isinstance(body, VideoBody):
             return Judged([self._video(body, call)], body.pictures, StreamOptions())
         return Judged(self._images(body, call), body.pictures, body.stream_options)
@@ -120,6 +122,8 @@ class Validator:
                 "model",
             )
         kind = body.call_kind
+        if isinstance(body, EditBody) and not body.image and (body.mask or body.control_image is None):
+            raise BadRequest("image is missing: say what to begin with", "image")
         if kind in calls:
             return calls[kind]
         if kind == "generate" and body.media == "video":
@@ -136,6 +140,16 @@ class Validator:
         if kind == "edit" and "inpaint" in calls:
             raise BadRequest("mask is missing: this model fills in what a mask says", "mask")
         raise BadRequest(f"{model} makes pictures from text alone: use {GENERATIONS}", "model")
+
+    def _check_control(self, body: GenerationBody, call: Call) -> None:
+        """Raises BadRequest where a ControlNet has nothing to go by, or there is none."""
+        control = body.control_image if isinstance(body, EditBody) else None
+        if control is None and call.control is not None:
+            raise BadRequest(
+                f"control_image is missing, by which this model draws: send it to {EDITS}", "control_image"
+            )
+        if control is not None and call.control is None:
+            raise BadRequest("control_image: this model has no ControlNet: leave it out", "control_image")
 
     def _check_frames(self, num_frames: int, param: str) -> None:
         stride, limit = self._geometry.frame_stride, self._limits.max_num_frames
@@ -174,6 +188,7 @@ class Validator:
             "fps": defaults.fps,
             "kind": call.kind,
             "strength": _strength(body, defaults, steps),
+            "control_scale": _control_scale(body, defaults),
         } | own
 
     def _picture_size(self, body: GenerationBody, call: Call) -> MediaSize | None:
@@ -231,6 +246,13 @@ def _strength(body: GenerationBody, defaults: Defaults, steps: int) -> float | N
             "strength",
         )
     return strength
+
+
+def _control_scale(body: GenerationBody, defaults: Defaults) -> float | None:
+    asked = body.control_scale if isinstance(body, EditBody) else None
+    if asked is not None and defaults.control_scale is None:
+        raise BadRequest("control_scale: this model has no ControlNet: leave it out", "control_scale")
+    return defaults.control_scale if asked is None else asked
 
 
 def _with_seed(fields: dict[str, Any], seed: int) -> GenerationRequest:
