@@ -82,7 +82,7 @@ def _staged_row(name: str, index: ModelIndex) -> str:
     folder = fetch_checkpoint(f"tiny://{name}", ())
     parts = [_denoiser(folder, index, component) for component in denoiser_names(index)]
     blocks = ", ".join(dict.fromkeys(str(number) if number else "whole" for number, _ in parts))
-    merged = ", ".join(dict.fromkeys("yes" if is_merged else "" for _, is_merged in parts))
+    merged = ", ".join(dict.fromkeys("yes" if is_merged else "no" for _, is_merged in parts))
     calls = ", ".join(call.kind for call in _calls(index))
     return f"| {index['_class_name']} | {name} | {calls} | {blocks} | {merged} |"
 

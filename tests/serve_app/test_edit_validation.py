@@ -71,7 +71,7 @@ def test_pictures_go_in_as_they_were_sent() -> None:
 @pytest.mark.parametrize(
     ("pipeline_class", "fields", "param", "told"),
     [
-        ("FluxFillPipeline", {}, "image", "image: Field required"),
+        ("FluxFillPipeline", {}, "image", "image is missing: say what to begin with"),
         ("FluxFillPipeline", {"image": PICTURE}, "mask", "mask is missing: this model fills in what a mask says"),
         ("QwenImageEditPlusPipeline", {"image": PICTURE, "mask": OTHER}, "mask", "mask: this model takes none"),
         ("QwenImageEditPlusPipeline", {"image": [PICTURE] * 11}, "image", "takes 10, got 11"),
@@ -85,6 +85,12 @@ def test_pictures_go_in_as_they_were_sent() -> None:
         ("WanPipeline", {"image": PICTURE}, "image", "did you mean input_reference?"),
         ("WanImageToVideoPipeline", {}, "input_reference", "input_reference is missing"),
         ("WanImageToVideoPipeline", {"input_reference": b"GIF89a"}, "input_reference", "it is a GIF"),
+        ("FluxPipeline", {"control_image": PICTURE}, "control_image", "has no ControlNet"),
+        ("FluxPipeline", {"image": PICTURE, "control_scale": 1}, "control_scale", "has no ControlNet"),
+        ("FluxControlNetPipeline", {}, "control_image", "by which this model draws: send it to /v1/images/edits"),
+        ("FluxControlNetPipeline", {"image": PICTURE}, "control_image", "control_image is missing"),
+        ("FluxControlNetPipeline", {"control_image": b"GIF89a"}, "control_image", "it is a GIF"),
+        ("FluxControlNetPipeline", {"mask": PICTURE, "control_image": PICTURE}, "image", "image is missing"),
         ("FluxPipeline", {"strength": 0.5}, "strength", "pictures go in at /v1/images/edits"),
         ("FluxPipeline", {"init_image": PICTURE}, "init_image", "pictures go in at /v1/images/edits"),
         ("FluxPipeline", {"image": PICTURE, "denoising_strength": 0.5}, "denoising_strength", "mean strength?"),
@@ -102,6 +108,21 @@ def test_a_model_that_makes_nothing_from_text_says_where_it_is_asked() -> None:
     with pytest.raises(BadRequest, match="makes pictures of pictures: use /v1/images/edits") as refused:
         served("FluxFillPipeline").judge(parse_body(ImageBody, {"prompt": "a cat"}))
     assert refused.value.param == "model"
+
+
+@pytest.mark.parametrize(
+    ("pictures", "kind"),
+    [({}, "generate"), ({"image": PICTURE}, "edit"), ({"image": PICTURE, "mask": OTHER}, "inpaint")],
+)
+def test_a_control_picture_goes_with_every_kind_of_call(pictures: dict[str, Any], kind: str) -> None:
+    validator = served("FluxControlNetPipeline")
+    judged = validator.judge_fields(
+        {"prompt": "a cat", "control_image": blank(96, 64), "control_scale": 0.5} | pictures
+    )
+    [request] = judged.requests
+    assert judged.pictures is not None
+    assert (request.kind, request.control_scale, judged.pictures.control) == (kind, 0.5, blank(96, 64))
+    assert (request.width, request.height) == ((64, 64) if pictures else (96, 64))
 
 
 def test_a_model_that_begins_with_a_picture_takes_one() -> None:

@@ -118,7 +118,7 @@ def test_a_vae_of_another_factor_than_its_config_says_is_told_at_start(tmp_path:
     folder = write_tiny("wan", tmp_path / "x")
     edit(folder / "vae" / "config.json", scale_factor_spatial=16)
     with pytest.raises(
-        CannotServe, match="AutoencoderKLWan: ValueError: AutoencoderKLWan made 16x16x5 of latents for 32x32x5"
+        CannotServe, match="AutoencoderKLWan: ValueError: AutoencoderKLWan made 32x32x9 of latents for 64x64x9"
     ):
         load_stage("decode", read_model(folder), VaeConfig())
 
@@ -127,7 +127,7 @@ def test_a_vae_of_another_stride_than_its_config_says_is_told_at_start(tmp_path:
     """Of one frame alone it could not be seen."""
     folder = write_tiny("wan", tmp_path / "x")
     edit(folder / "vae" / "config.json", scale_factor_temporal=8)
-    with pytest.raises(CannotServe, match="AutoencoderKLWan made 16x16x5 of latents for 16x16x9"):
+    with pytest.raises(CannotServe, match="AutoencoderKLWan made 32x32x9 of latents for 32x32x17"):
         load_stage("decode", read_model(folder), VaeConfig())
 
 
