@@ -22,8 +22,9 @@ pytestmark = [
 CONFIGS = sorted(
     path
     for path in (Path(__file__).parent.parent / "configs").glob("*.yaml")
-    if load_app_config(path).encoder.num_gpus
+    if load_app_config(path).encoder.num_gpus and load_app_config(path).model.family
 )
+"""Those of the families: other pipelines have no technique of their own in their configs."""
 TINY_GIB = 1e-4
 """Of a model's weights on the GPU: a part of the tiny ones', as the config's is of the real ones'."""
 MOVES = ("offload", "vram_limit_gib", "on_demand", "compile")
