@@ -1,12 +1,9 @@
 """Pipelines that have no entry in `families`, as they tell of themselves and run: whole, and unmerged."""
 
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import diffusers
-import numpy as np
 import pytest
 
 from deployments.checkpoints.derived import derive_family, read_derived
@@ -14,11 +11,7 @@ from deployments.checkpoints.geometry import read_geometry
 from deployments.checkpoints.source import fetch_checkpoint, with_family
 from deployments.config import ModelConfig
 from deployments.families import FAMILIES
-from deployments.refusal import WrongField
-from deployments.request import Prompt
-from deployments.stages.call import call_arguments
 from deployments.stages.derive import Derived
-from tests.deployments.variants import build_request, draw_staged
 
 PIPELINES = {
     "chroma": (1024, 1024, 16),
@@ -43,37 +36,6 @@ def model(name: str) -> ModelConfig:
     pipeline_class = diffusers.DiffusionPipeline.load_config(folder(name))["_class_name"]
     derived = read_derived(pipeline_class, Derived(folder(name)).describe())
     return ModelConfig(name=name, checkpoint=str(folder(name))).with_derived_family(*derived)
-
-
-@pytest.mark.parametrize("name", PIPELINES)
-def test_three_stages_draw_what_the_plain_pipeline_draws(name: str) -> None:
-    geometry, family = model(name).geometry, model(name).architecture
-    request = build_request(model(name))
-    request = replace(
-        request,
-        guidance_scale=request.guidance_scale or 4.0,
-        prompt=Prompt("a red cat", "blurry", is_guided=True),
-        width=4 * geometry.size_multiple,
-        height=6 * geometry.size_multiple,
-        num_frames=geometry.frame_stride + 1 if family.media == "video" else 1,
-    )
-    frames = draw_staged(model(name), request)
-    pipe: Any = diffusers.DiffusionPipeline.from_pretrained(folder(name))
-    pipe.set_progress_bar_config(disable=True)
-    [plain] = pipe(**call_arguments(type(pipe), request, family.max_sequence_length))[0]
-    expected = (np.asarray(plain) * 255).round().astype(np.uint8)
-    np.testing.assert_array_equal(frames, expected.reshape(frames.shape))
-
-
-def test_a_schedule_of_guidance_is_for_as_many_steps_as_the_pipeline_takes_by_default() -> None:
-    """Ideogram 4's, of which a request that says a scale has no need."""
-    request = build_request(model("ideogram4"))
-    pipeline_class = diffusers.Ideogram4Pipeline
-    assert "guidance_schedule" not in call_arguments(pipeline_class, request)
-    assert call_arguments(pipeline_class, replace(request, guidance_scale=4.0))["guidance_schedule"] is None
-    with pytest.raises(WrongField, match="`guidance_schedule` must have length") as told:
-        draw_staged(model("ideogram4"), request)
-    assert told.value.args[1] == "num_inference_steps"
 
 
 @pytest.mark.parametrize(("name", "told"), PIPELINES.items())
