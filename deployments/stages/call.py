@@ -7,6 +7,7 @@ denoise  answers both, and runs until the VAE is asked to decode: with what, is 
 
 import copy
 import functools
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -18,12 +19,15 @@ import diffusers
 import torch
 
 from deployments.families import Call
+from deployments.refusal import WrongField, describe_cause
 from deployments.request import CallKind, DecodeArguments, Encodings, GenerationRequest
 from deployments.stages.draws import Draws
 from deployments.stages.encoding_methods import encoding_methods
 from deployments.stages.pictures import blank_pictures, picture_arguments
 from deployments.stages.posterior import Encode, EncodingVae, blank
 from deployments.stages.stub import Reached
+
+log = logging.getLogger("ray.serve")
 
 Method = Callable[..., Any]
 AfterStep = Callable[[Any, int, torch.Tensor], None]
@@ -47,10 +51,17 @@ class PipelineCalls:
             place: as PipelineCall's.
         """
         first, *others = calls.values()
-        pipes = {first.kind: pipe} | {call.kind: related_pipeline(pipe, call) for call in others}
-        self._calls = {kind: PipelineCall(each, calls[kind], place) for kind, each in pipes.items()}
+        self._calls = {first.kind: PipelineCall(pipe, first, place)}
+        for call in others:
+            try:
+                self._calls[call.kind] = PipelineCall(related_pipeline(pipe, call), call, place)
+            except Exception as error:  # constructors raise what they like
+                log.warning("no %s is made of these components: %s", call.pipeline_class, describe_cause(error))
 
     def of(self, request: GenerationRequest) -> "PipelineCall":
+        """Raises WrongField."""
+        if request.kind not in self._calls:
+            raise WrongField(f"this checkpoint cannot {request.kind}: the log of its start says why", "model")
         return self._calls[request.kind]
 
     def __iter__(self) -> Iterator["PipelineCall"]:

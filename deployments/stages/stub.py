@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import torch
@@ -43,10 +44,16 @@ class ModelStub:
         """
         self._face, self._build = face, build
         self.dtype, self.device = dtype, device
+        # accelerate's, by which pipelines are told where to compute while their models' weights are elsewhere.
+        self._hf_hook = SimpleNamespace(execution_device=device)
 
     @property  # type: ignore[misc]
     def __class__(self) -> type[nn.Module]:  # type: ignore[override]
         return type(self._face)
+
+    def modules(self) -> Iterator["ModelStub"]:
+        """Nothing lies behind it."""
+        yield self
 
     @cached_property
     def skeleton(self) -> nn.Module:
@@ -54,7 +61,7 @@ class ModelStub:
         return self._build()
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "_face":
+        if name.startswith("_"):
             raise AttributeError(name)
         try:
             return attribute(self._face, name)

@@ -128,11 +128,10 @@ class Trial:
     def _try_others(self) -> None:
         """The other kinds of call: a checkpoint is served without what it cannot do."""
         for call in list(self._model.architecture.calls.values())[1:]:
-            request = default_request(self._model, self._usual.size, call=call)
             try:
-                self._run(request)
+                self._run(default_request(self._model, self._usual.size, call=call))
             except Exception as error:  # as in `start`
-                log.warning("%s cannot %s: %s", self._calls.of(request), call.kind, describe_cause(error))
+                log.warning("%s cannot %s: %s", call.pipeline_class, call.kind, describe_cause(error))
 
     def find_fault(self, request: GenerationRequest, pictures: Pictures = NO_PICTURES) -> str | None:
         """The field for which this request would fail whatever the model answers, if there is one."""

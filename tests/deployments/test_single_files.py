@@ -10,7 +10,7 @@ from diffusers import GGUFQuantizationConfig, StableDiffusionPipeline, WanPipeli
 from safetensors.torch import save_file
 
 from deployments.config import EncoderConfig, TransformerConfig, VaeConfig
-from deployments.engine.load import load_rank, open_denoiser
+from deployments.engine.load import load_rank, open_denoisers
 from deployments.plan.describe import Description
 from deployments.request import MediaSize
 from tests.deployments.single_files import wan_tensors, write_gguf, write_sd15
@@ -68,17 +68,17 @@ def test_ranks_read_their_blocks_of_a_gguf_file_and_weigh_what_was_planned(tmp_p
     file = write_gguf(wan_tensors(folder), tmp_path / "wan-Q8_0.gguf")
     model = read_model(folder, components={"transformer": str(file)})
     config = TransformerConfig(shards=2)
-    denoiser = open_denoiser(model, config)
-    ranks = [load_rank(denoiser, model, config, rank) for rank in range(2)]
+    denoisers = open_denoisers(model, config)
+    ranks = [load_rank(denoisers, model, config, rank) for rank in range(2)]
     torch.manual_seed(0)
     inputs = {
         "hidden_states": torch.randn(1, 16, 2, 8, 8),
         "timestep": torch.tensor([500]),
         "encoder_hidden_states": torch.randn(1, 7, 64),
     }
-    boundary = ranks[0].run(inputs)
+    boundary = ranks[0].run("transformer", inputs)
     assert isinstance(boundary, dict)
-    [drawn] = ranks[1].run(inputs, boundary)
+    [drawn] = ranks[1].run("transformer", inputs, boundary)
     with torch.no_grad():
         [expected] = load_gguf(file, folder)(**inputs, return_dict=False)
     assert torch.equal(drawn, expected)

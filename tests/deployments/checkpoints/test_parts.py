@@ -15,7 +15,7 @@ from deployments.checkpoints.integrity import find_stage_faults
 from deployments.checkpoints.parts import find_parts, open_checkpoint
 from deployments.checkpoints.source import fetch_checkpoint, with_family
 from deployments.config import ModelConfig, TransformerConfig, VaeConfig
-from deployments.engine.load import load_rank, open_denoiser
+from deployments.engine.load import load_rank, open_denoisers
 from tests.deployments.single_files import read, wan_tensors, write_gguf, write_sd15
 
 DENOISE = ["scheduler", "unet"]
@@ -89,7 +89,7 @@ def test_a_converted_denoiser_has_no_variant_and_is_loaded_all_the_same(folder: 
     file = write_sd15(folder, folder.parent / "sd15.safetensors")
     model = read_model(folder, components={"unet": str(file)}, variant="fp16")
     config = TransformerConfig()
-    assert load_rank(open_denoiser(model, config), model, config, 0).shard.blocks is None
+    assert load_rank(open_denoisers(model, config), model, config, 0).shards["unet"].blocks is None
 
 
 def test_what_no_file_has_comes_from_the_layout(folder: Path) -> None:
@@ -142,7 +142,7 @@ def test_gguf_of_another_model_is_refused(folder: Path) -> None:
     layout = fetch_checkpoint("tiny://wan", ())
     file = write_gguf({**wan_tensors(layout), "more": torch.zeros(2)}, folder.parent / "x.gguf")
     model = read_model(layout, components={"transformer": str(file)})
-    denoiser = open_denoiser(model, TransformerConfig())
+    denoiser = open_denoisers(model, TransformerConfig())
     with pytest.raises(ValueError, match=r"x\.gguf has weights that nothing reads, more \(1 such\)"):
         load_rank(denoiser, model, TransformerConfig(), 0)
 
