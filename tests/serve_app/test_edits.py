@@ -202,7 +202,9 @@ def test_bombs_are_a_400_or_a_picture_and_memory_stays_flat(flux_app: Any) -> No
     assert before.keys() == after.keys()
     assert len(before) >= 4
     grown = {name: (after[name] - before[name]) / 2**20 for name in before}
-    assert max(grown.values()) < 100, grown
+    assert max(grown.values()) < 300, (
+        grown
+    )  # of one 25 MP picture 75 MB would stay, of all that were sent over 1 GB
 
 
 def resident(app: Any) -> dict[str, int]:
