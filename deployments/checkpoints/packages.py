@@ -4,7 +4,8 @@ import re
 from collections.abc import Mapping
 from functools import cache
 from importlib.util import find_spec
-from pathlib import Path
+
+from deployments.families.calls import diffusers_folder
 
 _DUMMY = re.compile(r"class (\w+)\(metaclass=DummyObject\):\s+_backends = \[(.*?)\]")
 """What stands in for a class whose packages are missing, and says which they are."""
@@ -36,20 +37,13 @@ def describe_missing(class_name: str) -> str | None:
 
 @cache
 def _names() -> str:
-    return (_diffusers() / "__init__.py").read_text(encoding="utf-8")
+    return (diffusers_folder() / "__init__.py").read_text(encoding="utf-8")
 
 
 @cache
 def _needs() -> Mapping[str, tuple[str, ...]]:
     needs: dict[str, tuple[str, ...]] = {}
-    for file in (_diffusers() / "utils").glob("dummy_*.py"):
+    for file in (diffusers_folder() / "utils").glob("dummy_*.py"):
         for name, needed in _DUMMY.findall(file.read_text(encoding="utf-8")):
             needs[name] = (*needs.get(name, ()), *re.findall(r"\w+", needed))
     return needs
-
-
-def _diffusers() -> Path:
-    spec = find_spec("diffusers")
-    assert spec is not None
-    assert spec.origin is not None
-    return Path(spec.origin).parent

@@ -162,7 +162,7 @@ def find_calls(pipeline_class: str) -> Mapping[CallKind, Call]:
 
 def find_pipelines() -> tuple[str, ...]:
     """Of the installed diffusers, those that draw pictures or videos from a prompt, and are not deprecated."""
-    public = (_pipelines().parent / "__init__.py").read_text(encoding="utf-8")
+    public = (diffusers_folder() / "__init__.py").read_text(encoding="utf-8")
     found = []
     for name, file in sorted(_files().items()):
         is_other = {"deprecated", *_OTHER_MEDIA} & set(file.parts) or "Onnx" in name
@@ -249,7 +249,12 @@ def _files() -> Mapping[str, Path]:
 
 
 def _pipelines() -> Path:
+    return diffusers_folder() / "pipelines"
+
+
+def diffusers_folder() -> Path:
+    """Of its sources."""
     spec = find_spec("diffusers")
     assert spec is not None
     assert spec.origin is not None
-    return Path(spec.origin).parent / "pipelines"
+    return Path(spec.origin).parent
