@@ -119,7 +119,7 @@ CAT = part("prompt", b"a cat")
             "it is cut short: its last boundary is missing",
         ),
         (edit(CAT, part("image", blank_png(), "x")[:-20], end=b""), None, "cut short"),
-        (edit(CAT), "image", "image: Field required"),
+        (edit(CAT), "image", "image is missing: say what to begin with"),
         (edit(CAT, part("image", b"cat.png")), "image", "no file (in curl: -F image=@FILE)"),
         (edit(CAT, part("image", b"GIF89a", "cat.png")), "image", "it is a GIF"),
         (edit(CAT, part("image[]", b"GIF89a", "cat.png")), "image", "it is a GIF"),

@@ -9,6 +9,7 @@ import pytest
 
 from deployments.checkpoints.components import ModelIndex, check_served, read_index
 from deployments.checkpoints.geometry import read_geometry, with_geometry
+from deployments.checkpoints.source import FAMILY_BY_PIPELINE
 from deployments.config import DefaultsConfig, ModelConfig, StageConfig
 from deployments.families import FAMILIES
 from deployments.request import MediaSize
@@ -28,9 +29,15 @@ def change(folder: Path, changes: Changes) -> None:
         edit(folder / name / "config.json", **config)
 
 
-@pytest.mark.parametrize("folder", sorted(PUBLISHED.iterdir()), ids=lambda folder: folder.name)
-def test_what_is_assumed_of_a_published_model_is_what_its_configs_say(folder: Path) -> None:
-    [family] = [of for of in FAMILIES.values() if of.pipeline_class == read_index(folder)["_class_name"]]
+@pytest.mark.parametrize(
+    "name",
+    ["flux_dev", "flux_schnell", "qwen_image", "sd15", "sd3_medium", "sd35_large", "sdxl"]
+    + ["wan_2_1_1_3b", "wan_2_1_14b", "wan_2_2_a14b"],
+)
+def test_what_is_assumed_of_a_published_model_is_what_its_configs_say(name: str) -> None:
+    """Of those with an entry; the sizes of the others are derived anyway."""
+    folder = PUBLISHED / name
+    family = FAMILIES[FAMILY_BY_PIPELINE[read_index(folder)["_class_name"]]]
     assert read_geometry(folder, family) == family.geometry(family.published)
 
 
