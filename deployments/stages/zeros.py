@@ -1,7 +1,7 @@
 """Forwards and decodes that compute nothing: their shapes, told by the same code on the meta device."""
 
 import copy
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ class _Zeros:
 
     def __call__(self, inputs: Inputs) -> Any:
         if self._predicts_its_input:
+            self._check_patches(inputs)
             return (map_tensors(torch.zeros_like, latents_of(inputs)),)
         key = tuple((tuple(tensor.shape), tensor.dtype) for tensor in each_tensor(dict(inputs)))
         if key not in self._shapes:
@@ -45,9 +46,19 @@ class _Zeros:
                 with torch.no_grad():
                     self._shapes[key] = model(**without_values(dict(inputs)), return_dict=False)
             except (NotImplementedError, RuntimeError):  # it reads values, or asks for a real device
+                self._check_patches(inputs)
                 self._shapes[key] = (map_tensors(self._as_predicted, latents_of(inputs)),)
         like = next(tensor for tensor in each_tensor(dict(inputs)) if tensor.is_floating_point())
         return map_tensors(lambda made: like.new_zeros(made.shape), self._shapes[key])
+
+    def _check_patches(self, inputs: Inputs) -> None:
+        """Raises ValueError where the model, which was not asked, could not cut the latents into its patches."""
+        config: Any = self._skeleton.config
+        patch = config.get("patch_size") or 1
+        height, width = patch[-2:] if isinstance(patch, Sequence) else (patch, patch)
+        for latents in each_tensor(latents_of(inputs)):
+            if latents.ndim > 3 and (latents.shape[-2] % height or latents.shape[-1] % width):
+                raise ValueError(f"latents of {list(latents.shape)} are not made of patches of {height}x{width}")
 
     def _as_predicted(self, latents: torch.Tensor) -> torch.Tensor:
         """On the meta device: as many channels as the config says, where it says."""

@@ -22,6 +22,7 @@ PIPELINES = {
     "hunyuan-video": (1280, 720, 16),
     "ltx-video": (704, 512, 32),
     "ideogram4": (2048, 2048, 16),
+    "mochi": (848, 480, 16),
 }
 """Tiny checkpoint to the size by default, and what sizes must be multiples of."""
 
