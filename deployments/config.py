@@ -269,11 +269,20 @@ class TransformerConfig(SpreadConfig):
     max_batch_tokens: int | None = Field(
         4096, ge=1, description="latent positions per merged forward; beyond it merging stops paying"
     )
+    parallel_guidance: bool | None = Field(
+        None,
+        description="both passes of guidance under way at once, where the pipeline runs two; None: over several "
+        "shards. true over one shard merges the two, which changes the last bits",
+    )
 
     @property
     def num_ranks(self) -> int:
         """Ranks of a shard group: explicit cuts count, or `shards`."""
         return len(self.cuts) + 1 if self.cuts else self.shards
+
+    @property
+    def runs_passes_at_once(self) -> bool:
+        return self.num_ranks > 1 if self.parallel_guidance is None else self.parallel_guidance
 
     @property
     def reports_load(self) -> bool:

@@ -35,7 +35,7 @@ from deployments.stats import TransformerStats
 from deployments.warm_up import NO_WARM_UP, WarmUp
 
 if TYPE_CHECKING:
-    from deployments.engine.step_queue import Seat
+    from deployments.engine.seat import Seat
     from deployments.memory.keeper import Keeper
 
 log = logging.getLogger("ray.serve")

@@ -15,7 +15,8 @@ from cluster.ring import Ring, RingStats, StopRing
 from cluster.transport import Transport
 from deployments.config import TransformerConfig
 from deployments.engine.merge import Inputs, Mergers, num_samples, num_tokens, split
-from deployments.engine.step_queue import Seat, StepQueue
+from deployments.engine.seat import Seat
+from deployments.engine.step_queue import StepQueue
 from deployments.engine.work import Leader
 from deployments.memory.needs import Needs
 from deployments.refusal import OutOfShare, ShardGroupLost
@@ -97,15 +98,32 @@ class Engine:
 
         Raises Cancelled, ShardGroupLost, NeverFits, or what the forward itself raised.
         """
+        return self.begin(seat, 0, component, inputs)()
+
+    def begin(self, seat: Seat, num_unread: int, component: str, inputs: Inputs) -> Callable[[], Any]:
+        """The same, to be waited for once, by the request's thread: what is returned does what `forward` does.
+
+        num_unread: how many forwards of this request have begun and were not waited for.
+        """
         signature = self._signature(component, inputs)
         tokens = num_tokens(inputs, self._patch_sizes.get(component, 1))
-        at_most = self._at_most(signature, tokens, component, inputs)
-        asked = _Asked(component, inputs, accelerator.mark_queued(self._device))
-        output = self.queue.forward(
-            seat, asked, signature=signature, tokens=tokens, at_most=at_most, model=component
-        )
-        tree_map_only(torch.Tensor, accelerator.use_here, output)
-        return output
+        under_way = [
+            self.queue.submit(
+                self.queue.seat_of(seat, num_unread),
+                _Asked(component, inputs, accelerator.mark_queued(self._device)),
+                signature=signature,
+                tokens=tokens,
+                at_most=self._at_most(signature, tokens, component, inputs),
+                model=component,
+            )
+        ]
+
+        def wait() -> Any:
+            output = under_way.pop().result()  # which no frame of a traceback holds, as in StepQueue.forward
+            tree_map_only(torch.Tensor, accelerator.use_here, output)
+            return output
+
+        return wait
 
     def _signature(self, component: str, inputs: Inputs) -> Hashable:
         """Two denoisers' forwards are never merged."""

@@ -1,12 +1,10 @@
 """Which model's forwards may go next where one at a time is on the device: a change moves all of its weights."""
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from deployments.engine.step_queue import Forward, Seat
+from deployments.engine.seat import Forward, Seat
 
-Groups = Mapping[Hashable, Sequence["Forward"]]
+Groups = Mapping[Hashable, Sequence[Forward]]
 """Waiting forwards by signature, the oldest first."""
 
 BETWEEN_S = 0.1
@@ -26,7 +24,7 @@ class ModelTurns:
         if model != self._model:
             self._model, self._until = model, now + self._turn_s
 
-    def of(self, groups: Groups, seats: Iterable["Seat"], now: float) -> tuple[Groups, float | None]:
+    def of(self, groups: Groups, seats: Iterable[Seat], now: float) -> tuple[Groups, float | None]:
         """(the groups that may go now, when to ask again for the others; None: they are all)"""
         own = {signature: group for signature, group in groups.items() if group[0].model == self._model}
         if not self._turn_s or len(own) == len(groups) or now >= self._until:

@@ -17,79 +17,16 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
-from enum import Enum, auto
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
 from deployments.engine.model_turns import ModelTurns
+from deployments.engine.seat import Forward, MicroBatch, Seat, SeatState
 
 
 class Cancelled(Exception):
     """The request was cancelled."""
-
-
-class SeatState(Enum):
-    NEW = auto()
-    WAITING = auto()
-    FLYING = auto()
-    BETWEEN = auto()
-    ENDED = auto()
-
-
-@dataclass(eq=False)
-class Seat:
-    """A request's place in the queue. Only the queue writes to it."""
-
-    state: SeatState = SeatState.NEW
-    since: float = 0.0
-    """When it began to wait, or landed, on the queue's clock."""
-    signature: Hashable = None
-    """Of its latest forward."""
-    tokens: int = 0
-    """Of its latest forward; 0 before the first."""
-    at_most: int | None = None
-    """Of its latest forward."""
-    model: Hashable = None
-    """Of its latest forward."""
-    successors: dict[Hashable, Hashable] = field(default_factory=dict)
-    """Which signature came after which: the two passes of true CFG may alternate between two text lengths."""
-
-    def is_coming_to(self, signature: Hashable) -> bool:
-        """Is its next forward on the way and, going by its habits, of this signature?"""
-        next_signature = self.successors.get(self.signature, self.signature)
-        return self.state is SeatState.BETWEEN and next_signature == signature
-
-    def wants(self, model: Hashable, since: float) -> bool:
-        """Is its forward at this model, or the next on its way to it, having landed after `since`?"""
-        is_coming = self.state is SeatState.BETWEEN and self.since > since
-        return self.model == model and (is_coming or self.state is SeatState.FLYING)
-
-
-@dataclass(frozen=True, eq=False)
-class Forward:
-    """One call of the transformer."""
-
-    seat: Seat
-    payload: Any
-    signature: Hashable
-    tokens: int
-    at_most: int | None
-    """How many of this signature may fly as one: there is memory for no more. None: any number."""
-    model: Hashable = None
-    """Which of several models computes it; equal for equal signatures."""
-    result: Future[Any] = field(default_factory=Future)
-
-
-@dataclass(frozen=True, eq=False)
-class MicroBatch:
-    """Payloads of one signature that run as one; their results are due in the same order.
-
-    One without payloads tells that the last seat has left.
-    """
-
-    id: int
-    payloads: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -166,7 +103,20 @@ class StepQueue:
             self._seats.add(seat)
         return seat
 
-    def forward(
+    def seat_of(self, seat: Seat, index: int) -> Seat:
+        """The request's seat for a forward while so many others of it are not read yet. `leave` frees all.
+
+        Raises `Cancelled`.
+        """
+        with self._changed:
+            if seat.state is SeatState.ENDED:
+                raise Cancelled("the request has ended")
+            while len(seat.passes) < index:
+                seat.passes.append(Seat(is_pass=True))
+                self._seats.add(seat.passes[-1])
+            return (seat, *seat.passes)[index]
+
+    def submit(
         self,
         seat: Seat,
         payload: Any,
@@ -175,29 +125,34 @@ class StepQueue:
         tokens: int,
         at_most: int | None = None,
         model: Hashable = None,
-    ) -> Any:
-        """Block until the result is there. Forwards of equal signature may run as one; `tokens` is the cost.
+    ) -> Future[Any]:
+        """Its result, to come. Forwards of equal signature may run as one; `tokens` is the cost.
 
         at_most: so many of them, for memory's sake; what does not fit now waits.
 
-        Raises `Cancelled`, or the error that its micro-batch failed with or the queue was closed with.
+        The future raises `Cancelled`, or the error that its micro-batch failed with or the queue was closed with.
         """
+        return self._submit(Forward(seat, payload, signature, tokens, at_most, model))
+
+    def forward(self, seat: Seat, payload: Any, **of_forward: Any) -> Any:
+        """The result of `submit`. Blocks."""
         # Held by a variable here, a failed future would keep this frame and its payload alive in a cycle.
-        return self._submit(Forward(seat, payload, signature, tokens, at_most, model)).result()
+        return self.submit(seat, payload, **of_forward).result()
 
     def cancel(self, seat: Seat) -> None:
-        """Let its open forward, and any later one, raise `Cancelled`. What flies lands, and is dropped."""
+        """Let its open forwards, and any later one, raise `Cancelled`. What flies lands, and is dropped."""
         with self._changed:
-            seat.state = SeatState.ENDED
-            if forward := self._open.pop(seat, None):
-                forward.result.set_exception(Cancelled("the request was cancelled"))
+            for place in (seat, *seat.passes):
+                place.state = SeatState.ENDED
+                if forward := self._open.pop(place, None):
+                    forward.result.set_exception(Cancelled("the request was cancelled"))
             self._changed.notify_all()
 
     def leave(self, seat: Seat) -> None:
         """Free the seat, however the request ended."""
         with self._changed:
             self.cancel(seat)
-            self._seats.discard(seat)
+            self._seats.difference_update((seat, *seat.passes))
 
     # Rank 0's side.
 
@@ -249,7 +204,7 @@ class StepQueue:
         with self._changed:
             states = Counter(seat.state for seat in self._open)
             return StepQueueStats(
-                num_seats=len(self._seats),
+                num_seats=sum(not seat.is_pass for seat in self._seats),
                 num_waiting=states[SeatState.WAITING],
                 num_flying=states[SeatState.FLYING],
                 load=sum(1 / self._size_limit(seat.tokens, seat.at_most) for seat in self._seats) / self.depth,

@@ -78,7 +78,7 @@ class PipelineCall:
     def __init__(self, pipe: Any, call: Call, place: Callable[[Any], Any] = lambda value: value) -> None:
         """place: puts what the encode stage kept where this stage computes, each time it is asked for."""
         self._pipe, self._place = pipe, place
-        self._asked = call
+        self.asked = call
         encoders = {name for name in pipe.components if name.startswith("text_encoder")} | {"image_encoder"}
         self._stateful = [name for name in pipe.components if name == "scheduler" or name.endswith("guider")]
         pipeline_class: Any = type(pipe)
@@ -168,7 +168,7 @@ class PipelineCall:
 
     def blank_pictures(self, request: GenerationRequest) -> Pictures:
         """Of the request's size, as many as it needs."""
-        return blank_pictures(self._asked, request.width, request.height)
+        return blank_pictures(self.asked, request.width, request.height)
 
     def _copy(self, encode: Encode) -> Any:
         """encode: in place of the VAE's."""
@@ -210,7 +210,7 @@ class PipelineCall:
         """Always ends by an exception: Reached, or a fault."""
         arguments = call_arguments(type(pipe), request, max_sequence_length)
         size = (request.width, request.height) if request.width else None
-        pipe(**arguments | picture_arguments(self._asked, pictures, size))
+        pipe(**arguments | picture_arguments(self.asked, pictures, size))
 
 
 def related_pipeline(pipe: Any, call: Call) -> Any:

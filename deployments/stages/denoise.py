@@ -24,8 +24,9 @@ from deployments.engine.engine import Engine
 from deployments.engine.load import load_rank, open_denoisers
 from deployments.engine.merge import build_mergers, patch_size, takes_any_length
 from deployments.engine.outline import Outliner
+from deployments.engine.passes import Passes
+from deployments.engine.seat import Seat
 from deployments.engine.stand_in import Submit, stand_ins
-from deployments.engine.step_queue import Seat
 from deployments.engine.work import Leader
 from deployments.refusal import CannotServe, WrongField, describe_cause
 from deployments.request import DecodeArguments, Encodings, GenerationRequest, InputPictures, Posteriors
@@ -73,6 +74,8 @@ class Denoising:
         self._blank = BlankTexts(folder, index, self._denoisers.dtype)
         self._trial = Trial(self._calls, pipe, self._blank, model, self._denoisers)
         self._draws_noise = self._trial.start()
+        self.pending_kinds = self._trial.takes_pending() if config.runs_passes_at_once else frozenset()
+        """Of call, whose forwards may be under way before the pipeline needs the one before."""
         self.finite = FiniteCheck()
         self.loaded = load_rank(self._denoisers, model, config, rank=0)
         # Who waits for a copy of its own does not wait for the forward of another that is under way.
@@ -180,7 +183,7 @@ class Denoising:
         Raises Cancelled, WrongField, NotFinite, OutOfShare, or what the engine does.
         """
         with self.loaded.keeper.naming(), accelerator.on_stream(self._stream):
-            components = self._stand_ins(partial(self.engine.forward, seat))
+            components = self._stand_ins(self._submit(seat, request))
             opened: Pictures = open_pictures(pictures)
             encode: Encode | None = None
             if encodings is None:
@@ -251,6 +254,12 @@ class Denoising:
     def _replay(self, posteriors: Posteriors) -> Encode:
         """The pipeline's own code casts what it draws from them."""
         return replay(posteriors, self._denoisers.device)
+
+    def _submit(self, seat: Seat, request: GenerationRequest) -> Submit:
+        """What answers the request's forwards."""
+        if request.kind in self.pending_kinds:
+            return Passes(partial(self.engine.begin, seat))
+        return partial(self.engine.forward, seat)
 
     def _stand_ins(self, submit: Submit) -> dict[str, Any]:
         """For the pipeline's denoisers."""

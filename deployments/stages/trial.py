@@ -2,8 +2,10 @@
 
 import copy
 import logging
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,10 +14,11 @@ from deployments.config import ModelConfig
 from deployments.engine.blocks import cuttable_names
 from deployments.engine.load import Denoisers
 from deployments.engine.merge import Inputs
+from deployments.engine.passes import Passes
 from deployments.engine.stand_in import Submit, stand_ins
 from deployments.memory.working import META
 from deployments.refusal import CannotServe, describe_cause
-from deployments.request import DecodeArguments, GenerationRequest
+from deployments.request import CallKind, DecodeArguments, GenerationRequest
 from deployments.stages.blank import BlankTexts
 from deployments.stages.call import NO_PICTURES, Pictures, PipelineCall, PipelineCalls
 from deployments.stages.draws import Draws
@@ -132,6 +135,19 @@ class Trial:
                 self._run(default_request(self._model, self._usual.size, call=call))
             except Exception as error:  # as in `start`
                 log.warning("%s cannot %s: %s", call.pipeline_class, call.kind, describe_cause(error))
+
+    def takes_pending(self) -> frozenset[CallKind]:
+        """The kinds of call that run over predictions which are waited for when they are first used."""
+
+        def begin(_place: int, component: str, inputs: Inputs) -> Callable[[], Any]:
+            return partial(self._zeros, component, inputs)
+
+        taking = set[CallKind]()
+        for call in self._calls:
+            passes = Passes(begin)
+            if not self._fails(default_request(self._model, self._usual.size, call=call.asked), submit=passes):
+                taking |= set() if passes.num_unread else {call.asked.kind}
+        return frozenset(taking)
 
     def find_fault(self, request: GenerationRequest, pictures: Pictures = NO_PICTURES) -> str | None:
         """The field for which this request would fail whatever the model answers, if there is one."""

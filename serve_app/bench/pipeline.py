@@ -3,6 +3,8 @@
 The real step queue, ring and actors, around a model that only sleeps: every shard takes `step_ms` for a step and
 hands `payload_mb` on. S shards, 2·S requests of K steps, unmerged; ideally (2·S·K + S - 1) · step_ms.
 Beside it the way of `device_map`: the same shards in one process, one request after another.
+`guided`: one request alone with two forwards a step, both under way at once; ideally (S + 1)·K · step_ms, where
+one after the other takes 2·S·K · step_ms, as `in turn` shows.
 """
 
 import ctypes
@@ -33,6 +35,7 @@ from deployments.engine.cut import Boundary
 from deployments.engine.engine import Engine
 from deployments.engine.merge import Merger
 from deployments.engine.outline import Holder, Outliner
+from deployments.engine.passes import Passes
 from deployments.engine.work import Follower, Leader
 from deployments.replica import exit_replica
 from serve_app.bench.report import Row, report
@@ -75,6 +78,9 @@ def run(
                         rows.append(
                             _row("device_map", num_shards, *case, ray.get(replica.one_by_one.remote(*case)))
                         )
+                        for design, at_once in (("guided", True), ("guided, in turn", False)):
+                            measured = [ray.get(replica.guided.remote(*case, at_once)) for _ in range(NUM_ROUNDS)]
+                            rows.append(_guided_row(design, num_shards, *case, statistics.median(measured)))
                         progress.advance(task)
     report("requests in flight over paced shards", rows, json_file)
 
@@ -94,6 +100,20 @@ def _row(
     }
 
 
+def _guided_row(
+    design: str, num_shards: int, step_ms: float, payload_mb: float, num_steps: int, measured_s: float
+) -> Row:
+    ideal_s, in_turn_s = (slots * num_steps * step_ms / 1e3 for slots in (num_shards + 1, 2 * num_shards))
+    return {
+        "design": design,
+        "shards": num_shards,
+        "step_ms": step_ms,
+        "payload_mb": payload_mb,
+        "efficiency": ideal_s / measured_s,
+        "speedup": in_turn_s / measured_s,
+    }
+
+
 class PacedShard:
     """Stands where a Shard stands: sleeps as long as asked for, and hands on as much."""
 
@@ -104,14 +124,14 @@ class PacedShard:
 
     def run(
         self, _component: str, inputs: Mapping[str, Any], boundary: Boundary | None = None
-    ) -> Boundary | torch.Tensor:
+    ) -> Boundary | tuple[torch.Tensor]:
         """inputs: `pace` holds [step_ms, payload_mb]."""
         if not self._is_precise:  # else Linux may wake this thread 50 us late, no fault of the pipeline
             self._is_precise = _libc.prctl(_PR_SET_TIMERSLACK, 1) == 0
         step_ms, payload_mb = inputs["pace"]
         time.sleep(step_ms / 1e3)
         if self._is_last:
-            return self._output(inputs["hidden_states"].shape, torch.float32)
+            return (self._output(inputs["hidden_states"].shape, torch.float32),)
         return {"block": self._output((int(payload_mb * 1e6),), torch.uint8)}
 
     def _output(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -178,7 +198,7 @@ class PacedReplica:
             start.wait()
             for _ in range(num_steps):
                 inputs = {"hidden_states": latents, "pace": [step_ms, payload_mb]}
-                latents = latents + self._engine.forward(seat, COMPONENT, inputs)
+                latents = latents + self._engine.forward(seat, COMPONENT, inputs)[0]
             self._engine.queue.leave(seat)
 
         with ThreadPoolExecutor(num_requests) as threads:
@@ -188,6 +208,19 @@ class PacedReplica:
             for future in running:
                 future.result()
             return time.perf_counter() - began
+
+    def guided(self, step_ms: float, payload_mb: float, num_steps: int, at_once: bool) -> float:
+        """Seconds for one request of num_steps steps, each of two forwards, as a pipeline guides."""
+        seat = self._engine.queue.join()
+        submit = Passes(partial(self._engine.begin, seat)) if at_once else partial(self._engine.forward, seat)
+        latents = torch.zeros(1, 16, 64)
+        began = time.perf_counter()
+        for _ in range(num_steps):
+            inputs = {"hidden_states": latents, "pace": [step_ms, payload_mb]}
+            conditional, unconditional = submit(COMPONENT, inputs), submit(COMPONENT, inputs)
+            latents = latents + unconditional[0] + 4 * (conditional[0] - unconditional[0])
+        self._engine.queue.leave(seat)
+        return time.perf_counter() - began
 
     def one_by_one(self, step_ms: float, payload_mb: float, num_steps: int) -> float:
         """Seconds for the same requests in one process, each shard's output copied for the next."""

@@ -17,6 +17,7 @@ import torch
 from cluster.place import Place
 from deployments.checkpoints.source import fetch_checkpoint
 from deployments.config import TransformerConfig
+from deployments.engine.seat import Seat
 from deployments.refusal import CannotServe
 from deployments.request import Encodings, GenerationRequest, Prompt
 from deployments.stages import load_stage
@@ -113,6 +114,33 @@ def test_three_stages_draw_what_the_plain_pipeline_draws(name: str) -> None:
     frames = draw_staged(model, asked)
     expected = draw_plain(Path(model.checkpoint), asked, negative_prompt="blurry", guidance_scale=3.0)
     np.testing.assert_array_equal(frames, expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "most_at_once", "tolerance"),
+    [
+        ({"cuts": (1,)}, 2, 0),
+        ({"cuts": (1,), "parallel_guidance": False}, 1, 0),
+        ({}, 1, 0),
+        ({"parallel_guidance": True}, 2, TOLERANCE),
+    ],
+    ids=str,
+)
+def test_both_passes_of_a_lone_request_are_under_way_at_once_over_shards(
+    open_ranks: Open, settings: dict[str, Any], most_at_once: int, tolerance: float
+) -> None:
+    """Over one shard only by config, for there they merge."""
+    stage = open_ranks(**settings)
+    num_unread: list[int] = []
+    begin = stage.engine.begin
+
+    def noting(seat: Seat, before: int, component: str, inputs: Any) -> Any:
+        num_unread.append(before)
+        return begin(seat, before, component, inputs)
+
+    stage.engine.begin = noting  # type: ignore[method-assign]
+    torch.testing.assert_close(draw(stage, request()), plain_latents(request()), atol=tolerance, rtol=0)
+    assert num_unread == [*range(most_at_once)] * (12 // most_at_once)
 
 
 @pytest.mark.parametrize("cuts", [(1,), (2,), (1, 2)])

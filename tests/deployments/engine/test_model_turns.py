@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from deployments.engine.model_turns import BETWEEN_S, ModelTurns
-from deployments.engine.step_queue import Forward, Seat, SeatState
+from deployments.engine.seat import Forward, Seat, SeatState
 
 TURN_S = 10.0
 FIRST, SECOND = "transformer", "transformer_2"

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from deployments.engine.step_queue import Cancelled, MicroBatch, Seat, SeatState, StepQueue
+from deployments.engine.seat import MicroBatch, Seat, SeatState
+from deployments.engine.step_queue import Cancelled, StepQueue
 
 FOREVER_S = 60.0
 SOON_S = 10.0
@@ -448,6 +449,47 @@ def test_a_second_forward_on_a_seat_is_refused_while_the_first_is_open(build_rig
     rig.send(seat, "cond")
     with pytest.raises(RuntimeError, match="one open forward"):
         rig.send(seat, "uncond").result(timeout=SOON_S)
+
+
+# Both passes of a request under way at once
+
+
+def test_a_request_with_two_forwards_under_way_is_one_request(build_rig):
+    rig = build_rig(num_shards=2)
+    (seat,) = rig.seats(1)
+    other = rig.queue.seat_of(seat, 1)
+    assert rig.queue.seat_of(seat, 0) is seat
+    assert rig.queue.seat_of(seat, 1) is other
+    rig.send(seat, "cond", "x")
+    rig.send(other, "uncond", "x")
+    assert [rig.take().payloads, rig.take().payloads] == [("cond",), ("uncond",)]
+    assert rig.queue.stats().num_seats == 1
+
+
+@pytest.mark.parametrize("end", ["cancel", "leave"])
+def test_the_end_of_a_request_ends_all_of_its_forwards(build_rig, end):
+    rig = build_rig(num_shards=2)
+    seat, stays = rig.seats(2)
+    other = rig.queue.seat_of(seat, 1)
+    sent = [rig.send(seat, "cond"), rig.send(other, "uncond")]
+    rig.send(stays, "another's")
+    getattr(rig.queue, end)(seat)
+    for forward in sent:
+        with pytest.raises(Cancelled):
+            forward.result(timeout=SOON_S)
+    assert rig.take().payloads == ("another's",)
+    for late in (lambda: rig.queue.seat_of(seat, 2), lambda: rig.send(other, "late").result(timeout=SOON_S)):
+        with pytest.raises(Cancelled):
+            late()
+
+
+def test_two_passes_of_a_lone_request_merge_over_one_shard(build_rig):
+    """Which is why they are under way at once there only by config."""
+    rig = build_rig()
+    (seat,) = rig.seats(1)
+    rig.send(seat, "cond", "x")
+    rig.send(rig.queue.seat_of(seat, 1), "uncond", "x")
+    assert rig.take().payloads == ("cond", "uncond")
 
 
 # Cancelling

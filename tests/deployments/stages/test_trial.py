@@ -180,3 +180,10 @@ def test_a_component_that_is_left_out_needs_no_folder(tmp_path: Path) -> None:
     encodings = load_stage("encode", model, EncoderConfig(max_sequence_length=16)).encode(build_request(model))
     made = dict(encodings)["encode_prompt"][0]
     assert not made[:, 77:].any()
+
+
+@pytest.mark.parametrize("name", ["flux", "sd15", "sdxl", "sd3", "qwen-image", "wan"])
+def test_every_kind_of_call_takes_predictions_that_come_late(tmp_path: Path, name: str) -> None:
+    model = read_model(write_tiny(name, tmp_path / "x"))
+    stage = load_stage("denoise", model, TransformerConfig(parallel_guidance=True))
+    assert stage.pending_kinds == set(model.architecture.calls)
