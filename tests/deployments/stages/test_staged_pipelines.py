@@ -20,6 +20,7 @@ from deployments.request import CallKind, GenerationRequest, InputPictures, Prom
 from deployments.stages.call import call_arguments
 from deployments.stages.derive import Derived
 from serve_app.families_docs import CANNOT, UNSTAGED
+from tests.deployments.recorded import load_tiny
 from tests.deployments.stage_processes import StageProcesses
 from tests.deployments.variants import build_request, read_model
 from tests.pictures import half_mask, picture, png
@@ -53,16 +54,6 @@ def model(name: str) -> ModelConfig:
         return read_model(folder)
     derived = read_derived(index_of(name)["_class_name"], Derived(folder).describe())
     return ModelConfig(name=name, checkpoint=str(folder)).with_derived_family(*derived)
-
-
-@cache
-def load_plain(name: str) -> Any:
-    folder = fetch_checkpoint(f"tiny://{name}", ())
-    return diffusers.DiffusionPipeline.from_pretrained(folder, **UNREAD.get(name, {}))
-
-
-UNREAD: dict[str, dict[str, None]] = {"longcat": {"text_processor": None}}
-"""Components that need torchvision and that these calls do not."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -125,7 +116,7 @@ def draw_plain(name: str, request: GenerationRequest, pictures: dict[str, Any]) 
     """[F, H, W, 3] by the class that diffusers has for this kind of call. pictures: by its arguments' names."""
     of = model(name).architecture
     pipeline_class: Any = getattr(diffusers, of.calls[request.kind].pipeline_class)
-    pipe = load_plain(name)
+    pipe = load_tiny(name)
     pipe = pipe if type(pipe) is pipeline_class else pipeline_class.from_pipe(pipe)
     pipe.set_progress_bar_config(disable=True)
     torch.manual_seed(request.seed)
