@@ -41,7 +41,9 @@ ENDLESS = 100_000
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--thorough", action="store_true", help="all prompts and pairs, and nodes that come and go: half an hour"
+        "--thorough",
+        action="store_true",
+        help="also what takes long: all pairs, all pipelines, faults, nodes that come and go",
     )
     parser.addoption(
         "--no-pretend-gpu", action="store_true", help="what needs a GPU is skipped where there is none"
@@ -57,14 +59,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     A test that asks for its app by name (`getfixturevalue`) says `usefixtures("ray_cluster")`.
     """
-    is_pretended = not config.getoption("--no-pretend-gpu")
-    PRETENDED.take_over(items, is_wanted=is_pretended, is_thorough=config.getoption("--thorough"))
+    is_pretended, is_thorough = not config.getoption("--no-pretend-gpu"), config.getoption("--thorough")
+    if not is_thorough:
+        left_out = [item for item in items if item.get_closest_marker("thorough")]
+        items[:] = [item for item in items if not item.get_closest_marker("thorough")]
+        config.hook.pytest_deselected(items=left_out)
+    PRETENDED.take_over(items, is_wanted=is_pretended, is_thorough=is_thorough)
     for item in items:
         if isinstance(item, Pretended):
             continue
         on_cluster = "ray_cluster" in getattr(item, "fixturenames", ())
         item.add_marker(pytest.mark.xdist_group("ray cluster" if on_cluster else item.path.name))
-    items.sort(key=lambda item: item.path.name != "test_faults.py")  # or one process would wait for it at the end
 
 
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:

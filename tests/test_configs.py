@@ -23,6 +23,7 @@ from serve_app.app import build_validator, resolve_family
 from serve_app.config import ConfigError, load_app_config, parse_app_config, read_serve_file
 from serve_app.config_docs import render_config_docs
 from tests.relay_server import left_over
+from tests.thorough import usually
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -46,6 +47,8 @@ FOLDERS = {
     "wan22_t2v_a14b": "wan_2_2_a14b",
 }
 MODEL = {"name": "m", "checkpoint": "tiny://flux"}
+QUICK = {"flux_dev_2x16gb.yaml", "sdxl.yaml", "qwen_image_24gb.yaml", "wan22_t2v_a14b_24gb.yaml"}
+"""Without --thorough: a plan takes seconds."""
 
 
 def test_every_config_is_parsed_and_planned_without_network_and_weights() -> None:
@@ -95,14 +98,12 @@ def test_every_config_is_in_the_readme() -> None:
     assert {name for name, _ in gpu_configs()} == {path.name for path in CONFIGS if path not in LOCAL}
 
 
-@pytest.mark.parametrize(("name", "gpus"), gpu_configs())
-def test_a_gpu_config_fits_the_cards_it_is_for(name: str, gpus: str, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize(("name", "gpus"), usually(gpu_configs(), lambda row: row[0] in QUICK))
+def test_a_gpu_config_fits_the_cards_it_is_for(name: str, gpus: str) -> None:
     """A request by the defaults included, from the published architecture."""
     folder = PUBLISHED / next(folder for key, folder in FOLDERS.items() if name.startswith(key))
     config = load_app_config(ROOT / "configs" / name)
     if config.model.family is None:
-        if name != "chroma.yaml" and not request.config.getoption("--thorough"):
-            pytest.skip("its pipeline tells of itself, and takes its time: --thorough")
         config = config.model_copy(update={"model": config.model.model_copy(update={"checkpoint": str(folder)})})
     config = resolve_family(config)
     stages = StageConfigs(config.encoder, config.transformer, config.vae)
@@ -112,12 +113,10 @@ def test_a_gpu_config_fits_the_cards_it_is_for(name: str, gpus: str, request: py
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", LOCAL, ids=lambda path: path.stem)
-def test_a_config_without_downloads_runs_by_serve_run_and_ends_without_a_trace(
-    path: Path, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    if path.stem != "quickstart" and not request.config.getoption("--thorough"):
-        pytest.skip("one more start, a minute: --thorough")
+@pytest.mark.parametrize(
+    "path", usually(LOCAL, lambda path: path.stem == "quickstart"), ids=lambda path: path.stem
+)
+def test_a_config_without_downloads_runs_by_serve_run_and_ends_without_a_trace(path: Path, tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -32,13 +32,34 @@ THOROUGH: tuple[str, ...] = (
 )
 
 CONFIG = "test_configs_on_gpu.py::test_a_config_draws_what_it_draws_where_all_weights_lie_on_the_gpu"
+MOVES = f"{MEMORY}/test_on_gpu.py::test_what_moves_weights_draws_what_the_same_weights_draw_at_rest"
+EXPERTS = f"{MEMORY}/test_on_gpu.py::test_two_experts_draw_what_they_draw_at_rest"
+RANKS = "deployments/engine/test_on_gpus.py::test_ranks_draw_what_one_does"
+GIVES = "deployments/stages/test_on_gpu.py::test_a_gpu_gives_what_the_cpu_gives"
 GPU_THOROUGH: tuple[str, ...] = (
     "deployments/test_same_picture.py",
     "serve_app/test_on_gpu.py",
     *(f"{CONFIG}[{name}" for name in ("flux_dev]", "flux_dev_2x16gb", "flux_schnell", "qwen_image]", "sd", "wan")),
+    *(
+        f"{MOVES}[{{{way}"
+        for way in (
+            "'offload': 'sequential'",
+            "'offload': {'kind': 'group', 'use_stream': True, 'low_cpu_memory'",
+            "'offload': {'kind': 'group', 'folder'",
+            "'vram_limit_gib': 0.001, ",
+            "'quantization': 'nf4', 'offload': 'model'",
+            "'quantization': 'nf4', 'offload': {'kind': 'group', 'folder'",
+            "'quantization': 'nf4', 'on_demand'",
+            "'quantization': 'int8', 'on_demand'",
+        )
+    ),
+    *(f"{EXPERTS}[{{{way}" for way in ("'offload': 'group'", "'vram", "'quantization'")),
+    *(f"{RANKS}[{family}-gpus" for family in ("sd15", "sd3", "qwen-image")),
+    *(f"{RANKS}[{family}-gpus{number}-gloo" for family, number in (("sdxl", 7), ("wan", 8))),
+    *(f"{GIVES}[{family}]" for family in ("sd15", "sd3", "qwen-image")),
 )
 """Of the tests for GPUs, those whose processes take long to start, in place of which others claim the same in one
-process; and configs whose techniques others have."""
+process; and configs, ways and families of which others have the parts."""
 
 OTHER_WAY = "on a GPU bitsandbytes takes another way than in the plain pipeline on the CPU"
 EXCEPT: dict[str, str] = {

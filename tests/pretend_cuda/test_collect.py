@@ -23,6 +23,7 @@ def test_without_a_compiler_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) 
         building.build()
 
 
+@pytest.mark.thorough
 def test_after_a_test_on_the_pretended_gpu_nothing_is_left_of_the_one_before() -> None:
     share = "tests/deployments/memory/test_share.py"
     chosen = [

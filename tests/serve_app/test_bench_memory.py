@@ -14,6 +14,7 @@ from serve_app.bench.memory_case import HAS_GPU
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_every_way_gets_a_row_and_what_cannot_run_says_why(tmp_path: Path) -> None:
     ways = (memory.PLAIN, "nf4")
     memory.run(

@@ -10,9 +10,9 @@ import pytest
 
 
 @pytest.mark.slow
-def test_idle_processes_are_ready_before_those_that_serve(tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    if not request.config.getoption("--thorough"):
-        pytest.skip("starts six apps: --thorough")
+@pytest.mark.thorough
+def test_idle_processes_are_ready_before_those_that_serve(tmp_path: Path) -> None:
+    """Starts six apps."""
     file = tmp_path / "rows.json"
     command = [str(Path(sys.executable).with_name("relay")), "bench", "ready", "--quick", "--json", str(file)]
     run = subprocess.run(

@@ -91,6 +91,7 @@ def test_train_shapes_refuses_a_folder_whose_checkpoint_is_complete(
     assert told.endswith("shapes is complete; remove it, or name another folder")
 
 
+@pytest.mark.thorough
 def test_generate_starts_an_app_of_its_own_and_leaves_no_process(tmp_path: Path) -> None:
     out = tmp_path / "circle.png"
     prompt = "a red circle"

@@ -1,6 +1,6 @@
 """Every process of a served model killed, told to go and stopped, as `relay bench faults` does it.
 
-On a Ray of its own. A few cells of the table; all of them, half an hour on an idle machine, with --thorough.
+On a Ray of its own; all cells of the table take half an hour on an idle machine.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.thorough]
 
 Row = dict[str, Any]
 HANGS_S = 100.0
@@ -22,18 +22,17 @@ DOORS = ("ingress", "HTTP proxy")
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> list[Row]:
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
     """In a process of its own: one can be connected to one Ray only."""
-    is_thorough = request.config.getoption("--thorough")
     file = tmp_path_factory.mktemp("faults") / "rows.json"
     command = [str(Path(sys.executable).with_name("relay")), "bench", "faults", "--json", str(file)]
     run = subprocess.run(
-        command + ([] if is_thorough else ["--quick"]),
+        command,
         env=os.environ | {"RAY_worker_niceness": "0"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=5400 if is_thorough else 900,
+        timeout=5400,
     )
     assert run.returncode == 0, run.stdout[-4000:]
     found: list[Row] = json.loads(file.read_text())["rows"]
@@ -90,11 +89,7 @@ def test_what_has_to_end_ends_and_is_reaped(rows: list[Row]) -> None:
     assert [row for row in rows if row["left_over"] or row["zombies"]] == []
 
 
-def test_a_request_that_kills_its_stage_is_given_up_and_takes_nobody_with_it(
-    rows: list[Row], request: pytest.FixtureRequest
-) -> None:
-    if not request.config.getoption("--thorough"):
-        pytest.skip("takes a minute and more: --thorough")
+def test_a_request_that_kills_its_stage_is_given_up_and_takes_nobody_with_it(rows: list[Row]) -> None:
     [row] = of(rows, "rank 0", when="one request runs")
     assert row["answered"] == row["requests"] == 7
     assert row["signals"] <= 4

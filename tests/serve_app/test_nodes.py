@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.thorough]
 
 BEGINS, JOINS, FALLS = "one client", "node joins under load", "load falls"
 WAKES, DIES = "sleeping stage wakes", "node dies"
@@ -17,10 +17,8 @@ Rows = dict[str, dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Rows:
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Rows:
     """By event. In a process of its own: one can be connected to one Ray only."""
-    if not request.config.getoption("--thorough"):
-        pytest.skip("takes minutes, and both cores: --thorough")
     file = tmp_path_factory.mktemp("nodes") / "rows.json"
     run = subprocess.run(
         [str(Path(sys.executable).with_name("relay")), "bench", "nodes", "--json", str(file)],

@@ -74,13 +74,12 @@ def wait_for(url: str, status: int = 200) -> None:
     pytest.fail(f"{url} never answered {status}")
 
 
+@pytest.mark.thorough
+@pytest.mark.usefixtures("head")
 def test_serve_deploy_and_serve_status_work_with_the_token_that_a_local_ray_wrote(
-    pytestconfig: pytest.Config, request: pytest.FixtureRequest, tmp_path: Path
+    env: dict[str, str], ports: dict[str, int], tmp_path: Path
 ) -> None:
-    if not pytestconfig.getoption("--thorough"):
-        pytest.skip("starts two Rays, on both cores: --thorough")
-    request.getfixturevalue("head")
-    env, ports = request.getfixturevalue("env"), request.getfixturevalue("ports")
+    """Starts two Rays, on both cores."""
     config = tmp_path / "quickstart.yaml"
     config.write_text(
         (ROOT / "configs" / "quickstart.yaml").read_text().replace("port: 8000", f"port: {ports['http']}")

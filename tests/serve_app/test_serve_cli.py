@@ -158,12 +158,9 @@ def test_a_taken_port_is_told_with_its_holder(config: Path, host: str) -> None:
     assert f"(pid {os.getpid()})" in line
 
 
-def test_a_stage_that_cannot_be_made_ends_it_with_its_sentence(
-    tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+@pytest.mark.thorough
+def test_a_stage_that_cannot_be_made_ends_it_with_its_sentence(tmp_path: Path) -> None:
     """Which no file tells: the class cannot be quantised on this device, say."""
-    if not request.config.getoption("--thorough"):
-        pytest.skip("one more start, a minute: --thorough")
     log, config = tmp_path / "log", tmp_path / "config.yaml"
     config.write_text(
         QUICKSTART.replace("vae: {num_cpus: 0.5}", "vae: {num_cpus: 0.5, attention_backend: nonsense}")

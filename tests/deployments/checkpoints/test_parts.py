@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deployments.checkpoints.components import read_index
+from deployments.checkpoints.convert import convert
 from deployments.checkpoints.integrity import find_stage_faults
 from deployments.checkpoints.parts import find_parts, open_checkpoint
 from deployments.checkpoints.source import fetch_checkpoint, with_family
@@ -120,10 +121,8 @@ def test_a_text_encoder_alone_keeps_its_own_names(folder: Path) -> None:
     file, plain = folder.parent / "clip_l.safetensors", read(folder / "text_encoder")
     save_file(plain, file)
     (folder / "text_encoder" / "model.safetensors").unlink()
-    model = read_model(folder, components={"text_encoder": str(file)})
-    made = read(
-        open_checkpoint(model, read_index(folder), ["text_encoder", "tokenizer"], "float32") / "text_encoder"
-    )
+    convert(file, folder, "text_encoder", folder.parent / "made", torch.float32)
+    made = read(folder.parent / "made")
     assert made.keys() == plain.keys()
     assert all(torch.equal(made[name], plain[name]) for name in plain)
 
@@ -131,11 +130,10 @@ def test_a_text_encoder_alone_keeps_its_own_names(folder: Path) -> None:
 def test_weights_that_nothing_reads_are_refused(folder: Path) -> None:
     layout, file = fetch_checkpoint("tiny://wan", ()), folder.parent / "x.safetensors"
     save_file({**wan_tensors(layout), "scaled_fp8": torch.zeros(2)}, file)
-    model = read_model(layout, components={"transformer": str(file)})
     with pytest.raises(
         ValueError, match=r"has weights that nothing reads, scaled_fp8 \(1 such\): it is of another"
     ):
-        open_checkpoint(model, read_index(layout), ["transformer"], "float32")
+        convert(file, layout, "transformer", folder.parent / "made", torch.float32)
 
 
 def test_gguf_of_another_model_is_refused(folder: Path) -> None:
@@ -151,9 +149,8 @@ def test_a_class_that_is_read_from_no_single_file_is_never_read_from_the_layout_
     layout = fetch_checkpoint("tiny://qwen-image", ())
     file = folder.parent / "vae.safetensors"
     save_file(read(layout / "vae"), file)
-    model = read_model(layout, components={"vae": str(file)})
     with pytest.raises(ValueError, match="diffusers reads no AutoencoderKLQwenImage from a single file"):
-        open_checkpoint(model, read_index(layout), ["vae"], "float32")
+        convert(file, layout, "vae", folder.parent / "made", torch.float32)
 
 
 @pytest.mark.parametrize(

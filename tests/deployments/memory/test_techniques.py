@@ -28,6 +28,7 @@ from deployments.stages import load_stage
 from deployments.stages.tensors import each_tensor
 from tests.conftest import decoded_by
 from tests.deployments.memory.tiny_request import NUM_STEPS, PROMPT, build_request
+from tests.thorough import usually
 from tests.tiny_models import EXPERTS, family_of, tiny_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quantize_on_cpu", "fresh_torch", "own_turns")]
@@ -200,14 +201,6 @@ def all_pairs(family: str) -> list[Any]:
     ]
 
 
-def pairs(family: str, *of: str) -> list[Any]:
-    """Those with one of these in it, without compiling, and without what other files of tests are for."""
-    others = {"bf16", "fp4", "limit", "mapped", "on demand", "compile", "fullgraph", "compile model"}
-    return [
-        (family, names) for family, names in all_pairs(family) if set(names) & set(of) and not others & set(names)
-    ]
-
-
 def is_allowed(names: tuple[str, ...]) -> bool:
     keys = [key for name in names for key in TECHNIQUES[name]]
     if len(keys) != len(set(keys)):
@@ -219,16 +212,35 @@ def is_allowed(names: tuple[str, ...]) -> bool:
         return False
 
 
+USUAL_PAIRS = (
+    ("flux", ("nf4", "fullgraph")),
+    ("flux", ("nf4", "blocks")),
+    ("flux", ("int8", "model")),
+    ("flux", ("fp8", "leaves")),
+    ("flux", ("fp8", "math")),
+    ("sdxl", ("trace", "channels_last")),
+)
+
+
 @pytest.mark.parametrize(
     ("family", "names"),
     [
-        *singles("flux", "sdxl"),
-        *((family, (name,)) for family in ("qwen-image", "wan") for name in ("nf4", "fp8", "blocks", "compile")),
-        *singles(EXPERTS),
-        *pairs("flux", "math"),
-        *pairs("sdxl", "trace", "channels_last"),
-        *pairs("flux", "nf4", "int8", "fp8"),
-        ("flux", ("nf4", "fullgraph")),
+        *singles("flux"),
+        *usually(
+            singles("sdxl"), lambda of: {*of[1]} <= {"nf4", "blocks", "compile model", "trace", "channels_last"}
+        ),
+        *usually(
+            [
+                (family, (name,))
+                for family in ("qwen-image", "wan")
+                for name in ("nf4", "fp8", "blocks", "compile")
+            ],
+            lambda of: of[1] == ("blocks",),
+        ),
+        *usually(
+            singles(EXPERTS), lambda of: {*of[1]} <= {"nf4", "model", "leaves", "limit", "on demand", "compile"}
+        ),
+        *USUAL_PAIRS,
     ],
     ids=str,
 )
@@ -238,15 +250,11 @@ def test_the_denoiser_draws_what_diffusers_draws_with_the_same_techniques(
     compare_with_diffusers(family, names)
 
 
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
+@pytest.mark.parametrize("pair", [*all_pairs("flux"), *all_pairs("sdxl")], ids=str)
 def test_every_allowed_pair_draws_what_diffusers_draws(pair: tuple[str, tuple[str, ...]]) -> None:
     compare_with_diffusers(*pair)
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "pair" in metafunc.fixturenames:
-        is_asked = metafunc.config.getoption("--thorough")
-        metafunc.parametrize("pair", [*all_pairs("flux"), *all_pairs("sdxl")] if is_asked else [], ids=str)
 
 
 def compare_with_diffusers(family: str, names: tuple[str, ...]) -> None:
