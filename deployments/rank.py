@@ -11,6 +11,9 @@ from deployments.replica import exit_replica
 from deployments.stages import load_stage
 from deployments.stats import RankStats
 
+GPU_CHECK_PERIOD_S = 2.0
+"""As Serve asks the replica (`HEALTH_CHECKS`)."""
+
 
 class Rank:
     """Holds consecutive blocks of each denoiser. Dies with its group: a ring with a gap serves nobody."""
@@ -30,5 +33,7 @@ class Rank:
         await asyncio.to_thread(self._stage.connect, rendezvous, exit_replica)
 
     async def alive(self) -> None:
-        """Never answers: the caller learns of this process's death."""
-        await asyncio.Event().wait()
+        """Never answers: the caller learns of this process's death. A GPU that is lost is one, at work or idle."""
+        while not self._stage.keeper.is_device_lost():
+            await asyncio.sleep(GPU_CHECK_PERIOD_S)
+        exit_replica(RuntimeError("its GPU is lost"))

@@ -22,9 +22,10 @@ INTRO = """\
 Which pipelines of diffusers {version} that draw pictures or videos are served, and how. `relay families` prints
 this page; a test compares. A pipeline of the first table runs as three stages and draws what the plain pipeline
 draws, bit for bit, in every kind of call named: tests/deployments/stages/test_staged_pipelines.py shows it on the
-tiny checkpoint of the second column (with `--thorough`, on all). Blocks: of the tiny denoiser, which may be cut
-into shards between any two, each cut bit-equal (tests/deployments/engine/test_cuts.py). Merged: forwards of
-several requests run as one (test_merged_pipelines.py); others run one after another.
+tiny checkpoint of the second column, each stage in a process of its own (with `--thorough`, on all). Blocks: of
+the tiny denoiser, which may be cut into shards between any two, each cut bit-equal
+(tests/deployments/engine/test_cuts.py). Merged: forwards of several requests run as one
+(test_merged_pipelines.py); others run one after another.
 
 `generate` draws from a prompt, `edit` from pictures too, `inpaint` where a mask says, `image_to_video` goes on
 from a picture.

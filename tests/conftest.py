@@ -22,9 +22,9 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import TracingConfig
 
-from deployments.checkpoints.source import fetch_checkpoint
+from deployments.checkpoints.source import fetch_checkpoint, with_family
 from deployments.config import ModelConfig
-from deployments.families import FAMILIES
+from deployments.families import Family
 from serve_app.app import build_app, build_ingress, resolve_family
 from serve_app.config import AppConfig, IngressConfig, LimitsConfig, parse_app_config
 from tests.pretend_cuda.collect import Groups
@@ -115,8 +115,9 @@ def serve_url(ray_cluster: None) -> Iterator[str]:
 class App:
     """A served tiny checkpoint, and the plain pipeline beside it."""
 
-    def __init__(self, url: str, name: str, handle: DeploymentHandle, family: str) -> None:
-        self.url, self.name, self.handle, self.family = f"{url}/{name}", name, handle, FAMILIES[family]
+    def __init__(self, url: str, name: str, handle: DeploymentHandle, model: ModelConfig) -> None:
+        self.url, self.name, self.handle = f"{url}/{name}", name, handle
+        self.model, self.family = model, model.architecture
         self.client = httpx.Client(base_url=self.url, timeout=120)
 
     def deployment(self, name: str) -> DeploymentHandle:
@@ -142,35 +143,37 @@ class App:
 
 @pytest.fixture(scope="session")
 def start_app(serve_url: str) -> Iterator[Callable[..., App]]:
-    """Starts the tiny checkpoint of a family once for every set of options."""
+    """Starts a tiny checkpoint once for every set of options."""
     apps: list[App] = []
 
     @cache
-    def start(family: str, *, shards: int = 1, num_gpus: float = 0, **limits: Any) -> App:
+    def start(tiny: str, *, shards: int = 1, num_gpus: float = 0, **limits: Any) -> App:
         """num_gpus: of every process."""
         parts = {"gpus": num_gpus} if num_gpus else {}
-        name = "-".join([family, str(shards), *(f"{k}{v}" for k, v in (parts | limits).items())])
+        name = "-".join([tiny, str(shards), *(f"{k}{v}" for k, v in (parts | limits).items())])
+        name = name.replace(".", "_")  # Ray titles a process that is at work by what follows the last dot
         resources = {"num_cpus": 0.1, "num_gpus": num_gpus}
+        model = {"name": f"tiny-{tiny}", "checkpoint": f"tiny://{tiny}"}
+        of = with_family(ModelConfig.model_validate(model)).architecture
         config = parse_app_config(
             {
-                "model": {
-                    "name": f"tiny-{family}",
-                    "checkpoint": f"tiny://{family}",
+                "model": model
+                | {
                     "about": "Knows nothing.",
                     "examples": ["a cat", "a dog"],
-                    "defaults": {"width": 64, "height": 64, "num_inference_steps": 4, "num_frames": 5}
-                    if FAMILIES[family].media == "video"
-                    else {"width": 64, "height": 64, "num_inference_steps": 4},
+                    "defaults": {"width": 64, "height": 64, "num_inference_steps": 4}
+                    | ({"num_frames": 5} if of.media == "video" else {}),
                 },
-                "encoder": resources | _text_tokens(family),
+                "encoder": resources | _text_tokens(of),
                 "transformer": resources | {"shards": shards},
                 "vae": resources,
                 "ingress": {"num_replicas": 1},
                 "limits": {"max_pixels": 512 * 512, "max_num_inference_steps": 50, "max_num_frames": 33} | limits,
             }
         )
+        config = resolve_family(config)
         handle = serve.run(build_app(config), name=name, route_prefix=f"/{name}")
-        apps.append(App(serve_url, name, handle, family))
+        apps.append(App(serve_url, name, handle, config.model))
         return apps[-1]
 
     yield start
@@ -212,7 +215,7 @@ def start_ingress(flux_app: App) -> Iterator[Callable[..., App]]:
         )
         app = build_ingress(config).bind(config.model, config.limits, *stages)
         handle = serve.run(app, name=name, route_prefix=f"/{name}")
-        apps.append(App(flux_app.url.rpartition("/")[0], name, handle, family))
+        apps.append(App(flux_app.url.rpartition("/")[0], name, handle, config.model))
         return apps[-1]
 
     yield start
@@ -278,7 +281,7 @@ def plain(plain_pipeline: Callable[[str], Any]) -> Plain:
                 generator=torch.Generator("cpu").manual_seed(seed),
                 output_type="np" if output_type == "latent" else output_type,
                 return_dict=False,
-                **defaults | _text_tokens(family) | settings,
+                **defaults | _text_tokens(family_of(family)) | settings,
             )[0]
         return decoded[0] if output_type == "latent" else output[0]
 
@@ -306,5 +309,5 @@ def _load_plain(family: str) -> Any:
     return pipe
 
 
-def _text_tokens(family: str) -> dict[str, int]:
-    return {} if family_of(family).max_sequence_length is None else {"max_sequence_length": TEXT_TOKENS}
+def _text_tokens(family: Family) -> dict[str, int]:
+    return {} if family.max_sequence_length is None else {"max_sequence_length": TEXT_TOKENS}

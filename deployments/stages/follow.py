@@ -15,6 +15,7 @@ from deployments.engine.load import Denoisers, LoadedRank, load_rank, open_denoi
 from deployments.engine.merge import build_mergers
 from deployments.engine.outline import Holder
 from deployments.engine.work import Follower
+from deployments.memory.keeper import Keeper
 from deployments.stats import RankStats
 
 
@@ -27,11 +28,15 @@ class Following:
         self._denoisers = open_denoisers(model, config)
         self._loaded = load_rank(self._denoisers, model, config, rank)
 
+    @property
+    def keeper(self) -> Keeper:
+        return self._loaded.keeper
+
     def connect(self, rendezvous: Rendezvous, on_lost: Callable[[BaseException], None]) -> None:
         """Meet the other ranks and begin to work. on_lost: the group is no more."""
         device = self._denoisers.device
         mergers = build_mergers(self._denoisers.skeletons)
-        follower = Follower(self._loaded, mergers, Holder(device), self._loaded.keeper.release)
+        follower = Follower(self._loaded, mergers, Holder(device), self.keeper.release)
         self._ring = Ring(
             follower.run,
             rank=self._rank,

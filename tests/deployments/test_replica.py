@@ -11,6 +11,7 @@ import torch
 
 from deployments.config import EncoderConfig, ModelConfig, TransformerConfig, VaeConfig
 from deployments.encoder import Encoder
+from deployments.rank import Rank
 from deployments.replica import StageReplica
 from deployments.request import Conditioning, DecodeArguments
 from deployments.transformer import Transformer
@@ -87,6 +88,14 @@ def test_a_gpu_that_is_lost_between_two_requests_ends_the_process(
     asyncio.run(replica.check_health())
     with lost_gpu():
         asyncio.run(replica.check_health())
+
+
+def test_a_gpu_that_another_rank_loses_between_two_requests_ends_its_process(
+    lost_gpu: Callable[[], AbstractContextManager[None]],
+) -> None:
+    rank = Rank(1, MODEL, TransformerConfig(num_gpus=1, shards=2))
+    with lost_gpu():
+        asyncio.run(rank.alive())
 
 
 def test_another_error_ends_nothing() -> None:

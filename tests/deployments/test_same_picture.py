@@ -169,11 +169,11 @@ def build_settings(family: str, request: GenerationRequest) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("guided", "width", "height"), [(True, 64, 64), (False, 64, 64), (True, 96, 64)])
 def test_three_processes_draw_what_the_plain_pipeline_draws(
-    processes: Processes, plain: Callable[..., Any], family: str, guided: bool, width: int, height: int
+    processes: Processes, plain: Callable[..., Any], family: str
 ) -> None:
-    check_same_picture(processes, plain, family, build_request(family, guided=guided, width=width, height=height))
+    """Without guidance; with it, tests/deployments/stages/test_staged_pipelines.py."""
+    check_same_picture(processes, plain, family, build_request(family, guided=False))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -18,6 +18,7 @@ from openai import BadRequestError, OpenAI
 from openai.types import ImageEditCompletedEvent, ImageEditPartialImageEvent
 from PIL import Image
 
+from deployments.request import CallKind
 from tests.conftest import TEXT_TOKENS
 from tests.serve_app.pictures import SIDE, chunk, data_url, file, half_mask, noise, png_of
 
@@ -39,7 +40,7 @@ def edit(app: Any, prompt: str, **settings: Any) -> Any:
     """One call of the unmodified client; what OpenAI has no name for goes into extra_body."""
     extra = {name: settings.pop(name) for name in OURS & settings.keys()}
     with OpenAI(base_url=f"{app.url}/v1", api_key="none", max_retries=0) as client:
-        answer = client.images.edit(model=f"tiny-{app.family.name}", prompt=prompt, extra_body=extra, **settings)
+        answer = client.images.edit(model=app.model.name, prompt=prompt, extra_body=extra, **settings)
         return list(answer) if settings.get("stream") else answer
 
 
@@ -49,18 +50,21 @@ def pixels(data: Any) -> np.ndarray:
 
 @pytest.fixture(scope="session")
 def redraw(plain_pipeline: Callable[[str], Any]) -> Callable[..., np.ndarray]:
-    """`redraw(kind, prompt, image, seed=…, **settings)`: what FLUX's own pipeline of that kind draws."""
+    """`redraw(app, kind, prompt, image, seed=…, **settings)`: what diffusers' own pipeline of that kind draws."""
 
     @cache
-    def pipe(kind: str) -> Any:
-        made = getattr(diffusers, f"Flux{kind}Pipeline")(**plain_pipeline("flux").components)
+    def pipe(tiny: str, pipeline_class: str) -> Any:
+        made = getattr(diffusers, pipeline_class)(**plain_pipeline(tiny).components)
         made.set_progress_bar_config(disable=True)
         return made
 
-    def draw(kind: str, prompt: str, image: Image.Image, *, seed: int, **settings: Any) -> np.ndarray:
+    def draw(app: Any, kind: CallKind, prompt: str, image: Any, *, seed: int, **settings: Any) -> np.ndarray:
+        call = app.family.calls[kind]
+        steps = {name: value for name, value in STEPS.items() if name in call.parameters}
         size = {"width": SIDE, "height": SIDE, "max_sequence_length": TEXT_TOKENS}
         generator = torch.Generator("cpu").manual_seed(seed)
-        output = pipe(kind)(prompt=prompt, image=image, generator=generator, **size | STEPS | settings)
+        draws = pipe(app.model.checkpoint.removeprefix("tiny://"), call.pipeline_class)
+        output = draws(prompt=prompt, image=image, generator=generator, **size | steps | settings)
         return np.asarray(output.images[0]).astype(int)
 
     return draw
@@ -76,13 +80,13 @@ def test_a_picture_is_drawn_anew_as_the_plain_pipeline_does(
     data = file(noise(), kind, **options)
     answer = edit(flux_app, "a red cat", image=("whatever.gif", data), seed=7, **STEPS)
     shown = Image.open(io.BytesIO(data)).convert("RGB")
-    np.testing.assert_array_equal(pixels(answer.data[0]), redraw("Img2Img", "a red cat", shown, seed=7))
+    np.testing.assert_array_equal(pixels(answer.data[0]), redraw(flux_app, "edit", "a red cat", shown, seed=7))
     assert answer.size == "64x64"
 
 
 def test_what_a_mask_says_is_filled_in_as_the_plain_pipeline_does(flux_app: Any, redraw: Redraw) -> None:
     white_is_anew = Image.fromarray(255 - np.asarray(half_mask())[..., 3])
-    expected = redraw("Inpaint", "a hat", noise(), seed=3, mask_image=white_is_anew)
+    expected = redraw(flux_app, "inpaint", "a hat", noise(), seed=3, mask_image=white_is_anew)
     for mask in (half_mask(), white_is_anew):
         answer = edit(flux_app, "a hat", image=file(noise()), mask=file(mask), seed=3, **STEPS)
         np.testing.assert_array_equal(pixels(answer.data[0]), expected)
@@ -101,7 +105,7 @@ def test_picture_i_of_n_has_seed_plus_i(flux_app: Any, redraw: Redraw) -> None:
     answer = edit(flux_app, "two dogs", image=file(noise()), n=2, seed=40, **STEPS)
     assert [data.seed for data in answer.data] == [40, 41]
     for data in answer.data:
-        expected = redraw("Img2Img", "two dogs", noise(), seed=data.seed)
+        expected = redraw(flux_app, "edit", "two dogs", noise(), seed=data.seed)
         assert np.abs(pixels(data) - expected).max() <= 1
 
 
@@ -119,26 +123,52 @@ def test_the_openai_client_sees_an_edit_form(flux_app: Any, redraw: Redraw) -> N
     assert [event.partial_image_index for event in partials] == [0, 1]
     assert isinstance(completed, ImageEditCompletedEvent)
     assert (completed.type, completed.size, completed.seed) == ("image_edit.completed", "64x64", 9)
-    np.testing.assert_array_equal(pixels(completed), redraw("Img2Img", "a fish", noise(), **settings))
+    np.testing.assert_array_equal(pixels(completed), redraw(flux_app, "edit", "a fish", noise(), **settings))
 
 
 @pytest.fixture(scope="session")
-def sharded_app(start_app: Callable[..., Any]) -> Any:
-    return start_app("flux", shards=2)
+def klein_app(start_app: Callable[..., Any]) -> Any:
+    """FLUX.2 klein, which makes one picture of several, over two shards."""
+    return start_app("flux2-klein", shards=2)
 
 
-def test_eight_at_once_over_two_shards_get_their_own_pictures_anew(sharded_app: Any, redraw: Redraw) -> None:
+LOUD = {"guidance_scale": 40.0}
+"""So that a tiny klein, whose weights are random, draws another picture where another one goes in."""
+
+
+def test_the_openai_client_sees_one_picture_of_two_form(klein_app: Any, redraw: Redraw) -> None:
+    settings, images = {"num_inference_steps": 15, "seed": 9, **LOUD}, [noise(1), noise(2)]
+    files = [file(image) for image in images]
+    *partials, completed = edit(klein_app, "a hat", image=files, stream=True, partial_images=2, **settings)
+    assert [event.partial_image_index for event in partials] == [0, 1]
+    expected, swapped = (
+        redraw(klein_app, "edit", "a hat", put_in, **settings) for put_in in (images, images[::-1])
+    )
+    np.testing.assert_array_equal(pixels(completed), expected)
+    assert np.abs(swapped - expected).max() > 1
+
+
+def test_eight_at_once_over_two_shards_get_their_own_pictures(klein_app: Any, redraw: Redraw) -> None:
+    """Of one picture, of two, and where a mask says, of one."""
+    white_is_anew = Image.fromarray(255 - np.asarray(half_mask())[..., 3])
+
     def ask(i: int) -> Any:
-        mask = {"mask": file(half_mask())} if i % 2 else {}
-        return edit(sharded_app, f"prompt {i % 3}", image=file(noise(i)), seed=i % 4, **STEPS, **mask).data[0]
+        by_mask = {"mask": file(half_mask()), "strength": STEPS["strength"]} if i % 3 == 2 else {}
+        asked = {"seed": i % 4, "num_inference_steps": STEPS["num_inference_steps"], **LOUD, **by_mask}
+        return edit(klein_app, f"prompt {i % 2}", image=[file(each) for each in images(i)], **asked).data[0]
+
+    def images(i: int) -> list[Image.Image]:
+        return [noise(10 * i + place) for place in range(2 if i % 3 == 1 else 1)]
 
     with ThreadPoolExecutor(8) as clients:
         answers = list(clients.map(ask, range(8)))
-    white_is_anew = Image.fromarray(255 - np.asarray(half_mask())[..., 3])
     for i, data in enumerate(answers):
-        kind, mask = ("Inpaint", {"mask_image": white_is_anew}) if i % 2 else ("Img2Img", {})
-        expected = redraw(kind, f"prompt {i % 3}", noise(i), seed=i % 4, **mask)
+        kind, mask = ("inpaint", {"mask_image": white_is_anew}) if i % 3 == 2 else ("edit", {})
+        expected, of_another = (
+            redraw(klein_app, kind, f"prompt {i % 2}", images(of), seed=i % 4, **LOUD, **mask) for of in (i, i + 3)
+        )
         assert np.abs(pixels(data) - expected).max() <= 1
+        assert np.abs(of_another - expected).max() > 1
 
 
 def test_a_repeated_picture_costs_no_forward_of_the_vae_or_the_encoder(flux_app: Any) -> None:

@@ -51,6 +51,7 @@ def test_a_gpu_that_is_lost_costs_no_request_and_its_replica_comes_back(
     app: Any, lose_gpu: Callable[[str], AbstractContextManager[None]], stage: str, rank: int
 ) -> None:
     before = process_of(app, stage, rank)
+    assert before is not None
     whose = "ray::Rank" if rank else f"ServeReplica:{app.name}:{stage.capitalize()}"
     with lose_gpu(whose):
         wait_until(lambda: not Path(f"/proc/{before}").exists())

@@ -48,7 +48,7 @@ def app(flux_app: App) -> Iterator[App]:
     stages = [flux_app.deployment("Encoder"), transformer, flux_app.deployment("Vae")]
     ingress = serve.deployment(serve.ingress()(Ingress)).options(ray_actor_options={"num_cpus": 0})
     handle = serve.run(ingress.bind(MODEL, LimitsConfig(), *stages), name="replicas", route_prefix="/replicas")
-    served = App(flux_app.url.rpartition("/")[0], "replicas", handle, "flux")
+    served = App(flux_app.url.rpartition("/")[0], "replicas", handle, MODEL)
     yield served
     served.client.close()
 

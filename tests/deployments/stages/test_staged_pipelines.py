@@ -1,5 +1,6 @@
-"""Every kind of call of every tiny checkpoint: three stages draw what the plain pipeline draws, bit for bit."""
+"""Every kind of call of every tiny checkpoint: three processes draw what the plain pipeline draws, bit for bit."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -19,7 +20,9 @@ from deployments.request import CallKind, GenerationRequest, InputPictures, Prom
 from deployments.stages.call import call_arguments
 from deployments.stages.derive import Derived
 from serve_app.families_docs import CANNOT, UNSTAGED
-from tests.deployments.variants import build_request, draw_staged, read_model
+from tests.deployments.recorded import load_tiny
+from tests.deployments.stage_processes import StageProcesses
+from tests.deployments.variants import build_request, read_model
 from tests.pictures import half_mask, picture, png
 
 QUICK = frozenset(
@@ -53,20 +56,17 @@ def model(name: str) -> ModelConfig:
     return ModelConfig(name=name, checkpoint=str(folder)).with_derived_family(*derived)
 
 
-@cache
-def load_plain(name: str) -> Any:
-    folder = fetch_checkpoint(f"tiny://{name}", ())
-    return diffusers.DiffusionPipeline.from_pretrained(folder, **UNREAD.get(name, {}))
-
-
-UNREAD: dict[str, dict[str, None]] = {"longcat": {"text_processor": None}}
-"""Components that need torchvision and that these calls do not."""
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "staged" in metafunc.fixturenames:
         is_thorough = metafunc.config.getoption("--thorough")
         metafunc.parametrize("staged", [name for name in STAGED if is_thorough or name in QUICK])
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[StageProcesses]:
+    processes = StageProcesses()
+    yield processes
+    processes.end()
 
 
 def small_request(name: str, kind: CallKind) -> GenerationRequest:
@@ -88,23 +88,23 @@ def small_request(name: str, kind: CallKind) -> GenerationRequest:
 
 
 @pytest.mark.filterwarnings("ignore:In CPU autocast")  # Mochi computes its rotary embeddings in float32
-def test_three_stages_draw_what_the_plain_pipeline_draws(staged: str) -> None:
+def test_three_processes_draw_what_the_plain_pipeline_draws(processes: StageProcesses, staged: str) -> None:
     offered = model(staged).architecture.calls
     for kind, call in find_calls(index_of(staged)["_class_name"]).items():
         if kind in offered:
-            check_equal(staged, kind)
+            check_equal(processes, staged, kind)
         else:
             assert call.pipeline_class in CANNOT
 
 
-def check_equal(name: str, kind: CallKind) -> None:
+def check_equal(processes: StageProcesses, name: str, kind: CallKind) -> None:
     request, call = small_request(name, kind), model(name).architecture.calls[kind]
     images = [picture(seed, request.width) for seed in range(min(2, call.max_images))]
     mask = half_mask(request.width) if kind == "inpaint" else None
     control = picture(9, request.width) if call.control else None
     given = {"mask": mask, "control": control}
     files = InputPictures(tuple(map(png, images)), **{key: image and png(image) for key, image in given.items()})
-    frames = draw_staged(model(name), request, files if images or control else None)
+    frames = processes.draw(model(name), request, files if images or control else None)
     asked = {"image": images if len(images) > 1 else images[0]} if images else {}
     asked |= {"mask_image": mask} if mask else {}
     asked |= {call.control: control} if control else {}
@@ -116,7 +116,7 @@ def draw_plain(name: str, request: GenerationRequest, pictures: dict[str, Any]) 
     """[F, H, W, 3] by the class that diffusers has for this kind of call. pictures: by its arguments' names."""
     of = model(name).architecture
     pipeline_class: Any = getattr(diffusers, of.calls[request.kind].pipeline_class)
-    pipe = load_plain(name)
+    pipe = load_tiny(name)
     pipe = pipe if type(pipe) is pipeline_class else pipeline_class.from_pipe(pipe)
     pipe.set_progress_bar_config(disable=True)
     torch.manual_seed(request.seed)
