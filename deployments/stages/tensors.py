@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from deployments.memory.working import META
+
 
 def map_tensors(change: Callable[[torch.Tensor], Any], value: Any) -> Any:
     """The same, with every tensor changed."""
@@ -47,5 +49,19 @@ def to_cpu(value: Any) -> Any:
 
 
 def to_device(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """Numbers in this dtype; masks and ids in their own."""
-    return map_tensors(lambda one: one.to(device, dtype if one.is_floating_point() else one.dtype), value)
+    """Numbers in this dtype; masks and ids in their own. What has no values stays so."""
+
+    def move(one: torch.Tensor) -> torch.Tensor:
+        return one.to(META if one.is_meta else device, dtype if one.is_floating_point() else one.dtype)
+
+    return map_tensors(move, value)
+
+
+def shapes_only(value: Any) -> Any:
+    """Numbers on the meta device, where they have no values; masks and ids as they are."""
+    return map_tensors(lambda one: one.to(META) if one.is_floating_point() else one, value)
+
+
+def without_values(value: Any) -> Any:
+    """Tensors on the meta device, in the dtype of a skeleton's weights."""
+    return map_tensors(lambda one: one.to(META, torch.float32 if one.is_floating_point() else one.dtype), value)

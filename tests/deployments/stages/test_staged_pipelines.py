@@ -1,5 +1,7 @@
-"""Every kind of call of every tiny checkpoint: three stages draw what the plain pipeline draws, bit for bit."""
+"""Every kind of call of every tiny checkpoint: three stages draw what the plain pipeline draws, bit for bit, and
+its sound is the same, too."""
 
+import math
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -14,12 +16,14 @@ from deployments.checkpoints.derived import read_derived
 from deployments.checkpoints.source import fetch_checkpoint
 from deployments.checkpoints.tiny.names import TINY_FAMILIES, TINY_MODULES
 from deployments.config import ModelConfig
+from deployments.families import Geometry
 from deployments.families.calls import find_calls
 from deployments.request import CallKind, GenerationRequest, InputPictures, Prompt
 from deployments.stages.call import call_arguments
-from deployments.stages.derive import Derived
+from deployments.stages.derive import ALL_FRAMES, Derived
+from deployments.warm_up import tried_size
 from serve_app.families_docs import CANNOT, UNSTAGED
-from tests.deployments.variants import build_request, draw_staged, read_model
+from tests.deployments.variants import build_request, denoise_staged, read_model
 from tests.pictures import half_mask, picture, png
 
 QUICK = frozenset(
@@ -33,6 +37,8 @@ QUICK = frozenset(
         "hunyuan-image",
         "wan21-i2v",
         "ltx-video",
+        "ltx2",
+        "latte",
         "sd15-controlnet",
     }
 )
@@ -80,11 +86,18 @@ def small_request(name: str, kind: CallKind) -> GenerationRequest:
         prompt=Prompt("a red cat", negative, is_guided=True),
         width=side,
         height=side + (0 if call.max_images else geometry.size_multiple),
-        num_frames=2 * geometry.frame_stride + 1 if call.media == "video" else 1,
+        num_frames=_some_frames(geometry) if call.media == "video" else 1,
         num_inference_steps=few if "guidance_schedule" not in call.parameters else usual,
     )
     steps = min(4, usual)
     return replace(request, strength=0.75, num_inference_steps=steps) if call.defaults.strength else request
+
+
+def _some_frames(of: Geometry) -> int:
+    """More than are decoded at once, where that is a few."""
+    if of.frames_per_decode in (None, ALL_FRAMES):
+        return tried_size(of).num_frames
+    return math.ceil(of.frames_per_decode / of.frame_stride) * of.frame_stride + 1
 
 
 @pytest.mark.filterwarnings("ignore:In CPU autocast")  # Mochi computes its rotary embeddings in float32
@@ -104,21 +117,32 @@ def check_equal(name: str, kind: CallKind) -> None:
     control = picture(9, request.width) if call.control else None
     given = {"mask": mask, "control": control}
     files = InputPictures(tuple(map(png, images)), **{key: image and png(image) for key, image in given.items()})
-    frames = draw_staged(model(name), request, files if images or control else None)
+    last, arguments = denoise_staged(model(name), request, files if images or control else None)
     asked = {"image": images if len(images) > 1 else images[0]} if images else {}
     asked |= {"mask_image": mask} if mask else {}
     asked |= {call.control: control} if control else {}
-    np.testing.assert_array_equal(frames, draw_plain(name, request, asked), err_msg=f"{name}, {kind}")
+    frames, sound = draw_plain(name, request, asked)
+    np.testing.assert_array_equal(last.decode(arguments, request), frames, err_msg=f"{name}, {kind}")
+    assert (arguments.sound is None) == (sound is None)
+    if arguments.sound is not None:
+        np.testing.assert_array_equal(last.decode_sound(arguments.sound).samples, sound, err_msg=f"{name}, {kind}")
 
 
 @torch.no_grad()
-def draw_plain(name: str, request: GenerationRequest, pictures: dict[str, Any]) -> np.ndarray:
-    """[F, H, W, 3] by the class that diffusers has for this kind of call. pictures: by its arguments' names."""
+def draw_plain(
+    name: str, request: GenerationRequest, pictures: dict[str, Any]
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """[F, H, W, 3], and [channels, samples] of its sound, by the class that diffusers has for this kind of call.
+
+    pictures: by its arguments' names.
+    """
     of = model(name).architecture
     pipeline_class: Any = getattr(diffusers, of.calls[request.kind].pipeline_class)
     pipe = load_plain(name)
     pipe = pipe if type(pipe) is pipeline_class else pipeline_class.from_pipe(pipe)
     pipe.set_progress_bar_config(disable=True)
     torch.manual_seed(request.seed)
-    made = np.asarray(pipe(**call_arguments(pipeline_class, request, of.max_sequence_length) | pictures)[0])
-    return (made.reshape(-1, *made.shape[-3:]) * 255).round().astype(np.uint8)
+    output = pipe(**call_arguments(pipeline_class, request, of.max_sequence_length) | pictures)
+    made, sound = np.asarray(output[0]), getattr(output, "audio", None)
+    frames = (made.reshape(-1, *made.shape[-3:]) * 255).round().astype(np.uint8)
+    return frames, None if sound is None else sound[0].numpy()
