@@ -19,8 +19,8 @@ ModelIndex = Mapping[str, Any]
 SEE_PICTURES = frozenset({"processor", "image_processor", "feature_extractor", "image_encoder"})
 """What the encode stage shows pictures to, of pipelines that need some. Others have an image encoder for IP-
 Adapters, or to look for what is not safe."""
-NEVER_LOADED = frozenset({"safety_checker", "watermark", "motion_adapter"}) | SEE_PICTURES
-"""Pipelines do without: what a motion adapter holds, the UNet has been saved with."""
+NEVER_LOADED = SEE_PICTURES | {"safety_checker", "watermark", "motion_adapter", "duration_head", "prompt_enhancer"}
+"""Pipelines do without: what a motion adapter holds, the UNet was saved with, and who asks says how long."""
 TEXT_PARTS = ("text_encoder", "tokenizer", "connectors")
 """How names begin of what makes texts into what a denoiser takes."""
 VAES = frozenset({"vae", "audio_vae"})

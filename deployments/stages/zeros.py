@@ -12,7 +12,6 @@ from deployments.memory.working import META
 from deployments.request import DecodeArguments, MediaSize
 from deployments.stages.tensors import each_tensor, map_tensors, without_values
 
-
 _NOT_ITS_SIZE = ("must match", "to broadcast a dimension")
 """Of what torch says of sizes that a model takes on no device: more frames than it has positions for."""
 

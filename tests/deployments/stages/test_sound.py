@@ -8,13 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from deployments.config import EncoderConfig
+from deployments.checkpoints.source import fetch_checkpoint
+from deployments.config import EncoderConfig, VaeConfig
+from deployments.memory.stored import stored_bytes
 from deployments.refusal import NotFinite
 from deployments.request import DecodeArguments, GenerationRequest, num_bytes
 from deployments.stages import load_stage
 from deployments.stages.decode import Decoding
 from deployments.stages.encode import TextEncoding
+from deployments.stages.foresee import DecodeForesight
+from deployments.stages.pipeline import loaded_models
 from deployments.stages.tensors import each_tensor
+from deployments.warm_up import tried_size
 from tests.deployments.stages.test_staged_pipelines import model, small_request
 from tests.deployments.variants import denoise_staged, load_denoising
 
@@ -56,6 +61,16 @@ def test_sound_that_is_no_number_is_refused(request_: GenerationRequest, decoded
     broken = torch.full_like(arguments.sound.latents, float("nan"))
     with pytest.raises(NotFinite, match=r"the sound that LTX2Vocoder made is NaN or infinite: vae\.dtype"):
         stage.decode_media(replace(arguments, sound=DecodeArguments.of(broken)), request_)
+
+
+def test_what_makes_sound_counts_among_the_weights(decoded: Decoded) -> None:
+    stage, _ = decoded
+    models = loaded_models(stage._pipe)
+    assert models.keys() == {"vae", "audio_vae", "vocoder"}
+    classes = {name: type(one) for name, one in models.items()}
+    of = model("ltx2")
+    foresee = DecodeForesight(classes, fetch_checkpoint("tiny://ltx2", ()), VaeConfig(), of.geometry)
+    assert foresee(tried_size(of.geometry))[0] == sum(map(stored_bytes, models.values()))
 
 
 def test_progress_counts_the_steps_of_the_video_alone(request_: GenerationRequest, encoding: TextEncoding) -> None:
