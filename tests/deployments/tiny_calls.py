@@ -71,6 +71,7 @@ TINY_CALLS: Mapping[str, Mapping[str, Any]] = {
     "mochi": _VIDEO | {"num_frames": 7, "max_sequence_length": 16},
     "sana-video": _IMAGE | _GUIDED | _EXACT | {"frames": 5},
     "kandinsky5-video": _VIDEO | _GUIDED,
+    "kandinsky6": _VIDEO | _GUIDED | {"image": PICTURE, "max_sequence_length": 32},
     "latte": _IMAGE | _GUIDED | {"video_length": 16},
     "animatediff": _IMAGE | _GUIDED | {"num_frames": 2},
     "animatediff-sdxl": _IMAGE | _GUIDED | {"num_frames": 2},
