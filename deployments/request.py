@@ -205,12 +205,9 @@ class Media:
 
 
 def num_bytes(value: Any) -> int:
-    """Of all tensors in what pipelines pass about: in tuples, lists and dicts, beside plain values.
-
-    Those without values take nothing.
-    """
+    """Of all tensors in what pipelines pass about: in tuples, lists and dicts, beside plain values."""
     if isinstance(value, Mapping):
         return sum(map(num_bytes, value.values()))
     if isinstance(value, tuple | list):
         return sum(map(num_bytes, value))
-    return 0 if getattr(value, "is_meta", False) else int(getattr(value, "nbytes", 0))
+    return int(getattr(value, "nbytes", 0))

@@ -27,7 +27,7 @@ from deployments.stages.pictures import blank_pictures, picture_arguments
 from deployments.stages.posterior import ChangedVae, Encode, blank
 from deployments.stages.steps import AfterStep, watch_steps
 from deployments.stages.stub import Reached
-from deployments.stages.tensors import shapes_only
+from deployments.stages.tensors import shapes_only, without_shapes
 
 log = logging.getLogger("ray.serve")
 
@@ -187,7 +187,7 @@ class PipelineCall:
                 if not left or left[0][0] != name:
                     there = left[0][0] if left else "nothing"
                     raise RuntimeError(f"{self} calls {name} where the encode stage's called {there}")
-                return self._place(left.popleft()[1])
+                return self._place(without_shapes(left.popleft()[1]))
 
             return replayed
 

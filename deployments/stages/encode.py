@@ -25,7 +25,7 @@ from deployments.stages.call_key import call_key
 from deployments.stages.finite import FiniteCheck, dtype_advice
 from deployments.stages.pictures import open_pictures
 from deployments.stages.pipeline import load_pipeline, loaded_models
-from deployments.stages.tensors import each_tensor, map_tensors, to_cpu
+from deployments.stages.tensors import each_tensor, map_tensors, to_cpu, without_shapes
 from deployments.warm_up import WarmUp, default_request, tried_size
 
 log = logging.getLogger("ray.serve")
@@ -170,7 +170,7 @@ class TextEncoding:
                     raise
                 made.append((name, call.kept(name, value)))
                 # The rest of the call expects it there.
-                return map_tensors(lambda one: one if one.is_meta else one.to(self._device), value)
+                return map_tensors(lambda one: one if one.is_meta else one.to(self._device), without_shapes(value))
 
             return encode
 

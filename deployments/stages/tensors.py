@@ -1,6 +1,7 @@
 """Tensors in what pipelines pass about: in tuples, lists and dicts, beside plain values."""
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,14 +9,22 @@ import torch
 from deployments.memory.working import META
 
 
-def map_tensors(change: Callable[[torch.Tensor], Any], value: Any) -> Any:
+@dataclass(frozen=True)
+class Shape:
+    """In place of a tensor whose values nobody needs: Ray sends none without."""
+
+    sizes: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def map_tensors(change: Callable[[Any], Any], value: Any, of: type = torch.Tensor) -> Any:
     """The same, with every tensor changed."""
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, of):
         return change(value)
     if isinstance(value, Mapping):
-        return {key: map_tensors(change, entry) for key, entry in value.items()}
+        return {key: map_tensors(change, entry, of) for key, entry in value.items()}
     if isinstance(value, tuple | list):
-        return type(value)([map_tensors(change, entry) for entry in value])
+        return type(value)([map_tensors(change, entry, of) for entry in value])
     return value
 
 
@@ -58,8 +67,13 @@ def to_device(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def shapes_only(value: Any) -> Any:
-    """Numbers on the meta device, where they have no values; masks and ids as they are."""
-    return map_tensors(lambda one: one.to(META) if one.is_floating_point() else one, value)
+    """Of numbers the shapes; masks and ids as they are."""
+    return map_tensors(lambda one: Shape(tuple(one.shape), one.dtype) if one.is_floating_point() else one, value)
+
+
+def without_shapes(value: Any) -> Any:
+    """Shapes as tensors again, on the meta device."""
+    return map_tensors(lambda one: torch.empty(one.sizes, dtype=one.dtype, device=META), value, Shape)
 
 
 def without_values(value: Any) -> Any:
