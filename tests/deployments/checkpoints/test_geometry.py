@@ -31,8 +31,18 @@ def change(folder: Path, changes: Changes) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["flux_dev", "flux_schnell", "qwen_image", "sd15", "sd3_medium", "sd35_large", "sdxl"]
-    + ["wan_2_1_1_3b", "wan_2_1_14b", "wan_2_2_a14b"],
+    [
+        "flux_dev",
+        "flux_schnell",
+        "qwen_image",
+        "sd15",
+        "sd3_medium",
+        "sd35_large",
+        "sdxl",
+        "wan_2_1_1_3b",
+        "wan_2_1_14b",
+        "wan_2_2_a14b",
+    ],
 )
 def test_what_is_assumed_of_a_published_model_is_what_its_configs_say(name: str) -> None:
     """Of those with an entry; the sizes of the others are derived anyway."""
