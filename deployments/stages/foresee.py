@@ -76,6 +76,7 @@ def decode_inputs(
     """What `vae.decode` takes, call by call: [1, C, H, W], or [1, C, F, H, W] of the VAEs that know time, or, of
     those that do not, [F, C, H, W] of some frames; the most first."""
     sides = (size.height // of.latent_pixels, size.width // of.latent_pixels)
+    shapes: list[tuple[int, ...]]
     if of.frames_per_decode is not None:
         begins = range(0, size.num_frames, of.frames_per_decode)
         batches = [min(of.frames_per_decode, size.num_frames - begin) for begin in begins]
