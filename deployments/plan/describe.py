@@ -38,7 +38,8 @@ BUFFERED_BOUNDARIES = 2
 """A rank of a ring holds what crosses the cut three times: one comes, one is worked on, one goes."""
 
 
-_WEIGHTS = {"dtype", "quantization", "layerwise_casting", "tiling", "max_batch_size", "max_batch_tokens"}
+_VAE = {"slicing", "tiling"}
+_WEIGHTS = _VAE | {"dtype", "quantization", "layerwise_casting", "max_batch_size", "max_batch_tokens"}
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,8 @@ class Description:
         skeleton = skeletons["vae"]
         config = config.model_copy(update={"dtype": self._family.vae_dtype(config.dtype, skeleton.config)})
         model: Any = as_stored(skeleton, config, is_quantized=False).to(META)
+        if config.slicing:
+            model.enable_slicing()
         if config.tiling is not None:
             set_tiles(model, config.tiling)
         dtype = resolve_dtype(config.dtype)

@@ -18,7 +18,7 @@ from deployments.checkpoints.json_file import read_json
 from deployments.checkpoints.packages import import_class
 from deployments.engine.blocks import build_skeleton
 from deployments.memory.working import META
-from deployments.stages.tensors import map_tensors, without_values
+from deployments.stages.tensors import to_zeros, without_values
 
 PICTURE_TOKENS = 256
 """Of a text with a picture in it: more than any template's own, which pipelines cut off."""
@@ -54,13 +54,11 @@ class BlankTexts:
             if name == "image_encoder"
             # All hidden states of LTX-2's are a GiB, which its connectors alone read.
             else BlankTextEncoder(
-                class_name, config, device=device, dtype=self._dtype, made_on=META if self._connectors else device
+                class_name, config, device=device, dtype=self._dtype, has_values=not self._connectors
             )
             for name, (class_name, config) in self._encoders.items()
         }
-        connectors = {
-            name: BlankConnectors(skeleton, device, self._dtype) for name, skeleton in self._connectors.items()
-        }
+        connectors = {name: BlankConnectors(skeleton, self._dtype) for name, skeleton in self._connectors.items()}
         return self._tokenizers | encoders | connectors
 
 
@@ -153,18 +151,20 @@ class BlankTextEncoder(nn.Module):
     """Zeros, in the shapes that its config tells."""
 
     def __init__(
-        self, class_name: str, config: Any, *, device: torch.device, dtype: torch.dtype, made_on: torch.device
+        self, class_name: str, config: Any, *, device: torch.device, dtype: torch.dtype, has_values: bool
     ) -> None:
+        """has_values: else its zeros are on the meta device."""
         super().__init__()
         self.config, self.device, self.dtype = config, device, dtype
-        self._made_on = made_on
+        self._has_values = has_values
         self._is_projected = class_name.endswith("WithProjection")
         self.language_model = BlankLanguageModel(config.get_text_config(), dtype)
 
     def forward(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> "BlankOutput":
         batch, length = input_ids.shape
         text = self.config.get_text_config()
-        hidden = torch.zeros(batch, length, text.hidden_size, dtype=self.dtype, device=self._made_on)
+        device = input_ids.device if self._has_values else META
+        hidden = torch.zeros(batch, length, text.hidden_size, dtype=self.dtype, device=device)
         outputs = {"last_hidden_state": hidden, "hidden_states": (hidden,) * (text.num_hidden_layers + 1)}
         if self._is_projected:
             return BlankOutput({"text_embeds": hidden.new_zeros(batch, text.projection_dim), **outputs})
@@ -172,20 +172,16 @@ class BlankTextEncoder(nn.Module):
 
 
 class BlankConnectors:
-    """What makes of a text encoder's states what the denoiser takes: zeros of the shapes that it has on META."""
+    """What makes of a text encoder's states what the denoiser takes: zeros, where the text's mask is."""
 
-    def __init__(self, skeleton: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-        self._skeleton, self._device, self._dtype = skeleton, device, dtype
+    def __init__(self, skeleton: nn.Module, dtype: torch.dtype) -> None:
+        self._skeleton, self._dtype = skeleton, dtype
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, states: torch.Tensor, mask: torch.Tensor, **kwargs: Any) -> Any:
         model = copy.deepcopy(self._skeleton).to(META)
         with torch.no_grad():
-            made = model(*without_values(args), **without_values(kwargs))
-        return map_tensors(self._zeros, made)
-
-    def _zeros(self, like: torch.Tensor) -> torch.Tensor:
-        dtype = self._dtype if like.is_floating_point() else like.dtype
-        return torch.zeros(like.shape, dtype=dtype, device=self._device)
+            made = model(*without_values((states, mask)), **kwargs)
+        return to_zeros(made, mask.device, self._dtype)
 
 
 class BlankImageEncoder(nn.Module):

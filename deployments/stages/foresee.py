@@ -60,6 +60,8 @@ class DecodeForesight:
         skeletons = {name: build_skeleton(of, folder, name) for name, of in classes.items()}
         self._dtype, self._model = resolve_dtype(config.dtype), _model(skeletons["vae"], config)
         self._weights = device_bytes(stored_models(skeletons, config), config)
+        if config.slicing:
+            self._model.enable_slicing()
         if config.tiling is not None:
             set_tiles(self._model, config.tiling)
 

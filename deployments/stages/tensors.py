@@ -66,6 +66,15 @@ def to_device(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
     return map_tensors(move, value)
 
 
+def to_zeros(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """As `to_device`, of tensors without values."""
+
+    def fill(one: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(one.shape, dtype=dtype if one.is_floating_point() else one.dtype, device=device)
+
+    return map_tensors(fill, value)
+
+
 def shapes_only(value: Any) -> Any:
     """Of numbers the shapes; masks and ids as they are."""
     return map_tensors(lambda one: Shape(tuple(one.shape), one.dtype) if one.is_floating_point() else one, value)
