@@ -18,12 +18,20 @@ from deployments.checkpoints.tiny.names import TINY_FAMILIES, TINY_MODULES
 from deployments.config import ModelConfig
 from deployments.families import Geometry
 from deployments.families.calls import find_calls
+from deployments.refusal import WrongField
 from deployments.request import CallKind, GenerationRequest, InputPictures, Prompt
 from deployments.stages.call import call_arguments
 from deployments.stages.derive import ALL_FRAMES, Derived
 from deployments.warm_up import tried_size
 from serve_app.families_docs import CANNOT, UNSTAGED
-from tests.deployments.variants import build_request, denoise_staged, read_model
+from tests.deployments.variants import (
+    build_request,
+    denoise,
+    denoise_staged,
+    encode,
+    load_denoising,
+    read_model,
+)
 from tests.pictures import half_mask, picture, png
 
 QUICK = frozenset(
@@ -108,6 +116,18 @@ def test_three_stages_draw_what_the_plain_pipeline_draws(staged: str) -> None:
             check_equal(staged, kind)
         else:
             assert call.pipeline_class in CANNOT
+
+
+def test_frames_that_a_denoiser_has_no_positions_for_are_the_requests_fault() -> None:
+    """Latte takes 16, or one."""
+    request = replace(small_request("latte", "generate"), num_frames=31)
+    stage = load_denoising(model("latte"))
+    try:
+        with pytest.raises(WrongField) as raised:
+            denoise(stage, encode(model("latte"), request), request)
+    finally:
+        stage.close()
+    assert raised.value.param == "num_frames"
 
 
 def check_equal(name: str, kind: CallKind) -> None:
