@@ -122,6 +122,10 @@ class DecodeArguments:
     kwargs: Mapping[str, Any]
     is_channels_last: bool = False
     """How the latents lay in memory, which decides how a VAE's convolutions round."""
+    more: tuple["DecodeArguments", ...] = ()
+    """Of a video that is decoded in several calls: of those after the first."""
+    sound: "DecodeArguments | None" = None
+    """What it passes to `audio_vae.decode`; None: a video without sound, or a picture."""
 
     @classmethod
     def of(cls, latents: Any) -> "DecodeArguments":
@@ -134,8 +138,19 @@ class DecodeArguments:
         return self.args[0]
 
     @property
+    def calls(self) -> tuple["DecodeArguments", ...]:
+        """All of `vae.decode`, in their order."""
+        return self, *self.more
+
+    @property
+    def values(self) -> tuple[Any, ...]:
+        """All that is passed, for the sound too."""
+        sound = () if self.sound is None else self.sound.values
+        return (*((call.args, call.kwargs) for call in self.calls), *sound)
+
+    @property
     def nbytes(self) -> int:
-        return num_bytes((self.args, self.kwargs))
+        return num_bytes(self.values)
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,11 @@ NO_WARM_UP = WarmUp()
 def tried_size(of: Geometry) -> MediaSize:
     """What stages try at their start: small, but not the least, at which some blocks see a single position.
 
-    Of a video three latent frames: the first is like no other, and CogVideoX's VAE takes the others by twos.
+    Of a video three latent frames: the first is like no other, and CogVideoX's VAE takes the others by twos. But
+    no more than by default: some take no other number (Latte).
     """
     side = 2 * of.size_multiple
-    return MediaSize(side, side, 2 * of.frame_stride + 1 if of.num_frames > 1 else 1)
+    return MediaSize(side, side, min(2 * of.frame_stride + 1, of.num_frames))
 
 
 def default_request(

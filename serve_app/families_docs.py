@@ -34,9 +34,6 @@ UNSTAGED: Mapping[str, str] = {
     "kandinsky5": "chooses one of seven sizes of its own",
     "hidream": "scales the size that is asked to an area of its own",
     "hunyuan-video15-i2v": "takes its size from the picture",
-    "ltx2": "makes sound beside the video, by models that no stage has",
-    "latte": "decodes a video in several calls",
-    "animatediff": "decodes a video in several calls",
 }
 """Tiny checkpoints that are refused at start, and why."""
 CANNOT: Mapping[str, str] = {
@@ -48,9 +45,8 @@ REASONS: Mapping[str, str] = {
     "PAG": "sets attention processors on its denoiser, which is in another stage",
     "ControlNet|Adapter|Control|Transfer": "not tried: a control picture goes in",
     "^(Kandinsky(V22)?[A-Z].*Combined|KandinskyCombined|StableCascade|IF)": "several pipelines one after another",
-    "^AnimateDiff": "decodes a video in several calls",
+    "^AnimateDiffVideo": "a video goes in: not yet",
     "^LTX2.*(DFR|HDR|InContext|Condition)": "a video goes in, or another pipeline's latents: not yet",
-    "^LTX2": "makes sound beside the video, by models that no stage has",
     "^Cosmos": "needs cosmos_guardrail, which is another package",
     "VideoToVideo|LucyEdit|WanAnimate|VACE|AnyFlow|LTXCondition|EasyAnimateInpaint": "a video goes in: not yet",
     "Prior|Refine|Upscale|SuperResolution": "a part of another pipeline's work",

@@ -45,6 +45,7 @@ FOLDERS = {
     "wan_t2v_1_3b": "wan_2_1_1_3b",
     "wan_t2v_14b": "wan_2_1_14b",
     "wan22_t2v_a14b": "wan_2_2_a14b",
+    "ltx2": "ltx_2",
 }
 MODEL = {"name": "m", "checkpoint": "tiny://flux"}
 QUICK = {"flux_dev_2x16gb.yaml", "sdxl.yaml", "qwen_image_24gb.yaml", "wan22_t2v_a14b_24gb.yaml"}

@@ -19,8 +19,15 @@ ModelIndex = Mapping[str, Any]
 SEE_PICTURES = frozenset({"processor", "image_processor", "feature_extractor", "image_encoder"})
 """What the encode stage shows pictures to, of pipelines that need some. Others have an image encoder for IP-
 Adapters, or to look for what is not safe."""
-NEVER_LOADED = frozenset({"safety_checker", "watermark"}) | SEE_PICTURES
-"""Pipelines do without."""
+NEVER_LOADED = SEE_PICTURES | {"safety_checker", "watermark", "motion_adapter", "duration_head", "prompt_enhancer"}
+"""Pipelines do without: what a motion adapter holds, the UNet was saved with, and who asks says how long."""
+TEXT_PARTS = ("text_encoder", "tokenizer", "connectors")
+"""How names begin of what makes texts into what a denoiser takes."""
+VAES = frozenset({"vae", "audio_vae"})
+DECODERS = VAES | {"vocoder"}
+"""What makes pixels, and sound, of latents."""
+_NO_DENOISERS = ("Scheduler", "Guidance", "VAE", "VQModel", "Autoencoder", "Vocoder", "MotionAdapter")
+"""In names of classes."""
 
 
 def fetch_stage(model: ModelConfig, stage: Stage, dtype: Dtype) -> tuple[Path, ModelIndex]:
@@ -43,11 +50,12 @@ def stage_components(index: ModelIndex, family: Family, stage: Stage) -> frozens
     light = weightless(index)
     if stage == "encode":
         names = component_names(index)
-        texts = frozenset(n for n in names if n.startswith(("text_encoder", "tokenizer")))
+        texts = frozenset(n for n in names if n.startswith(TEXT_PARTS))
         return texts | (SEE_PICTURES & names if family.call.kind != "generate" else frozenset()) | light
     if stage == "decode":
-        return frozenset({"vae", *light})
-    return frozenset({*denoiser_names(index), *light, *(("vae",) if family.reads_vae_buffers else ())})
+        return frozenset({"vae", *(DECODERS & component_names(index)), *light})
+    buffers = VAES & component_names(index) if family.reads_vae_buffers else frozenset()
+    return frozenset({*denoiser_names(index), *light, *buffers})
 
 
 def weightless(index: ModelIndex) -> frozenset[str]:
@@ -61,9 +69,9 @@ def denoiser_names(index: ModelIndex) -> tuple[str, ...]:
 
     Of diffusers' models those that are no VAE, no scheduler and no guider: told by their classes' names.
     """
-    components, others = component_names(index), ("Scheduler", "Guidance", "VAE", "VQModel", "Autoencoder")
+    components = component_names(index)
     models = (name for name in index if name in components and index[name][0] == "diffusers")
-    return tuple(name for name in models if not any(part in index[name][1] for part in others))
+    return tuple(name for name in models if not any(part in index[name][1] for part in _NO_DENOISERS))
 
 
 def component_names(index: ModelIndex) -> frozenset[str]:
@@ -92,7 +100,7 @@ def check_served(folder: Path, index: ModelIndex, family: Family) -> None:
     if others:
         raise ValueError(
             f"{pipeline}, has a model that no stage serves: {', '.join(others)}; there are stages for text "
-            "encoders, denoisers and the VAE. Serve a checkpoint without it"
+            "encoders, denoisers and VAEs. Serve a checkpoint without it"
         )
 
 

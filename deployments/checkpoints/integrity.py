@@ -20,7 +20,7 @@ from deployments.checkpoints.components import (
     stage_components,
 )
 from deployments.checkpoints.json_file import read_json, read_settings
-from deployments.checkpoints.packages import describe_missing, is_public
+from deployments.checkpoints.packages import describe_missing, is_public, library_of
 from deployments.checkpoints.parts import find_part_faults, find_parts
 from deployments.checkpoints.source import fetch_checkpoint, fetch_configs
 from deployments.checkpoints.weights import (
@@ -105,14 +105,15 @@ def _find_component_faults(
     folder: Path, entry: Sequence[str], variants: Sequence[str | None], config: StageConfig, part: Path | None
 ) -> Iterator[str]:
     """part: the file that its weights are in, if they are in none of the folder."""
-    library, class_name = entry
+    package, class_name = entry
+    library = library_of(package)
     if not folder.is_dir() or not any(folder.iterdir()):
         yield f"{folder} is empty: fetch the checkpoint again"
         return
     if library not in LIBRARIES:
         yield f"{folder}: its class {class_name} is of {library}; only diffusers and transformers are loaded here"
         return
-    yield from _find_class_faults(folder, library, class_name)
+    yield from _find_class_faults(folder, package, class_name)
     if folder.name.startswith("tokenizer"):
         yield from _find_tokenizer_faults(folder)
     elif folder.name in SEE_PICTURES - {"image_encoder"}:
@@ -147,11 +148,11 @@ def _find_config_faults(path: Path) -> list[str]:
     return faults
 
 
-def _find_class_faults(folder: Path, library: str, class_name: str) -> Iterator[str]:
+def _find_class_faults(folder: Path, package: str, class_name: str) -> Iterator[str]:
     """Of transformers' classes no file has all names, and loading them tells of a missing one well enough."""
-    if library != "diffusers":
+    if library_of(package) != "diffusers":
         return
-    if not is_public(class_name):
+    if not is_public(class_name, package):
         yield (
             f"{folder}: diffusers {version('diffusers')} has no class {class_name}: install a newer diffusers, or "
             "mend model_index.json"

@@ -1,9 +1,14 @@
-"""Packages that a class of diffusers needs and that are not installed: its sources tell, nothing is imported."""
+"""Where a component's class is, and which packages it needs that are not installed: diffusers' sources tell.
 
+Nothing is imported to tell it.
+"""
+
+import importlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 from deployments.families.calls import diffusers_folder
 
@@ -15,9 +20,22 @@ _DISTRIBUTIONS = {"opencv": "opencv-python", "onnx": "onnxruntime"}
 """As above, and not pip's."""
 
 
-def is_public(class_name: str) -> bool:
-    """Whether the installed diffusers has a class of that name."""
-    return f'"{class_name}"' in _names()
+def library_of(package: str) -> str:
+    """Of a component's entry in model_index.json, or "diffusers" where one of its pipelines has a class for itself
+    (LTX-2's vocoder)."""
+    return "diffusers" if _is_pipeline(package) else package
+
+
+def import_class(entry: Sequence[str]) -> Any:
+    """entry: package and class, as a checkpoint's index says of a component. Raises AttributeError."""
+    package, class_name = entry
+    module = f"diffusers.pipelines.{package}" if _is_pipeline(package) else package
+    return getattr(importlib.import_module(module), class_name)
+
+
+def is_public(class_name: str, package: str = "diffusers") -> bool:
+    """Whether the installed diffusers, or that package of its pipelines, has a class of that name."""
+    return f'"{class_name}"' in _names(package)
 
 
 def missing_packages(class_name: str) -> list[str]:
@@ -36,8 +54,14 @@ def describe_missing(class_name: str) -> str | None:
 
 
 @cache
-def _names() -> str:
-    return (diffusers_folder() / "__init__.py").read_text(encoding="utf-8")
+def _is_pipeline(package: str) -> bool:
+    return package.isidentifier() and (diffusers_folder() / "pipelines" / package / "__init__.py").is_file()
+
+
+@cache
+def _names(package: str) -> str:
+    folder = diffusers_folder() / "pipelines" / package if _is_pipeline(package) else diffusers_folder()
+    return (folder / "__init__.py").read_text(encoding="utf-8")
 
 
 @cache

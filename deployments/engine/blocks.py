@@ -28,6 +28,7 @@ CHAINS: Mapping[str, tuple[str, ...]] = {
     "BriaTransformer2DModel": ("transformer_blocks", "single_transformer_blocks"),
     "HiDreamImageTransformer2DModel": ("double_stream_blocks", "single_stream_blocks"),
     "Kandinsky5Transformer3DModel": ("visual_transformer_blocks",),
+    "Kandinsky6Transformer3DModel": ("visual_transformer_blocks",),
     "Lumina2Transformer2DModel": ("layers",),
     "LuminaNextDiT2DModel": ("layers",),
     "PRXTransformer2DModel": ("blocks",),

@@ -41,13 +41,15 @@ class Geometry:
     num_frames: int = 1
     frame_stride: int = 1
     """Frames to a latent one; num_frames must be 1 more than a multiple of this."""
+    frames_per_decode: int | None = None
+    """Of a video whose VAE knows no time: how many frames the pipeline has it decode at once."""
     max_side: int | None = None
     """Pixels each way that the denoiser has positions for; None: any."""
 
     def __post_init__(self) -> None:
         """Raises ValueError."""
         for name, value in vars(self).items():
-            is_unsaid = value is None and name in ("width", "height", "max_side")
+            is_unsaid = value is None and name in ("width", "height", "max_side", "frames_per_decode")
             if not is_unsaid and not (isinstance(value, int) and value >= 1):
                 raise ValueError(f"{name} comes to {value!r}, and must be 1 or more")
 

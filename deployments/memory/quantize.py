@@ -12,8 +12,8 @@ from deployments.memory.config import Dtype, QuantizationConfig
 
 
 def plan_quantization(config: QuantizationConfig, dtype: Dtype, library: str) -> Any:
-    """`quantization_config` of one model's `from_pretrained`; library: "diffusers" or "transformers"."""
-    kind: Any = (diffusers if library == "diffusers" else transformers).BitsAndBytesConfig
+    """`quantization_config` of one model's `from_pretrained`; library: transformers, or else of diffusers."""
+    kind: Any = (transformers if library == "transformers" else diffusers).BitsAndBytesConfig
     skip = list(config.skip_modules) or None
     if config.kind == "int8":
         # It tells of every layer, at every forward, that it computes in float16: 14,000 lines a picture of FLUX.

@@ -1,7 +1,6 @@
 """A checkpoint's configs and the stages' settings to bytes. Builds every model on the meta device, once."""
 
 import copy
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -18,6 +17,7 @@ from transformers import AutoConfig, PreTrainedModel
 from deployments.checkpoints.components import Stage, stage_components
 from deployments.checkpoints.geometry import with_geometry
 from deployments.checkpoints.json_file import read_json
+from deployments.checkpoints.packages import import_class
 from deployments.checkpoints.parts import GGUF, find_parts
 from deployments.checkpoints.source import fetch_configs
 from deployments.config import EncoderConfig, ModelConfig, StageConfig, TransformerConfig, VaeConfig
@@ -38,7 +38,8 @@ BUFFERED_BOUNDARIES = 2
 """A rank of a ring holds what crosses the cut three times: one comes, one is worked on, one goes."""
 
 
-_WEIGHTS = {"dtype", "quantization", "layerwise_casting", "tiling", "max_batch_size", "max_batch_tokens"}
+_VAE = {"slicing", "tiling"}
+_WEIGHTS = _VAE | {"dtype", "quantization", "layerwise_casting", "max_batch_size", "max_batch_tokens"}
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,8 @@ class Description:
         stored, peaks = {}, []
         for name, skeleton in self._skeletons("encode").items():
             stored[name] = as_stored(skeleton, config, is_quantized=config.quantizes(name))
+            if not isinstance(skeleton, PreTrainedModel):  # connectors, which take little beside the encoder
+                continue
             model = as_stored(skeleton, config, is_quantized=False).to(META)
             longest = getattr(skeleton.config, "max_position_embeddings", None) or num_text_tokens
             tokens = torch.empty(1, min(num_text_tokens or longest, longest), dtype=torch.long, device=META)
@@ -147,25 +150,27 @@ class Description:
 
     def _describe_vae(self, key: str, sizes: tuple[MediaSize, ...]) -> tuple[dict[str, nn.Module], int]:
         config = VaeConfig.model_validate_json(key)
-        skeleton: Any = self._skeletons("decode")["vae"]
+        skeletons: Mapping[str, Any] = self._skeletons("decode")
+        skeleton = skeletons["vae"]
         config = config.model_copy(update={"dtype": self._family.vae_dtype(config.dtype, skeleton.config)})
         model: Any = as_stored(skeleton, config, is_quantized=False).to(META)
+        if config.slicing:
+            model.enable_slicing()
         if config.tiling is not None:
             set_tiles(model, config.tiling)
         dtype = resolve_dtype(config.dtype)
         calls = [
-            partial(model.decode, decode_inputs(skeleton.config, self._model.geometry, size, dtype))
+            partial(model.decode, decode_inputs(skeleton.config, self._model.geometry, size, dtype)[0])
             for size in sizes
         ]
         peak = max(working_bytes(model, call) for call in calls)
-        return {"vae": as_stored(skeleton, config)}, peak
+        return stored_models(skeletons, config), peak
 
     def _build_skeletons(self, stage: Stage) -> dict[str, nn.Module]:
         """The stage's models on the meta device, by component."""
         skeletons: dict[str, nn.Module] = {}
         for name in sorted(stage_components(self._index, self._family, stage)):
-            library, class_name = self._index[name]
-            model_class = getattr(importlib.import_module(library), class_name)
+            model_class = import_class(self._index[name])
             if issubclass(model_class, ModelMixin):
                 skeletons[name] = build_skeleton(model_class, self._folder, name)
             elif issubclass(model_class, PreTrainedModel):

@@ -1,5 +1,6 @@
 """What the models of a checkpoint are called with for a picture of some size: tensors on the meta device."""
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -14,7 +15,6 @@ from deployments.request import MediaSize
 from deployments.stages.blank import BlankTexts
 from deployments.stages.call import PipelineCall
 from deployments.stages.pipeline import load_pipeline
-from deployments.stages.stub import reach
 from deployments.stages.zeros import Zeros
 from deployments.warm_up import default_request
 
@@ -34,7 +34,7 @@ def first_inputs(
     def submit(component: str, inputs: Inputs) -> Any:
         found.setdefault(component, inputs)
         if len(found) == len(denoisers.skeletons):
-            reach()  # as the VAE would be, which ends the call
+            raise _AllAsked
         return zeros(component, inputs)
 
     pipe = load_pipeline(denoisers.folder, denoisers.index, weightless(denoisers.index), config, variant=None)
@@ -42,13 +42,18 @@ def first_inputs(
     models = stand_ins(denoisers.skeletons, dtype=denoisers.dtype, device=cpu, submit=submit)
     blank = BlankTexts(denoisers.folder, denoisers.index, denoisers.dtype).on(cpu)
     call = PipelineCall(pipe, model.architecture.call)
-    call.denoise(
-        request,
-        {**models, **blank},
-        pictures=call.blank_pictures(request),
-        max_sequence_length=num_text_tokens or None,
-    )
+    with suppress(_AllAsked):
+        call.denoise(
+            request,
+            {**models, **blank},
+            pictures=call.blank_pictures(request),
+            max_sequence_length=num_text_tokens or None,
+        )
     return found
+
+
+class _AllAsked(BaseException):
+    """Ends the call: no `Exception`, which somebody might take for a fault."""
 
 
 def merged_inputs(model: nn.Module, config: TransformerConfig, inputs: Inputs) -> tuple[Inputs, int]:

@@ -4,6 +4,7 @@ The denoise stage has no text encoders; what it tries, warms up and foresees nee
 same.
 """
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,10 @@ from transformers import AutoConfig
 
 from deployments.checkpoints.components import ModelIndex, component_names
 from deployments.checkpoints.json_file import read_json
+from deployments.checkpoints.packages import import_class
+from deployments.engine.blocks import build_skeleton
+from deployments.memory.working import META
+from deployments.stages.tensors import to_zeros, without_values
 
 PICTURE_TOKENS = 256
 """Of a text with a picture in it: more than any template's own, which pipelines cut off."""
@@ -30,6 +35,7 @@ class BlankTexts:
         self._dtype = dtype
         self._tokenizers: dict[str, Any] = {}
         self._encoders: dict[str, tuple[str, Any]] = {}
+        self._connectors: dict[str, nn.Module] = {}
         for name in component_names(index):
             if name.startswith("tokenizer"):
                 self._tokenizers[name] = BlankTokenizer(folder / name)
@@ -38,22 +44,28 @@ class BlankTexts:
             elif name.startswith("text_encoder") or name == "image_encoder":
                 config = AutoConfig.from_pretrained(folder / name, local_files_only=True)
                 self._encoders[name] = index[name][1], config
+            elif name == "connectors":
+                self._connectors[name] = build_skeleton(import_class(index[name]), folder, name)
 
     def on(self, device: torch.device) -> dict[str, Any]:
         """By component name, for one call of the pipeline there."""
         encoders = {
             name: BlankImageEncoder(config, device=device, dtype=self._dtype)
             if name == "image_encoder"
-            else BlankTextEncoder(class_name, config, device=device, dtype=self._dtype)
+            # All hidden states of LTX-2's are a GiB, which its connectors alone read.
+            else BlankTextEncoder(
+                class_name, config, device=device, dtype=self._dtype, has_values=not self._connectors
+            )
             for name, (class_name, config) in self._encoders.items()
         }
-        return self._tokenizers | encoders
+        connectors = {name: BlankConnectors(skeleton, self._dtype) for name, skeleton in self._connectors.items()}
+        return self._tokenizers | encoders | connectors
 
 
 class BlankTokenizer:
     """Every text is as long as the call lets it be."""
 
-    pad_token_id = 0
+    pad_token, pad_token_id = "", 0
 
     def __init__(self, folder: Path) -> None:
         file = folder / "tokenizer_config.json"
@@ -138,20 +150,38 @@ class BlankTokens(dict[str, Any]):
 class BlankTextEncoder(nn.Module):
     """Zeros, in the shapes that its config tells."""
 
-    def __init__(self, class_name: str, config: Any, *, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, class_name: str, config: Any, *, device: torch.device, dtype: torch.dtype, has_values: bool
+    ) -> None:
+        """has_values: else its zeros are on the meta device."""
         super().__init__()
         self.config, self.device, self.dtype = config, device, dtype
+        self._has_values = has_values
         self._is_projected = class_name.endswith("WithProjection")
         self.language_model = BlankLanguageModel(config.get_text_config(), dtype)
 
     def forward(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> "BlankOutput":
         batch, length = input_ids.shape
         text = self.config.get_text_config()
-        hidden = torch.zeros(batch, length, text.hidden_size, dtype=self.dtype, device=input_ids.device)
+        device = input_ids.device if self._has_values else META
+        hidden = torch.zeros(batch, length, text.hidden_size, dtype=self.dtype, device=device)
         outputs = {"last_hidden_state": hidden, "hidden_states": (hidden,) * (text.num_hidden_layers + 1)}
         if self._is_projected:
             return BlankOutput({"text_embeds": hidden.new_zeros(batch, text.projection_dim), **outputs})
         return BlankOutput(outputs | {"pooler_output": hidden.new_zeros(batch, text.hidden_size)})
+
+
+class BlankConnectors:
+    """What makes of a text encoder's states what the denoiser takes: zeros, where the text's mask is."""
+
+    def __init__(self, skeleton: nn.Module, dtype: torch.dtype) -> None:
+        self._skeleton, self._dtype = skeleton, dtype
+
+    def __call__(self, states: torch.Tensor, mask: torch.Tensor, **kwargs: Any) -> Any:
+        model = copy.deepcopy(self._skeleton).to(META)
+        with torch.no_grad():
+            made = model(*without_values((states, mask)), **kwargs)
+        return to_zeros(made, mask.device, self._dtype)
 
 
 class BlankImageEncoder(nn.Module):

@@ -2,7 +2,7 @@
 
 encode   runs until the denoiser is asked, and keeps what the methods returned that reach a text encoder
 prepare  (where pictures go in) answers those methods with it, and keeps what `vae.encode` returned until then
-denoise  answers both, and runs until the VAE is asked to decode: with what, is the result
+denoise  answers both, and runs until the VAEs have been asked to decode all: with what, is the result
 """
 
 import copy
@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from inspect import signature
-from types import MethodType
 from typing import Any, NamedTuple
 
 import diffusers
@@ -21,18 +20,20 @@ import torch
 from deployments.families import Call
 from deployments.refusal import WrongField, describe_cause
 from deployments.request import CallKind, DecodeArguments, Encodings, GenerationRequest
+from deployments.stages.decodes import Decodes
 from deployments.stages.draws import Draws
 from deployments.stages.encoding_methods import encoding_methods
 from deployments.stages.pictures import blank_pictures, picture_arguments
-from deployments.stages.posterior import Encode, EncodingVae, blank
+from deployments.stages.posterior import ChangedVae, Encode, blank
+from deployments.stages.steps import AfterStep, watch_steps
 from deployments.stages.stub import Reached
+from deployments.stages.tensors import shapes_only, without_shapes
 
 log = logging.getLogger("ray.serve")
 
 Method = Callable[..., Any]
-AfterStep = Callable[[Any, int, torch.Tensor], None]
-"""(scheduler, index of the timestep that is done, latents after it)"""
-
+CONNECTORS = "connectors"
+"""The component that makes all hidden states of a text encoder, a GiB of LTX-2's, into what a denoiser takes."""
 
 Pictures = Mapping[str, Any]
 """`image`, a list, `mask_image` and `control_image`: pictures.py opens them."""
@@ -79,13 +80,18 @@ class PipelineCall:
         """place: puts what the encode stage kept where this stage computes, each time it is asked for."""
         self._pipe, self._place = pipe, place
         self.asked = call
-        encoders = {name for name in pipe.components if name.startswith("text_encoder")} | {"image_encoder"}
+        encoders = {name for name in pipe.components if name.startswith("text_encoder")}
+        encoders |= {"image_encoder", CONNECTORS}
         self._stateful = [name for name in pipe.components if name == "scheduler" or name.endswith("guider")]
         pipeline_class: Any = type(pipe)
         self._methods = encoding_methods(pipeline_class, frozenset(encoders))
 
     def __str__(self) -> str:
         return f"{type(self._pipe).__name__} with {type(self._pipe.scheduler).__name__}"
+
+    def kept(self, method: str, value: Any) -> Any:
+        """What is kept of what an encoding method returned: of what connectors alone read, the shapes."""
+        return shapes_only(value) if CONNECTORS in self._methods and method != CONNECTORS else value
 
     def encode(
         self,
@@ -138,13 +144,8 @@ class PipelineCall:
         vars(pipe).update(components)
         if encodings is not None:
             self._replay(pipe, encodings)
-        if draws is not None or after_step is not None:
-            _watch_steps(pipe.scheduler, draws, after_step)
-        try:
+        with watch_steps(pipe.scheduler, draws, after_step):
             return self._until_decode(pipe, request, pictures, max_sequence_length)
-        finally:
-            # It holds its scheduler and, by after_step, the pictures: a cycle that nobody would collect for long.
-            vars(pipe.scheduler).pop("step", None)
 
     def finish(
         self,
@@ -175,7 +176,7 @@ class PipelineCall:
         pipe = copy.copy(self._pipe)
         # Not by setattr, which would write each into the pipeline's config.
         vars(pipe).update({name: copy.deepcopy(getattr(self._pipe, name)) for name in self._stateful})
-        vars(pipe)["vae"] = EncodingVae(self._pipe.vae, encode)
+        vars(pipe)["vae"] = ChangedVae(self._pipe.vae, encode=encode)
         return pipe
 
     def _replay(self, pipe: Any, encodings: Encodings) -> None:
@@ -186,7 +187,7 @@ class PipelineCall:
                 if not left or left[0][0] != name:
                     there = left[0][0] if left else "nothing"
                     raise RuntimeError(f"{self} calls {name} where the encode stage's called {there}")
-                return self._place(left.popleft()[1])
+                return self._place(without_shapes(left.popleft()[1]))
 
             return replayed
 
@@ -195,19 +196,18 @@ class PipelineCall:
     def _until_decode(
         self, pipe: Any, request: GenerationRequest, pictures: Pictures, max_sequence_length: int | None
     ) -> DecodeArguments:
-        try:
+        decodes = Decodes(self.asked.media)
+        decodes.attach(pipe)
+        with suppress(Reached):
             self._run(pipe, request, pictures, max_sequence_length)
-        except Reached as reached:
-            args, kwargs = reached.arguments
-            return DecodeArguments(
-                args, {n: v for n, v in kwargs.items() if n not in {"generator", "return_dict"}}
-            )
-        raise RuntimeError(f"{self} ended without decoding anything")
+        if decodes.arguments is None:
+            raise RuntimeError(f"{self} ended without decoding anything")
+        return decodes.arguments
 
     def _run(
         self, pipe: Any, request: GenerationRequest, pictures: Pictures, max_sequence_length: int | None
     ) -> None:
-        """Always ends by an exception: Reached, or a fault."""
+        """To its end, or to an exception: Reached, or a fault."""
         arguments = call_arguments(type(pipe), request, max_sequence_length)
         size = (request.width, request.height) if request.width else None
         pipe(**arguments | picture_arguments(self.asked, pictures, size))
@@ -271,25 +271,3 @@ class _Step(NamedTuple):
 
     prev_sample: torch.Tensor
     pred_original_sample: torch.Tensor
-
-
-def _watch_steps(scheduler: Any, draws: Draws | None, after_step: AfterStep | None) -> None:
-    """In place. A bound method with the signature of the original: pipelines read from it whether to pass a
-    generator, and those that copy their scheduler copy it too."""
-    original = type(scheduler).step
-    drawing = original if draws is None else draws.within(original)
-    # Of a picture that is drawn anew, the first timesteps are left out.
-    num_done: int | None = None
-
-    @functools.wraps(original)
-    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal num_done
-        if num_done is None:
-            num_done = getattr(self, "begin_index", None) or 0
-        result = drawing(self, *args, **kwargs)
-        num_done += 1
-        if after_step is not None:
-            after_step(self, num_done - 1, result[0])
-        return result
-
-    vars(scheduler)["step"] = MethodType(step, scheduler)

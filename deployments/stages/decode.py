@@ -1,6 +1,8 @@
-"""Latents to pixels; and pictures that go in to what their latents are drawn from."""
+"""Latents to pixels and sound; and pictures that go in to what their latents are drawn from."""
 
 import logging
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -31,7 +33,7 @@ from deployments.stages.call import PipelineCalls
 from deployments.stages.call_key import call_key
 from deployments.stages.finite import FiniteCheck, dtype_advice
 from deployments.stages.foresee import DecodeForesight, decode_inputs
-from deployments.stages.media import MEDIA_TYPES, Frames, encode_media
+from deployments.stages.media import MEDIA_TYPES, Frames, Sound, encode_media
 from deployments.stages.pictures import open_pictures
 from deployments.stages.pipeline import load_pipeline, loaded_models
 from deployments.stages.posterior import given, kept
@@ -42,7 +44,7 @@ log = logging.getLogger("ray.serve")
 
 
 class Decoding:
-    """The checkpoint's VAE."""
+    """The checkpoint's VAE, and what makes a video's sound."""
 
     def __init__(self, model: ModelConfig, config: VaeConfig) -> None:
         torch.set_num_threads(config.num_threads)
@@ -59,6 +61,7 @@ class Decoding:
         with turn_to_load(config, self._device), share.naming():
             self._pipe = load_pipeline(folder, index, keep, config, variant=model.variant)
             vae = self._pipe.vae
+            self._sound_dtype = resolve_dtype(config.dtype)
             dtype = self._family.vae_dtype(config.dtype, vae.config)
             self._dtype = resolve_dtype(dtype)
             if dtype != config.dtype:
@@ -75,7 +78,8 @@ class Decoding:
         self._calls = PipelineCalls(self._pipe, self._family.calls)
         self._foresee: DecodeForesight | None = None
         if self.keeper.needs.is_limited:
-            self._foresee = DecodeForesight(type(self._pipe.vae), folder, config, self._geometry)
+            classes = {name: type(model) for name, model in loaded_models(self._pipe).items()}
+            self._foresee = DecodeForesight(classes, folder, config, self._geometry)
         if config.compile is None and not config.moves_weights:  # else it would cost what a request costs
             self._try()
 
@@ -85,7 +89,7 @@ class Decoding:
         size = tried_size(self._geometry)
         try:
             with self.keeper.at_work():
-                self._pixels(self._blank(size), size)
+                self._check_size(torch.cat([self._pixels(call) for call in self._blank(size).calls]).shape, size)
         except Exception as error:  # VAEs raise what they like
             raise CannotServe(
                 f"the decode stage cannot run {type(self._pipe.vae).__name__}: {describe_cause(error)}"
@@ -99,8 +103,9 @@ class Decoding:
             self.decode_media(self._blank(request.size), request)
 
     def _blank(self, size: MediaSize) -> DecodeArguments:
-        empty = decode_inputs(self._pipe.vae.config, self._geometry, size, self._dtype)
-        return DecodeArguments.of(torch.zeros_like(empty, device="cpu"))
+        inputs = decode_inputs(self._pipe.vae.config, self._geometry, size, self._dtype)
+        first, *more = (DecodeArguments.of(torch.zeros_like(empty, device="cpu")) for empty in inputs)
+        return replace(first, more=tuple(more))
 
     def check(self, request: GenerationRequest) -> None:
         """Raises NeverFits. Thread-safe; takes up to seconds the first time for a size."""
@@ -169,21 +174,38 @@ class Decoding:
 
     def _decode(self, arguments: DecodeArguments, request: GenerationRequest) -> Frames:
         """What lay on the device for it is free again; frames leave it one by one, for float pixels are large."""
-        frames = torch.split(self._pixels(arguments, request.size), 1)
-        return np.concatenate([self._to_uint8(frame) for frame in frames])
-
-    def _pixels(self, arguments: DecodeArguments, size: MediaSize) -> torch.Tensor:
-        """[F, C, H, W], on the device."""
-        args, kwargs = to_device((arguments.args, dict(arguments.kwargs)), self._device, self._dtype)
-        args = (laid(args[0], arguments.is_channels_last), *args[1:])
-        pixels: torch.Tensor = self._pipe.vae.decode(*args, **kwargs, return_dict=False)[0]
-        frames = pixels[0].transpose(0, 1) if pixels.ndim == 5 else pixels
-        self._check_size(frames, size)
+        pixels = map(self._pixels, arguments.calls)
+        frames = np.concatenate([self._to_uint8(frame) for some in pixels for frame in torch.split(some, 1)])
+        self._check_size((len(frames), 3, *frames.shape[1:3]), request.size)
         return frames
 
-    def _check_size(self, frames: torch.Tensor, size: MediaSize) -> None:
-        """The last word on sizes: a VAE whose config says another factor than it has."""
-        num_frames, _, height, width = frames.shape
+    def _pixels(self, call: DecodeArguments) -> torch.Tensor:
+        """[F, C, H, W], on the device."""
+        args, kwargs = to_device((call.args, dict(call.kwargs)), self._device, self._dtype)
+        args = (laid(args[0], call.is_channels_last), *args[1:])
+        pixels: torch.Tensor = self._pipe.vae.decode(*args, **kwargs, return_dict=False)[0]
+        if self._geometry.frames_per_decode is not None:
+            return pixels.float()  # as each pipeline does that puts a video together of frames
+        return pixels[0].transpose(0, 1) if pixels.ndim == 5 else pixels
+
+    @torch.no_grad()
+    def decode_sound(self, call: DecodeArguments) -> Sound:
+        """The call's own `audio_vae.decode`, and the vocoder after it. Raises NotFinite, OutOfShare."""
+        vae, vocoder = self._pipe.audio_vae, self._pipe.vocoder
+        try:
+            with self.keeper.at_work():
+                args, kwargs = to_device((call.args, dict(call.kwargs)), self._device, self._sound_dtype)
+                made = vocoder(vae.decode(*args, **kwargs, return_dict=False)[0])
+                samples = made if isinstance(made, torch.Tensor) else made[0]
+                self.finite.check(samples, self._explain_sound)
+                rate = vocoder.config.get("output_sampling_rate") or vae.config.sample_rate
+                return Sound(samples[0].float().cpu().numpy(), rate)
+        finally:
+            self.keeper.release()
+
+    def _check_size(self, shape: Sequence[int], size: MediaSize) -> None:
+        """The last word on sizes: a VAE whose config says another factor than it has. shape: [F, C, H, W]"""
+        num_frames, _, height, width = shape
         made = MediaSize(width, height, num_frames if self._family.media == "video" else size.num_frames)
         if made != size:
             raise ValueError(
@@ -194,6 +216,10 @@ class Decoding:
     def _explain(self) -> str:
         advice = dtype_advice("vae.dtype", self._dtype)
         return f"the pixels that {type(self._pipe.vae).__name__} decoded are NaN or infinite: {advice}"
+
+    def _explain_sound(self) -> str:
+        advice = dtype_advice("vae.dtype", self._sound_dtype)
+        return f"the sound that {type(self._pipe.vocoder).__name__} made is NaN or infinite: {advice}"
 
     def _explain_encoded(self) -> str:
         advice = dtype_advice("vae.dtype", self._dtype)
@@ -211,6 +237,7 @@ class Decoding:
         data = encode_media(
             self.decode(arguments, request),
             request.output_format,
+            sound=None if arguments.sound is None else self.decode_sound(arguments.sound),
             compression=request.output_compression,
             fps=request.fps,
         )

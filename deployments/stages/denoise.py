@@ -15,7 +15,7 @@ from cluster.object_store_transport import open_mailboxes
 from cluster.open_transport import open_transport
 from cluster.place import Place, Rendezvous, plan_backend
 from cluster.transport import open_store
-from deployments.checkpoints.components import weightless
+from deployments.checkpoints.components import VAES, weightless
 from deployments.checkpoints.geometry import read_geometry, with_geometry
 from deployments.config import ModelConfig, TransformerConfig
 from deployments.device import resolve_dtype
@@ -31,7 +31,7 @@ from deployments.engine.work import Leader
 from deployments.refusal import CannotServe, WrongField, describe_cause
 from deployments.request import DecodeArguments, Encodings, GenerationRequest, InputPictures, Posteriors
 from deployments.stages.blank import BlankTexts
-from deployments.stages.call import AfterStep, Pictures, PipelineCalls
+from deployments.stages.call import Pictures, PipelineCalls
 from deployments.stages.draws import Draws
 from deployments.stages.finite import FiniteCheck, dtype_advice
 from deployments.stages.follow import rank_stats
@@ -40,6 +40,7 @@ from deployments.stages.partial import PartialLatents
 from deployments.stages.pictures import open_pictures
 from deployments.stages.pipeline import load_pipeline
 from deployments.stages.posterior import Encode, replay
+from deployments.stages.steps import AfterStep
 from deployments.stages.tensors import each_tensor, lies_channels_last, to_cpu, to_device
 from deployments.stages.trial import Trial
 from deployments.stages.zeros import Zeros
@@ -66,7 +67,8 @@ class Denoising:
         self._check_geometry(model)
         folder, index = self._denoisers.folder, self._denoisers.index
         pipe = load_pipeline(folder, index, weightless(index), config, variant=model.variant)
-        pipe.vae.dtype = resolve_dtype(model.vae_dtype or config.dtype)
+        for vae in filter(None, map(pipe.components.get, VAES)):
+            vae.dtype = resolve_dtype(model.vae_dtype or config.dtype)
         # Not once for the whole request: many a pipeline joins what it gets, and has no more need of it.
         place = partial(to_device, device=self._denoisers.device, dtype=self._denoisers.dtype)
         self._calls = PipelineCalls(pipe, self._family.calls, place)
@@ -213,7 +215,7 @@ class Denoising:
                     field = pictures.field
                 message = f"{call} does not take this {field}: {describe_cause(error)}"
                 raise WrongField(message, field) from error
-            for tensor in each_tensor((arguments.args, arguments.kwargs)):
+            for tensor in each_tensor(arguments.values):
                 self.finite.check(tensor, partial(self._explain, request))
             return _to_cpu(arguments)
 
@@ -285,6 +287,11 @@ def _num_done(scheduler: Any, index: int, num_inference_steps: int) -> int:
     return max(0, num_done)
 
 
-def _to_cpu(arguments: DecodeArguments) -> DecodeArguments:
-    is_channels_last = lies_channels_last(arguments.latents)
-    return DecodeArguments(to_cpu(arguments.args), to_cpu(arguments.kwargs), is_channels_last)
+def _to_cpu(of: DecodeArguments) -> DecodeArguments:
+    return DecodeArguments(
+        to_cpu(of.args),
+        to_cpu(of.kwargs),
+        is_channels_last=lies_channels_last(of.latents),
+        more=tuple(map(_to_cpu, of.more)),
+        sound=None if of.sound is None else _to_cpu(of.sound),
+    )

@@ -7,14 +7,15 @@ In a process of its own, for it imports torch, and who asks does not.
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 
-from deployments.checkpoints.components import read_index, weightless
+from deployments.checkpoints.components import VAES, read_index, weightless
 from deployments.config import TransformerConfig
 from deployments.engine.load import build_skeletons
 from deployments.engine.stand_in import stand_ins
@@ -25,7 +26,7 @@ from deployments.stages.blank import BlankTexts
 from deployments.stages.call import PipelineCalls
 from deployments.stages.pictures import blank_pictures
 from deployments.stages.pipeline import load_pipeline
-from deployments.stages.zeros import Zeros, decoded_shape
+from deployments.stages.zeros import Zeros, decoded_size
 
 CPU = torch.device("cpu")
 NUM_STEPS = 4
@@ -36,6 +37,8 @@ WIDTH, HEIGHT = 5, 3
 """Times a multiple: odd, so that a pipeline that wants twice as much is found out."""
 NUM_FRAMES = 25
 """One more than a multiple of 2, 3, 4, 6 and 8, which VAEs make one latent frame of."""
+ALL_FRAMES = 1 << 30
+"""Decoded at once: as many as somebody asks for."""
 PICTURE = 1024
 """Pixels each way of one that goes in where the size by default is asked for."""
 
@@ -70,16 +73,16 @@ class Derived:
 
     def geometry(self) -> Geometry:
         """Found by calls that compute nothing: of the size by default, and of small ones."""
-        for multiple in MULTIPLES:
-            asked = MediaSize(WIDTH * multiple, HEIGHT * multiple, NUM_FRAMES if self._is_video else 1)
-            latents = self._decoded(self._kind, asked)
-            if latents is not None and self._made(latents) == asked:
+        for num_frames, multiple in product(self._tried_frames(self._kind), MULTIPLES):
+            asked = MediaSize(WIDTH * multiple, HEIGHT * multiple, num_frames)
+            arguments = self._decoded(self._kind, asked)
+            if arguments is not None and self._made(arguments) == asked:
                 break
         else:
             raise ValueError("it chooses another size than it is asked for")
-        _, channels, *num_latent, _, width = latents.latents.shape
-        pixels = asked.width // width
-        stride = (NUM_FRAMES - 1) // (num_latent[0] - 1) if self._is_video else 1
+        latents = arguments.latents
+        pixels = asked.width // latents.shape[-1]
+        stride = self._frame_stride(latents, num_frames)
         usual = self._decoded(self._kind, None)
         if usual is None:
             raise ValueError("it makes nothing of a request that says no size")
@@ -88,10 +91,27 @@ class Derived:
             height=usual.latents.shape[-2] * pixels,
             size_multiple=multiple,
             latent_pixels=pixels,
-            latent_channels=channels,
+            latent_channels=latents.shape[1],
             num_frames=self._num_frames(usual, stride),
             frame_stride=stride,
+            frames_per_decode=self._frames_per_decode(arguments),
         )
+
+    def _tried_frames(self, call: Call) -> tuple[int, ...]:
+        """Some denoisers take as many frames as their call makes by default, and no others (Latte)."""
+        return tuple(dict.fromkeys((NUM_FRAMES, call.num_frames))) if call.media == "video" else (1,)
+
+    def _frame_stride(self, latents: torch.Tensor, num_frames: int) -> int:
+        if not self._is_video:
+            return 1
+        if latents.ndim == 5:
+            return (num_frames - 1) // (latents.shape[2] - 1)
+        return 1 if num_frames == NUM_FRAMES else num_frames - 1
+
+    def _frames_per_decode(self, arguments: DecodeArguments) -> int | None:
+        if not self._is_video or arguments.latents.ndim == 5:
+            return None
+        return len(arguments.latents) if arguments.more else ALL_FRAMES
 
     def _num_frames(self, usual: DecodeArguments, stride: int) -> int:
         """Of a request that does not say: as the call declares, or, where it asks the denoiser, as it makes."""
@@ -102,14 +122,17 @@ class Derived:
     def _draws(self, call: Call, geometry: Geometry) -> bool:
         """Whether this kind of call runs over the checkpoint's components, and makes the size that is asked."""
         multiple = geometry.size_multiple
-        asked = MediaSize(WIDTH * multiple, HEIGHT * multiple, NUM_FRAMES if call.media == "video" else 1)
-        latents = self._decoded(call, asked)
-        return latents is not None and self._made(latents) == asked
+        for num_frames in self._tried_frames(call):
+            asked = MediaSize(WIDTH * multiple, HEIGHT * multiple, num_frames)
+            arguments = self._decoded(call, asked)
+            if arguments is not None and self._made(arguments) == asked:
+                return True
+        return False
 
     @property
     def _has_vae_buffers(self) -> bool:
-        vae = self._pipe.vae.skeleton
-        return bool({name for name, _ in vae.named_buffers()} & vae.state_dict().keys())
+        vaes = [part.skeleton for name, part in self._pipe.components.items() if name in VAES and part is not None]
+        return any({name for name, _ in vae.named_buffers()} & vae.state_dict().keys() for vae in vaes)
 
     @property
     def _is_video(self) -> bool:
@@ -133,10 +156,10 @@ class Derived:
     def _made(self, arguments: DecodeArguments) -> MediaSize | None:
         """What the VAE would make of it."""
         try:
-            made = decoded_shape(self._pipe.vae, arguments)
+            made = decoded_size(self._pipe.vae, arguments)
         except Exception:  # as VAEs do
             return None
-        return MediaSize(made[-1], made[-2], made[2] if len(made) == 5 and self._is_video else 1)
+        return made if self._is_video else replace(made, num_frames=1)
 
     def _request(self, call: Call, size: MediaSize | None) -> GenerationRequest:
         defaults = call.defaults

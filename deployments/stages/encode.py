@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -19,19 +20,19 @@ from deployments.memory.spread import spread_models
 from deployments.refusal import CannotServe, NotFinite, describe_cause
 from deployments.request import Encodings, GenerationRequest, InputPictures, num_bytes
 from deployments.stages.blank import LEAST_TOKENS
-from deployments.stages.call import Method, Pictures, PipelineCalls
+from deployments.stages.call import CONNECTORS, Method, Pictures, PipelineCalls
 from deployments.stages.call_key import call_key
 from deployments.stages.finite import FiniteCheck, dtype_advice
 from deployments.stages.pictures import open_pictures
 from deployments.stages.pipeline import load_pipeline, loaded_models
-from deployments.stages.tensors import each_tensor, map_tensors, to_cpu
+from deployments.stages.tensors import each_tensor, map_tensors, to_cpu, without_shapes
 from deployments.warm_up import WarmUp, default_request, tried_size
 
 log = logging.getLogger("ray.serve")
 
 
 class _NotCached(Exception):
-    """A text encoder would have to run."""
+    """A text encoder, or what follows it, would have to run."""
 
 
 class TextEncoding:
@@ -117,18 +118,26 @@ class TextEncoding:
         cache: EmbeddingCache,
         max_sequence_length: int | None,
     ) -> Encodings:
+        call, recalls = self._calls.of(request), True
+
         def answer(name: str, method: Method, key: Hashable, args: Any, kwargs: Any) -> Any:
-            value = cache.get(key)
+            value = cache.get(key) if recalls else None
             if value is None:
+                if any(tensor.is_meta for tensor in each_tensor((args, kwargs))):
+                    raise _NotCached
                 self.num_forwards += 1
                 value = to_cpu(method(*args, **kwargs))
                 for tensor in each_tensor(value):
                     self.finite.check(tensor, partial(self._explain, name))
-                cache.put(key, value, num_bytes(value))
+                kept = call.kept(name, value)
+                cache.put(key, kept, num_bytes(kept))
             return value
 
         try:
             with self.keeper.at_work():
+                with suppress(_NotCached):
+                    return self._run(request, pictures, answer, max_sequence_length)
+                recalls = False  # what the connectors read was kept without its values
                 return self._run(request, pictures, answer, max_sequence_length)
         finally:
             self.keeper.release()
@@ -146,18 +155,22 @@ class TextEncoding:
         """
         call = self._calls.of(request)
         made: list[tuple[str, Any]] = []
+        keys: list[Hashable] = []
         failed: list[Exception] = []
 
         def replace(name: str, method: Method) -> Method:
             def encode(*args: Any, **kwargs: Any) -> Any:
+                follows = name == CONNECTORS  # what it reads is a GiB, and follows from what was encoded before
+                given: tuple[Any, Any] = ((), {}) if follows else (args, kwargs)
+                keys.append((call_key(f"{request.kind} {name}", *given), tuple(keys) if follows else ()))
                 try:
-                    value = answer(name, method, call_key(f"{request.kind} {name}", args, kwargs), args, kwargs)
+                    value = answer(name, method, keys[-1], args, kwargs)
                 except Exception as error:
                     failed.append(error)
                     raise
-                made.append((name, value))
+                made.append((name, call.kept(name, value)))
                 # The rest of the call expects it there.
-                return map_tensors(lambda tensor: tensor.to(self._device), value)
+                return map_tensors(lambda one: one if one.is_meta else one.to(self._device), without_shapes(value))
 
             return encode
 

@@ -52,29 +52,42 @@ class ForwardForesight:
 
 
 class DecodeForesight:
-    """Of a VAE's decode."""
+    """Of a VAE's decode. A video's sound takes a thousandth of it."""
 
-    def __init__(self, vae_class: Any, folder: Path, config: VaeConfig, geometry: Geometry) -> None:
+    def __init__(self, classes: Mapping[str, Any], folder: Path, config: VaeConfig, geometry: Geometry) -> None:
+        """classes: of all models of the stage, by component name."""
         self._geometry = geometry
-        skeleton = build_skeleton(vae_class, folder, "vae")
-        self._dtype, self._model = resolve_dtype(config.dtype), _model(skeleton, config)
-        self._weights = device_bytes({"": as_stored(skeleton, config)}, config)
+        skeletons = {name: build_skeleton(of, folder, name) for name, of in classes.items()}
+        self._dtype, self._model = resolve_dtype(config.dtype), _model(skeletons["vae"], config)
+        self._weights = device_bytes(stored_models(skeletons, config), config)
+        if config.slicing:
+            self._model.enable_slicing()
         if config.tiling is not None:
             set_tiles(self._model, config.tiling)
 
     def __call__(self, size: MediaSize) -> tuple[int, int]:
         """(bytes of weights on the device, bytes of tensors in the decode of one picture or video)"""
-        run = partial(self._model.decode, decode_inputs(self._model.config, self._geometry, size, self._dtype))
+        latents, *_ = decode_inputs(self._model.config, self._geometry, size, self._dtype)
+        run = partial(self._model.decode, latents)
         return self._weights, foresee_working(self._model, run)
 
 
 def decode_inputs(
     vae_config: Mapping[str, Any], of: Geometry, size: MediaSize, dtype: torch.dtype
-) -> torch.Tensor:
-    """What `vae.decode` takes: [1, C, H, W], or [1, C, F, H, W] of the VAEs that know time."""
-    frames = ((size.num_frames - 1) // of.frame_stride + 1,) if "z_dim" in vae_config or of.num_frames > 1 else ()
-    shape = (1, of.latent_channels, *frames, size.height // of.latent_pixels, size.width // of.latent_pixels)
-    return torch.empty(shape, dtype=dtype, device=META)
+) -> list[torch.Tensor]:
+    """What `vae.decode` takes, call by call: [1, C, H, W], or [1, C, F, H, W] of the VAEs that know time, or, of
+    those that do not, [F, C, H, W] of some frames; the most first."""
+    sides = (size.height // of.latent_pixels, size.width // of.latent_pixels)
+    shapes: list[tuple[int, ...]]
+    if of.frames_per_decode is not None:
+        begins = range(0, size.num_frames, of.frames_per_decode)
+        batches = [min(of.frames_per_decode, size.num_frames - begin) for begin in begins]
+        shapes = [(batch, of.latent_channels, *sides) for batch in batches]
+    elif "z_dim" in vae_config or of.num_frames > 1:
+        shapes = [(1, of.latent_channels, (size.num_frames - 1) // of.frame_stride + 1, *sides)]
+    else:
+        shapes = [(1, of.latent_channels, *sides)]
+    return [torch.empty(shape, dtype=dtype, device=META) for shape in shapes]
 
 
 def _model(skeleton: nn.Module, config: MemoryConfig) -> Any:

@@ -1,6 +1,5 @@
 """A diffusers pipeline of which only some components are loaded."""
 
-import importlib
 from collections.abc import Iterator
 from functools import partial
 from inspect import Parameter, signature
@@ -15,7 +14,8 @@ from safetensors import safe_open
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from deployments.checkpoints.components import ModelIndex, component_names, left_out
+from deployments.checkpoints.components import DECODERS, VAES, ModelIndex, component_names, left_out
+from deployments.checkpoints.packages import import_class, library_of
 from deployments.checkpoints.processors import is_processor, load_processor
 from deployments.checkpoints.weights import find_variants
 from deployments.config import StageConfig
@@ -24,6 +24,9 @@ from deployments.engine.blocks import build_skeleton
 from deployments.engine.shard import check_complete
 from deployments.memory.quantize import plan_stage_quantization
 from deployments.stages.stub import ModelStub
+
+_ENCODERS = ("text_encoder", "image_encoder", "connectors")
+"""How their names begin."""
 
 
 def load_pipeline(
@@ -42,7 +45,7 @@ def load_pipeline(
     known = dict(_known_models(folder, index, frozenset(absent)))
     if "requires_safety_checker" in index:
         absent["requires_safety_checker"] = False
-    names = sorted(name for name in keep if name.startswith(("text_encoder", "image_encoder", "vae")))
+    names = sorted(name for name in keep if name.startswith(_ENCODERS) or name in DECODERS)
     quantized: dict[str, Any] = {}
     if config.quantization is not None and names:
         quantized = plan_stage_quantization(config.quantization, config.dtype, index, names)
@@ -65,7 +68,7 @@ def _load_model(
     folder: Path, entry: tuple[str, str], dtype: torch.dtype, variant: str | None, quantization: Any
 ) -> nn.Module:
     """As its pipeline would, but raises ValueError where that draws weights at random, which the files lack."""
-    library, class_name = entry
+    library, class_name = library_of(entry[0]), entry[1]
     options: dict[str, Any] = {"dtype": dtype, "variant": variant, "quantization_config": quantization}
     if variant not in find_variants(folder, library):
         del options["variant"]
@@ -73,7 +76,7 @@ def _load_model(
         del options["quantization_config"]
     if library == "transformers":
         options["ignore_mismatched_sizes"] = True  # it would refuse them without a word of which
-    model, keys = getattr(importlib.import_module(library), class_name).from_pretrained(
+    model, keys = import_class(entry).from_pretrained(
         folder, local_files_only=True, output_loading_info=True, **options
     )
     check_complete(keys["missing_keys"], folder, class_name)
@@ -96,7 +99,7 @@ def _known_models(folder: Path, index: ModelIndex, names: frozenset[str]) -> Ite
             continue
         if (folder / name / "config.json").is_file():
             # Pipelines ask a VAE for more than its config, and it is small; a denoiser takes up to 2 s to build.
-            if name.startswith("vae"):
+            if name in VAES:
                 yield name, _with_buffers(build_skeleton(model_class, folder, name), folder / name)
             else:
                 yield name, _build_face(model_class, folder, name)

@@ -22,17 +22,18 @@ Encode = Callable[..., Any]
 """As `vae.encode`."""
 
 
-class EncodingVae:
-    """A VAE, or the stub of one, with another `encode`; where it lies, and in what dtype, no pipeline says."""
+class ChangedVae:
+    """A VAE, or the stub of one, with other methods; where it lies, and in what dtype, no pipeline says."""
 
-    def __init__(self, vae: Any, encode: Encode) -> None:
-        self._vae, self.encode = vae, encode
+    def __init__(self, vae: Any, **methods: Callable[..., Any]) -> None:
+        self._vae = vae
+        vars(self).update(methods)
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
         return self._vae.__class__
 
-    def to(self, *_: Any, **__: Any) -> "EncodingVae":
+    def to(self, *_: Any, **__: Any) -> "ChangedVae":
         return self
 
     def __getattr__(self, name: str) -> Any:

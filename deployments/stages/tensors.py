@@ -1,19 +1,30 @@
 """Tensors in what pipelines pass about: in tuples, lists and dicts, beside plain values."""
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from deployments.memory.working import META
 
-def map_tensors(change: Callable[[torch.Tensor], Any], value: Any) -> Any:
+
+@dataclass(frozen=True)
+class Shape:
+    """In place of a tensor whose values nobody needs: Ray sends none without."""
+
+    sizes: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def map_tensors(change: Callable[[Any], Any], value: Any, of: type = torch.Tensor) -> Any:
     """The same, with every tensor changed."""
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, of):
         return change(value)
     if isinstance(value, Mapping):
-        return {key: map_tensors(change, entry) for key, entry in value.items()}
+        return {key: map_tensors(change, entry, of) for key, entry in value.items()}
     if isinstance(value, tuple | list):
-        return type(value)([map_tensors(change, entry) for entry in value])
+        return type(value)([map_tensors(change, entry, of) for entry in value])
     return value
 
 
@@ -47,5 +58,33 @@ def to_cpu(value: Any) -> Any:
 
 
 def to_device(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """Numbers in this dtype; masks and ids in their own."""
-    return map_tensors(lambda one: one.to(device, dtype if one.is_floating_point() else one.dtype), value)
+    """Numbers in this dtype; masks and ids in their own. What has no values stays so."""
+
+    def move(one: torch.Tensor) -> torch.Tensor:
+        return one.to(META if one.is_meta else device, dtype if one.is_floating_point() else one.dtype)
+
+    return map_tensors(move, value)
+
+
+def to_zeros(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """As `to_device`, of tensors without values."""
+
+    def fill(one: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(one.shape, dtype=dtype if one.is_floating_point() else one.dtype, device=device)
+
+    return map_tensors(fill, value)
+
+
+def shapes_only(value: Any) -> Any:
+    """Of numbers the shapes; masks and ids as they are."""
+    return map_tensors(lambda one: Shape(tuple(one.shape), one.dtype) if one.is_floating_point() else one, value)
+
+
+def without_shapes(value: Any) -> Any:
+    """Shapes as tensors again, on the meta device."""
+    return map_tensors(lambda one: torch.empty(one.sizes, dtype=one.dtype, device=META), value, Shape)
+
+
+def without_values(value: Any) -> Any:
+    """Tensors on the meta device, in the dtype of a skeleton's weights."""
+    return map_tensors(lambda one: one.to(META, torch.float32 if one.is_floating_point() else one.dtype), value)

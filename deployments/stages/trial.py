@@ -23,8 +23,8 @@ from deployments.stages.blank import BlankTexts
 from deployments.stages.call import NO_PICTURES, Pictures, PipelineCall, PipelineCalls
 from deployments.stages.draws import Draws
 from deployments.stages.stub import Reached, reach
-from deployments.stages.tensors import each_tensor
-from deployments.stages.zeros import Zeros, decoded_shape, without_values
+from deployments.stages.tensors import each_tensor, without_values
+from deployments.stages.zeros import Zeros, decoded_size
 from deployments.warm_up import default_request, tried_size
 
 log = logging.getLogger("ray.serve")
@@ -110,18 +110,18 @@ class Trial:
         asked = self._usual.size
         shapes = [list(tensor.shape) for tensor in each_tensor(arguments.args)]
         try:
-            made = decoded_shape(self._pipe.vae, arguments)
+            made = decoded_size(self._pipe.vae, arguments)
         except Exception as error:  # VAEs raise what they like
             raise CannotServe(
                 f"the denoise stage cannot run {self._usual_call}: its vae does not take latents of shape "
                 f"{shapes[0]}, which it makes for {asked}: {describe_cause(error)}; they are not of one model"
             ) from error
-        if (made[-1], made[-2]) != (asked.width, asked.height):
+        if (made.width, made.height) != (asked.width, asked.height):
             denoisers = " and ".join(self._denoisers.skeletons)
             raise CannotServe(
                 f"the denoise stage cannot run {self._usual_call}: for {asked} it makes latents of shape "
-                f"{shapes[0]}, and the vae makes {made[-1]}x{made[-2]} of them: {denoisers} and vae are not of "
-                "one model"
+                f"{shapes[0]}, and the vae makes {made.width}x{made.height} of them: {denoisers} and vae are not "
+                "of one model"
             )
 
     @property
@@ -191,7 +191,7 @@ class Trial:
     def is_finite(self, request: GenerationRequest) -> bool:
         """Whether the scheduler makes numbers of zeros."""
         arguments = self._run(request)
-        return all(bool(tensor.isfinite().all()) for tensor in each_tensor((arguments.args, arguments.kwargs)))
+        return all(bool(tensor.isfinite().all()) for tensor in each_tensor(arguments.values))
 
     def _fails(
         self,

@@ -9,8 +9,11 @@ from torch import nn
 
 from deployments.engine.merge import RULES, Inputs, latents_of
 from deployments.memory.working import META
-from deployments.request import DecodeArguments
-from deployments.stages.tensors import each_tensor, map_tensors
+from deployments.request import DecodeArguments, MediaSize
+from deployments.stages.tensors import each_tensor, map_tensors, without_values
+
+_NOT_ITS_SIZE = ("must match", "to broadcast a dimension")
+"""Of what torch says of sizes that a model takes on no device: more frames than it has positions for."""
 
 
 class Zeros:
@@ -45,7 +48,9 @@ class _Zeros:
             try:
                 with torch.no_grad():
                     self._shapes[key] = model(**without_values(dict(inputs)), return_dict=False)
-            except (NotImplementedError, RuntimeError):  # it reads values, or asks for a real device
+            except (NotImplementedError, RuntimeError) as error:  # it reads values, or asks for a real device
+                if any(words in str(error) for words in _NOT_ITS_SIZE):
+                    raise
                 self._check_patches(inputs)
                 self._shapes[key] = (map_tensors(self._as_predicted, latents_of(inputs)),)
         like = next(tensor for tensor in each_tensor(dict(inputs)) if tensor.is_floating_point())
@@ -69,15 +74,11 @@ class _Zeros:
         return latents.new_empty(shape, device=META)
 
 
-def decoded_shape(vae: Any, arguments: DecodeArguments) -> tuple[int, ...]:
-    """[B, C, H, W] or [B, C, F, H, W] of what a VAE, or a stub of one, would make. Raises what it raises."""
+def decoded_size(vae: Any, arguments: DecodeArguments) -> MediaSize:
+    """Of what a VAE, or a stub of one, would make. Raises what it raises."""
     model = copy.deepcopy(vae.skeleton).to(META)
     args, kwargs = without_values((arguments.args, dict(arguments.kwargs)))
     with torch.no_grad():
         made: torch.Tensor = model.decode(*args, **kwargs, return_dict=False)[0]
-    return tuple(made.shape)
-
-
-def without_values(value: Any) -> Any:
-    """Tensors on the meta device, in the dtype of a skeleton's weights."""
-    return map_tensors(lambda one: one.to(META, torch.float32 if one.is_floating_point() else one.dtype), value)
+    num_frames = made.shape[2] if made.ndim == 5 else sum(len(call.latents) for call in arguments.calls)
+    return MediaSize(made.shape[-1], made.shape[-2], num_frames)

@@ -14,6 +14,7 @@ import numpy as np
 from deployments.config import EncoderConfig, ModelConfig, StageConfig, TransformerConfig, VaeConfig
 from deployments.request import GenerationRequest, InputPictures
 from deployments.stages import load_stage
+from deployments.stages.media import Sound
 
 CONFIGS: Mapping[str, StageConfig] = {
     "encode": EncoderConfig(),
@@ -31,8 +32,8 @@ class StageProcesses:
 
     def draw(
         self, model: ModelConfig, request: GenerationRequest, pictures: InputPictures | None = None
-    ) -> np.ndarray:
-        """[F, H, W, 3]. pictures: that go in."""
+    ) -> tuple[np.ndarray, Sound | None]:
+        """([F, H, W, 3], its sound). pictures: that go in."""
         of, asked, shown = (pickle.dumps(each) for each in (model, request, pictures))
         for stage, process in self._processes.items():
             process.submit(_load, stage, of)  # side by side
@@ -44,8 +45,10 @@ class StageProcesses:
         nothing = pickle.dumps(())
         posteriors = nothing if pictures is None else ask("decode", "prepare", encodings, asked, shown)
         arguments = ask("denoise", "denoise", encodings, asked, posteriors, shown)
-        frames: np.ndarray = pickle.loads(ask("decode", "decode", arguments, asked))
-        return frames
+        frames = pickle.loads(ask("decode", "decode", arguments, asked))
+        heard = pickle.loads(arguments).sound
+        sound = heard and pickle.loads(ask("decode", "decode_sound", pickle.dumps(heard)))
+        return frames, sound
 
     def end(self) -> None:
         for process in self._processes.values():

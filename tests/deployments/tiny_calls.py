@@ -15,6 +15,7 @@ _IMAGE = {"height": 64, "width": 64, "num_inference_steps": 2}
 _VIDEO = _IMAGE | {"num_frames": 5}
 _GUIDED = {"negative_prompt": "blurry"}
 _EXACT = {"use_resolution_binning": False}
+_LTX2 = _VIDEO | {"height": 128, "width": 128, "num_frames": 9, "max_sequence_length": 32}
 
 TINY_CALLS: Mapping[str, Mapping[str, Any]] = {
     **{name: (_VIDEO if name == "wan" else _IMAGE) | _GUIDED for name in TINY_FAMILIES},
@@ -61,7 +62,8 @@ TINY_CALLS: Mapping[str, Mapping[str, Any]] = {
     "skyreels2": _VIDEO | _GUIDED,
     "ltx-video": _VIDEO | _GUIDED | {"num_frames": 9},
     "ltx-video-i2v": _VIDEO | _GUIDED | {"num_frames": 9, "image": PICTURE},
-    "ltx2": _VIDEO | {"height": 128, "width": 128, "num_frames": 9, "max_sequence_length": 32},
+    "ltx2": _LTX2,
+    "ltx2-i2v": _LTX2 | {"image": PICTURE},
     "hunyuan-video": _VIDEO,
     "hunyuan-video15": _VIDEO | _GUIDED,
     "hunyuan-video15-i2v": {"image": PICTURE, "num_frames": 5, "num_inference_steps": 2} | _GUIDED,
@@ -69,6 +71,8 @@ TINY_CALLS: Mapping[str, Mapping[str, Any]] = {
     "mochi": _VIDEO | {"num_frames": 7, "max_sequence_length": 16},
     "sana-video": _IMAGE | _GUIDED | _EXACT | {"frames": 5},
     "kandinsky5-video": _VIDEO | _GUIDED,
-    "latte": _IMAGE | _GUIDED | {"video_length": 2},
+    "kandinsky6": _VIDEO | _GUIDED | {"image": PICTURE, "max_sequence_length": 32},
+    "latte": _IMAGE | _GUIDED | {"video_length": 16},
     "animatediff": _IMAGE | _GUIDED | {"num_frames": 2},
+    "animatediff-sdxl": _IMAGE | _GUIDED | {"num_frames": 2},
 }

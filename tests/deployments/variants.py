@@ -17,6 +17,7 @@ from deployments.checkpoints.source import fetch_checkpoint, with_family
 from deployments.config import EncoderConfig, ModelConfig, TransformerConfig, VaeConfig
 from deployments.request import CallKind, DecodeArguments, Encodings, GenerationRequest, InputPictures, MediaSize
 from deployments.stages import load_stage
+from deployments.stages.decode import Decoding
 from deployments.stages.denoise import Denoising
 from deployments.warm_up import default_request
 
@@ -93,14 +94,21 @@ def draw_staged(
     model: ModelConfig, request: GenerationRequest, pictures: InputPictures | None = None, **vae: Any
 ) -> np.ndarray:
     """[F, H, W, 3] by the three stages. pictures: that go in."""
+    last, arguments = denoise_staged(model, request, pictures, **vae)
+    return last.decode(arguments, request)
+
+
+def denoise_staged(
+    model: ModelConfig, request: GenerationRequest, pictures: InputPictures | None = None, **vae: Any
+) -> tuple[Decoding, DecodeArguments]:
+    """The last of the three stages, and what it is to decode."""
     encodings, last = encode(model, request, pictures), load_stage("decode", model, VaeConfig(**vae))
     posteriors = () if pictures is None else last.prepare(encodings, request, pictures)
     stage = load_denoising(model)
     try:
-        arguments = denoise(stage, encodings, request, posteriors=posteriors, pictures=pictures)
+        return last, denoise(stage, encodings, request, posteriors=posteriors, pictures=pictures)
     finally:
         stage.close()
-    return last.decode(arguments, request)
 
 
 def draw_plain(checkpoint: Path | DiffusionPipeline, request: GenerationRequest, **call: Any) -> np.ndarray:

@@ -7,6 +7,7 @@ from diffusers import (
     AutoencoderKLLTX2Video,
     AutoencoderKLLTXVideo,
     FlowMatchEulerDiscreteScheduler,
+    LTX2ImageToVideoPipeline,
     LTX2Pipeline,
     LTX2VideoTransformer3DModel,
     LTXImageToVideoPipeline,
@@ -58,6 +59,15 @@ def _build_ltx_video_parts() -> dict[str, Any]:
 
 def build_ltx2() -> LTX2Pipeline:
     """LTX-2: one denoiser for video and sound, Gemma 3 and two connectors as text encoder, a vocoder."""
+    return LTX2Pipeline(**_build_ltx2_parts())
+
+
+def build_ltx2_i2v() -> LTX2ImageToVideoPipeline:
+    """LTX-2, its first frame given."""
+    return LTX2ImageToVideoPipeline(**_build_ltx2_parts())
+
+
+def _build_ltx2_parts() -> dict[str, Any]:
     tokenizer = build_qwen_tokenizer()
     num_hidden_states, audio_channels, num_mel_bins = 3, 2, 8
     connector = {
@@ -66,9 +76,9 @@ def build_ltx2() -> LTX2Pipeline:
         "num_layers": 1,
         "num_learnable_registers": None,
     }
-    return LTX2Pipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=AutoencoderKLLTX2Video(
+    return {
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+        "vae": AutoencoderKLLTX2Video(
             latent_channels=8,
             block_out_channels=(8,) * 4,
             decoder_block_out_channels=(16, 32, 64),
@@ -78,7 +88,7 @@ def build_ltx2() -> LTX2Pipeline:
             spatial_compression_ratio=32,
             temporal_compression_ratio=8,
         ),
-        audio_vae=AutoencoderKLLTX2Audio(
+        "audio_vae": AutoencoderKLLTX2Audio(
             base_channels=4,
             ch_mult=(1,),
             num_res_blocks=1,
@@ -86,9 +96,9 @@ def build_ltx2() -> LTX2Pipeline:
             mel_bins=num_mel_bins,
             resolution=32,
         ),
-        text_encoder=build_gemma3(tokenizer),
-        tokenizer=tokenizer,
-        connectors=LTX2TextConnectors(
+        "text_encoder": build_gemma3(tokenizer),
+        "tokenizer": tokenizer,
+        "connectors": LTX2TextConnectors(
             caption_channels=TEXT_WIDTH,
             text_proj_in_factor=num_hidden_states,
             connector_rope_base_seq_len=32,
@@ -99,8 +109,8 @@ def build_ltx2() -> LTX2Pipeline:
                 for name, value in connector.items()
             },
         ),
-        transformer=_build_ltx2_transformer(),
-        vocoder=LTX2Vocoder(
+        "transformer": _build_ltx2_transformer(),
+        "vocoder": LTX2Vocoder(
             in_channels=audio_channels * num_mel_bins,
             hidden_channels=32,
             out_channels=1,
@@ -110,7 +120,7 @@ def build_ltx2() -> LTX2Pipeline:
             resnet_dilations=[[1, 3, 5]],
             output_sampling_rate=16000,
         ),
-    )
+    }
 
 
 def _build_ltx2_transformer() -> LTX2VideoTransformer3DModel:

@@ -4,6 +4,7 @@ from typing import Any
 
 from diffusers import (
     AnimateDiffPipeline,
+    AnimateDiffSDXLPipeline,
     AutoencoderKLCogVideoX,
     AutoencoderKLHunyuanVideo15,
     AutoencoderKLMochi,
@@ -31,7 +32,7 @@ from diffusers import (
 from transformers import Qwen2_5_VLTextModel
 
 from deployments.checkpoints.tiny.earlier_images import build_kandinsky5_parts
-from deployments.checkpoints.tiny.families import build_sd15
+from deployments.checkpoints.tiny.families import build_sd15, build_sdxl
 from deployments.checkpoints.tiny.language import (
     build_byt5,
     build_chat_tokenizer,
@@ -184,7 +185,7 @@ def build_kandinsky5_video() -> Kandinsky5T2VPipeline:
 
 
 def build_latte() -> LattePipeline:
-    """Latte: blocks over space and over time take turns; 2 frames."""
+    """Latte: blocks over space and over time take turns; 16 frames."""
     return LattePipeline(
         **build_t5(),
         vae=build_sd_vae(),
@@ -198,7 +199,7 @@ def build_latte() -> LattePipeline:
             sample_size=LATENT_SIZE,
             patch_size=2,
             caption_channels=TEXT_WIDTH,
-            video_length=2,
+            video_length=16,
             norm_type="ada_norm_single",
             attention_bias=True,
             activation_fn="gelu-approximate",
@@ -218,11 +219,22 @@ def build_animatediff() -> AnimateDiffPipeline:
         text_encoder=sd15.text_encoder,
         tokenizer=sd15.tokenizer,
         unet=sd15.unet,
-        motion_adapter=MotionAdapter(
-            block_out_channels=(64, 128),
-            motion_layers_per_block=1,
-            motion_norm_num_groups=2,
-            motion_num_attention_heads=4,
-        ),
+        motion_adapter=_build_motion_adapter((64, 128)),
         scheduler=DDIMScheduler(beta_schedule="linear", clip_sample=False),
+    )
+
+
+def build_animatediff_sdxl() -> AnimateDiffSDXLPipeline:
+    """AnimateDiff over SDXL's UNet."""
+    parts = build_sdxl().components | {"motion_adapter": _build_motion_adapter((64, 64))}
+    parts["scheduler"] = DDIMScheduler(beta_schedule="linear", clip_sample=False)
+    return AnimateDiffSDXLPipeline(**parts)
+
+
+def _build_motion_adapter(widths: tuple[int, ...]) -> MotionAdapter:
+    return MotionAdapter(
+        block_out_channels=widths,
+        motion_layers_per_block=1,
+        motion_norm_num_groups=2,
+        motion_num_attention_heads=4,
     )

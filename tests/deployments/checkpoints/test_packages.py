@@ -6,12 +6,25 @@ from pathlib import Path
 import pytest
 
 from deployments.checkpoints.derived import derive_family
-from deployments.checkpoints.packages import describe_missing, is_public
+from deployments.checkpoints.packages import describe_missing, import_class, is_public, library_of
 
 
 @pytest.mark.parametrize("class_name", ["FluxPipeline", "WanTransformer3DModel", "KolorsPipeline"])
 def test_public_classes_are_known_without_their_packages(class_name: str) -> None:
     assert is_public(class_name)
+
+
+def test_a_class_that_one_pipeline_has_for_itself_is_diffusers_too() -> None:
+    """LTX-2's vocoder is in model_index.json as of a package `ltx2`."""
+    assert library_of("ltx2") == "diffusers"
+    assert is_public("LTX2Vocoder", "ltx2")
+    assert not is_public("LTX9Vocoder", "ltx2")
+    assert import_class(("ltx2", "LTX2Vocoder")).__module__ == "diffusers.pipelines.ltx2.vocoder"
+
+
+@pytest.mark.parametrize("package", ["transformers", "os", "..", "ltx2.vocoder", "/etc"])
+def test_no_other_package_is_taken_for_a_part_of_diffusers(package: str) -> None:
+    assert library_of(package) == package
 
 
 def test_a_class_that_needs_nothing_more_lacks_nothing() -> None:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from deployments.request import OutputFormat
-from deployments.stages.media import MEDIA_TYPES, Frames, encode_media
+from deployments.stages.media import MEDIA_TYPES, Frames, Sound, encode_media
 
 FPS = 24
 
@@ -86,6 +86,30 @@ def test_an_mp4_shows_what_it_was_given_in_order(film: Frames) -> None:
         decoded = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
     for shown, given in zip(decoded, film, strict=True):
         assert np.abs(shown.astype(int) - given).mean() < 2
+
+
+@pytest.mark.parametrize(("rate", "num_channels"), [(16_000, 1), (24_000, 2), (44_100, 1), (48_000, 2)])
+def test_an_mp4_sounds_as_it_was_given_and_when(film: Frames, rate: int, num_channels: int) -> None:
+    """A chirp in each channel, of other pitch, after silence: late by one of AAC's packets it would be another."""
+    seconds = np.arange(rate * len(film) // FPS) / rate
+    pitches = np.array([[300.0], [500.0]][:num_channels])
+    given = np.float32(0.5 * np.sin(2 * np.pi * pitches * seconds**2) * (seconds > 0.1))
+    data = encode_media(film, "mp4", compression=100, fps=FPS, sound=Sound(given, rate))
+    with av.open(io.BytesIO(data)) as container:
+        [stream] = container.streams.audio
+        assert (stream.rate, stream.channels) == (rate, num_channels)
+        heard = np.concatenate([frame.to_ndarray() for frame in container.decode(stream)], axis=1)
+    assert np.abs(heard[:, : given.shape[1]] - given).mean() < 0.02
+    with av.open(io.BytesIO(data)) as container:
+        assert len(list(container.decode(video=0))) == len(film)
+        assert container.duration == pytest.approx(len(film) / FPS * av.time_base, rel=0.02)
+
+
+def test_sound_that_is_too_loud_is_cut_off_and_not_turned_round(film: Frames) -> None:
+    loud = Sound(np.full((1, 4096), 1.5, np.float32), 16_000)
+    with av.open(io.BytesIO(encode_media(film, "mp4", compression=100, fps=FPS, sound=loud))) as container:
+        heard = np.concatenate([frame.to_ndarray() for frame in container.decode(audio=0)], axis=1)
+    assert 0.9 < heard[0, 2048:3072].mean() < 1.1
 
 
 def test_one_frame_is_a_video_too(noise: Frames) -> None:

@@ -1,5 +1,7 @@
-"""Every kind of call of every tiny checkpoint: three processes draw what the plain pipeline draws, bit for bit."""
+"""Every kind of call of every tiny checkpoint: three processes draw what the plain pipeline draws, bit for bit, and
+its sound is the same, too."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -15,14 +17,17 @@ from deployments.checkpoints.derived import read_derived
 from deployments.checkpoints.source import fetch_checkpoint
 from deployments.checkpoints.tiny.names import TINY_FAMILIES, TINY_MODULES
 from deployments.config import ModelConfig
+from deployments.families import Geometry
 from deployments.families.calls import find_calls
+from deployments.refusal import WrongField
 from deployments.request import CallKind, GenerationRequest, InputPictures, Prompt
 from deployments.stages.call import call_arguments
-from deployments.stages.derive import Derived
+from deployments.stages.derive import ALL_FRAMES, Derived
+from deployments.warm_up import tried_size
 from serve_app.families_docs import CANNOT, UNSTAGED
 from tests.deployments.recorded import load_tiny
 from tests.deployments.stage_processes import StageProcesses
-from tests.deployments.variants import build_request, read_model
+from tests.deployments.variants import build_request, denoise, encode, load_denoising, read_model
 from tests.pictures import half_mask, picture, png
 
 QUICK = frozenset(
@@ -36,6 +41,8 @@ QUICK = frozenset(
         "hunyuan-image",
         "wan21-i2v",
         "ltx-video",
+        "ltx2",
+        "latte",
         "sd15-controlnet",
     }
 )
@@ -80,11 +87,18 @@ def small_request(name: str, kind: CallKind) -> GenerationRequest:
         prompt=Prompt("a red cat", negative, is_guided=True),
         width=side,
         height=side + (0 if call.max_images else geometry.size_multiple),
-        num_frames=2 * geometry.frame_stride + 1 if call.media == "video" else 1,
+        num_frames=_some_frames(geometry) if call.media == "video" else 1,
         num_inference_steps=few if "guidance_schedule" not in call.parameters else usual,
     )
     steps = min(4, usual)
     return replace(request, strength=0.75, num_inference_steps=steps) if call.defaults.strength else request
+
+
+def _some_frames(of: Geometry) -> int:
+    """More than are decoded at once, where that is a few."""
+    if of.frames_per_decode in (None, ALL_FRAMES):
+        return tried_size(of).num_frames
+    return math.ceil(of.frames_per_decode / of.frame_stride) * of.frame_stride + 1
 
 
 @pytest.mark.filterwarnings("ignore:In CPU autocast")  # Mochi computes its rotary embeddings in float32
@@ -97,6 +111,18 @@ def test_three_processes_draw_what_the_plain_pipeline_draws(processes: StageProc
             assert call.pipeline_class in CANNOT
 
 
+def test_frames_that_a_denoiser_has_no_positions_for_are_the_requests_fault() -> None:
+    """Latte takes 16, or one."""
+    request = replace(small_request("latte", "generate"), num_frames=31)
+    stage = load_denoising(model("latte"))
+    try:
+        with pytest.raises(WrongField) as raised:
+            denoise(stage, encode(model("latte"), request), request)
+    finally:
+        stage.close()
+    assert raised.value.param == "num_frames"
+
+
 def check_equal(processes: StageProcesses, name: str, kind: CallKind) -> None:
     request, call = small_request(name, kind), model(name).architecture.calls[kind]
     images = [picture(seed, request.width) for seed in range(min(2, call.max_images))]
@@ -104,21 +130,32 @@ def check_equal(processes: StageProcesses, name: str, kind: CallKind) -> None:
     control = picture(9, request.width) if call.control else None
     given = {"mask": mask, "control": control}
     files = InputPictures(tuple(map(png, images)), **{key: image and png(image) for key, image in given.items()})
-    frames = processes.draw(model(name), request, files if images or control else None)
+    frames, sound = processes.draw(model(name), request, files if images or control else None)
     asked = {"image": images if len(images) > 1 else images[0]} if images else {}
     asked |= {"mask_image": mask} if mask else {}
     asked |= {call.control: control} if control else {}
-    np.testing.assert_array_equal(frames, draw_plain(name, request, asked), err_msg=f"{name}, {kind}")
+    plain_frames, plain_sound = draw_plain(name, request, asked)
+    np.testing.assert_array_equal(frames, plain_frames, err_msg=f"{name}, {kind}")
+    assert (sound is None) == (plain_sound is None)
+    if sound is not None:
+        np.testing.assert_array_equal(sound.samples, plain_sound, err_msg=f"{name}, {kind}")
 
 
 @torch.no_grad()
-def draw_plain(name: str, request: GenerationRequest, pictures: dict[str, Any]) -> np.ndarray:
-    """[F, H, W, 3] by the class that diffusers has for this kind of call. pictures: by its arguments' names."""
+def draw_plain(
+    name: str, request: GenerationRequest, pictures: dict[str, Any]
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """[F, H, W, 3], and [channels, samples] of its sound, by the class that diffusers has for this kind of call.
+
+    pictures: by its arguments' names.
+    """
     of = model(name).architecture
     pipeline_class: Any = getattr(diffusers, of.calls[request.kind].pipeline_class)
     pipe = load_tiny(name)
     pipe = pipe if type(pipe) is pipeline_class else pipeline_class.from_pipe(pipe)
     pipe.set_progress_bar_config(disable=True)
     torch.manual_seed(request.seed)
-    made = np.asarray(pipe(**call_arguments(pipeline_class, request, of.max_sequence_length) | pictures)[0])
-    return (made.reshape(-1, *made.shape[-3:]) * 255).round().astype(np.uint8)
+    output = pipe(**call_arguments(pipeline_class, request, of.max_sequence_length) | pictures)
+    made, sound = np.asarray(output[0]), getattr(output, "audio", None)
+    frames = (made.reshape(-1, *made.shape[-3:]) * 255).round().astype(np.uint8)
+    return frames, None if sound is None else np.atleast_2d(np.asarray(sound[0]))
