@@ -1,5 +1,7 @@
-"""Every kind of call of every tiny checkpoint: three processes draw what the plain pipeline draws, bit for bit, and
-its sound is the same, too."""
+"""Every kind of call of every tiny checkpoint: three processes draw what the plain pipeline draws, bit for bit.
+
+Its sound is the same, too.
+"""
 
 import math
 from collections.abc import Iterator
