@@ -10,11 +10,13 @@ from pathlib import Path
 import diffusers
 
 from deployments.checkpoints.components import ModelIndex, denoiser_names, read_index
+from deployments.checkpoints.modular import is_modular
 from deployments.checkpoints.source import fetch_checkpoint
 from deployments.checkpoints.tiny.names import TINY_MODULES
 from deployments.engine.blocks import build_skeleton, cuttable_names
 from deployments.engine.merge import RULES
 from deployments.families.calls import Call, find_calls, find_pipelines
+from deployments.stages.modular import find_modular_calls
 
 INTRO = """\
 # Pipelines
@@ -28,6 +30,15 @@ several requests run as one (test_merged_pipelines.py); others run one after ano
 
 `generate` draws from a prompt, `edit` from pictures too, `inpaint` where a mask says, `image_to_video` goes on
 from a picture.
+"""
+MODULAR = """\
+
+## Modular pipelines
+
+Pipelines that diffusers has as blocks, of checkpoints with modular_model_index.json
+([structure.md](structure.md#modular-pipelines) says how). Those of which there is a tiny checkpoint are shown as
+above; a checkpoint of another is tried at its start.
+
 """
 UNSTAGED: Mapping[str, str] = {
     "kandinsky5": "chooses one of seven sizes of its own",
@@ -58,24 +69,48 @@ REASONS: Mapping[str, str] = {
     "Kandinsky5I2I": "chooses a size of its own",
 }
 """Of pipelines without a tiny checkpoint, by what their names hold; the first that fits."""
+MODULAR_REASONS: Mapping[str, str] = {
+    "^WanAnimate|Vace": "a video goes in: not yet",
+    "^LTX2|^Echo|^MiniMax": "makes sound, by models that no stage has",
+    "^Helios|^Cosmos": "encodes or decodes inside its loop",
+    "^Anima": "has a model between its text encoder and its denoiser, which no stage has",
+}
+"""Of modular pipelines without a tiny checkpoint, as `REASONS`."""
 UNKNOWN = "not tried: there is no tiny checkpoint of it; a start tells"
 
 
 def render_families_docs() -> str:
     """Markdown."""
     indexes = {name: read_index(fetch_checkpoint(f"tiny://{name}", ())) for name in TINY_MODULES}
-    staged = {name: index for name, index in indexes.items() if name not in UNSTAGED}
+    modular = {name: index for name, index in indexes.items() if is_modular(index)}
+    staged = {name: index for name, index in indexes.items() if name not in {*UNSTAGED, *modular}}
     related = {call.pipeline_class for index in staged.values() for call in _calls(index)}
     unstaged = dict(CANNOT) | {str(indexes[name]["_class_name"]): reason for name, reason in UNSTAGED.items()}
     others = [name for name in find_pipelines() if name not in related]
-    rows = "\n".join(_staged_row(name, index) for name, index in staged.items())
     reasons = "\n".join(f"| {name} | {unstaged.get(name) or _reason(name)} |" for name in others)
     return (
         INTRO.format(version=diffusers.__version__)
         + f"\n## Staged: {len(related)} pipeline classes\n\n"
-        + f"| pipeline | tiny:// | calls | blocks | merged |\n|---|---|---|---|---|\n{rows}\n"
+        + _staged_table(staged)
+        + MODULAR
+        + _staged_table(modular)
+        + "\n| pipeline | |\n|---|---|\n"
+        + "".join(f"| {name} | {_reason(name, MODULAR_REASONS)} |\n" for name in _other_modular(modular))
         + f"\n## Not, or not shown\n\n| pipeline | |\n|---|---|\n{reasons}\n"
     )
+
+
+def _other_modular(served: Mapping[str, ModelIndex]) -> Iterator[str]:
+    """Classes of which there is no tiny checkpoint."""
+    classes = {index["_class_name"] for index in served.values()}
+    for name in sorted(dir(diffusers)):
+        if name.endswith("ModularPipeline") and name not in {"ModularPipeline", *classes}:
+            yield name
+
+
+def _staged_table(indexes: Mapping[str, ModelIndex]) -> str:
+    rows = "\n".join(_staged_row(name, index) for name, index in indexes.items())
+    return f"| pipeline | tiny:// | calls | blocks | merged |\n|---|---|---|---|---|\n{rows}\n"
 
 
 def _staged_row(name: str, index: ModelIndex) -> str:
@@ -83,7 +118,8 @@ def _staged_row(name: str, index: ModelIndex) -> str:
     parts = [_denoiser(folder, index, component) for component in denoiser_names(index)]
     blocks = ", ".join(dict.fromkeys(str(number) if number else "whole" for number, _ in parts))
     merged = ", ".join(dict.fromkeys("yes" if is_merged else "no" for _, is_merged in parts))
-    calls = ", ".join(call.kind for call in _calls(index))
+    told = find_modular_calls(folder, index).values() if is_modular(index) else _calls(index)
+    calls = ", ".join(call.kind for call in told)
     return f"| {index['_class_name']} | {name} | {calls} | {blocks} | {merged} |"
 
 
@@ -98,5 +134,5 @@ def _calls(index: ModelIndex) -> Iterator[Call]:
     yield from (call for call in calls if call.pipeline_class not in CANNOT)
 
 
-def _reason(pipeline_class: str) -> str:
-    return next((why for words, why in REASONS.items() if re.search(words, pipeline_class)), UNKNOWN)
+def _reason(pipeline_class: str, reasons: Mapping[str, str] = REASONS) -> str:
+    return next((why for words, why in reasons.items() if re.search(words, pipeline_class)), UNKNOWN)

@@ -15,6 +15,8 @@ import diffusers
 import torch
 
 from deployments.checkpoints.components import read_index, weightless
+from deployments.checkpoints.derived import tell_calls
+from deployments.checkpoints.modular import is_modular
 from deployments.config import TransformerConfig
 from deployments.engine.load import build_skeletons
 from deployments.engine.stand_in import stand_ins
@@ -23,6 +25,7 @@ from deployments.families.calls import REQUIRED, find_calls
 from deployments.request import DecodeArguments, GenerationRequest, MediaSize, Prompt
 from deployments.stages.blank import BlankTexts
 from deployments.stages.call import PipelineCalls
+from deployments.stages.modular import find_modular_calls
 from deployments.stages.pictures import blank_pictures
 from deployments.stages.pipeline import load_pipeline
 from deployments.stages.zeros import Zeros, decoded_shape
@@ -48,7 +51,10 @@ class Derived:
         self._class: Any = getattr(diffusers, self._index["_class_name"], None)
         if self._class is None:
             raise ValueError(f"diffusers {diffusers.__version__} has no such pipeline")
-        self._kinds = find_calls(self._index["_class_name"])
+        self._is_modular = is_modular(self._index)
+        self._kinds = (
+            find_modular_calls(folder, self._index) if self._is_modular else find_calls(self._index["_class_name"])
+        )
         self._kind = next(iter(self._kinds.values()))
         self._check_parameters()
         self._skeletons = build_skeletons(folder, self._index)
@@ -66,6 +72,7 @@ class Derived:
             "kinds": [kind for kind, call in self._kinds.items() if self._draws(call, geometry)],
             "reads_vae_buffers": self._has_vae_buffers,
             "geometry": asdict(geometry),
+            "calls": tell_calls(self._kinds) if self._is_modular else [],
         }
 
     def geometry(self) -> Geometry:

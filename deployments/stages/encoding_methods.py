@@ -1,4 +1,7 @@
-"""Which of a pipeline's methods run its text encoders: read from its source, so that no pipeline is named."""
+"""What of a pipeline runs its text encoders: methods, read from its source, or blocks, which say what they need.
+
+So no pipeline is named.
+"""
 
 import ast
 import inspect
@@ -7,7 +10,24 @@ from collections.abc import Callable, Collection, Iterator
 from functools import cache
 from typing import Any
 
+from diffusers import ModularPipeline
+
+from deployments.stages.modular import replace_blocks
+
+Method = Callable[..., Any]
 _NOT_ENCODING = frozenset({"check_inputs", "maybe_free_model_hooks", "__call__"})
+
+
+def replace_encoding(pipe: Any, encoders: frozenset[str], replace: Callable[[str, Method], Method]) -> None:
+    """In place, of a copy of a pipeline. encoders: names of components.
+
+    replace: (name, method) -> what is called in its place.
+    """
+    if isinstance(pipe, ModularPipeline):
+        replace_blocks(pipe, encoders, replace)
+    else:
+        methods = encoding_methods(type(pipe), encoders)
+        vars(pipe).update({name: replace(name, getattr(pipe, name)) for name in methods})
 
 
 @cache

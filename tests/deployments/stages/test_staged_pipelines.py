@@ -1,5 +1,6 @@
 """Every kind of call of every tiny checkpoint: three stages draw what the plain pipeline draws, bit for bit."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -14,11 +15,12 @@ from deployments.checkpoints.derived import read_derived
 from deployments.checkpoints.source import fetch_checkpoint
 from deployments.checkpoints.tiny.names import TINY_FAMILIES, TINY_MODULES
 from deployments.config import ModelConfig
-from deployments.families.calls import find_calls
+from deployments.families.calls import Call, find_calls
 from deployments.request import CallKind, GenerationRequest, InputPictures, Prompt
 from deployments.stages.call import call_arguments
 from deployments.stages.derive import Derived
 from serve_app.families_docs import CANNOT, UNSTAGED
+from tests.deployments import plain
 from tests.deployments.variants import build_request, draw_staged, read_model
 from tests.pictures import half_mask, picture, png
 
@@ -29,6 +31,7 @@ QUICK = frozenset(
         "qwen-image",
         "flux-fill",
         "flux2-klein",
+        "flux3",
         "z-image",
         "hunyuan-image",
         "wan21-i2v",
@@ -53,14 +56,15 @@ def model(name: str) -> ModelConfig:
     return ModelConfig(name=name, checkpoint=str(folder)).with_derived_family(*derived)
 
 
+def calls_of(name: str) -> Mapping[CallKind, Call]:
+    """All that diffusers has for its components."""
+    told = model(name).architecture.told
+    return told or find_calls(index_of(name)["_class_name"])
+
+
 @cache
 def load_plain(name: str) -> Any:
-    folder = fetch_checkpoint(f"tiny://{name}", ())
-    return diffusers.DiffusionPipeline.from_pretrained(folder, **UNREAD.get(name, {}))
-
-
-UNREAD: dict[str, dict[str, None]] = {"longcat": {"text_processor": None}}
-"""Components that need torchvision and that these calls do not."""
+    return plain.load_plain(fetch_checkpoint(f"tiny://{name}", ()))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -90,7 +94,7 @@ def small_request(name: str, kind: CallKind) -> GenerationRequest:
 @pytest.mark.filterwarnings("ignore:In CPU autocast")  # Mochi computes its rotary embeddings in float32
 def test_three_stages_draw_what_the_plain_pipeline_draws(staged: str) -> None:
     offered = model(staged).architecture.calls
-    for kind, call in find_calls(index_of(staged)["_class_name"]).items():
+    for kind, call in calls_of(staged).items():
         if kind in offered:
             check_equal(staged, kind)
         else:
@@ -120,5 +124,6 @@ def draw_plain(name: str, request: GenerationRequest, pictures: dict[str, Any]) 
     pipe = pipe if type(pipe) is pipeline_class else pipeline_class.from_pipe(pipe)
     pipe.set_progress_bar_config(disable=True)
     torch.manual_seed(request.seed)
-    made = np.asarray(pipe(**call_arguments(pipeline_class, request, of.max_sequence_length) | pictures)[0])
+    arguments = call_arguments(pipe, request, of.max_sequence_length) | pictures
+    made = np.asarray(plain.draw(pipe, **arguments))
     return (made.reshape(-1, *made.shape[-3:]) * 255).round().astype(np.uint8)
