@@ -23,7 +23,7 @@ from deployments.families import Call
 from deployments.refusal import WrongField, describe_cause
 from deployments.request import CallKind, DecodeArguments, Encodings, GenerationRequest
 from deployments.stages.draws import Draws
-from deployments.stages.encoding_methods import Method, replace_encoding
+from deployments.stages.encoding_methods import Method, encoding_names, replace_encoding
 from deployments.stages.modular import call_names, set_guidance
 from deployments.stages.pictures import blank_pictures, picture_arguments
 from deployments.stages.posterior import Encode, EncodingVae, blank
@@ -81,8 +81,8 @@ class PipelineCall:
         self._pipe, self._place = pipe, place
         self._asked = call
         encoders = {name for name in pipe.components if name.startswith("text_encoder")} | {"image_encoder"}
-        self._encoders = frozenset(encoders)
-        self._stateful = [name for name in pipe.components if name == "scheduler" or name.endswith("guider")]
+        self._stateful = [name for name in pipe.components if "scheduler" in name or "guider" in name]
+        self._methods = encoding_names(pipe, frozenset(encoders))
 
     def __str__(self) -> str:
         return f"{type(self._pipe).__name__} with {type(self._pipe.scheduler).__name__}"
@@ -100,7 +100,7 @@ class PipelineCall:
         replace: (name, encoding method of the pipeline) -> what is called in its place.
         """
         pipe = self._copy(blank(self._pipe.vae))
-        replace_encoding(pipe, self._encoders, replace)
+        replace_encoding(pipe, self._methods, replace)
         with suppress(Reached):
             self._run(pipe, request, pictures, max_sequence_length)
 
@@ -190,7 +190,7 @@ class PipelineCall:
 
             return replayed
 
-        replace_encoding(pipe, self._encoders, replay)
+        replace_encoding(pipe, self._methods, replay)
 
     def _until_decode(
         self, pipe: Any, request: GenerationRequest, pictures: Pictures, max_sequence_length: int | None

@@ -22,6 +22,7 @@ from deployments.engine.load import build_skeletons
 from deployments.engine.stand_in import stand_ins
 from deployments.families import Call, Geometry
 from deployments.families.calls import REQUIRED, find_calls
+from deployments.refusal import describe_cause
 from deployments.request import DecodeArguments, GenerationRequest, MediaSize, Prompt
 from deployments.stages.blank import BlankTexts
 from deployments.stages.call import PipelineCalls
@@ -64,10 +65,18 @@ class Derived:
         self._pipe = load_pipeline(folder, self._index, weightless(self._index), config, variant=None)
         self._zeros = Zeros(self._skeletons)
         self._blank = BlankTexts(folder, self._index, torch.float32)
+        self._failure: Exception | None = None
+        """Of the last call that failed."""
+        self._has_drawn = False
 
     def describe(self) -> dict[str, Any]:
         """A Family's own fields, and the checkpoint's geometry."""
-        geometry = self.geometry()
+        try:
+            geometry = self.geometry()
+        except ValueError as error:
+            if self._failure is None or self._has_drawn:
+                raise
+            raise ValueError(f"its call fails: {describe_cause(self._failure)}") from error
         return {
             "kinds": [kind for kind, call in self._kinds.items() if self._draws(call, geometry)],
             "reads_vae_buffers": self._has_vae_buffers,
@@ -134,11 +143,13 @@ class Derived:
             return calls.of(request).denoise(
                 request, components, pictures=pictures, max_sequence_length=call.max_sequence_length
             )
-        except Exception:  # pipelines raise what they like of a size that they do not take
+        except Exception as error:  # pipelines raise what they like of a size that they do not take
+            self._failure = error
             return None
 
     def _made(self, arguments: DecodeArguments) -> MediaSize | None:
         """What the VAE would make of it."""
+        self._has_drawn = True
         try:
             made = decoded_shape(self._pipe.vae, arguments)
         except Exception:  # as VAEs do

@@ -6,7 +6,7 @@ A block reads the call's values and writes others, so one that reaches a text en
 
 import copy
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import cache
 from inspect import signature
 from pathlib import Path
@@ -60,7 +60,8 @@ def build_blocks(index: ModelIndex) -> ModularPipelineBlocks:
         raise ValueError(f"its blocks, {index[BLOCKS]}, are not in diffusers {diffusers.__version__}")
     blocks: ModularPipelineBlocks = named()
     for name, block in list(blocks.sub_blocks.items()):
-        if "prompt" in block.intermediate_output_names:
+        made = block.intermediate_output_names
+        if "prompt" in made and not any(other.endswith("embeds") for other in made):
             del blocks.sub_blocks[name]
     _hide_progress(blocks)
     return blocks
@@ -75,20 +76,36 @@ def _hide_progress(block: Any) -> None:
 
 
 def find_modular_calls(folder: Path, index: ModelIndex) -> dict[CallKind, Call]:
-    """By kind, of those workflows that begin with a prompt and pictures. Raises ValueError if there are none."""
+    """By kind, of those workflows that begin with a prompt and pictures, and whose components are here.
+
+    Raises ValueError if there are none.
+    """
     others = component_names(index) - weightless(index)
     pipe = build_modular(folder, index, dict.fromkeys(others))
-    _check_components(folder, index, pipe)
+    workflows = _workflows(pipe.blocks)
+    lacking = [_lacking(blocks, index) for blocks in workflows]
     calls: dict[CallKind, Call] = {}
-    for blocks in _workflows(pipe.blocks):
+    for blocks in (blocks for blocks, missing in zip(workflows, lacking, strict=True) if not missing):
         parameters = {each.name: _default(each) for each in blocks.inputs if each.name is not None}
         scale = getattr(getattr(pipe, "guider", None), GUIDANCE, None)
         parameters = ({} if scale is None else {GUIDANCE: scale}) | parameters
         kind = kind_by_parameters(parameters)
         calls.setdefault(kind, Call(kind, index["_class_name"], parameters))
-    if not calls:
+    if not lacking:
         raise ValueError("it does not draw from a prompt and pictures alone")
+    if not calls:
+        name = min(lacking[0])
+        raise ValueError(
+            f"its {name} is not here: modular_model_index.json says that it is in "
+            f"{locations(folder).get(name) or 'no place'}. Fetch it into the checkpoint's folder, as {name}"
+        )
     return calls
+
+
+def _lacking(blocks: ModularPipelineBlocks, index: ModelIndex) -> set[str]:
+    """Components that these blocks need and the checkpoint does not have."""
+    needed = {each.name for each in blocks.expected_components if each.default_creation_method != "from_config"}
+    return needed - component_names(index)
 
 
 def call_names(pipe: Any) -> frozenset[str]:
@@ -110,16 +127,6 @@ def set_guidance(components: Iterable[Any], scale: float | None) -> None:
             guider.guidance_scale = scale
 
 
-def _check_components(folder: Path, index: ModelIndex, pipe: ModularPipeline) -> None:
-    """Raises ValueError if one is not on this machine."""
-    for name in sorted(set(pipe.pretrained_component_names) - component_names(index)):
-        where = locations(folder).get(name) or "no place"
-        raise ValueError(
-            f"its {name} is not here: modular_model_index.json says that it is in {where}. Fetch it into the "
-            f"checkpoint's folder, as {name}"
-        )
-
-
 def _workflows(blocks: Any) -> list[Any]:
     """Those blocks that run together, of blocks that choose by what they are called with; the least first."""
     if blocks._workflow_map is None:
@@ -139,20 +146,28 @@ def _default(parameter: Any) -> Any:
     return parameter.default if is_plain else None
 
 
-def replace_blocks(pipe: Any, encoders: frozenset[str], replace: Replace) -> None:
-    """In place, of a copy of a pipeline: its blocks that reach one of these components and no VAE."""
-    vars(pipe)["_blocks"] = _replaced(pipe._blocks, "", encoders, replace)
+def encoding_blocks(block: Any, encoders: frozenset[str], name: str = "") -> Iterator[str]:
+    """Names, as paths, of the blocks in this one that reach one of these components and no VAE."""
+    if block.sub_blocks:
+        for part, sub_block in block.sub_blocks.items():
+            yield from encoding_blocks(sub_block, encoders, f"{name}.{part}".lstrip("."))
+    elif (reached := {component.name for component in block.expected_components}) & encoders:
+        yield from () if "vae" in reached else (name,)
 
 
-def _replaced(block: Any, name: str, encoders: frozenset[str], replace: Replace) -> Any:
-    reached = {component.name for component in block.expected_components}
-    if not reached & encoders:
+def replace_blocks(pipe: Any, names: Collection[str], replace: Replace) -> None:
+    """In place, of a copy of a pipeline."""
+    vars(pipe)["_blocks"] = _replaced(pipe._blocks, "", names, replace)
+
+
+def _replaced(block: Any, name: str, names: Collection[str], replace: Replace) -> Any:
+    if name in names:
+        return EncodingBlock(block, name, replace)
+    if not any(other.startswith(f"{name}.".lstrip(".")) for other in names):
         return block
-    if not block.sub_blocks:
-        return block if "vae" in reached else EncodingBlock(block, name, replace)
     changed = copy.copy(block)
     changed.sub_blocks = type(block.sub_blocks)(
-        (part, _replaced(sub_block, f"{name}.{part}" if name else part, encoders, replace))
+        (part, _replaced(sub_block, f"{name}.{part}".lstrip("."), names, replace))
         for part, sub_block in block.sub_blocks.items()
     )
     return changed

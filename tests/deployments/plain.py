@@ -31,15 +31,18 @@ def load_plain(folder: Path) -> Any:
 def draw(pipeline: Any, **arguments: Any) -> Any:
     """What the call draws, of either kind."""
     if isinstance(pipeline, ModularPipeline):
-        return pipeline(**arguments, output="images")
+        drawn = next(name for name in pipeline.blocks.output_names if name in ("images", "videos"))
+        return pipeline(**arguments, output=drawn)
     return pipeline(**arguments)[0]
 
 
 def _load_modular(folder: Path, processors: dict[str, Any]) -> Any:
     """As its documentation has it where a prompt is to be encoded as it is given: a block is taken away."""
-    blocks = getattr(diffusers, read_json(folder / MODULAR_INDEX)["_blocks_class_name"])()
+    told = read_json(folder / MODULAR_INDEX)
+    blocks = getattr(diffusers, told["_blocks_class_name"])()
     blocks.sub_blocks.pop("prompt_upsampler", None)
-    pipeline = blocks.init_pipeline(str(folder))
-    pipeline.load_components([name for name in pipeline.pretrained_component_names if name not in processors])
+    pipeline = getattr(diffusers, told["_class_name"])(blocks=blocks, pretrained_model_name_or_path=str(folder))
+    there = set(pipeline.pretrained_component_names) & component_names(read_index(folder))
+    pipeline.load_components(sorted(there - processors.keys()))
     pipeline.update_components(**processors)
     return pipeline
