@@ -10,7 +10,7 @@ from pathlib import Path
 import diffusers
 
 from deployments.checkpoints.components import ModelIndex, denoiser_names, read_index
-from deployments.checkpoints.modular import is_modular
+from deployments.checkpoints.modular import BLOCKS, is_modular
 from deployments.checkpoints.source import fetch_checkpoint
 from deployments.checkpoints.tiny.names import TINY_MODULES
 from deployments.engine.blocks import build_skeleton, cuttable_names
@@ -37,7 +37,7 @@ MODULAR = """\
 
 Pipelines that diffusers has as blocks, of checkpoints with modular_model_index.json
 ([structure.md](structure.md#modular-pipelines) says how). Those of which there is a tiny checkpoint are shown as
-above; a checkpoint of another is tried at its start.
+above, some over that of the classic pipeline of their name; a checkpoint of another is tried at its start.
 
 """
 UNSTAGED: Mapping[str, str] = {
@@ -69,11 +69,32 @@ REASONS: Mapping[str, str] = {
     "Kandinsky5I2I": "chooses a size of its own",
 }
 """Of pipelines without a tiny checkpoint, by what their names hold; the first that fits."""
+OVER_CLASSIC: Mapping[str, str] = {
+    "FluxModularPipeline": "flux",
+    "FluxKontextModularPipeline": "flux-kontext",
+    "Flux2ModularPipeline": "flux2",
+    "Flux2KleinBaseModularPipeline": "flux2-klein",
+    "StableDiffusionXLModularPipeline": "sdxl",
+    "StableDiffusion3ModularPipeline": "sd3",
+    "QwenImageEditPlusModularPipeline": "qwen-image-edit-plus",
+    "ZImageModularPipeline": "z-image",
+    "ErnieImageModularPipeline": "ernie",
+    "WanModularPipeline": "wan",
+    "WanImage2VideoModularPipeline": "wan21-i2v",
+    "Wan22ModularPipeline": "wan22-a14b",
+    "Wan22Image2VideoModularPipeline": "wan22-i2v",
+    "LTXModularPipeline": "ltx-video",
+    "HunyuanVideo15ModularPipeline": "hunyuan-video15",
+}
+"""Modular pipelines over the components of a classic tiny checkpoint."""
 MODULAR_REASONS: Mapping[str, str] = {
-    "^WanAnimate|Vace": "a video goes in: not yet",
+    "^WanAnimate": "a video goes in, and its loop asks the VAE",
+    "Vace": "a video goes in: not yet",
     "^LTX2|^Echo|^MiniMax": "makes sound, by models that no stage has",
-    "^Helios|^Cosmos": "encodes or decodes inside its loop",
+    "^Cosmos": "has no text encoder: its transformer reads the words",
     "^Anima": "has a model between its text encoder and its denoiser, which no stage has",
+    "Layered": "makes several pictures that lie over each other",
+    "^Ideogram": "has no size by default",
 }
 """Of modular pipelines without a tiny checkpoint, as `REASONS`."""
 UNKNOWN = "not tried: there is no tiny checkpoint of it; a start tells"
@@ -93,7 +114,7 @@ def render_families_docs() -> str:
         + f"\n## Staged: {len(related)} pipeline classes\n\n"
         + _staged_table(staged)
         + MODULAR
-        + _staged_table(modular)
+        + _staged_table(modular | {name: _over(cls, indexes[name]) for cls, name in OVER_CLASSIC.items()})
         + "\n| pipeline | |\n|---|---|\n"
         + "".join(f"| {name} | {_reason(name, MODULAR_REASONS)} |\n" for name in _other_modular(modular))
         + f"\n## Not, or not shown\n\n| pipeline | |\n|---|---|\n{reasons}\n"
@@ -102,10 +123,16 @@ def render_families_docs() -> str:
 
 def _other_modular(served: Mapping[str, ModelIndex]) -> Iterator[str]:
     """Classes of which there is no tiny checkpoint."""
-    classes = {index["_class_name"] for index in served.values()}
+    classes = {*OVER_CLASSIC, *(index["_class_name"] for index in served.values())}
     for name in sorted(dir(diffusers)):
         if name.endswith("ModularPipeline") and name not in {"ModularPipeline", *classes}:
             yield name
+
+
+def _over(pipeline_class: str, index: ModelIndex) -> ModelIndex:
+    """As it would be written for the same components."""
+    blocks = getattr(diffusers, pipeline_class).default_blocks_name
+    return dict(index) | {"_class_name": pipeline_class, BLOCKS: blocks}
 
 
 def _staged_table(indexes: Mapping[str, ModelIndex]) -> str:

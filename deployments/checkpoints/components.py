@@ -23,6 +23,9 @@ Adapters, or to look for what is not safe."""
 NEVER_LOADED = frozenset({"safety_checker", "watermark"}) | SEE_PICTURES
 """Pipelines do without."""
 
+REWRITERS = frozenset({"pe", "prompt_enhancer", "prompt_upsampler"})
+"""Language models that rewrite prompts, which are encoded as they are given."""
+
 
 def fetch_stage(model: ModelConfig, stage: Stage, dtype: Dtype) -> tuple[Path, ModelIndex]:
     """The checkpoint's folder, holding what `stage` needs and every model's config, and its model_index.json.
@@ -90,7 +93,7 @@ def check_served(folder: Path, index: ModelIndex, family: Family) -> None:
     served: frozenset[str] = frozenset().union(
         *(stage_components(index, family, stage) for stage in ("encode", "denoise", "decode"))
     )
-    others = sorted(n for n in names - served - NEVER_LOADED if (folder / n / "config.json").is_file())
+    others = sorted(n for n in names - served - NEVER_LOADED - REWRITERS if (folder / n / "config.json").is_file())
     if others:
         raise ValueError(
             f"{pipeline}, has a model that no stage serves: {', '.join(others)}; there are stages for text "

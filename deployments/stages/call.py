@@ -208,7 +208,7 @@ class PipelineCall:
         self, pipe: Any, request: GenerationRequest, pictures: Pictures, max_sequence_length: int | None
     ) -> None:
         """Always ends by an exception: Reached, or a fault."""
-        set_guidance([getattr(pipe, name) for name in self._stateful], request.guidance_scale)
+        set_guidance(pipe, request.guidance_scale)
         arguments = call_arguments(pipe, request, max_sequence_length)
         size = (request.width, request.height) if request.width else None
         pipe(**arguments | picture_arguments(self._asked, pictures, size))

@@ -6,7 +6,7 @@ A block reads the call's values and writes others, so one that reaches a text en
 
 import copy
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cache
 from inspect import signature
 from pathlib import Path
@@ -120,11 +120,11 @@ def _signature_names(pipeline_class: Any) -> frozenset[str]:
     return frozenset(signature(pipeline_class.__call__).parameters)
 
 
-def set_guidance(components: Iterable[Any], scale: float | None) -> None:
-    """In place, of those that guide: blocks are not called with it. None: as it is."""
-    for guider in components:
-        if scale is not None and hasattr(guider, GUIDANCE):
-            guider.guidance_scale = scale
+def set_guidance(pipe: Any, scale: float | None) -> None:
+    """In place, of a guider of the pipeline's own: blocks are not called with it. None: as it is."""
+    guider = getattr(pipe, "guider", None)
+    if scale is not None and hasattr(guider, GUIDANCE):
+        guider.guidance_scale = scale
 
 
 def _workflows(blocks: Any) -> list[Any]:

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from deployments.checkpoints.components import component_names, left_out, read_index
+from deployments.checkpoints.components import check_served, component_names, left_out, read_index
 from deployments.checkpoints.modular import MODULAR_INDEX, is_modular, locations
 from deployments.checkpoints.source import detect_family, fetch_checkpoint, local_folder
+from deployments.families.flux import FLUX
 
 REPOSITORY = "somebody/flux-3"
 
@@ -75,6 +76,17 @@ def test_a_component_that_is_not_on_this_machine_is_left_out_and_its_place_is_to
     assert left_out(index) == {"text_encoder"}
     assert component_names(index) == {"vae"}
     assert locations(opened(folder))["text_encoder"] == f"{REPOSITORY}/te"
+
+
+def test_a_model_that_rewrites_prompts_may_be_there(folder: Path) -> None:
+    (folder / "prompt_upsampler").mkdir()
+    (folder / "prompt_upsampler" / "config.json").write_text("{}")
+    write_index(
+        folder,
+        transformer=entry("diffusers", "Flux3Transformer2DModel", "transformer"),
+        prompt_upsampler=entry("transformers", "Qwen3_5ForConditionalGeneration", "prompt_upsampler"),
+    )
+    check_served(opened(folder), read_index(opened(folder)), FLUX)
 
 
 def test_a_class_that_stands_for_another_is_the_one_that_the_files_name(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -19,8 +20,9 @@ from deployments.families.calls import Call, find_calls
 from deployments.request import CallKind, GenerationRequest, InputPictures, Prompt
 from deployments.stages.call import call_arguments
 from deployments.stages.derive import Derived
-from serve_app.families_docs import CANNOT, UNSTAGED
+from serve_app.families_docs import CANNOT, OVER_CLASSIC, UNSTAGED
 from tests.deployments import plain
+from tests.deployments.modular_checkpoint import write_modular
 from tests.deployments.variants import build_request, draw_staged, read_model
 from tests.pictures import half_mask, picture, png
 
@@ -43,13 +45,18 @@ QUICK = frozenset(
 STAGED = [name for name in TINY_MODULES if name not in UNSTAGED]
 
 
+def folder_of(name: str) -> Path:
+    """name: of a tiny checkpoint, or a path."""
+    return fetch_checkpoint(name if "/" in name else f"tiny://{name}", ())
+
+
 def index_of(name: str) -> ModelIndex:
-    return read_index(fetch_checkpoint(f"tiny://{name}", ()))
+    return read_index(folder_of(name))
 
 
 @cache
 def model(name: str) -> ModelConfig:
-    folder = fetch_checkpoint(f"tiny://{name}", ())
+    folder = folder_of(name)
     if name in TINY_FAMILIES:
         return read_model(folder)
     derived = read_derived(index_of(name)["_class_name"], Derived(folder).describe())
@@ -64,13 +71,16 @@ def calls_of(name: str) -> Mapping[CallKind, Call]:
 
 @cache
 def load_plain(name: str) -> Any:
-    return plain.load_plain(fetch_checkpoint(f"tiny://{name}", ()))
+    return plain.load_plain(folder_of(name))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "staged" in metafunc.fixturenames:
         is_thorough = metafunc.config.getoption("--thorough")
         metafunc.parametrize("staged", [name for name in STAGED if is_thorough or name in QUICK])
+    if "blocks" in metafunc.fixturenames:
+        is_thorough = metafunc.config.getoption("--thorough")
+        metafunc.parametrize("blocks", OVER_CLASSIC if is_thorough else [next(iter(OVER_CLASSIC))])
 
 
 def small_request(name: str, kind: CallKind) -> GenerationRequest:
@@ -99,6 +109,13 @@ def test_three_stages_draw_what_the_plain_pipeline_draws(staged: str) -> None:
             check_equal(staged, kind)
         else:
             assert call.pipeline_class in CANNOT
+
+
+def test_blocks_over_a_classic_checkpoint_draw_what_they_draw_whole(blocks: str, tmp_path: Path) -> None:
+    name = str(write_modular(blocks, tmp_path / "checkpoint"))
+    assert model(name).architecture.calls.keys() == calls_of(name).keys()
+    for kind in calls_of(name):
+        check_equal(name, kind)
 
 
 def check_equal(name: str, kind: CallKind) -> None:
