@@ -71,7 +71,7 @@ class StandIn(nn.Module):
         yield
 
     @property
-    def forward(self) -> Callable[..., Any]:
+    def forward(self) -> Callable[..., Any]:  # type: ignore[override]
         """With the signature of the model's, from which some pipelines read what to give it."""
         model_class: Any = type(self.__dict__["skeleton"])
 

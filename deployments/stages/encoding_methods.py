@@ -12,7 +12,7 @@ from typing import Any
 
 from diffusers import ModularPipeline
 
-from deployments.stages.modular import encoding_blocks, replace_blocks
+from deployments.stages.modular import Replace, encoding_blocks, replace_blocks
 
 Method = Callable[..., Any]
 _NOT_ENCODING = frozenset({"check_inputs", "maybe_free_model_hooks", "__call__"})
@@ -22,14 +22,12 @@ def encoding_names(pipe: Any, encoders: frozenset[str]) -> tuple[str, ...]:
     """Of the methods, or blocks, of a pipeline that reach one of these components and no VAE."""
     if isinstance(pipe, ModularPipeline):
         return tuple(encoding_blocks(pipe._blocks, encoders))
-    return encoding_methods(type(pipe), encoders)
+    pipeline_class: Any = type(pipe)
+    return encoding_methods(pipeline_class, encoders)
 
 
-def replace_encoding(pipe: Any, names: Collection[str], replace: Callable[[str, Method], Method]) -> None:
-    """In place, of a copy of a pipeline, those of these names.
-
-    replace: (name, method) -> what is called in its place.
-    """
+def replace_encoding(pipe: Any, names: Collection[str], replace: Replace) -> None:
+    """In place, of a copy of a pipeline, those of these names."""
     if isinstance(pipe, ModularPipeline):
         replace_blocks(pipe, names, replace)
     else:

@@ -22,8 +22,7 @@ from deployments.families import Call
 from deployments.families.calls import REQUIRED, kind_by_parameters
 from deployments.request import CallKind
 
-Method = Callable[..., Any]
-Replace = Callable[[str, Method], Method]
+Replace = Callable[[str, Callable[..., Any]], Callable[..., Any]]
 """(name, what runs a text encoder) -> what is called in its place."""
 
 GUIDANCE = "guidance_scale"
@@ -122,7 +121,7 @@ def _signature_names(pipeline_class: Any) -> frozenset[str]:
 
 def set_guidance(pipe: Any, scale: float | None) -> None:
     """In place, of a guider of the pipeline's own: blocks are not called with it. None: as it is."""
-    guider = getattr(pipe, "guider", None)
+    guider: Any = getattr(pipe, "guider", None)
     if scale is not None and hasattr(guider, GUIDANCE):
         guider.guidance_scale = scale
 
@@ -193,7 +192,8 @@ class EncodingBlock:
             inner = copy.copy(state)
             inner.values, inner.kwargs_mapping = dict(state.values), copy.deepcopy(state.kwargs_mapping)
             self._block(components, inner)
-            return {name: inner.get(name) for name in self._block.intermediate_output_names}
+            changed = [name for name in self._block.input_names if inner.get(name) is not state.get(name)]
+            return {name: inner.get(name) for name in (*self._block.intermediate_output_names, *changed)}
 
         made = self._replace(self._name, encode)(**self._asked(components, state))
         self._block.set_block_state(state, BlockState(**made))
@@ -202,4 +202,5 @@ class EncodingBlock:
     def _asked(self, components: Any, state: PipelineState) -> dict[str, Any]:
         """Which outputs it makes: by its inputs, and by whether its pipeline is guided."""
         guided = getattr(components, "requires_unconditional_embeds", None)
-        return self._block.get_block_state(state).as_dict() | {"requires_unconditional_embeds": guided}
+        inputs: dict[str, Any] = self._block.get_block_state(state).as_dict()
+        return inputs | {"requires_unconditional_embeds": guided}
