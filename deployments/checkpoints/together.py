@@ -13,7 +13,7 @@ CACHE = Path(".cache") / "latent-relay" / "files"
 
 def put_together(links: Mapping[str, Path], files: Mapping[str, str] | None = None) -> Path:
     """links: name to what it leads to; files: name to text. Processes may ask at once; a rename makes it."""
-    files = files or {}
+    files, links = files or {}, {name: target.absolute() for name, target in links.items()}
     told = [f"{name} {target}" for name, target in sorted(links.items())]
     told += [f"{name} {text}" for name, text in sorted(files.items())]
     digest = hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
@@ -25,7 +25,7 @@ def put_together(links: Mapping[str, Path], files: Mapping[str, str] | None = No
                 made = Path(building) / folder.name
                 made.mkdir()
                 for name, target in links.items():
-                    (made / name).symlink_to(target.absolute())
+                    (made / name).symlink_to(target)
                 for name, text in files.items():
                     (made / name).write_text(text, encoding="utf-8")
                 made.rename(folder)
