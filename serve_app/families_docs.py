@@ -4,7 +4,7 @@ Imports torch: what can be cut is asked of the models themselves.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import diffusers
@@ -74,6 +74,7 @@ OVER_CLASSIC: Mapping[str, str] = {
     "FluxKontextModularPipeline": "flux-kontext",
     "Flux2ModularPipeline": "flux2",
     "Flux2KleinBaseModularPipeline": "flux2-klein",
+    "Flux2KleinModularPipeline": "flux2-klein",
     "StableDiffusionXLModularPipeline": "sdxl",
     "StableDiffusion3ModularPipeline": "sd3",
     "QwenImageEditPlusModularPipeline": "qwen-image-edit-plus",
@@ -104,6 +105,7 @@ def render_families_docs() -> str:
     """Markdown."""
     indexes = {name: read_index(fetch_checkpoint(f"tiny://{name}", ())) for name in TINY_MODULES}
     modular = {name: index for name, index in indexes.items() if is_modular(index)}
+    over = [(name, _over(pipeline, indexes[name])) for pipeline, name in OVER_CLASSIC.items()]
     staged = {name: index for name, index in indexes.items() if name not in {*UNSTAGED, *modular}}
     related = {call.pipeline_class for index in staged.values() for call in _calls(index)}
     unstaged = dict(CANNOT) | {str(indexes[name]["_class_name"]): reason for name, reason in UNSTAGED.items()}
@@ -112,9 +114,9 @@ def render_families_docs() -> str:
     return (
         INTRO.format(version=diffusers.__version__)
         + f"\n## Staged: {len(related)} pipeline classes\n\n"
-        + _staged_table(staged)
+        + _staged_table(staged.items())
         + MODULAR
-        + _staged_table(modular | {name: _over(cls, indexes[name]) for cls, name in OVER_CLASSIC.items()})
+        + _staged_table([*modular.items(), *over])
         + "\n| pipeline | |\n|---|---|\n"
         + "".join(f"| {name} | {_reason(name, MODULAR_REASONS)} |\n" for name in _other_modular(modular))
         + f"\n## Not, or not shown\n\n| pipeline | |\n|---|---|\n{reasons}\n"
@@ -135,8 +137,9 @@ def _over(pipeline_class: str, index: ModelIndex) -> ModelIndex:
     return dict(index) | {"_class_name": pipeline_class, BLOCKS: blocks}
 
 
-def _staged_table(indexes: Mapping[str, ModelIndex]) -> str:
-    rows = "\n".join(_staged_row(name, index) for name, index in indexes.items())
+def _staged_table(indexes: Iterable[tuple[str, ModelIndex]]) -> str:
+    """indexes: of tiny checkpoints, by name."""
+    rows = "\n".join(_staged_row(name, index) for name, index in indexes)
     return f"| pipeline | tiny:// | calls | blocks | merged |\n|---|---|---|---|---|\n{rows}\n"
 
 

@@ -49,7 +49,7 @@ def open_modular(folder: Path, repository: str | None = None) -> Path:
     links = {entry.name: entry for entry in folder.iterdir()}
     index = dict(told)
     for name, entry in told.items():
-        if _is_component(entry):
+        if _is_component(name, entry):
             found = _find(folder, name, entry[2])
             is_there = found is not None or (repository is not None and entry[2].get(_LOCATION) == repository)
             index[name] = _class_of(entry, found) if is_there else [None, None]
@@ -64,13 +64,14 @@ def locations(folder: Path) -> Mapping[str, str]:
 
 def _locations(told: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, entry in told.items():
-        if _is_component(entry):
+        if _is_component(name, entry):
             parts = (entry[2].get(_LOCATION), entry[2].get("subfolder"))
             yield name, "/".join(part for part in parts if part)
 
 
-def _is_component(entry: Any) -> bool:
-    return isinstance(entry, list) and len(entry) == 3 and isinstance(entry[2], dict)
+def _is_component(name: str, entry: Any) -> bool:
+    """Its name becomes a file's, which is to lie where it is made."""
+    return name.isidentifier() and isinstance(entry, list) and len(entry) == 3 and isinstance(entry[2], dict)
 
 
 def _find(folder: Path, name: str, where: Mapping[str, Any]) -> Path | None:

@@ -97,6 +97,12 @@ def test_a_class_that_stands_for_another_is_the_one_that_the_files_name(folder: 
     assert read_index(opened(folder))["tokenizer"] == ["transformers", "Qwen3VLProcessor"]
 
 
+def test_a_name_that_leads_elsewhere_is_none(folder: Path) -> None:
+    write_index(folder, **{"../vae": entry("diffusers", "AutoencoderKLFlux2", "vae")})
+    assert component_names(read_index(opened(folder))) == {"vae"}
+    assert not (opened(folder).parent / "vae").exists()
+
+
 def test_a_folder_with_the_index_of_a_classic_pipeline_too_is_that(folder: Path) -> None:
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
     assert opened(folder) == folder
