@@ -30,10 +30,14 @@ _SUFFIXES: Mapping[CallKind, str] = {"edit": "Img2Img", "inpaint": "Inpaint"}
 """Of classes that no table names, and that run over the components of the class without it."""
 _SEVERAL = frozenset(
     {
+        "Flux2KleinBaseModularPipeline",
+        "Flux2KleinModularPipeline",
         "Flux2KleinPipeline",
+        "Flux2ModularPipeline",
         "Flux2Pipeline",
         "Flux3DistilledModularPipeline",
         "Flux3ModularPipeline",
+        "QwenImageEditPlusModularPipeline",
         "QwenImageEditPlusPipeline",
     }
 )

@@ -9,6 +9,7 @@ from typing import Any
 
 import diffusers
 import pytest
+import torch
 
 from deployments.checkpoints.components import read_index
 from deployments.checkpoints.derived import read_derived
@@ -127,6 +128,18 @@ def test_a_request_leaves_nothing_in_the_pipeline_that_all_share(stage: Any, kin
     assert vars(pipe) == before
     assert dict(pipe.config) == settings
     assert pipe.guider.guidance_scale == 3.5
+
+
+def test_what_would_be_decoded_after_the_last_step_is_what_is(stage: Any) -> None:
+    """A partial picture is the end of the call, for latents of an earlier step."""
+    steps: list[torch.Tensor] = []
+    request = build_request(model())
+    encodings, seat = encode(model(), request), stage.join()
+    arguments = stage.denoise(seat, encodings, request, lambda _step, latents: steps.append(latents))
+    stage.leave(seat)
+    finished = stage._calls.of(request).finish(request, stage._stand_ins(stage._zeros), encodings, steps[-1])
+    assert len(steps) == request.num_inference_steps
+    assert torch.equal(finished.latents, arguments.latents)
 
 
 def test_encodings_of_another_call_are_not_taken_for_this_ones(stage: Any) -> None:
