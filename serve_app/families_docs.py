@@ -4,17 +4,19 @@ Imports torch: what can be cut is asked of the models themselves.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import diffusers
 
 from deployments.checkpoints.components import ModelIndex, denoiser_names, read_index
+from deployments.checkpoints.modular import BLOCKS, is_modular
 from deployments.checkpoints.source import fetch_checkpoint
 from deployments.checkpoints.tiny.names import TINY_MODULES
 from deployments.engine.blocks import build_skeleton, cuttable_names
 from deployments.engine.merge import RULES
 from deployments.families.calls import Call, find_calls, find_pipelines
+from deployments.stages.modular import find_modular_calls
 
 INTRO = """\
 # Pipelines
@@ -29,6 +31,15 @@ the tiny denoiser, which may be cut into shards between any two, each cut bit-eq
 
 `generate` draws from a prompt, `edit` from pictures too, `inpaint` where a mask says, `image_to_video` goes on
 from a picture.
+"""
+MODULAR = """\
+
+## Modular pipelines
+
+Pipelines that diffusers has as blocks, of checkpoints with modular_model_index.json
+([structure.md](structure.md#modular-pipelines) says how). Those of which there is a tiny checkpoint are shown as
+above, some over that of the classic pipeline of their name; a checkpoint of another is tried at its start.
+
 """
 UNSTAGED: Mapping[str, str] = {
     "kandinsky5": "chooses one of seven sizes of its own",
@@ -55,24 +66,78 @@ REASONS: Mapping[str, str] = {
     "Kandinsky5I2I": "chooses a size of its own",
 }
 """Of pipelines without a tiny checkpoint, by what their names hold; the first that fits."""
+OVER_CLASSIC: Mapping[str, str] = {
+    "FluxModularPipeline": "flux",
+    "FluxKontextModularPipeline": "flux-kontext",
+    "Flux2ModularPipeline": "flux2",
+    "Flux2KleinBaseModularPipeline": "flux2-klein",
+    "Flux2KleinModularPipeline": "flux2-klein",
+    "StableDiffusionXLModularPipeline": "sdxl",
+    "StableDiffusion3ModularPipeline": "sd3",
+    "QwenImageEditPlusModularPipeline": "qwen-image-edit-plus",
+    "ZImageModularPipeline": "z-image",
+    "ErnieImageModularPipeline": "ernie",
+    "WanModularPipeline": "wan",
+    "WanImage2VideoModularPipeline": "wan21-i2v",
+    "Wan22ModularPipeline": "wan22-a14b",
+    "Wan22Image2VideoModularPipeline": "wan22-i2v",
+    "LTXModularPipeline": "ltx-video",
+    "HunyuanVideo15ModularPipeline": "hunyuan-video15",
+}
+"""Modular pipelines over the components of a classic tiny checkpoint."""
+MODULAR_REASONS: Mapping[str, str] = {
+    "^WanAnimate": "a video goes in, and its loop asks the VAE",
+    "Vace": "a video goes in: not yet",
+    "^LTX2|^Echo|^MiniMax": "makes sound, by models that no stage has",
+    "^Cosmos": "has no text encoder: its transformer reads the words",
+    "^Anima": "has a model between its text encoder and its denoiser, which no stage has",
+    "Layered": "makes several pictures that lie over each other",
+    "^Ideogram": "has no size by default",
+}
+"""Of modular pipelines without a tiny checkpoint, as `REASONS`."""
 UNKNOWN = "not tried: there is no tiny checkpoint of it; a start tells"
 
 
 def render_families_docs() -> str:
     """Markdown."""
     indexes = {name: read_index(fetch_checkpoint(f"tiny://{name}", ())) for name in TINY_MODULES}
-    staged = {name: index for name, index in indexes.items() if name not in UNSTAGED}
+    modular = {name: index for name, index in indexes.items() if is_modular(index)}
+    over = [(name, _over(pipeline, indexes[name])) for pipeline, name in OVER_CLASSIC.items()]
+    staged = {name: index for name, index in indexes.items() if name not in {*UNSTAGED, *modular}}
     related = {call.pipeline_class for index in staged.values() for call in _calls(index)}
     unstaged = dict(CANNOT) | {str(indexes[name]["_class_name"]): reason for name, reason in UNSTAGED.items()}
     others = [name for name in find_pipelines() if name not in related]
-    rows = "\n".join(_staged_row(name, index) for name, index in staged.items())
     reasons = "\n".join(f"| {name} | {unstaged.get(name) or _reason(name)} |" for name in others)
     return (
         INTRO.format(version=diffusers.__version__)
         + f"\n## Staged: {len(related)} pipeline classes\n\n"
-        + f"| pipeline | tiny:// | calls | blocks | merged |\n|---|---|---|---|---|\n{rows}\n"
+        + _staged_table(staged.items())
+        + MODULAR
+        + _staged_table([*modular.items(), *over])
+        + "\n| pipeline | |\n|---|---|\n"
+        + "".join(f"| {name} | {_reason(name, MODULAR_REASONS)} |\n" for name in _other_modular(modular))
         + f"\n## Not, or not shown\n\n| pipeline | |\n|---|---|\n{reasons}\n"
     )
+
+
+def _other_modular(served: Mapping[str, ModelIndex]) -> Iterator[str]:
+    """Classes of which there is no tiny checkpoint."""
+    classes = {*OVER_CLASSIC, *(index["_class_name"] for index in served.values())}
+    for name in sorted(dir(diffusers)):
+        if name.endswith("ModularPipeline") and name not in {"ModularPipeline", *classes}:
+            yield name
+
+
+def _over(pipeline_class: str, index: ModelIndex) -> ModelIndex:
+    """As it would be written for the same components."""
+    blocks = getattr(diffusers, pipeline_class).default_blocks_name
+    return dict(index) | {"_class_name": pipeline_class, BLOCKS: blocks}
+
+
+def _staged_table(indexes: Iterable[tuple[str, ModelIndex]]) -> str:
+    """indexes: of tiny checkpoints, by name."""
+    rows = "\n".join(_staged_row(name, index) for name, index in indexes)
+    return f"| pipeline | tiny:// | calls | blocks | merged |\n|---|---|---|---|---|\n{rows}\n"
 
 
 def _staged_row(name: str, index: ModelIndex) -> str:
@@ -80,7 +145,8 @@ def _staged_row(name: str, index: ModelIndex) -> str:
     parts = [_denoiser(folder, index, component) for component in denoiser_names(index)]
     blocks = ", ".join(dict.fromkeys(str(number) if number else "whole" for number, _ in parts))
     merged = ", ".join(dict.fromkeys("yes" if is_merged else "no" for _, is_merged in parts))
-    calls = ", ".join(call.kind for call in _calls(index))
+    told = find_modular_calls(folder, index).values() if is_modular(index) else _calls(index)
+    calls = ", ".join(call.kind for call in told)
     return f"| {index['_class_name']} | {name} | {calls} | {blocks} | {merged} |"
 
 
@@ -95,5 +161,5 @@ def _calls(index: ModelIndex) -> Iterator[Call]:
     yield from (call for call in calls if call.pipeline_class not in CANNOT)
 
 
-def _reason(pipeline_class: str) -> str:
-    return next((why for words, why in REASONS.items() if re.search(words, pipeline_class)), UNKNOWN)
+def _reason(pipeline_class: str, reasons: Mapping[str, str] = REASONS) -> str:
+    return next((why for words, why in reasons.items() if re.search(words, pipeline_class)), UNKNOWN)

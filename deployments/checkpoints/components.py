@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from deployments.checkpoints.json_file import read_settings
+from deployments.checkpoints.modular import MODEL_INDEX, is_modular
 from deployments.checkpoints.parts import open_checkpoint
 from deployments.checkpoints.source import fetch_configs
 from deployments.config import ModelConfig
@@ -29,6 +30,9 @@ DECODERS = VAES | {"vocoder"}
 _NO_DENOISERS = ("Scheduler", "Guidance", "VAE", "VQModel", "Autoencoder", "Vocoder", "MotionAdapter")
 """In names of classes."""
 
+REWRITERS = frozenset({"pe", "prompt_enhancer", "prompt_upsampler"})
+"""Language models that rewrite prompts, which are encoded as they are given."""
+
 
 def fetch_stage(model: ModelConfig, stage: Stage, dtype: Dtype) -> tuple[Path, ModelIndex]:
     """The checkpoint's folder, holding what `stage` needs and every model's config, and its model_index.json.
@@ -42,7 +46,7 @@ def fetch_stage(model: ModelConfig, stage: Stage, dtype: Dtype) -> tuple[Path, M
 
 def read_index(folder: Path) -> ModelIndex:
     """Raises as `read_settings`."""
-    return read_settings(folder / "model_index.json")
+    return read_settings(folder / MODEL_INDEX)
 
 
 def stage_components(index: ModelIndex, family: Family, stage: Stage) -> frozenset[str]:
@@ -88,7 +92,8 @@ def check_served(folder: Path, index: ModelIndex, family: Family) -> None:
     """Raises ValueError if some stage would lack what it cannot do without, or a model would be in no stage."""
     names = component_names(index)
     pipeline = f"{folder}, a {index.get('_class_name')}"
-    lacking = sorted({"scheduler", "vae"} - names)
+    made = {"scheduler"} if is_modular(index) else set[str]()  # blocks bring what they need beside weights
+    lacking = sorted({"scheduler", "vae"} - names - made)
     if not denoiser_names(index):
         lacking.insert(0, "denoiser (transformer or unet)")
     if lacking:
@@ -96,7 +101,7 @@ def check_served(folder: Path, index: ModelIndex, family: Family) -> None:
     served: frozenset[str] = frozenset().union(
         *(stage_components(index, family, stage) for stage in ("encode", "denoise", "decode"))
     )
-    others = sorted(n for n in names - served - NEVER_LOADED if (folder / n / "config.json").is_file())
+    others = sorted(n for n in names - served - NEVER_LOADED - REWRITERS if (folder / n / "config.json").is_file())
     if others:
         raise ValueError(
             f"{pipeline}, has a model that no stage serves: {', '.join(others)}; there are stages for text "

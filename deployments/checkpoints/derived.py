@@ -9,10 +9,11 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from deployments.checkpoints.packages import describe_missing
-from deployments.families import FAMILIES, Family, Geometry
-from deployments.families.calls import find_calls
+from deployments.checkpoints.packages import describe_missing, is_public
+from deployments.families import FAMILIES, Call, Family, Geometry
+from deployments.families.calls import REQUIRED, find_calls
 from deployments.families.geometry import Configs
+from deployments.request import CallKind
 
 DERIVE = "deployments.stages.derive"
 MUST_END_IN_S = 300.0
@@ -25,7 +26,7 @@ def derive_family(folder: Path, pipeline_class: str) -> tuple[Family, Geometry]:
     Raises ValueError if its pipeline cannot be served.
     """
     try:
-        find_calls(pipeline_class)
+        _check_class(pipeline_class)
     except ValueError as error:
         raise _refusal(folder, pipeline_class, str(error)) from error
     if missing := describe_missing(pipeline_class):
@@ -44,14 +45,42 @@ def read_derived(pipeline_class: str, told: Mapping[str, Any]) -> tuple[Family, 
     """What `Derived.describe` (stages/derive.py) has told."""
     own = dict(told)
     geometry = Geometry(**own.pop("geometry"))
+    calls: dict[CallKind, Call] = {call["kind"]: _read_call(call) for call in own.pop("calls", ())}
     family = Family(
         name=pipeline_class,
         pipeline_class=pipeline_class,
         geometry=partial(_given, geometry),
         published={},
+        told=calls or None,
         **own,
     )
     return family, geometry
+
+
+def tell_calls(calls: Mapping[CallKind, Call]) -> list[dict[str, Any]]:
+    """As JSON, for `read_derived`."""
+    return [
+        {
+            "kind": call.kind,
+            "pipeline_class": call.pipeline_class,
+            "parameters": {name: value for name, value in call.parameters.items() if value is not REQUIRED},
+            "required": [name for name, value in call.parameters.items() if value is REQUIRED],
+        }
+        for call in calls.values()
+    ]
+
+
+def _read_call(told: Mapping[str, Any]) -> Call:
+    parameters = told["parameters"] | dict.fromkeys(told["required"], REQUIRED)
+    return Call(told["kind"], told["pipeline_class"], parameters)
+
+
+def _check_class(pipeline_class: str) -> None:
+    """Raises ValueError if the installed diffusers has no such class."""
+    if not pipeline_class.endswith("ModularPipeline"):
+        find_calls(pipeline_class)
+    elif not is_public(pipeline_class):
+        raise ValueError("the installed diffusers has none of that name")
 
 
 def _given(geometry: Geometry, _configs: Configs) -> Geometry:

@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from deployments.checkpoints.modular import MODEL_INDEX, MODULAR_INDEX
 from deployments.checkpoints.weights import find_lora, read_header
 
-MODEL_INDEX = "model_index.json"
+_INDEXES = (MODEL_INDEX, MODULAR_INDEX)
 _PICKLES = {".ckpt", ".pt", ".pth", ".bin"}
 _WEIGHTS = {".safetensors", ".gguf", *_PICKLES}
 _LAYOUTS = {
@@ -103,7 +104,7 @@ Layouts = tuple[tuple[Callable[[Path], bool], Callable[[Path], str]], ...]
 """The first that is true of a path tells what it is."""
 
 _FILES: Layouts = (
-    (lambda file: file.name == MODEL_INDEX, lambda file: f"{file} is a file of a checkpoint: name its folder"),
+    (lambda file: file.name in _INDEXES, lambda file: f"{file} is a file of a checkpoint: name its folder"),
     (_is_lora, _tell_lora),
     (lambda file: file.suffix in {".gguf", ".safetensors"}, _tell_single),
     (lambda file: file.suffix in _PICKLES, describe_pickle),
@@ -118,7 +119,7 @@ _FOLDERS: Layouts = (
         ),
     ),
     (
-        lambda folder: (folder.parent / MODEL_INDEX).is_file(),
+        lambda folder: any((folder.parent / name).is_file() for name in _INDEXES),
         lambda folder: (
             f"{folder} is one component of a checkpoint: name the folder that it is in, {folder.parent}"
         ),
@@ -132,10 +133,10 @@ _FOLDERS: Layouts = (
         ),
     ),
     (
-        _has(f"*/{MODEL_INDEX}"),
+        _has(*(f"*/{name}" for name in _INDEXES)),
         lambda folder: (
             f"{folder} has no {MODEL_INDEX}, and a folder in it has: name that one, "
-            f"{next(iter(sorted(folder.glob(f'*/{MODEL_INDEX}')))).parent}"
+            f"{min(file for name in _INDEXES for file in folder.glob(f'*/{name}')).parent}"
         ),
     ),
     (

@@ -22,6 +22,7 @@ from filelock import FileLock
 
 from deployments.checkpoints.layout import describe_pickle
 from deployments.checkpoints.source import fetch_checkpoint, fetch_file
+from deployments.checkpoints.together import CACHE, put_together
 from deployments.checkpoints.weights import find_file_faults, find_lora, read_header
 from deployments.config import ModelConfig, StageConfig
 from deployments.memory.config import GGUF_WEIGHTS, Dtype, QuantizationConfig
@@ -33,8 +34,6 @@ ModelIndex = Mapping[str, Any]
 CONVERT = "deployments.checkpoints.convert"
 GGUF = ".gguf"
 _GGUF_HEAD = b"GGUF"
-_CACHE = Path(".cache") / "latent-relay" / "files"
-"""Under the user's home."""
 _PREFIXES = {
     "text_encoder": ("cond_stage_model.", "conditioner.embedders.0.transformer.", "text_encoders.clip_l."),
     "text_encoder_2": (
@@ -93,7 +92,7 @@ def open_checkpoint(model: ModelConfig, index: ModelIndex, components: Collectio
     if not parts:
         return layout
     held = {name: _open_part(file, layout, name, index[name][1], dtype) for name, file in parts.items()}
-    return _put_together(layout, held)
+    return put_together({entry.name: entry for entry in layout.iterdir()} | held)
 
 
 def _check(file: Path) -> None:
@@ -133,7 +132,7 @@ def _open_part(file: Path, layout: Path, name: str, class_name: str, dtype: Dtyp
     told = file.stat()
     key = [str(file.resolve()), told.st_mtime_ns, told.st_size, class_name, is_gguf or dtype, config.read_text()]
     digest = hashlib.sha256(json.dumps([*key, version("diffusers")]).encode()).hexdigest()[:16]
-    folder = Path.home() / _CACHE / f"{file.stem}-{name}-{digest}"
+    folder = Path.home() / CACHE / f"{file.stem}-{name}-{digest}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f"{folder.name}.lock")):
         if not folder.is_dir():  # another process may have made it while we waited
@@ -146,7 +145,7 @@ def _open_part(file: Path, layout: Path, name: str, class_name: str, dtype: Dtyp
 
 def _convert(file: Path, layout: Path, name: str, folder: Path, dtype: Dtype) -> None:
     """Raises ValueError, which says why not."""
-    log.warning("%s: its %s is converted once, to %s, into ~/%s", file, name, dtype, _CACHE)
+    log.warning("%s: its %s is converted once, to %s, into ~/%s", file, name, dtype, CACHE)
     command = [sys.executable, "-m", CONVERT, str(file), str(layout), name, str(folder), dtype]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -159,19 +158,3 @@ def _link_gguf(file: Path, layout: Path, name: str, folder: Path, _dtype: Dtype)
     folder.mkdir()
     shutil.copyfile(layout / name / "config.json", folder / "config.json")
     (folder / GGUF_WEIGHTS).symlink_to(file.resolve())
-
-
-def _put_together(layout: Path, held: Mapping[str, Path]) -> Path:
-    """The layout, and in place of some of its components those that are `held`: all of them links."""
-    links = {entry.name: entry for entry in layout.iterdir()} | dict(held)
-    key = "\n".join(f"{name} {target}" for name, target in sorted(links.items()))
-    folder = Path.home() / _CACHE / f"together-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    with FileLock(folder.with_name(f"{folder.name}.lock")):
-        if not folder.is_dir():
-            with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as building:
-                made = Path(building) / folder.name
-                made.mkdir()
-                for name, target in links.items():
-                    (made / name).symlink_to(target.absolute())
-                made.rename(folder)
-    return folder

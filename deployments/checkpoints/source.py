@@ -30,7 +30,8 @@ from huggingface_hub.errors import (
 from deployments.checkpoints.byte_order_mark import without_byte_order_marks
 from deployments.checkpoints.derived import derive_family
 from deployments.checkpoints.json_file import read_settings
-from deployments.checkpoints.layout import MODEL_INDEX, describe_other_layout, open_hub_cache
+from deployments.checkpoints.layout import describe_other_layout, open_hub_cache
+from deployments.checkpoints.modular import MODEL_INDEX, MODULAR_INDEX, open_modular
 from deployments.checkpoints.tiny.names import TINY_MODULES
 from deployments.checkpoints.weights import find_file_faults
 from deployments.config import ModelConfig
@@ -73,8 +74,7 @@ def detect_family(checkpoint: str, revision: str | None) -> str:
             return name
         index_file = _fetch_tiny(name) / MODEL_INDEX
     elif folder is None:
-        with _hub(checkpoint):
-            index_file = Path(hf_hub_download(checkpoint, MODEL_INDEX, revision=revision))
+        index_file = _download_index(checkpoint, revision)
     else:
         _check_complete(folder, components=())
         index_file = folder / MODEL_INDEX
@@ -118,9 +118,10 @@ def fetch_configs(checkpoint: str, *, revision: str | None = None) -> Path:
         return _fetch_tiny(_tiny_name(checkpoint, TINY_MODULES))
     folder = local_folder(checkpoint, revision)
     if folder is None:
-        patterns = [MODEL_INDEX, "*/config.json", "scheduler/*.json"]
+        patterns = [MODEL_INDEX, MODULAR_INDEX, "*/*config.json", "scheduler/*.json"]
         with _hub(checkpoint):
             folder = Path(snapshot_download(checkpoint, revision=revision, allow_patterns=patterns))
+        folder = open_modular(folder, checkpoint)
     _check_complete(folder, ())
     return without_byte_order_marks(folder)
 
@@ -141,7 +142,7 @@ def local_folder(checkpoint: str, revision: str | None = None) -> Path | None:
     except RuntimeError as error:
         raise FileNotFoundError(f"checkpoint {checkpoint!r} names no user of {_node()}") from error
     if path.exists():
-        return open_hub_cache(path, revision)
+        return open_modular(open_hub_cache(path, revision))
     if checkpoint in (".", "..") or checkpoint.startswith(("/", "./", "../", "~")):
         raise FileNotFoundError(
             f"checkpoint {checkpoint!r} looks like a path, but {path.absolute()} does not exist on {_node()}"
@@ -180,6 +181,7 @@ def plan_hub_patterns(components: Collection[str], variant: str | None) -> tuple
         ignore = []
     return [
         MODEL_INDEX,
+        MODULAR_INDEX,
         *(f"{component}/{ending}" for component in components for ending in endings),
     ], ignore
 
@@ -201,12 +203,12 @@ def _fetch_tiny(name: str) -> Path:
     tag = f"diffusers-{version('diffusers')}-format-{_TINY_FORMAT}"
     folder = Path.home() / ".cache" / "latent-relay" / "tiny" / tag / name
     if folder.is_dir():
-        return folder
+        return open_modular(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parent / f"{name}.lock"):
         if not folder.is_dir():  # another process may have written it while we waited
             importlib.import_module("deployments.checkpoints.tiny.write").write_tiny_checkpoint(name, folder)
-    return folder
+    return open_modular(folder)
 
 
 def _embedded_folder(checkpoint: str) -> Path:
@@ -222,7 +224,17 @@ def _download(checkpoint: str, components: frozenset[str], revision: str | None,
     """Once per process, for every time asks the hub what there is."""
     allow, ignore = plan_hub_patterns(components, variant)
     with _hub(checkpoint):
-        return Path(snapshot_download(checkpoint, revision=revision, allow_patterns=allow, ignore_patterns=ignore))
+        fetched = snapshot_download(checkpoint, revision=revision, allow_patterns=allow, ignore_patterns=ignore)
+    return open_modular(Path(fetched), checkpoint)
+
+
+def _download_index(checkpoint: str, revision: str | None) -> Path:
+    """model_index.json, or that of a modular pipeline, which says `_class_name` alike."""
+    with _hub(checkpoint):
+        try:
+            return Path(hf_hub_download(checkpoint, MODEL_INDEX, revision=revision))
+        except EntryNotFoundError:
+            return Path(hf_hub_download(checkpoint, MODULAR_INDEX, revision=revision))
 
 
 @contextmanager

@@ -26,6 +26,7 @@ TAIL = (
 
 CHAINS: Mapping[str, tuple[str, ...]] = {
     "BriaTransformer2DModel": ("transformer_blocks", "single_transformer_blocks"),
+    "Flux3Transformer2DModel": ("single_transformer_blocks",),
     "HiDreamImageTransformer2DModel": ("double_stream_blocks", "single_stream_blocks"),
     "Kandinsky5Transformer3DModel": ("visual_transformer_blocks",),
     "Kandinsky6Transformer3DModel": ("visual_transformer_blocks",),
@@ -38,6 +39,7 @@ CHAINS: Mapping[str, tuple[str, ...]] = {
 them: those run before the chain, in every shard's head unless `FRONT` names them."""
 
 FRONT: Mapping[str, tuple[str, ...]] = {
+    "Flux3Transformer2DModel": ("txt_mode_blocks", "mode_blocks.image", "mode_blocks.image_cond"),
     "Lumina2Transformer2DModel": ("context_refiner", "noise_refiner"),
     "ZImageTransformer2DModel": ("context_refiner", "noise_refiner"),
 }

@@ -45,6 +45,7 @@ RULES: Mapping[str, MergeRule] = {
     "CogView3PlusTransformer2DModel": MergeRule(),
     "CogView4Transformer2DModel": MergeRule(),
     "Flux2Transformer2DModel": MergeRule(equal=_IDS),
+    "Flux3Transformer2DModel": MergeRule(equal=_IDS | {"image_cond_ids"}),
     "FluxTransformer2DModel": MergeRule(equal=_IDS),
     "HunyuanVideoTransformer3DModel": MergeRule(),
     "Ideogram4Transformer2DModel": MergeRule(),

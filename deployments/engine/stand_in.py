@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache, partial, wraps
 from inspect import signature
 from typing import Any
 
@@ -70,12 +70,19 @@ class StandIn(nn.Module):
         """Pipelines name their guidance passes by it; here every forward stands for itself."""
         yield
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    @property
+    def forward(self) -> Callable[..., Any]:  # type: ignore[override]
+        """With the signature of the model's, from which some pipelines read what to give it."""
         model_class: Any = type(self.__dict__["skeleton"])
-        inputs = dict(zip(_names(model_class), args, strict=False)) | kwargs
-        wants_names = inputs.pop("return_dict", True)
-        output = self._submit(inputs)
-        return Transformer2DModelOutput(sample=output[0]) if wants_names and len(output) == 1 else output
+
+        @wraps(model_class.forward)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            inputs = dict(zip(_names(model_class), args, strict=False)) | kwargs
+            wants_names = inputs.pop("return_dict", True)
+            output = self._submit(inputs)
+            return Transformer2DModelOutput(sample=output[0]) if wants_names and len(output) == 1 else output
+
+        return forward
 
 
 def attribute(model: nn.Module, name: str) -> Any:

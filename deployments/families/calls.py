@@ -28,7 +28,19 @@ _TABLES: Mapping[str, CallKind] = {
 from what asks least of a denoiser: one that was trained to inpaint has more channels than the others fill."""
 _SUFFIXES: Mapping[CallKind, str] = {"edit": "Img2Img", "inpaint": "Inpaint"}
 """Of classes that no table names, and that run over the components of the class without it."""
-_SEVERAL = frozenset({"Flux2Pipeline", "Flux2KleinPipeline", "QwenImageEditPlusPipeline"})
+_SEVERAL = frozenset(
+    {
+        "Flux2KleinBaseModularPipeline",
+        "Flux2KleinModularPipeline",
+        "Flux2KleinPipeline",
+        "Flux2ModularPipeline",
+        "Flux2Pipeline",
+        "Flux3DistilledModularPipeline",
+        "Flux3ModularPipeline",
+        "QwenImageEditPlusModularPipeline",
+        "QwenImageEditPlusPipeline",
+    }
+)
 """Whose `image` may be several that make one picture; to all others a list is a batch."""
 _OTHER_MEDIA = (
     "ace_step",
@@ -151,7 +163,7 @@ def find_calls(pipeline_class: str) -> Mapping[CallKind, Call]:
         key = next(key for key, name in tables[own[0]].items() if name == pipeline_class)
         classes = {kind: tables[kind][key] for kind in kinds[kinds.index(own[0]) :] if key in tables[kind]}
     else:
-        classes = {_kind_by_parameters(_parameters(pipeline_class)): pipeline_class}
+        classes = {kind_by_parameters(_parameters(pipeline_class)): pipeline_class}
     if "generate" in classes:
         stem = pipeline_class.removesuffix("Pipeline")
         by_name = {kind: f"{stem}{suffix}Pipeline" for kind, suffix in _SUFFIXES.items()}
@@ -174,7 +186,7 @@ def find_pipelines() -> tuple[str, ...]:
     return tuple(found)
 
 
-def _kind_by_parameters(parameters: Mapping[str, Any]) -> CallKind:
+def kind_by_parameters(parameters: Mapping[str, Any]) -> CallKind:
     """Of a class that no table names."""
     if "mask_image" in parameters:
         return "inpaint"

@@ -23,6 +23,8 @@ class Family:
     """Of the published model, what `geometry` reads: for whoever cannot read the checkpoint."""
     kinds: Sequence[CallKind] | None = None
     """Of call, which its pipeline has told that it can do; None: all that diffusers has for it."""
+    told: Mapping[CallKind, Call] | None = None
+    """Those of a modular pipeline, whose source does not say them in one place; None: the source does."""
     reads_vae_buffers: bool = False
     """Whether the VAE's files hold more than parameters, which the pipeline may read before it decodes."""
     upcasts_vae: bool = False
@@ -36,7 +38,7 @@ class Family:
     @property
     def calls(self) -> Mapping[CallKind, Call]:
         """What may be asked of its components, by kind; what they were trained for comes first."""
-        calls = find_calls(self.pipeline_class)
+        calls = self.told or find_calls(self.pipeline_class)
         return calls if self.kinds is None else {kind: calls[kind] for kind in self.kinds}
 
     @property

@@ -17,6 +17,7 @@ from transformers import AutoConfig, PreTrainedModel
 from deployments.checkpoints.components import Stage, stage_components
 from deployments.checkpoints.geometry import with_geometry
 from deployments.checkpoints.json_file import read_json
+from deployments.checkpoints.modular import open_modular
 from deployments.checkpoints.packages import import_class
 from deployments.checkpoints.parts import GGUF, find_parts
 from deployments.checkpoints.source import fetch_configs
@@ -58,7 +59,7 @@ class Description:
 
     def __init__(self, model: ModelConfig, configs_dir: Path | None = None) -> None:
         """configs_dir: a folder in diffusers' layout to read instead of the checkpoint; weights may be missing."""
-        folder = configs_dir or fetch_configs(model.layout, revision=model.revision)
+        folder = open_modular(configs_dir) if configs_dir else fetch_configs(model.layout, revision=model.revision)
         self._index = read_json(folder / "model_index.json")
         # What is converted from files will be as large as in a folder; GGUF stays what it is.
         parts = {} if configs_dir else find_parts(model, self._index)

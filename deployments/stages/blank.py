@@ -63,7 +63,7 @@ class BlankTexts:
 
 
 class BlankTokenizer:
-    """Every text is as long as the call lets it be."""
+    """Every text is as long as the call pads it to, or lets it be."""
 
     pad_token, pad_token_id = "", 0
 
@@ -77,17 +77,26 @@ class BlankTokenizer:
         text: str | list[str],
         *_: Any,
         max_length: int | None = None,
+        padding: bool | str = False,
         return_tensors: str | None = None,
         **__: Any,
     ) -> "BlankTokens":
-        """[len(text), max_length] token ids, all zero, and a mask without padding; lists, or tensors if asked."""
+        """[len(text), max_length] token ids, all zero, and a mask without padding; lists, or tensors if asked.
+
+        A limit of what nothing pads is no length: FLUX.3 allows 8192 tokens, and pads to the next 80.
+        """
         num_texts = 1 if isinstance(text, str) else len(text)
-        ids = torch.zeros(num_texts, max_length or LEAST_TOKENS, dtype=torch.long)
+        ids = torch.zeros(num_texts, (padding and max_length) or LEAST_TOKENS, dtype=torch.long)
         if return_tensors is not None:
             return BlankTokens(input_ids=ids, attention_mask=torch.ones_like(ids))
         lists = [ids.tolist(), torch.ones_like(ids).tolist()]
         values = [each[0] for each in lists] if isinstance(text, str) else lists
         return BlankTokens(input_ids=values[0], attention_mask=values[1])
+
+    @property
+    def tokenizer(self) -> "BlankTokenizer":
+        """Of what is a processor: itself."""
+        return self
 
     def tokenize(self, _text: str) -> list[str]:
         """For pipelines that look for the tokens of textual inversions."""
@@ -100,10 +109,10 @@ class BlankTokenizer:
     def apply_chat_template(
         self, _messages: Any, *_: Any, tokenize: bool = True, max_length: int | None = None, **__: Any
     ) -> "BlankTokens | str":
-        return self([""], max_length=max_length, return_tensors="pt") if tokenize else ""
+        return self([""], max_length=max_length, padding=True, return_tensors="pt") if tokenize else ""
 
     def pad(self, tokens: Any, *_: Any, max_length: int | None = None, **__: Any) -> "BlankTokens":
-        return self([""] * len(tokens["input_ids"]), max_length=max_length, return_tensors="pt")
+        return self([""] * len(tokens["input_ids"]), max_length=max_length, padding=True, return_tensors="pt")
 
     def encode(self, _text: str, **_: Any) -> list[int]:
         """For pipelines that count the tokens of their own words."""

@@ -6,7 +6,6 @@ denoise  answers both, and runs until the VAEs have been asked to decode all: wi
 """
 
 import copy
-import functools
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -16,13 +15,15 @@ from typing import Any, NamedTuple
 
 import diffusers
 import torch
+from diffusers import ModularPipeline
 
 from deployments.families import Call
 from deployments.refusal import WrongField, describe_cause
 from deployments.request import CallKind, DecodeArguments, Encodings, GenerationRequest
 from deployments.stages.decodes import Decodes
 from deployments.stages.draws import Draws
-from deployments.stages.encoding_methods import encoding_methods
+from deployments.stages.encoding_methods import Method, encoding_names, replace_encoding
+from deployments.stages.modular import call_names, set_guidance
 from deployments.stages.pictures import blank_pictures, picture_arguments
 from deployments.stages.posterior import ChangedVae, Encode, blank
 from deployments.stages.steps import AfterStep, watch_steps
@@ -31,7 +32,6 @@ from deployments.stages.tensors import shapes_only, without_shapes
 
 log = logging.getLogger("ray.serve")
 
-Method = Callable[..., Any]
 CONNECTORS = "connectors"
 """The component that makes all hidden states of a text encoder, a GiB of LTX-2's, into what a denoiser takes."""
 
@@ -82,9 +82,8 @@ class PipelineCall:
         self.asked = call
         encoders = {name for name in pipe.components if name.startswith("text_encoder")}
         encoders |= {"image_encoder", CONNECTORS}
-        self._stateful = [name for name in pipe.components if name == "scheduler" or name.endswith("guider")]
-        pipeline_class: Any = type(pipe)
-        self._methods = encoding_methods(pipeline_class, frozenset(encoders))
+        self._stateful = [name for name in pipe.components if "scheduler" in name or "guider" in name]
+        self._methods = encoding_names(pipe, frozenset(encoders))
 
     def __str__(self) -> str:
         return f"{type(self._pipe).__name__} with {type(self._pipe.scheduler).__name__}"
@@ -106,7 +105,7 @@ class PipelineCall:
         replace: (name, encoding method of the pipeline) -> what is called in its place.
         """
         pipe = self._copy(blank(self._pipe.vae))
-        vars(pipe).update({name: replace(name, getattr(pipe, name)) for name in self._methods})
+        replace_encoding(pipe, self._methods, replace)
         with suppress(Reached):
             self._run(pipe, request, pictures, max_sequence_length)
 
@@ -182,7 +181,7 @@ class PipelineCall:
     def _replay(self, pipe: Any, encodings: Encodings) -> None:
         left = deque(encodings)
 
-        def replay(name: str) -> Method:
+        def replay(name: str, _: Method) -> Method:
             def replayed(*_: Any, **__: Any) -> Any:
                 if not left or left[0][0] != name:
                     there = left[0][0] if left else "nothing"
@@ -191,7 +190,7 @@ class PipelineCall:
 
             return replayed
 
-        vars(pipe).update({name: replay(name) for name in self._methods})
+        replace_encoding(pipe, self._methods, replay)
 
     def _until_decode(
         self, pipe: Any, request: GenerationRequest, pictures: Pictures, max_sequence_length: int | None
@@ -208,13 +207,19 @@ class PipelineCall:
         self, pipe: Any, request: GenerationRequest, pictures: Pictures, max_sequence_length: int | None
     ) -> None:
         """To its end, or to an exception: Reached, or a fault."""
-        arguments = call_arguments(type(pipe), request, max_sequence_length)
+        set_guidance(pipe, request.guidance_scale)
+        arguments = call_arguments(pipe, request, max_sequence_length)
         size = (request.width, request.height) if request.width else None
         pipe(**arguments | picture_arguments(self.asked, pictures, size))
 
 
 def related_pipeline(pipe: Any, call: Call) -> Any:
-    """Another class over the same components, as `from_pipe` makes it, without those that it does not know."""
+    """Another class over the same components, as `from_pipe` makes it, without those that it does not know.
+
+    Blocks choose by what they are called with.
+    """
+    if isinstance(pipe, ModularPipeline):
+        return pipe
     pipeline_class = getattr(diffusers, call.pipeline_class)
     wanted = signature(pipeline_class.__init__).parameters
     related = pipeline_class(
@@ -226,9 +231,12 @@ def related_pipeline(pipe: Any, call: Call) -> Any:
 
 
 def call_arguments(
-    pipeline_class: Any, request: GenerationRequest, max_sequence_length: int | None = None
+    pipe: Any, request: GenerationRequest, max_sequence_length: int | None = None
 ) -> dict[str, Any]:
-    """What a pipeline is called with for a request: those of its fields that are set and that it knows."""
+    """What a pipeline is called with for a request: those of its fields that are set and that it knows.
+
+    pipe: the pipeline, or its class where it is not modular.
+    """
     values = {
         "prompt": request.prompt.text,
         "negative_prompt": request.prompt.negative_text,
@@ -252,18 +260,13 @@ def call_arguments(
         "use_pe": False,
         "use_resolution_binning": False,
     }
-    parameters = _parameters(pipeline_class)
+    parameters = call_names(pipe)
     known: dict[str, Any] = {
         name: value for name, value in values.items() if name in parameters and value is not None
     }
     if "guidance_schedule" in parameters and request.guidance_scale is not None:
         known["guidance_schedule"] = None  # its default, for so many steps, and a scale exclude each other
     return known
-
-
-@functools.cache
-def _parameters(pipeline_class: Any) -> frozenset[str]:
-    return frozenset(signature(pipeline_class.__call__).parameters)
 
 
 class _Step(NamedTuple):

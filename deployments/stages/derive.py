@@ -16,14 +16,18 @@ import diffusers
 import torch
 
 from deployments.checkpoints.components import VAES, read_index, weightless
+from deployments.checkpoints.derived import tell_calls
+from deployments.checkpoints.modular import is_modular
 from deployments.config import TransformerConfig
 from deployments.engine.load import build_skeletons
 from deployments.engine.stand_in import stand_ins
 from deployments.families import Call, Geometry
 from deployments.families.calls import REQUIRED, find_calls
+from deployments.refusal import describe_cause
 from deployments.request import DecodeArguments, GenerationRequest, MediaSize, Prompt
 from deployments.stages.blank import BlankTexts
 from deployments.stages.call import PipelineCalls
+from deployments.stages.modular import find_modular_calls
 from deployments.stages.pictures import blank_pictures
 from deployments.stages.pipeline import load_pipeline
 from deployments.stages.zeros import Zeros, decoded_size
@@ -51,7 +55,10 @@ class Derived:
         self._class: Any = getattr(diffusers, self._index["_class_name"], None)
         if self._class is None:
             raise ValueError(f"diffusers {diffusers.__version__} has no such pipeline")
-        self._kinds = find_calls(self._index["_class_name"])
+        self._is_modular = is_modular(self._index)
+        self._kinds = (
+            find_modular_calls(folder, self._index) if self._is_modular else find_calls(self._index["_class_name"])
+        )
         self._kind = next(iter(self._kinds.values()))
         self._check_parameters()
         self._skeletons = build_skeletons(folder, self._index)
@@ -61,14 +68,23 @@ class Derived:
         self._pipe = load_pipeline(folder, self._index, weightless(self._index), config, variant=None)
         self._zeros = Zeros(self._skeletons)
         self._blank = BlankTexts(folder, self._index, torch.float32)
+        self._failure: Exception | None = None
+        """Of the last call that failed."""
+        self._has_drawn = False
 
     def describe(self) -> dict[str, Any]:
         """A Family's own fields, and the checkpoint's geometry."""
-        geometry = self.geometry()
+        try:
+            geometry = self.geometry()
+        except ValueError as error:
+            if self._failure is None or self._has_drawn:
+                raise
+            raise ValueError(f"its call fails: {describe_cause(self._failure)}") from error
         return {
             "kinds": [kind for kind, call in self._kinds.items() if self._draws(call, geometry)],
             "reads_vae_buffers": self._has_vae_buffers,
             "geometry": asdict(geometry),
+            "calls": tell_calls(self._kinds) if self._is_modular else [],
         }
 
     def geometry(self) -> Geometry:
@@ -150,11 +166,13 @@ class Derived:
             return calls.of(request).denoise(
                 request, components, pictures=pictures, max_sequence_length=call.max_sequence_length
             )
-        except Exception:  # pipelines raise what they like of a size that they do not take
+        except Exception as error:  # pipelines raise what they like of a size that they do not take
+            self._failure = error
             return None
 
     def _made(self, arguments: DecodeArguments) -> MediaSize | None:
         """What the VAE would make of it."""
+        self._has_drawn = True
         try:
             made = decoded_size(self._pipe.vae, arguments)
         except Exception:  # as VAEs do

@@ -20,8 +20,9 @@ from deployments.memory.spread import spread_models
 from deployments.refusal import CannotServe, NotFinite, describe_cause
 from deployments.request import Encodings, GenerationRequest, InputPictures, num_bytes
 from deployments.stages.blank import LEAST_TOKENS
-from deployments.stages.call import CONNECTORS, Method, Pictures, PipelineCalls
+from deployments.stages.call import CONNECTORS, Pictures, PipelineCalls
 from deployments.stages.call_key import call_key
+from deployments.stages.encoding_methods import Method
 from deployments.stages.finite import FiniteCheck, dtype_advice
 from deployments.stages.pictures import open_pictures
 from deployments.stages.pipeline import load_pipeline, loaded_models

@@ -1,4 +1,7 @@
-"""Which of a pipeline's methods run its text encoders: read from its source, so that no pipeline is named."""
+"""What of a pipeline runs its text encoders: methods, read from its source, or blocks, which say what they need.
+
+So no pipeline is named.
+"""
 
 import ast
 import inspect
@@ -7,7 +10,28 @@ from collections.abc import Callable, Collection, Iterator
 from functools import cache
 from typing import Any
 
+from diffusers import ModularPipeline
+
+from deployments.stages.modular import Replace, encoding_blocks, replace_blocks
+
+Method = Callable[..., Any]
 _NOT_ENCODING = frozenset({"check_inputs", "maybe_free_model_hooks", "__call__"})
+
+
+def encoding_names(pipe: Any, encoders: frozenset[str]) -> tuple[str, ...]:
+    """Of the methods, or blocks, of a pipeline that reach one of these components and no VAE."""
+    if isinstance(pipe, ModularPipeline):
+        return tuple(encoding_blocks(pipe._blocks, encoders))
+    pipeline_class: Any = type(pipe)
+    return encoding_methods(pipeline_class, encoders)
+
+
+def replace_encoding(pipe: Any, names: Collection[str], replace: Replace) -> None:
+    """In place, of a copy of a pipeline, those of these names."""
+    if isinstance(pipe, ModularPipeline):
+        replace_blocks(pipe, names, replace)
+    else:
+        vars(pipe).update({name: replace(name, getattr(pipe, name)) for name in names})
 
 
 @cache

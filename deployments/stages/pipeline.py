@@ -15,6 +15,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from deployments.checkpoints.components import DECODERS, VAES, ModelIndex, component_names, left_out
+from deployments.checkpoints.modular import is_modular
 from deployments.checkpoints.packages import import_class, library_of
 from deployments.checkpoints.processors import is_processor, load_processor
 from deployments.checkpoints.weights import find_variants
@@ -23,6 +24,7 @@ from deployments.device import resolve_device, resolve_dtype
 from deployments.engine.blocks import build_skeleton
 from deployments.engine.shard import check_complete
 from deployments.memory.quantize import plan_stage_quantization
+from deployments.stages.modular import build_modular
 from deployments.stages.stub import ModelStub
 
 _ENCODERS = ("text_encoder", "image_encoder", "connectors")
@@ -54,9 +56,13 @@ def load_pipeline(
         for name in names
     }
     processors = {n: load_processor(folder / n, index[n][1]) for n in sorted(keep) if is_processor(index[n])}
-    # DiffusionPipeline's own takes Wan's optional transformer for a setting, and would load it in every stage.
-    pipeline_class = getattr(diffusers, index["_class_name"], diffusers.DiffusionPipeline)
-    pipe = pipeline_class.from_pretrained(folder, **absent | known | models | processors, local_files_only=True)
+    given = absent | known | models | processors
+    if is_modular(index):
+        pipe: Any = build_modular(folder, index, given)
+    else:
+        # DiffusionPipeline's own takes Wan's optional transformer for a setting, and would load it in every stage.
+        pipeline_class = getattr(diffusers, index["_class_name"], diffusers.DiffusionPipeline)
+        pipe = pipeline_class.from_pretrained(folder, **given, local_files_only=True)
     for name, face in known.items():
         build = partial(build_skeleton, type(face), folder, name)
         setattr(pipe, name, ModelStub(face, build, resolve_dtype(config.dtype), resolve_device(config)))

@@ -9,13 +9,11 @@ from functools import cache
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from deployments.checkpoints.components import component_names, read_index
-from deployments.checkpoints.processors import is_processor, load_processor
 from deployments.checkpoints.source import fetch_checkpoint
+from tests.deployments.plain import load_plain
 from tests.deployments.tiny_calls import TINY_CALLS
 
 DENOISERS = ("unet", "transformer", "transformer_2", "unconditional_transformer")
@@ -39,18 +37,8 @@ class Recorded:
 
 @cache
 def load_tiny(name: str) -> Any:
-    folder = fetch_checkpoint(f"tiny://{name}", ())
-    index = read_index(folder)
     with warnings.catch_warnings(action="ignore"):
-        # plain diffusers fails where one of them needs torchvision
-        processors = {
-            part: load_processor(folder / part, index[part][1])
-            for part in component_names(index)
-            if is_processor(index[part])
-        }
-        pipeline = DiffusionPipeline.from_pretrained(folder, **processors)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+        return load_plain(fetch_checkpoint(f"tiny://{name}", ()))
 
 
 def record(name: str, prompt: str = "a red fox", *, seed: int = 0, **changes: Any) -> list[Recorded]:

@@ -24,6 +24,8 @@ TINY_CALLS: Mapping[str, Mapping[str, Any]] = {
     "flux-fill": _IMAGE | {"image": PICTURE, "mask_image": MASK},
     "flux2": _IMAGE | {"max_sequence_length": 32},
     "flux2-klein": _IMAGE | {"max_sequence_length": 32},
+    "flux3": _IMAGE | _GUIDED,
+    "flux3-distilled": _IMAGE,
     "chroma": _IMAGE | _GUIDED | {"max_sequence_length": 32},
     "bria": _IMAGE | _GUIDED,
     "bria-fibo": _IMAGE | _GUIDED,

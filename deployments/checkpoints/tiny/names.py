@@ -21,6 +21,7 @@ _NAMES = {
         "aura-flow",
         "hunyuan-image",
     ),
+    "flux3": ("flux3", "flux3-distilled"),
     "images": (
         "z-image",
         "ideogram4",

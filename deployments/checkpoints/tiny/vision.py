@@ -7,6 +7,7 @@ from transformers import (
     Qwen2Tokenizer,
     Qwen2VLImageProcessorPil,
     Qwen2VLProcessor,
+    Qwen3VLProcessor,
     SiglipImageProcessor,
     SiglipVisionConfig,
     SiglipVisionModel,
@@ -24,6 +25,13 @@ def build_qwen_processor(tokenizer: Qwen2Tokenizer) -> Qwen2VLProcessor:
     """Qwen2.5-VL's; its part for videos is named in its files, and is settings alone."""
     videos = VideoProcessorMixin(video_processor_type="Qwen2VLVideoProcessor", size=_PIXELS)
     return build_processor(Qwen2VLProcessor, [Qwen2VLImageProcessorPil(size=_PIXELS), tokenizer, videos], {})
+
+
+def build_qwen3_processor(tokenizer: Qwen2Tokenizer) -> Qwen3VLProcessor:
+    """Qwen3-VL's, with the template of its tokenizer."""
+    videos = VideoProcessorMixin(video_processor_type="Qwen3VLVideoProcessor", size=_PIXELS)
+    parts = [Qwen2VLImageProcessorPil(size=_PIXELS), tokenizer, videos]
+    return build_processor(Qwen3VLProcessor, parts, {"chat_template": tokenizer.chat_template})
 
 
 def build_clip_vision() -> tuple[CLIPImageProcessor, CLIPVisionModel]:

@@ -1,14 +1,16 @@
 """Writes a tiny checkpoint: seeded, complete, and by `DiffusionPipeline.save_pretrained`."""
 
 import importlib
+import json
 import os
 import tempfile
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModularPipeline
 from torch import nn
 
+from deployments.checkpoints.modular import MODULAR_INDEX
 from deployments.checkpoints.tiny.names import TINY_MODULES
 
 _SEED = 0
@@ -35,11 +37,25 @@ def write_tiny_checkpoint(name: str, out_dir: Path) -> None:
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out_dir.name}-", dir=out_dir.parent) as building:
         checkpoint = Path(building) / out_dir.name
-        _build_pipeline(name).save_pretrained(checkpoint)
+        pipeline = _build_pipeline(name)
+        if isinstance(pipeline, ModularPipeline):
+            pipeline.save_pretrained(str(checkpoint), overwrite_modular_index=True)
+            _forget_folder(checkpoint / MODULAR_INDEX)
+        else:
+            pipeline.save_pretrained(checkpoint)
         os.rename(checkpoint, out_dir)
 
 
-def _build_pipeline(name: str) -> DiffusionPipeline:
+def _forget_folder(index: Path) -> None:
+    """It says of each component in which folder it was written, and that one is renamed."""
+    told = json.loads(index.read_text())
+    for entry in told.values():
+        if isinstance(entry, list):
+            entry[2]["pretrained_model_name_or_path"] = None
+    index.write_text(json.dumps(told, indent=2) + "\n")
+
+
+def _build_pipeline(name: str) -> DiffusionPipeline | ModularPipeline:
     """Builds the pipeline under a private seed, so the caller's random state stays as it was."""
     module = importlib.import_module(f"deployments.checkpoints.tiny.{TINY_MODULES[name]}")
     with torch.random.fork_rng(devices=[]):

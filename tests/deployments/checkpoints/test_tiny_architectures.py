@@ -10,6 +10,7 @@ import torch
 
 from deployments.checkpoints.tiny.names import TINY_FAMILIES, TINY_MODULES
 from deployments.checkpoints.tiny.write import write_tiny_checkpoint
+from tests.deployments import plain
 from tests.deployments.recorded import load_tiny
 from tests.deployments.tiny_calls import TINY_CALLS
 
@@ -28,8 +29,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def draw(name: str, prompt: str) -> np.ndarray:
     generator = torch.Generator().manual_seed(0)
     with warnings.catch_warnings(action="ignore"):
-        output = load_tiny(name)(prompt=prompt, **TINY_CALLS[name], generator=generator, output_type="np")
-    return np.asarray(output[0])
+        arguments = {"prompt": prompt, **TINY_CALLS[name], "generator": generator, "output_type": "np"}
+        return np.asarray(plain.draw(load_tiny(name), **arguments)[0])
 
 
 def digests(folder: Path) -> dict[str, str]:

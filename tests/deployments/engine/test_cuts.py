@@ -27,6 +27,7 @@ UNCUT = ("hunyuan-dit", "latte")
 QUICK = frozenset(
     {
         "flux2-klein",
+        "flux3",
         "chroma",
         "z-image",
         "ideogram4",

@@ -27,6 +27,8 @@ MERGED = {
     "flux-kontext": GUIDANCE,
     "flux2": GUIDANCE,
     "flux2-klein": GUIDANCE,
+    "flux3": {},
+    "flux3-distilled": {},
     "hunyuan-video": GUIDANCE,
     "ideogram4": GUIDANCE,
     "krea2": GUIDANCE,
@@ -52,7 +54,7 @@ MERGED = {
 POSITIONED = frozenset({"ideogram4"})
 """Those in which every sample has positions of its own, so that sizes with as many tokens may meet."""
 QUICK = frozenset(
-    {"ideogram4", "chroma", "cogview4", "flux2", "flux2-klein", "lumina2", "ltx-video", "sana", "z-image"}
+    {"ideogram4", "chroma", "cogview4", "flux2", "flux2-klein", "flux3", "lumina2", "ltx-video", "sana", "z-image"}
 )
 """Without --thorough: those whose inputs are unlike others'."""
 

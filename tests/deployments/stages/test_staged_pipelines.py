@@ -4,9 +4,10 @@ Its sound is the same, too.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -20,14 +21,15 @@ from deployments.checkpoints.source import fetch_checkpoint
 from deployments.checkpoints.tiny.names import TINY_FAMILIES, TINY_MODULES
 from deployments.config import ModelConfig
 from deployments.families import Geometry
-from deployments.families.calls import find_calls
+from deployments.families.calls import Call, find_calls
 from deployments.refusal import WrongField
 from deployments.request import CallKind, GenerationRequest, InputPictures, Prompt
 from deployments.stages.call import call_arguments
 from deployments.stages.derive import ALL_FRAMES, Derived
 from deployments.warm_up import tried_size
-from serve_app.families_docs import CANNOT, UNSTAGED
-from tests.deployments.recorded import load_tiny
+from serve_app.families_docs import CANNOT, OVER_CLASSIC, UNSTAGED
+from tests.deployments import plain
+from tests.deployments.modular_checkpoint import write_modular
 from tests.deployments.stage_processes import StageProcesses
 from tests.deployments.variants import build_request, denoise, encode, load_denoising, read_model
 from tests.pictures import half_mask, picture, png
@@ -39,6 +41,7 @@ QUICK = frozenset(
         "qwen-image",
         "flux-fill",
         "flux2-klein",
+        "flux3",
         "z-image",
         "hunyuan-image",
         "wan21-i2v",
@@ -52,23 +55,42 @@ QUICK = frozenset(
 STAGED = [name for name in TINY_MODULES if name not in UNSTAGED]
 
 
+def folder_of(name: str) -> Path:
+    """name: of a tiny checkpoint, or a path."""
+    return fetch_checkpoint(name if "/" in name else f"tiny://{name}", ())
+
+
 def index_of(name: str) -> ModelIndex:
-    return read_index(fetch_checkpoint(f"tiny://{name}", ()))
+    return read_index(folder_of(name))
 
 
 @cache
 def model(name: str) -> ModelConfig:
-    folder = fetch_checkpoint(f"tiny://{name}", ())
+    folder = folder_of(name)
     if name in TINY_FAMILIES:
         return read_model(folder)
     derived = read_derived(index_of(name)["_class_name"], Derived(folder).describe())
     return ModelConfig(name=name, checkpoint=str(folder)).with_derived_family(*derived)
 
 
+def calls_of(name: str) -> Mapping[CallKind, Call]:
+    """All that diffusers has for its components."""
+    told = model(name).architecture.told
+    return told or find_calls(index_of(name)["_class_name"])
+
+
+@cache
+def load_plain(name: str) -> Any:
+    return plain.load_plain(folder_of(name))
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "staged" in metafunc.fixturenames:
         is_thorough = metafunc.config.getoption("--thorough")
         metafunc.parametrize("staged", [name for name in STAGED if is_thorough or name in QUICK])
+    if "blocks" in metafunc.fixturenames:
+        is_thorough = metafunc.config.getoption("--thorough")
+        metafunc.parametrize("blocks", OVER_CLASSIC if is_thorough else [next(iter(OVER_CLASSIC))])
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +128,7 @@ def _some_frames(of: Geometry) -> int:
 @pytest.mark.filterwarnings("ignore:In CPU autocast")  # Mochi computes its rotary embeddings in float32
 def test_three_processes_draw_what_the_plain_pipeline_draws(processes: StageProcesses, staged: str) -> None:
     offered = model(staged).architecture.calls
-    for kind, call in find_calls(index_of(staged)["_class_name"]).items():
+    for kind, call in calls_of(staged).items():
         if kind in offered:
             check_equal(processes, staged, kind)
         else:
@@ -123,6 +145,15 @@ def test_frames_that_a_denoiser_has_no_positions_for_are_the_requests_fault() ->
     finally:
         stage.close()
     assert raised.value.param == "num_frames"
+
+
+def test_blocks_over_a_classic_checkpoint_draw_what_they_draw_whole(
+    processes: StageProcesses, blocks: str, tmp_path: Path
+) -> None:
+    name = str(write_modular(blocks, tmp_path / "checkpoint"))
+    assert model(name).architecture.calls.keys() == calls_of(name).keys()
+    for kind in calls_of(name):
+        check_equal(processes, name, kind)
 
 
 def check_equal(processes: StageProcesses, name: str, kind: CallKind) -> None:
@@ -153,11 +184,12 @@ def draw_plain(
     """
     of = model(name).architecture
     pipeline_class: Any = getattr(diffusers, of.calls[request.kind].pipeline_class)
-    pipe = load_tiny(name)
+    pipe = load_plain(name)
     pipe = pipe if type(pipe) is pipeline_class else pipeline_class.from_pipe(pipe)
     pipe.set_progress_bar_config(disable=True)
     torch.manual_seed(request.seed)
-    output = pipe(**call_arguments(pipeline_class, request, of.max_sequence_length) | pictures)
-    made, sound = np.asarray(output[0]), getattr(output, "audio", None)
+    arguments = call_arguments(pipe, request, of.max_sequence_length) | pictures
+    made, sound = plain.draw(pipe, **arguments)
+    made = np.asarray(made)
     frames = (made.reshape(-1, *made.shape[-3:]) * 255).round().astype(np.uint8)
     return frames, None if sound is None else np.atleast_2d(np.asarray(sound[0]))

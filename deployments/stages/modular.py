@@ -1,0 +1,206 @@
+"""Pipelines that diffusers has as blocks: built of them, called as any other, and what runs their text encoders.
+
+A block reads the call's values and writes others, so one that reaches a text encoder is to these pipelines what
+`encode_prompt` is to the rest: what it is asked for are its inputs, and what it returns are its outputs.
+"""
+
+import copy
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import cache
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from diffusers import ModularPipeline, ModularPipelineBlocks
+from diffusers.modular_pipelines.modular_pipeline import BlockState, PipelineState
+
+from deployments.checkpoints.components import ModelIndex, component_names, weightless
+from deployments.checkpoints.modular import BLOCKS, locations
+from deployments.families import Call
+from deployments.families.calls import REQUIRED, kind_by_parameters
+from deployments.request import CallKind
+
+Replace = Callable[[str, Callable[..., Any]], Callable[..., Any]]
+"""(name, what runs a text encoder) -> what is called in its place."""
+
+GUIDANCE = "guidance_scale"
+_TRIED_WITH = frozenset({"prompt", "image", "mask_image"})
+"""Of a request, by which blocks choose what they do."""
+
+# Whatever fails in a block is raised as well, and told by whoever knows what to say of it.
+logging.getLogger("diffusers.modular_pipelines.modular_pipeline").disabled = True
+
+
+def build_modular(folder: Path, index: ModelIndex, given: Mapping[str, Any]) -> ModularPipeline:
+    """The checkpoint's pipeline. given: components by name; all others that the checkpoint has are loaded."""
+    pipeline_class: Any = getattr(diffusers, index["_class_name"])
+    pipe: ModularPipeline = pipeline_class(
+        blocks=build_blocks(index), pretrained_model_name_or_path=str(folder), config_dict=dict(index)
+    )
+    known = pipe.pretrained_component_names
+    others = component_names(index).intersection(known) - given.keys()
+    loaded = {name: pipe.get_component_spec(name).load(local_files_only=True) for name in sorted(others)}
+    # Not by update_components, which would write each into the pipeline's config.
+    vars(pipe).update(loaded | {name: part for name, part in given.items() if name in known})
+    return pipe
+
+
+def build_blocks(index: ModelIndex) -> ModularPipelineBlocks:
+    """All but those that rewrite the prompt, which is encoded as it is given.
+
+    Raises ValueError if diffusers has them not.
+    """
+    named = getattr(diffusers, index[BLOCKS], None)
+    if not getattr(named, "block_classes", None):
+        named = getattr(diffusers, getattr(diffusers, index["_class_name"]).default_blocks_name or "", None)
+    if named is None:
+        raise ValueError(f"its blocks, {index[BLOCKS]}, are not in diffusers {diffusers.__version__}")
+    blocks: ModularPipelineBlocks = named()
+    for name, block in list(blocks.sub_blocks.items()):
+        made = block.intermediate_output_names
+        if "prompt" in made and not any(other.endswith("embeds") for other in made):
+            del blocks.sub_blocks[name]
+    _hide_progress(blocks)
+    return blocks
+
+
+def _hide_progress(block: Any) -> None:
+    """Of loops, wherever they are; diffusers' own setting reaches the topmost blocks."""
+    if hasattr(block, "set_progress_bar_config"):
+        block.set_progress_bar_config(disable=True)
+    for part in block.sub_blocks.values():
+        _hide_progress(part)
+
+
+def find_modular_calls(folder: Path, index: ModelIndex) -> dict[CallKind, Call]:
+    """By kind, of those workflows that begin with a prompt and pictures, and whose components are here.
+
+    Raises ValueError if there are none.
+    """
+    others = component_names(index) - weightless(index)
+    pipe = build_modular(folder, index, dict.fromkeys(others))
+    workflows = _workflows(pipe.blocks)
+    lacking = [_lacking(blocks, index) for blocks in workflows]
+    calls: dict[CallKind, Call] = {}
+    for blocks in (blocks for blocks, missing in zip(workflows, lacking, strict=True) if not missing):
+        parameters = {each.name: _default(each) for each in blocks.inputs if each.name is not None}
+        scale = getattr(getattr(pipe, "guider", None), GUIDANCE, None)
+        parameters = ({} if scale is None else {GUIDANCE: scale}) | parameters
+        kind = kind_by_parameters(parameters)
+        calls.setdefault(kind, Call(kind, index["_class_name"], parameters))
+    if not lacking:
+        raise ValueError("it does not draw from a prompt and pictures alone")
+    if not calls:
+        name = min(lacking[0])
+        raise ValueError(
+            f"its {name} is not here: modular_model_index.json says that it is in "
+            f"{locations(folder).get(name) or 'no place'}. Fetch it into the checkpoint's folder, as {name}"
+        )
+    return calls
+
+
+def _lacking(blocks: ModularPipelineBlocks, index: ModelIndex) -> set[str]:
+    """Components that these blocks need and the checkpoint does not have."""
+    needed = {each.name for each in blocks.expected_components if each.default_creation_method != "from_config"}
+    return needed - component_names(index)
+
+
+def call_names(pipe: Any) -> frozenset[str]:
+    """Of the arguments of a pipeline's call, modular or not; of the latter its class will do."""
+    if isinstance(pipe, ModularPipeline):
+        return frozenset(pipe._blocks.input_names)
+    return _signature_names(pipe if isinstance(pipe, type) else type(pipe))
+
+
+@cache
+def _signature_names(pipeline_class: Any) -> frozenset[str]:
+    return frozenset(signature(pipeline_class.__call__).parameters)
+
+
+def set_guidance(pipe: Any, scale: float | None) -> None:
+    """In place, of a guider of the pipeline's own: blocks are not called with it. None: as it is."""
+    guider: Any = getattr(pipe, "guider", None)
+    if scale is not None and hasattr(guider, GUIDANCE):
+        guider.guidance_scale = scale
+
+
+def _workflows(blocks: Any) -> list[Any]:
+    """Those blocks that run together, of blocks that choose by what they are called with; the least first."""
+    if blocks._workflow_map is None:
+        return [blocks]
+    return [
+        blocks.get_workflow(name)
+        for name, asked in blocks._workflow_map.items()
+        if isinstance(asked, Mapping) and _TRIED_WITH.issuperset(asked)
+    ]
+
+
+def _default(parameter: Any) -> Any:
+    """None of what is no plain value."""
+    if parameter.required and parameter.default is None:
+        return REQUIRED
+    is_plain = isinstance(parameter.default, str | int | float | bool)
+    return parameter.default if is_plain else None
+
+
+def encoding_blocks(block: Any, encoders: frozenset[str], name: str = "") -> Iterator[str]:
+    """Names, as paths, of the blocks in this one that reach one of these components and no VAE."""
+    if block.sub_blocks:
+        for part, sub_block in block.sub_blocks.items():
+            yield from encoding_blocks(sub_block, encoders, f"{name}.{part}".lstrip("."))
+    elif (reached := {component.name for component in block.expected_components}) & encoders:
+        yield from () if "vae" in reached else (name,)
+
+
+def replace_blocks(pipe: Any, names: Collection[str], replace: Replace) -> None:
+    """In place, of a copy of a pipeline."""
+    vars(pipe)["_blocks"] = _replaced(pipe._blocks, "", names, replace)
+
+
+def _replaced(block: Any, name: str, names: Collection[str], replace: Replace) -> Any:
+    if name in names:
+        return EncodingBlock(block, name, replace)
+    if not any(other.startswith(f"{name}.".lstrip(".")) for other in names):
+        return block
+    changed = copy.copy(block)
+    changed.sub_blocks = type(block.sub_blocks)(
+        (part, _replaced(sub_block, f"{name}.{part}".lstrip("."), names, replace))
+        for part, sub_block in block.sub_blocks.items()
+    )
+    return changed
+
+
+class EncodingBlock:
+    """In place of a block that runs a text encoder."""
+
+    def __init__(self, block: Any, name: str, replace: Replace) -> None:
+        self._block, self._name, self._replace = block, name, replace
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        return type(self._block)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._block, name)
+
+    def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
+        def encode(**_: Any) -> dict[str, Any]:
+            inner = copy.copy(state)
+            inner.values, inner.kwargs_mapping = dict(state.values), copy.deepcopy(state.kwargs_mapping)
+            self._block(components, inner)
+            changed = [name for name in self._block.input_names if inner.get(name) is not state.get(name)]
+            return {name: inner.get(name) for name in (*self._block.intermediate_output_names, *changed)}
+
+        made = self._replace(self._name, encode)(**self._asked(components, state))
+        self._block.set_block_state(state, BlockState(**made))
+        return components, state
+
+    def _asked(self, components: Any, state: PipelineState) -> dict[str, Any]:
+        """Which outputs it makes: by its inputs, and by whether its pipeline is guided."""
+        guided = getattr(components, "requires_unconditional_embeds", None)
+        inputs: dict[str, Any] = self._block.get_block_state(state).as_dict()
+        return inputs | {"requires_unconditional_embeds": guided}

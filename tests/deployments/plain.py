@@ -1,0 +1,49 @@
+"""Whole pipelines of diffusers, of checkpoints in its layout: classic ones, and those that it has as blocks."""
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from diffusers import DiffusionPipeline, ModularPipeline
+
+from deployments.checkpoints.components import component_names, read_index
+from deployments.checkpoints.json_file import read_json
+from deployments.checkpoints.modular import MODULAR_INDEX, is_modular
+from deployments.checkpoints.processors import is_processor, load_processor
+
+
+def load_plain(folder: Path) -> Any:
+    """With all its components. Plain diffusers fails where a processor needs torchvision."""
+    index = read_index(folder)
+    processors = {
+        part: load_processor(folder / part, index[part][1])
+        for part in component_names(index)
+        if is_processor(index[part])
+    }
+    if is_modular(index):
+        pipeline = _load_modular(folder, processors)
+    else:
+        pipeline = DiffusionPipeline.from_pretrained(folder, **processors)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw(pipeline: Any, **arguments: Any) -> tuple[Any, Any]:
+    """What the call draws, of either kind, and its sound."""
+    if isinstance(pipeline, ModularPipeline):
+        drawn = next(name for name in pipeline.blocks.output_names if name in ("images", "videos"))
+        return pipeline(**arguments, output=drawn), None
+    output = pipeline(**arguments)
+    return output[0], getattr(output, "audio", None)
+
+
+def _load_modular(folder: Path, processors: dict[str, Any]) -> Any:
+    """As its documentation has it where a prompt is to be encoded as it is given: a block is taken away."""
+    told = read_json(folder / MODULAR_INDEX)
+    blocks = getattr(diffusers, told["_blocks_class_name"])()
+    blocks.sub_blocks.pop("prompt_upsampler", None)
+    pipeline = getattr(diffusers, told["_class_name"])(blocks=blocks, pretrained_model_name_or_path=str(folder))
+    there = set(pipeline.pretrained_component_names) & component_names(read_index(folder))
+    pipeline.load_components(sorted(there - processors.keys()))
+    pipeline.update_components(**processors)
+    return pipeline
