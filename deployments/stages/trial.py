@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import re
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -28,8 +29,10 @@ log = logging.getLogger("ray.serve")
 
 FEW_STEPS = 4
 """What distilled models take: their schedulers may not know as many as a family's default."""
-NOT_ON_META = ("meta", "unsupported scalarType")
-"""Of what torch says where a model does what the meta device does not."""
+NOT_ON_META = re.compile(
+    r"\bmeta tensors?\b|\b(device|device_type|device type) '?meta\b|two devices, .*\bmeta\b|unsupported scalarType"
+)
+"""What torch says where a model does what the meta device does not."""
 CPU = torch.device("cpu")
 
 
@@ -95,7 +98,7 @@ class Trial:
         except NotImplementedError:
             return  # it reads values
         except RuntimeError as error:
-            if any(words in str(error) for words in NOT_ON_META):
+            if NOT_ON_META.search(str(error)):
                 return
             raise ValueError(
                 f"its {component} does not take what its text encoders and scheduler give it ({error}): "
