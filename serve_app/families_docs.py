@@ -9,12 +9,12 @@ from pathlib import Path
 
 import diffusers
 
-from deployments.checkpoints.components import ModelIndex, denoiser_names, read_index
+from deployments.checkpoints.components import ModelIndex, denoiser_names, needed_names, read_index
 from deployments.checkpoints.source import fetch_checkpoint
 from deployments.checkpoints.tiny.names import TINY_MODULES
 from deployments.engine.blocks import build_skeleton, cuttable_names
 from deployments.engine.merge import RULES
-from deployments.families.calls import Call, find_calls, find_pipelines
+from deployments.families.calls import Call, find_calls, find_pipelines, known_calls
 
 INTRO = """\
 # Pipelines
@@ -27,20 +27,18 @@ into shards between any two, each cut bit-equal (tests/deployments/engine/test_c
 several requests run as one (test_merged_pipelines.py); others run one after another.
 
 `generate` draws from a prompt, `edit` from pictures too, `inpaint` where a mask says, `image_to_video` goes on
-from a picture.
+from a picture, `video_to_video` draws a video anew.
 """
 UNSTAGED: Mapping[str, str] = {
-    "kandinsky5": "chooses one of seven sizes of its own",
-    "hidream": "scales the size that is asked to an area of its own",
-    "hunyuan-video15-i2v": "takes its size from the picture",
     "ltx2": "makes sound beside the video, by models that no stage has",
     "latte": "decodes a video in several calls",
     "animatediff": "decodes a video in several calls",
 }
 """Tiny checkpoints that are refused at start, and why."""
 CANNOT: Mapping[str, str] = {
+    "AnimateDiffVideoToVideoPipeline": "decodes a video in several calls",
     "ChromaInpaintPipeline": "fails in diffusers itself: its transformer has no guidance_embeds",
-    "QwenImageEditInpaintPipeline": "chooses a size of its own",
+    "QwenImageEditInpaintPipeline": "takes its size from the picture",
 }
 """Of kinds of call over components that are served."""
 REASONS: Mapping[str, str] = {
@@ -48,14 +46,15 @@ REASONS: Mapping[str, str] = {
     "ControlNet|Adapter|Control|Transfer": "not tried: a control picture goes in",
     "^(Kandinsky(V22)?[A-Z].*Combined|KandinskyCombined|StableCascade|IF)": "several pipelines one after another",
     "^AnimateDiff": "decodes a video in several calls",
-    "^LTX2.*(DFR|HDR|InContext|Condition)": "a video goes in, or another pipeline's latents: not yet",
+    "^LTX2.*(DFR|HDR|InContext|Condition)": "several videos go in, or another pipeline's latents",
     "^LTX2": "makes sound beside the video, by models that no stage has",
     "^Cosmos": "needs cosmos_guardrail, which is another package",
-    "VideoToVideo|LucyEdit|WanAnimate|VACE|AnyFlow|LTXCondition|EasyAnimateInpaint": "a video goes in: not yet",
+    "WanAnimate|VACE|EasyAnimateInpaint": "several videos go in",
+    "AnyFlow|LTXCondition": "a video goes in as the beginning of a longer one: not yet",
     "Prior|Refine|Upscale|SuperResolution": "a part of another pipeline's work",
     "Helios|Framepack|DiffusionForcing|SanaWM|OmniGen": "encodes or decodes inside its loop",
     "KV": "keeps a cache of its own on its denoiser",
-    "Kandinsky5I2I": "chooses a size of its own",
+    "Kandinsky5I2I": "takes its size from the picture",
 }
 """Of pipelines without a tiny checkpoint, by what their names hold; the first that fits."""
 UNKNOWN = "not tried: there is no tiny checkpoint of it; a start tells"
@@ -94,7 +93,7 @@ def _denoiser(folder: Path, index: ModelIndex, component: str) -> tuple[int, boo
 
 
 def _calls(index: ModelIndex) -> Iterator[Call]:
-    calls = find_calls(index["_class_name"]).values()
+    calls = known_calls(find_calls(index["_class_name"]), needed_names(index)).values()
     yield from (call for call in calls if call.pipeline_class not in CANNOT)
 
 

@@ -43,7 +43,7 @@ _EMBEDDED_PREFIX = "embedded://"
 _EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
 
 _TINY_PREFIX = "tiny://"
-_TINY_FORMAT = 9
+_TINY_FORMAT = 13
 """Raise it whenever the bytes that `write_tiny_checkpoint` writes change, so that caches start anew."""
 
 

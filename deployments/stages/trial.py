@@ -144,6 +144,7 @@ class Trial:
         fields = {
             "num_inference_steps": replace(request, num_inference_steps=usual.num_inference_steps),
             "strength": replace(request, strength=request.strength and 1.0),
+            "guidance_scale_2": replace(request, guidance_scale_2=None),
             "num_frames": replace(request, num_frames=usual.num_frames),
             "size": replace(request, width=usual.width, height=usual.height),
             self._model.architecture.calls[request.kind].guidance: replace(

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import cache
+from itertools import islice
 from typing import Any
 
 import diffusers
@@ -9,18 +10,19 @@ import numpy as np
 import pytest
 import torch
 
-from deployments.checkpoints.components import ModelIndex, read_index
+from deployments.checkpoints.components import ModelIndex, needed_names, read_index
 from deployments.checkpoints.derived import read_derived
 from deployments.checkpoints.source import fetch_checkpoint
 from deployments.checkpoints.tiny.names import TINY_FAMILIES, TINY_MODULES
 from deployments.config import ModelConfig
-from deployments.families.calls import find_calls
+from deployments.families.calls import find_calls, known_calls
 from deployments.request import CallKind, GenerationRequest, InputPictures, Prompt
 from deployments.stages.call import call_arguments
 from deployments.stages.derive import Derived
+from deployments.video_file import read_frames
 from serve_app.families_docs import CANNOT, UNSTAGED
 from tests.deployments.variants import build_request, draw_staged, read_model
-from tests.pictures import half_mask, picture, png
+from tests.pictures import half_mask, picture, png, video
 
 QUICK = frozenset(
     {
@@ -31,7 +33,9 @@ QUICK = frozenset(
         "flux2-klein",
         "z-image",
         "hunyuan-image",
+        "wan",
         "wan21-i2v",
+        "cogvideox",
         "ltx-video",
         "sd15-controlnet",
     }
@@ -72,14 +76,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def small_request(name: str, kind: CallKind) -> GenerationRequest:
     call, geometry = model(name).architecture.calls[kind], model(name).geometry
     side = max(64, 4 * geometry.size_multiple)
+    width, height = side, side + (0 if call.max_images else geometry.size_multiple)
+    if geometry.sizes:
+        by_shape = sorted(geometry.sizes, key=lambda size: abs(size[0] - size[1]))
+        width, height = by_shape[0 if call.max_images else 1]  # pictures here are square
     usual = call.defaults.num_inference_steps
     few = min(3, usual)
     negative = "blurry" if "negative_prompt" in call.parameters else None
     request = replace(
         build_request(model(name), kind),
         prompt=Prompt("a red cat", negative, is_guided=True),
-        width=side,
-        height=side + (0 if call.max_images else geometry.size_multiple),
+        width=width,
+        height=height,
         num_frames=2 * geometry.frame_stride + 1 if call.media == "video" else 1,
         num_inference_steps=few if "guidance_schedule" not in call.parameters else usual,
     )
@@ -90,7 +98,8 @@ def small_request(name: str, kind: CallKind) -> GenerationRequest:
 @pytest.mark.filterwarnings("ignore:In CPU autocast")  # Mochi computes its rotary embeddings in float32
 def test_three_stages_draw_what_the_plain_pipeline_draws(staged: str) -> None:
     offered = model(staged).architecture.calls
-    for kind, call in find_calls(index_of(staged)["_class_name"]).items():
+    index = index_of(staged)
+    for kind, call in known_calls(find_calls(index["_class_name"]), needed_names(index)).items():
         if kind in offered:
             check_equal(staged, kind)
         else:
@@ -102,12 +111,16 @@ def check_equal(name: str, kind: CallKind) -> None:
     images = [picture(seed, request.width) for seed in range(min(2, call.max_images))]
     mask = half_mask(request.width) if kind == "inpaint" else None
     control = picture(9, request.width) if call.control else None
+    film = video(request.num_frames + 3, (96, 80)) if call.takes_video else None
     given = {"mask": mask, "control": control}
-    files = InputPictures(tuple(map(png, images)), **{key: image and png(image) for key, image in given.items()})
-    frames = draw_staged(model(name), request, files if images or control else None)
+    files = InputPictures(
+        tuple(map(png, images)), **{key: image and png(image) for key, image in given.items()}, video=film
+    )
+    frames = draw_staged(model(name), request, files if images or control or film else None)
     asked = {"image": images if len(images) > 1 else images[0]} if images else {}
     asked |= {"mask_image": mask} if mask else {}
     asked |= {call.control: control} if control else {}
+    asked |= {"video": list(islice(read_frames(film), request.num_frames))} if film else {}
     np.testing.assert_array_equal(frames, draw_plain(name, request, asked), err_msg=f"{name}, {kind}")
 
 
