@@ -149,8 +149,10 @@ class ModelConfig(Config):
 
     def with_kinds(self, kinds: Collection[CallKind]) -> Self:
         """The same, without calls of other kinds."""
+        if len(kinds) == len(self.architecture.calls):
+            return self
         copy = self.model_copy()
-        copy._kinds = tuple(kinds) if len(kinds) < len(self.architecture.calls) else None
+        copy._kinds = tuple(kinds)
         return copy
 
     def with_geometry(self, geometry: Geometry) -> Self:
