@@ -134,9 +134,11 @@ class Derived:
         """Of how many frames more than one it makes what is asked."""
         if not self._is_video:
             return 1
-        more = (replace(asked, num_frames=NUM_FRAMES + times * stride) for times in (1, 2))
-        found = next((size for size in more if self._makes(self._kind, size) == size), None)
-        return NUM_FRAMES - 1 if found is None else found.num_frames - NUM_FRAMES
+        for multiple in (stride, 2 * stride):
+            more = replace(asked, num_frames=asked.num_frames + multiple)
+            if self._makes(self._kind, more) == more:
+                return multiple
+        return stride
 
     def _num_frames(self, usual: DecodeArguments, stride: int) -> int:
         """Of a request that does not say: as the call declares, or, where it asks the denoiser, as it makes."""
