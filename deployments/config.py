@@ -1,6 +1,7 @@
 """What may be said of the model and of each stage."""
 
 import re
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Annotated, Literal, Self
 
@@ -10,7 +11,7 @@ from cluster.config import Config
 from cluster.resources import ResourceConfig
 from deployments.families import FAMILIES, Call, Defaults, Family, Geometry
 from deployments.memory.config import OFF, Dtype, MemoryConfig, TilingConfig
-from deployments.request import MediaSize
+from deployments.request import CallKind, MediaSize
 
 WARM_UP_SIZE = re.compile(r"(\d{1,5}x\d{1,5})(?:x(\d{1,5}))?")
 
@@ -22,6 +23,9 @@ class DefaultsConfig(Config):
     height: int | None = Field(None, ge=16, description="pixels")
     num_inference_steps: int | None = Field(None, ge=1)
     guidance_scale: float | None = Field(None, ge=0)
+    guidance_scale_2: float | None = Field(
+        None, ge=0, description="of the expert for low noise (Wan 2.2 A14B); None: guidance_scale"
+    )
     true_cfg_scale: float | None = Field(None, ge=0)
     negative_prompt: str | None = Field(None, description='"" guides away from no prompt, if a scale is above 1')
     num_frames: int | None = Field(None, ge=1)
@@ -65,6 +69,8 @@ class ModelConfig(Config):
     _geometry: Geometry | None = PrivateAttr(None)
     _vae_dtype: Dtype | None = PrivateAttr(None)
     _derived_family: Family | None = PrivateAttr(None)
+    _kinds: tuple[CallKind, ...] | None = PrivateAttr(None)
+    """Of call, which this checkpoint can do, where its family can do more."""
 
     @property
     def architecture(self) -> Family:
@@ -73,7 +79,8 @@ class ModelConfig(Config):
             return self._derived_family
         if self.family is None:
             raise ValueError(f"the family of {self.checkpoint!r} is not known here: one of {', '.join(FAMILIES)}")
-        return FAMILIES[self.family]
+        family = FAMILIES[self.family]
+        return family if self._kinds is None else replace(family, kinds=self._kinds)
 
     @property
     def layout(self) -> str:
@@ -102,6 +109,8 @@ class ModelConfig(Config):
         for name in ("strength", "control_scale"):
             if getattr(call.defaults, name) is None:
                 said.pop(name, None)
+        if not call.takes_guidance_scale_2:
+            said.pop("guidance_scale_2", None)
         return replace(call.defaults, **said)
 
     @property
@@ -136,6 +145,14 @@ class ModelConfig(Config):
         """A copy for the other stages."""
         copy = self.model_copy()
         copy._vae_dtype = dtype
+        return copy
+
+    def with_kinds(self, kinds: Collection[CallKind]) -> Self:
+        """The same, without calls of other kinds."""
+        if len(kinds) == len(self.architecture.calls):
+            return self
+        copy = self.model_copy()
+        copy._kinds = tuple(kinds)
         return copy
 
     def with_geometry(self, geometry: Geometry) -> Self:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 OutputFormat = Literal["png", "jpeg", "webp", "mp4"]
-CallKind = Literal["generate", "edit", "inpaint", "image_to_video"]
-"""From text alone; from pictures; of a picture what a mask says; a video from its first frame."""
+CallKind = Literal["generate", "edit", "inpaint", "image_to_video", "video_to_video"]
+"""From text alone; from pictures; of a picture what a mask says; a video from its first frame; from a video."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,8 @@ class GenerationRequest:
     """Of kinds that draw a picture anew, from 0 to 1: how much of it."""
     control_scale: float | None = None
     """Of pipelines with a ControlNet: how loud it is."""
+    guidance_scale_2: float | None = None
+    """Of the expert for low noise, where there are two; None: as of the other."""
 
     @property
     def size(self) -> MediaSize:
@@ -78,8 +80,10 @@ class InputPictures:
     """As large as the first of `images`. What is transparent is drawn anew; without an alpha channel, white."""
     control: bytes | None = None
     """Says where things are: edges, depths, poses, as the checkpoint's ControlNet was trained on."""
+    video: bytes | None = None
+    """MP4 or WebM, which has as many frames as the request asks for, or more."""
     field: str = "image"
-    """What the client calls the images."""
+    """What the client calls the images, or the video."""
 
 
 Encodings = tuple[tuple[str, Any], ...]

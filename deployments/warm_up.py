@@ -22,11 +22,14 @@ NO_WARM_UP = WarmUp()
 def tried_size(of: Geometry) -> MediaSize:
     """What stages try at their start: small, but not the least, at which some blocks see a single position.
 
-    Of a video three latent frames: the first is like no other, and CogVideoX's VAE takes the others by twos. But
+    Of a video two more than the first latent frame, which is like no other, and some VAEs take them by twos. But
     no more than by default: some take no other number (Latte).
     """
-    side = 2 * of.size_multiple
-    return MediaSize(side, side, min(2 * of.frame_stride + 1, of.num_frames))
+    if of.sizes:
+        width, height = min(of.sizes, key=lambda size: size[0] * size[1])
+    else:
+        width = height = 2 * of.size_multiple
+    return MediaSize(width, height, min(2 * of.frame_stride + 1, of.num_frames))
 
 
 def default_request(
@@ -57,6 +60,7 @@ def default_request(
         kind=call.kind,
         strength=defaults.strength,
         control_scale=defaults.control_scale,
+        guidance_scale_2=defaults.guidance_scale_2,
     )
 
 

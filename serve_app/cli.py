@@ -138,12 +138,15 @@ def generate(
             help="file to draw anew, or a video's first picture; several: say it again",
         ),
     ] = None,
+    video: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="file to draw anew, MP4 or WebM")
+    ] = None,
     mask: Annotated[
         Path | None,
         typer.Option(exists=True, dir_okay=False, help="file: what is transparent, or white, is drawn anew"),
     ] = None,
     strength: Annotated[
-        float | None, typer.Option(help="from 0 to 1, how much of the image is drawn anew")
+        float | None, typer.Option(help="from 0 to 1, how much of the image, or video, is drawn anew")
     ] = None,
     control: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="file that a ControlNet draws by")
@@ -171,13 +174,14 @@ def generate(
     if app_config is not None:  # refuse at once what would be refused once the app is started
         validator = Validator(resolve_family(app_config).model, app_config.limits)
         media = validator.family.media
-        validator.requests(given | read_pictures(image or [], mask, control, media) | choose_file(out, media)[1])
+        pictures = read_pictures(image or [], mask, control, video, media)
+        validator.requests(given | pictures | choose_file(out, media)[1])
     if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # `nohup` has it ignored
         signal.signal(signal.SIGHUP, lambda number, _frame: sys.exit(128 + number))
     with local.app_handle(app_config) as handle:
         media = handle.model.remote().result().media
         out, chosen = choose_file(out, media)
-        picture = _watch(handle, given | read_pictures(image or [], mask, control, media) | chosen)
+        picture = _watch(handle, given | read_pictures(image or [], mask, control, video, media) | chosen)
     out.write_bytes(picture.media.data)
     times = ", ".join(f"{stage} {ms:.0f} ms" for stage, ms in picture.timings_ms.items())
     console.print(f"{out}: {picture.media.media_type}, seed {picture.seed} ({times})", highlight=False)
@@ -224,7 +228,11 @@ def choose_file(out: Path | None, media: Literal["image", "video"]) -> tuple[Pat
 
 
 def read_pictures(
-    images: Sequence[Path], mask: Path | None, control: Path | None, media: Literal["image", "video"]
+    images: Sequence[Path],
+    mask: Path | None,
+    control: Path | None,
+    video: Path | None,
+    media: Literal["image", "video"],
 ) -> dict[str, bytes | list[bytes]]:
     """The fields of a request with these files."""
     fields: dict[str, bytes | list[bytes]] = {}
@@ -232,6 +240,10 @@ def read_pictures(
         fields["input_reference"] = images[0].read_bytes()
     elif images:
         fields["image"] = [image.read_bytes() for image in images]
+    if video is not None:
+        if images:
+            raise ConfigError("--video and --image: a video is made of one of them")
+        fields["input_reference"] = video.read_bytes()
     if mask is not None:
         fields["mask"] = mask.read_bytes()
     if control is not None:

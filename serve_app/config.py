@@ -27,9 +27,10 @@ class LimitsConfig(Config):
         25_000_000,
         ge=64 * 64,
         le=Image.MAX_IMAGE_PIXELS,
-        description="of each picture that goes in: what phones take by default; a stage that opens it needs 3 "
-        "bytes for each, with transparency 15",
+        description="of each picture that goes in, and of each frame of a video: what phones take by default; a "
+        "stage that opens it needs 3 bytes for each, with transparency 15, and for a video 30",
     )
+    max_video_bytes: int = Field(64 * 2**20, ge=1024, description="of a video that goes in, as a file")
     max_concurrent_requests: int = Field(
         256, ge=1, description="requests in progress per ingress replica; one more gets a 429"
     )

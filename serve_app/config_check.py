@@ -8,6 +8,7 @@ from deployments.request import GenerationRequest
 from serve_app.config import ConfigError, LimitsConfig
 from serve_app.errors import BadRequest
 from serve_app.input_pictures import blank_png
+from serve_app.input_videos import blank_video
 from serve_app.validation import Validator
 
 
@@ -32,7 +33,7 @@ def check_defaults(model: ModelConfig, limits: LimitsConfig) -> None:
     unsaid = DefaultsConfig.model_construct(width=size.width, height=size.height)  # judged below
     judge = Validator(model.model_copy(update={"defaults": unsaid}), limits)
     try:
-        judge.requests({"prompt": "-"} | _blank_pictures(family.call) | fields | given)
+        judge.requests({"prompt": "-"} | _blank_pictures(family.call, size.num_frames) | fields | given)
     except BadRequest as error:
         raise ConfigError(f"model.defaults, or the family's where it says nothing: {error}") from error
 
@@ -42,12 +43,13 @@ def plan_warm_up(model: ModelConfig, limits: LimitsConfig) -> tuple[GenerationRe
     judge = Validator(model, limits)
     steps = min(2, limits.max_num_inference_steps)  # a second, for what is recorded or fetched ahead by then
     blank = {"prompt": "-", "negative_prompt": "", "num_inference_steps": steps}
-    blank |= _blank_pictures(model.architecture.call)
     requests: list[GenerationRequest] = []
     for asked in model.warm_up:
         match = WARM_UP_SIZE.fullmatch(asked)
         assert match is not None
-        fields = {"size": match[1]} | ({} if match[2] is None else {"num_frames": int(match[2])})
+        num_frames = int(match[2] or model.default_size.num_frames)
+        fields = {"size": match[1]} | ({} if match[2] is None else {"num_frames": num_frames})
+        fields |= _blank_pictures(model.architecture.call, num_frames)
         try:
             requests += judge.requests(blank | fields)
         except BadRequest as error:
@@ -55,8 +57,8 @@ def plan_warm_up(model: ModelConfig, limits: LimitsConfig) -> tuple[GenerationRe
     return tuple(requests)
 
 
-def _blank_pictures(call: Call) -> dict[str, Any]:
-    """The fields of those that must go in, of a request that is only judged."""
+def _blank_pictures(call: Call, num_frames: int) -> dict[str, Any]:
+    """The fields of those that must go in, of a request that is only judged. num_frames: of a video."""
     fields: dict[str, Any] = {} if call.defaults.strength is None else {"strength": 1.0}
     if call.control is not None:
         fields["control_image"] = blank_png()
@@ -67,4 +69,6 @@ def _blank_pictures(call: Call) -> dict[str, Any]:
             fields |= {"image": blank_png(), "mask": blank_png()}
         case "image_to_video":
             fields["input_reference"] = blank_png()
+        case "video_to_video":
+            fields["input_reference"] = blank_video(num_frames)
     return fields

@@ -48,6 +48,10 @@ EVENT, EDIT_EVENT = _event("ImageStreamEvent"), _event("ImageEditStreamEvent")
 FILE: Schema = {"type": "string", "contentMediaType": "application/octet-stream"}
 """Of a form, as OpenAPI 3.1 and later describe one."""
 MAX_FPS = 120
+_STRENGTH: Schema = {
+    "anyOf": [{"required": ["input_reference"]}, {"properties": {"strength": {"type": "null"}}}],
+}
+"""Of a video: of one that goes in."""
 
 
 def describe_body(
@@ -70,16 +74,21 @@ def _body_schema(
     for name in ("guidance_scale", "true_cfg_scale", "strength"):
         if name in fields and all(getattr(call.defaults, name) is None for call in calls.values()):
             del fields[name]
+    if not any(call.takes_guidance_scale_2 for call in calls.values()):
+        fields.pop("guidance_scale_2", None)
     _describe_pictures(schema, calls, is_form=is_form)
     fields["prompt"] |= {"maxLength": limits.max_prompt_characters, "pattern": r"\S"}
     _narrow(fields["negative_prompt"], maxLength=limits.max_prompt_characters)
     _narrow(fields["num_inference_steps"], maximum=limits.max_num_inference_steps)
     fields["model"] |= {"examples": [model.id]}
-    fields["size"]["pattern"] = _sizes(limits.size_multiple, limits.max_pixels)
+    sizes = "|".join(("auto", *limits.sizes))
+    fields["size"]["pattern"] = f"^({sizes})$" if limits.sizes else _sizes(limits.size_multiple, limits.max_pixels)
     if "num_frames" in fields:
         stride, most = limits.frame_stride, limits.max_num_frames
         _narrow(fields["num_frames"], enum=list(range(1, most + 1, stride)))
         schema["allOf"] = [_seconds((most - 1) // stride * stride, model.defaults.fps or 1)]
+        if "strength" in fields:
+            schema["allOf"].append(_STRENGTH)
     else:
         schema["allOf"] = [
             _either({"stream": [True]}, {"partial_images": [0, None], "progress": [False, None]}),
@@ -93,7 +102,10 @@ def _body_schema(
 def _describe_pictures(schema: Schema, calls: Mapping[CallKind, CallCard], *, is_form: bool) -> None:
     """Which may go in, and which must."""
     fields = schema["properties"]
-    needed: dict[str, set[CallKind]] = {"mask": {"inpaint"}, "input_reference": {"image_to_video"}}
+    needed: dict[str, set[CallKind]] = {
+        "mask": {"inpaint"},
+        "input_reference": {"image_to_video", "video_to_video"},
+    }
     for name, kinds in needed.items():
         if name not in fields:
             continue

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import diffusers
 
-from deployments.checkpoints.components import ModelIndex, denoiser_names, read_index
+from deployments.checkpoints.components import ModelIndex, denoiser_names, needed_names, read_index
 from deployments.checkpoints.modular import BLOCKS, is_modular
 from deployments.checkpoints.source import fetch_checkpoint
 from deployments.checkpoints.tiny.names import TINY_MODULES
 from deployments.engine.blocks import build_skeleton, cuttable_names
 from deployments.engine.merge import RULES
-from deployments.families.calls import Call, find_calls, find_pipelines
+from deployments.families.calls import Call, find_calls, find_pipelines, known_calls
 from deployments.stages.modular import find_modular_calls
 
 INTRO = """\
@@ -30,7 +30,7 @@ the tiny denoiser, which may be cut into shards between any two, each cut bit-eq
 (test_merged_pipelines.py); others run one after another.
 
 `generate` draws from a prompt, `edit` from pictures too, `inpaint` where a mask says, `image_to_video` goes on
-from a picture.
+from a picture, `video_to_video` draws a video anew.
 """
 MODULAR = """\
 
@@ -41,29 +41,27 @@ Pipelines that diffusers has as blocks, of checkpoints with modular_model_index.
 above, some over that of the classic pipeline of their name; a checkpoint of another is tried at its start.
 
 """
-UNSTAGED: Mapping[str, str] = {
-    "kandinsky5": "chooses one of seven sizes of its own",
-    "hidream": "scales the size that is asked to an area of its own",
-    "hunyuan-video15-i2v": "takes its size from the picture",
-}
+UNSTAGED: Mapping[str, str] = {}
 """Tiny checkpoints that are refused at start, and why."""
 CANNOT: Mapping[str, str] = {
+    "AnimateDiffVideoToVideoPipeline": "decodes a video in several calls",
     "ChromaInpaintPipeline": "fails in diffusers itself: its transformer has no guidance_embeds",
-    "QwenImageEditInpaintPipeline": "chooses a size of its own",
+    "QwenImageEditInpaintPipeline": "takes its size from the picture",
 }
 """Of kinds of call over components that are served."""
 REASONS: Mapping[str, str] = {
     "PAG": "sets attention processors on its denoiser, which is in another stage",
     "ControlNet|Adapter|Control|Transfer": "not tried: a control picture goes in",
     "^(Kandinsky(V22)?[A-Z].*Combined|KandinskyCombined|StableCascade|IF)": "several pipelines one after another",
-    "^AnimateDiffVideo": "a video goes in: not yet",
-    "^LTX2.*(DFR|HDR|InContext|Condition)": "a video goes in, or another pipeline's latents: not yet",
+    "^AnimateDiffVideo": "not tried: a video goes in",
+    "^LTX2.*(DFR|HDR|InContext|Condition)": "several videos go in, or another pipeline's latents",
     "^Cosmos": "needs cosmos_guardrail, which is another package",
-    "VideoToVideo|LucyEdit|WanAnimate|VACE|AnyFlow|LTXCondition|EasyAnimateInpaint": "a video goes in: not yet",
+    "WanAnimate|VACE|EasyAnimateInpaint": "several videos go in",
+    "AnyFlow|LTXCondition": "a video goes in as the beginning of a longer one: not yet",
     "Prior|Refine|Upscale|SuperResolution": "a part of another pipeline's work",
     "Helios|Framepack|DiffusionForcing|SanaWM|OmniGen": "encodes or decodes inside its loop",
     "KV": "keeps a cache of its own on its denoiser",
-    "Kandinsky5I2I": "chooses a size of its own",
+    "Kandinsky5I2I": "takes its size from the picture",
 }
 """Of pipelines without a tiny checkpoint, by what their names hold; the first that fits."""
 OVER_CLASSIC: Mapping[str, str] = {
@@ -157,7 +155,7 @@ def _denoiser(folder: Path, index: ModelIndex, component: str) -> tuple[int, boo
 
 
 def _calls(index: ModelIndex) -> Iterator[Call]:
-    calls = find_calls(index["_class_name"]).values()
+    calls = known_calls(find_calls(index["_class_name"]), needed_names(index)).values()
     yield from (call for call in calls if call.pipeline_class not in CANNOT)
 
 

@@ -32,6 +32,10 @@ ELSEWHERE_CALLED: Mapping[str, str | tuple[str, ...]] = {
     **dict.fromkeys(
         ("image_url", "image_urls", "reference_image", "reference_images", "input_reference"), _PICTURE
     ),
+    **dict.fromkeys(
+        ("video", "input_video", "init_video", "source_video", "video_url", "reference_video"),
+        ("input_reference", "a video goes in at /v1/videos/sync, where the model draws it anew"),
+    ),
     **dict.fromkeys(("first_frame", "first_frame_image", "start_image"), _PICTURE),
     **dict.fromkeys(("mask", "mask_image", "mask_url", "inpaint_mask"), ("mask", *_PICTURE[2:])),
     **dict.fromkeys(

@@ -17,6 +17,7 @@ PATHS: Mapping[tuple[Literal["image", "video"], CallKind], str] = {
     ("image", "inpaint"): EDITS,
     ("video", "generate"): VIDEOS,
     ("video", "image_to_video"): VIDEOS,
+    ("video", "video_to_video"): VIDEOS,
 }
 """Where a model that makes this is asked for that."""
 
@@ -30,6 +31,7 @@ class CallDefaults(BaseModel):
     negative_prompt: str | None
     strength: float | None
     control_scale: float | None
+    guidance_scale_2: float | None = Field(description="of a second expert; null: as guidance_scale")
 
 
 class ModelDefaults(CallDefaults):
@@ -45,6 +47,8 @@ class CallCard(BaseModel):
 
     path: str
     max_images: int = Field(description="pictures that go into one that comes out; 0: none")
+    takes_video: bool = Field(description="whether a video goes in, of which another is made")
+    takes_guidance_scale_2: bool
     needs_control: bool = Field(description="whether a control_image must go in")
     defaults: CallDefaults
 
@@ -53,6 +57,7 @@ class ModelLimits(BaseModel):
     """What a request may ask for."""
 
     size_multiple: int = Field(description="width and height must be multiples of this")
+    sizes: tuple[str, ...] = Field(description="all that may be asked for; none: any")
     max_side: int | None = Field(description="width, and height; null: only their product is limited")
     max_pixels: int = Field(description="width times height")
     max_num_inference_steps: int
@@ -61,7 +66,8 @@ class ModelLimits(BaseModel):
     frame_stride: int = Field(description="num_frames must be 1 more than a multiple of this")
     max_num_frames: int
     max_image_bytes: int = Field(description="of each picture that goes in")
-    max_image_pixels: int = Field(description="of each picture that goes in, width times height")
+    max_image_pixels: int = Field(description="of each picture or frame that goes in, width times height")
+    max_video_bytes: int = Field(description="of a video that goes in")
 
 
 class ModelCard(BaseModel):
@@ -100,6 +106,8 @@ def model_card(model: ModelConfig, created: int, limits: LimitsConfig) -> ModelC
             kind: CallCard(
                 path=EDITS if call.control else PATHS[family.media, kind],
                 max_images=call.max_images,
+                takes_video=call.takes_video,
+                takes_guidance_scale_2=call.takes_guidance_scale_2,
                 needs_control=call.control is not None,
                 defaults=CallDefaults(**defaults[kind]),
             )
@@ -117,10 +125,12 @@ def model_card(model: ModelConfig, created: int, limits: LimitsConfig) -> ModelC
             max_pixels=limits.max_pixels,
             max_num_inference_steps=limits.max_num_inference_steps,
             max_prompt_characters=limits.max_prompt_characters,
-            frame_stride=geometry.frame_stride,
+            sizes=tuple(f"{width}x{height}" for width, height in geometry.sizes),
+            frame_stride=geometry.frame_multiple,
             max_num_frames=limits.max_num_frames,
             max_image_bytes=limits.max_image_bytes,
             max_image_pixels=limits.max_image_pixels,
+            max_video_bytes=limits.max_video_bytes,
         ),
     )
 

@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchem
 from pydantic_core import PydanticCustomError
 
 from deployments.request import CallKind, InputPictures, StreamOptions
+from deployments.video_format import find_format
 from serve_app.input_pictures import DATA_URL_FORM, read_picture, read_pictures
 
 MAX_N = 10
@@ -150,22 +151,32 @@ class VideoBody(GenerationBody):
     """`POST /v1/videos/sync`."""
 
     media = "video"
-    input_reference: PictureFile | None = Field(None, description="the picture that the video begins with")
+    input_reference: PictureFile | None = Field(
+        None, description="the picture that the video begins with, or a video (MP4 or WebM) to draw anew"
+    )
+    strength: float | None = Field(
+        None, gt=0, le=1, description="beyond OpenAI: how much of the video that goes in is drawn anew"
+    )
+    guidance_scale_2: float | None = Field(
+        None, ge=0, le=100, description="beyond OpenAI; of the expert for low noise; left out: as guidance_scale"
+    )
     num_frames: int | None = Field(None, ge=1, description="beyond OpenAI; goes before `seconds`")
     seconds: float | None = Field(None, gt=0, le=3600)
     fps: int | None = Field(None, ge=1, le=120, description="beyond OpenAI")
 
     @property
     def call_kind(self) -> CallKind:
-        return "generate" if self.input_reference is None else "image_to_video"
+        if self.input_reference is None:
+            return "generate"
+        return "image_to_video" if find_format(self.input_reference) is None else "video_to_video"
 
     @property
     def pictures(self) -> InputPictures | None:
-        return (
-            None
-            if self.input_reference is None
-            else InputPictures((self.input_reference,), field="input_reference")
-        )
+        given, field = self.input_reference, "input_reference"
+        if given is None:
+            return None
+        is_video = find_format(given) is not None
+        return InputPictures(video=given, field=field) if is_video else InputPictures((given,), field=field)
 
 
 class TimingsMs(BaseModel):

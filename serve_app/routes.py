@@ -197,20 +197,21 @@ def _describe(api: FastAPI, model: ModelCard) -> None:
 
 async def _read_with_pictures(request: Request, relay: Relay) -> tuple[Mapping[str, Any], bool]:
     """As read_json_or_form does; a text may be a data URL."""
-    return await read_json_or_form(request, max_text_bytes=2 * relay.model().limits.max_image_bytes)
+    limits = relay.model().limits
+    return await read_json_or_form(request, max_text_bytes=2 * max(limits.max_image_bytes, limits.max_video_bytes))
 
 
 def _max_body_bytes(relay: Relay) -> tuple[int, dict[str, int]]:
     """Two prompts, of each of whose characters JSON may make 12 bytes, and ample room for the rest; and by path,
-    with pictures, of each 3 of whose bytes a data URL makes 4."""
+    with pictures or a video, of each 3 of whose bytes a data URL makes 4."""
     model = relay.model()
     texts = 2**18 + 2 * 12 * model.limits.max_prompt_characters
-    num_pictures: dict[str, int] = {}
+    files: dict[str, int] = {}
     for kind, call in model.calls.items():
         num = call.max_images + (kind == "inpaint") + call.needs_control
-        num_pictures[call.path] = max(num, num_pictures.get(call.path, 0))
-    each = 2**10 + model.limits.max_image_bytes * 4 // 3
-    return texts, {path: texts + num * each for path, num in num_pictures.items() if num}
+        most = num * (2**10 + model.limits.max_image_bytes) + call.takes_video * model.limits.max_video_bytes
+        files[call.path] = max(most, files.get(call.path, 0))
+    return texts, {path: texts + most * 4 // 3 for path, most in files.items() if most}
 
 
 def _image_data(picture: Picture) -> ImageData:

@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from math import sqrt
+from math import log, sqrt
 
 from deployments.families import Geometry
 from deployments.request import MediaSize
@@ -20,6 +20,7 @@ class Sizes:
     geometry: Geometry
     default: MediaSize
     max_pixels: int
+    max_num_frames: int
 
     def read(self, size: str, picture: MediaSize | None, output_format: str) -> tuple[int, int]:
         """(width, height) of "WIDTHxHEIGHT" or "auto". Raises BadRequest.
@@ -39,7 +40,14 @@ class Sizes:
         return width, height
 
     def near(self, picture: MediaSize) -> tuple[int, int]:
-        """(width, height) in its aspect: its own, or no more pixels than the model draws by default."""
+        """(width, height) in its aspect: its own, or no more pixels than the model draws by default.
+
+        Of a model that has sizes of its own, the one nearest in shape.
+        """
+        if self.geometry.sizes:
+            shape = picture.width / picture.height
+            width, height = min(self.geometry.sizes, key=lambda size: abs(log(size[0] / size[1] / shape)))
+            return width, height
         most = min(self.default.width * self.default.height, self.max_pixels)
         scale = min(1.0, sqrt(most / (picture.width * picture.height)))
         if self.geometry.max_side is not None:
@@ -50,8 +58,46 @@ class Sizes:
             width, height = (max(1, int(side / multiple)) * multiple for side in sides)
         return width, height
 
+    def read_frames(self, num_frames: int | None, seconds: float | None, fps: int, given: MediaSize | None) -> int:
+        """Of a video. given: the one that goes in, whose frames are all used unless the request says how many.
+
+        Raises BadRequest.
+        """
+        multiple, limit, param = self.geometry.frame_multiple, self.max_num_frames, "num_frames"
+        if num_frames is None and seconds is not None:
+            param = "seconds"
+            asked = round(seconds * fps)
+            num_frames = round(seconds * fps / multiple) * multiple + 1 if given is None else self._fitting(asked)
+        if num_frames is None and given is not None and given.num_frames > limit:
+            raise BadRequest(
+                f"input_reference: it has over {limit} frames, the limit: send num_frames, to use so many of them",
+                "input_reference",
+            )
+        if num_frames is None:
+            num_frames = self.default.num_frames if given is None else self._fitting(given.num_frames)
+        if num_frames > limit:
+            raise BadRequest(f"{param} asks for {quoted(num_frames)} frames; the limit is {limit}", param)
+        if (num_frames - 1) % multiple:
+            low = self._fitting(num_frames)
+            raise BadRequest(
+                f"num_frames must be 1 more than a multiple of {multiple}, got {num_frames}; "
+                f"nearest: {low} or {low + multiple}",
+                param,
+            )
+        if given is not None and num_frames > given.num_frames:
+            raise BadRequest(f"{param} asks for {num_frames} frames; the video has {given.num_frames}", param)
+        return num_frames
+
+    def _fitting(self, num_frames: int) -> int:
+        """The most of these that make latent frames."""
+        multiple = self.geometry.frame_multiple
+        return max(0, num_frames - 1) // multiple * multiple + 1
+
     def _check(self, width: int, height: int) -> None:
         size, multiple, limit = f"{width}x{height}", self.geometry.size_multiple, self.max_pixels
+        if self.geometry.sizes and [width, height] not in map(list, self.geometry.sizes):
+            sizes = ", ".join(f"{w}x{h}" for w, h in self.geometry.sizes)
+            raise BadRequest(f"size: this model draws {sizes}; got {size}", "size")
         if width % multiple or height % multiple:
             near = "x".join(str(max(multiple, round(v / multiple) * multiple)) for v in (width, height))
             raise BadRequest(

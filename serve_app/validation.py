@@ -1,21 +1,28 @@
 """Bodies become requests here, with every default filled in; whatever is wrong is refused here, by name."""
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
 from deployments.config import ModelConfig
 from deployments.families import Call, Defaults
-from deployments.request import GenerationRequest, InputPictures, MediaSize, Prompt, StreamOptions
+from deployments.request import CallKind, GenerationRequest, InputPictures, MediaSize, Prompt, StreamOptions
 from serve_app.config import LimitsConfig
 from serve_app.errors import BadRequest, UnknownModel, quoted
 from serve_app.fields import parse_body
 from serve_app.input_pictures import judge_pictures
+from serve_app.input_videos import judge_video
 from serve_app.model_card import EDITS, GENERATIONS, VIDEOS
 from serve_app.openai_api import EditBody, GenerationBody, ImageBody, VideoBody
 from serve_app.sizes import Sizes
+
+_REFERENCES: Mapping[CallKind, str] = {
+    "image_to_video": "the picture that the video begins with (PNG, JPEG or WebP)",
+    "video_to_video": "a video to draw anew (MP4 or WebM)",
+}
+"""What goes in as `input_reference`."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +42,7 @@ class Validator:
     def __init__(self, model: ModelConfig, limits: LimitsConfig) -> None:
         self._model, self._limits = model, limits
         self.family = model.architecture
-        self._geometry, self._default_size = model.geometry, model.default_size
-        self._sizes = Sizes(self._geometry, self._default_size, limits.max_pixels)
+        self._sizes = Sizes(model.geometry, model.default_size, limits.max_pixels, limits.max_num_frames)
 
     def requests(self, fields: Mapping[str, Any]) -> list[GenerationRequest]:
         """Those of `fields`."""
@@ -96,16 +102,18 @@ class Validator:
         return [_with_seed(first, (first["seed"] + i) % 2**63) for i in range(body.n)]
 
     def _video(self, body: VideoBody, call: Call) -> GenerationRequest:
-        fps = body.fps or self._model.defaults_of(call).fps
-        param = "seconds" if body.num_frames is None and body.seconds is not None else "num_frames"
-        num_frames = body.num_frames or self._default_size.num_frames
-        if param == "seconds":
-            assert body.seconds is not None
-            stride = self._geometry.frame_stride
-            num_frames = round(body.seconds * fps / stride) * stride + 1
-        self._check_frames(num_frames, param)
-        fields = self._request(body, call, output_format="mp4", num_frames=num_frames, fps=fps)
+        given, fps = self._given_video(body, call)
+        fps = body.fps or fps or self._model.defaults_of(call).fps
+        num_frames = self._sizes.read_frames(body.num_frames, body.seconds, fps, given)
+        fields = self._request(body, call, shape=given, output_format="mp4", num_frames=num_frames, fps=fps)
         return GenerationRequest(**fields)
+
+    def _given_video(self, body: VideoBody, call: Call) -> tuple[MediaSize | None, int | None]:
+        """What is to be known of the one that goes in, and its frames a second. Raises BadRequest."""
+        pictures = body.pictures
+        if not call.takes_video or pictures is None or pictures.video is None:
+            return None, None
+        return judge_video(pictures.video, pictures.field, self._limits)
 
     def check_model(self, name: str | None) -> None:
         """Raises UnknownModel unless `name` is the served one, or left out."""
@@ -126,15 +134,10 @@ class Validator:
             raise BadRequest("image is missing: say what to begin with", "image")
         if kind in calls:
             return calls[kind]
-        if kind == "generate" and body.media == "video":
-            raise BadRequest(
-                "input_reference is missing: this model makes a video of the picture it begins with",
-                "input_reference",
-            )
+        if body.media == "video":
+            raise _wrong_reference(kind, calls)
         if kind == "generate":
             raise BadRequest(f"{model} makes pictures of pictures: use {EDITS}", "model")
-        if kind == "image_to_video":
-            raise BadRequest("input_reference: this model makes videos from text alone", "input_reference")
         if kind == "inpaint" and "edit" in calls:
             raise BadRequest("mask: this model takes none, and draws the whole picture anew: leave it out", "mask")
         if kind == "edit" and "inpaint" in calls:
@@ -151,26 +154,16 @@ class Validator:
         if control is not None and call.control is None:
             raise BadRequest("control_image: this model has no ControlNet: leave it out", "control_image")
 
-    def _check_frames(self, num_frames: int, param: str) -> None:
-        stride, limit = self._geometry.frame_stride, self._limits.max_num_frames
-        if num_frames > limit:
-            raise BadRequest(f"{param} asks for {quoted(num_frames)} frames; the limit is {limit}", param)
-        if (num_frames - 1) % stride:
-            low = (num_frames - 1) // stride * stride + 1
-            raise BadRequest(
-                f"num_frames must be 1 more than a multiple of {stride}, got {num_frames}; "
-                f"nearest: {low} or {low + stride}",
-                param,
-            )
-
-    def _request(self, body: GenerationBody, call: Call, **own: Any) -> dict[str, Any]:
-        """Fields of a GenerationRequest."""
+    def _request(
+        self, body: GenerationBody, call: Call, *, shape: MediaSize | None = None, **own: Any
+    ) -> dict[str, Any]:
+        """Fields of a GenerationRequest. shape: of the video that goes in."""
         self.check_model(body.model)
         self._check_prompt(body.prompt)
         defaults = self._model.defaults_of(call)
         negative = defaults.negative_prompt if body.negative_prompt is None else body.negative_prompt
         self._check_length("negative_prompt", negative or "")
-        picture = self._picture_size(body, call)
+        picture = shape or self._picture_size(body, call)
         width, height = self._sizes.read(body.size, picture, own["output_format"])
         guidance_scale, true_cfg_scale = self._guidance(body, call, defaults)
         is_guided = call.is_guided(guidance_scale, true_cfg_scale, negative is not None)
@@ -189,6 +182,7 @@ class Validator:
             "kind": call.kind,
             "strength": _strength(body, defaults, steps),
             "control_scale": _control_scale(body, defaults),
+            "guidance_scale_2": _guidance_scale_2(body, call, defaults),
         } | own
 
     def _picture_size(self, body: GenerationBody, call: Call) -> MediaSize | None:
@@ -231,12 +225,25 @@ class Validator:
         return scales[0], scales[1]
 
 
+def _wrong_reference(kind: CallKind, calls: Collection[CallKind]) -> BadRequest:
+    """For a kind of call that makes videos, and that this model does not have."""
+    takes = " or ".join(what for known, what in _REFERENCES.items() if known in calls)
+    if not takes:
+        why = ": this model makes videos from text alone"
+    elif kind == "generate":
+        why = f" is missing: this model needs {takes}"
+    else:
+        why = f": it is {'a' if kind == 'video_to_video' else 'no'} video: this model takes {takes}"
+    return BadRequest(f"input_reference{why}", "input_reference")
+
+
 def _strength(body: GenerationBody, defaults: Defaults, steps: int) -> float | None:
     """Of the picture that goes in; what leaves no step to do is refused."""
-    asked = body.strength if isinstance(body, EditBody) else None
+    asked = body.strength if isinstance(body, EditBody | VideoBody) else None
     if asked is not None and defaults.strength is None:
         raise BadRequest(
-            "strength means nothing to this model, which draws the whole picture: leave it out", "strength"
+            "strength means nothing to this model without a picture or video that it draws anew: leave it out",
+            "strength",
         )
     strength = defaults.strength if asked is None else asked
     if strength is not None and int(steps * strength) < 1:
@@ -253,6 +260,13 @@ def _control_scale(body: GenerationBody, defaults: Defaults) -> float | None:
     if asked is not None and defaults.control_scale is None:
         raise BadRequest("control_scale: this model has no ControlNet: leave it out", "control_scale")
     return defaults.control_scale if asked is None else asked
+
+
+def _guidance_scale_2(body: GenerationBody, call: Call, defaults: Defaults) -> float | None:
+    asked = body.guidance_scale_2 if isinstance(body, VideoBody) else None
+    if asked is not None and not call.takes_guidance_scale_2:
+        raise BadRequest("guidance_scale_2: this model has no second expert: leave it out", "guidance_scale_2")
+    return defaults.guidance_scale_2 if asked is None else asked
 
 
 def _with_seed(fields: dict[str, Any], seed: int) -> GenerationRequest:

@@ -1,7 +1,9 @@
-"""Pictures and masks to put in."""
+"""Pictures, masks and videos to put in."""
 
 from io import BytesIO
+from typing import Any
 
+import av
 import numpy as np
 from PIL import Image
 
@@ -20,3 +22,27 @@ def png(image: Image.Image) -> bytes:
     buffer = BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def video(
+    num_frames: int = 9,
+    size: tuple[int, int] = (96, 64),
+    *,
+    fps: int = 24,
+    codec: str = "libx264",
+    container: str = "mp4",
+    turned: int = 0,
+) -> bytes:
+    """Of noise that moves. turned: degrees, counted as a clock does not, by which a player is to turn it."""
+    file, (width, height) = BytesIO(), size
+    noise = np.random.default_rng(0).integers(0, 255, (height, 2 * width, 3), dtype=np.uint8)
+    with av.open(file, "w", format=container) as made:
+        stream: Any = made.add_stream(codec, rate=fps)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        if turned:
+            stream.set_display_rotation(turned)
+        for i in range(num_frames):
+            shifted = np.ascontiguousarray(noise[:, i % width : i % width + width])
+            made.mux(stream.encode(av.VideoFrame.from_ndarray(shifted, format="rgb24")))
+        made.mux(stream.encode())
+    return file.getvalue()

@@ -78,6 +78,13 @@ def denoiser_names(index: ModelIndex) -> tuple[str, ...]:
     return tuple(name for name in models if not any(part in index[name][1] for part in _NO_DENOISERS))
 
 
+def needed_names(index: ModelIndex) -> frozenset[str]:
+    """Denoisers and settings that are set: a pipeline that does not know them all would draw with half a model, as
+    WanVideoToVideoPipeline would with one of Wan 2.2's two experts."""
+    settings = {n for n, value in index.items() if value and not n.startswith("_") and not _is_component(value)}
+    return frozenset({*denoiser_names(index), *settings})
+
+
 def component_names(index: ModelIndex) -> frozenset[str]:
     """All components that the checkpoint has."""
     return frozenset(name for name, entry in index.items() if _is_component(entry) and entry[0] is not None)

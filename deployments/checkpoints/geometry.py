@@ -3,18 +3,19 @@
 import logging
 from pathlib import Path
 
-from deployments.checkpoints.components import check_served, read_index
+from deployments.checkpoints.components import check_served, needed_names, read_index
 from deployments.checkpoints.json_file import read_settings
 from deployments.checkpoints.source import fetch_configs
 from deployments.checkpoints.weights import find_file_faults
 from deployments.config import ModelConfig
 from deployments.families import Family, Geometry
+from deployments.families.calls import known_calls
 
 log = logging.getLogger("ray.serve")
 
 
 def with_geometry(model: ModelConfig) -> ModelConfig:
-    """The same, and what sizes its checkpoint makes, unless that is known already. Its family must be.
+    """The same, and what sizes and kinds of call its checkpoint makes, unless that is known. Its family must be.
 
     Where the checkpoint cannot be read but its family is said, the published model's sizes are assumed; the
     denoise stage, which can read it, compares.
@@ -27,13 +28,14 @@ def with_geometry(model: ModelConfig) -> ModelConfig:
         return model
     family = model.architecture
     try:
-        geometry = read_geometry(fetch_configs(model.layout, revision=model.revision), family)
+        folder = fetch_configs(model.layout, revision=model.revision)
+        geometry = read_geometry(folder, family)
     except FileNotFoundError as error:
         if Path(model.layout).expanduser().exists():
             raise
         log.warning("sizes are assumed to be those of the published %s: %s", family.pipeline_class, error)
-        geometry = family.geometry(family.published)
-    return model.with_geometry(geometry)
+        return model.with_geometry(family.geometry(family.published))
+    return model.with_kinds(known_calls(family.calls, needed_names(read_index(folder)))).with_geometry(geometry)
 
 
 def read_geometry(folder: Path, family: Family) -> Geometry:

@@ -44,7 +44,7 @@ _EMBEDDED_PREFIX = "embedded://"
 _EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
 
 _TINY_PREFIX = "tiny://"
-_TINY_FORMAT = 10
+_TINY_FORMAT = 14
 """Raise it whenever the bytes that `write_tiny_checkpoint` writes change, so that caches start anew."""
 
 

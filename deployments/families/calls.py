@@ -5,7 +5,7 @@ Not by importing it, for that imports torch, and the ingress asks.
 
 import ast
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -23,10 +23,11 @@ _TABLES: Mapping[str, CallKind] = {
     "AUTO_IMAGE2IMAGE_PIPELINES_MAPPING": "edit",
     "AUTO_INPAINT_PIPELINES_MAPPING": "inpaint",
     "AUTO_IMAGE2VIDEO_PIPELINES_MAPPING": "image_to_video",
+    "AUTO_VIDEO2VIDEO_PIPELINES_MAPPING": "video_to_video",
 }
 """Of `diffusers/pipelines/auto_pipeline.py`: which pipelines run over the same components, by kind. In this order
 from what asks least of a denoiser: one that was trained to inpaint has more channels than the others fill."""
-_SUFFIXES: Mapping[CallKind, str] = {"edit": "Img2Img", "inpaint": "Inpaint"}
+_SUFFIXES: Mapping[CallKind, str] = {"edit": "Img2Img", "inpaint": "Inpaint", "video_to_video": "VideoToVideo"}
 """Of classes that no table names, and that run over the components of the class without it."""
 _SEVERAL = frozenset(
     {
@@ -73,6 +74,8 @@ class Defaults:
     """From 0 to 1, how much of the picture that goes in is drawn anew."""
     control_scale: float | None = None
     """How loud a ControlNet is."""
+    guidance_scale_2: float | None = None
+    """Of the second expert; None: as of the first."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +89,11 @@ class Call:
 
     @property
     def media(self) -> Literal["image", "video"]:
-        return "image" if self.frames is None else "video"
+        return "image" if self.frames is None and not self.takes_video else "video"
 
     @property
     def frames(self) -> str | None:
-        """What it calls the number of frames; None: it makes pictures."""
+        """What it calls the number of frames; None: it makes pictures, or as many as go in."""
         return next((name for name in _FRAMES if name in self.parameters), None)
 
     @property
@@ -120,6 +123,16 @@ class Call:
         if "image" not in self.parameters or self.kind == "generate":
             return 0
         return MAX_IMAGES if self.pipeline_class in _SEVERAL else 1
+
+    @property
+    def takes_guidance_scale_2(self) -> bool:
+        """Whether its second expert may have a scale of its own."""
+        return "guidance_scale_2" in self.parameters
+
+    @property
+    def takes_video(self) -> bool:
+        """Of which, one, it makes another."""
+        return self.kind == "video_to_video"
 
     @property
     def control(self) -> str | None:
@@ -172,6 +185,13 @@ def find_calls(pipeline_class: str) -> Mapping[CallKind, Call]:
     return {kind: Call(kind, name, _parameters(name)) for kind, name in classes.items()}
 
 
+def known_calls(calls: Mapping[CallKind, Call], names: Iterable[str]) -> Mapping[CallKind, Call]:
+    """The first, and those others whose pipelines are made with all of these components and settings."""
+    own, *others = calls.values()
+    known = [call for call in others if set(names) <= _arguments(call.pipeline_class, "__init__").keys()]
+    return {call.kind: call for call in (own, *known)}
+
+
 def find_pipelines() -> tuple[str, ...]:
     """Of the installed diffusers, those that draw pictures or videos from a prompt, and are not deprecated."""
     public = (diffusers_folder() / "__init__.py").read_text(encoding="utf-8")
@@ -188,11 +208,14 @@ def find_pipelines() -> tuple[str, ...]:
 
 def kind_by_parameters(parameters: Mapping[str, Any]) -> CallKind:
     """Of a class that no table names."""
+    has_frames = any(name in parameters for name in _FRAMES)
+    if "video" in parameters and (parameters["video"] is REQUIRED or not has_frames):
+        return "video_to_video"
     if "mask_image" in parameters:
         return "inpaint"
     if "image" not in parameters:
         return "generate"
-    return "image_to_video" if any(name in parameters for name in _FRAMES) else "edit"
+    return "image_to_video" if has_frames else "edit"
 
 
 @cache
@@ -214,17 +237,22 @@ def _entries(node: ast.AST) -> Iterator[tuple[str, str]]:
                 yield key, name
 
 
-@cache
 def _parameters(pipeline_class: str) -> Mapping[str, Any]:
-    """Of its `__call__`, which may be inherited. Raises ValueError."""
+    """Of its `__call__`. Raises ValueError."""
+    return _arguments(pipeline_class, "__call__")
+
+
+@cache
+def _arguments(pipeline_class: str, of: str) -> Mapping[str, Any]:
+    """Of a method, which may be inherited. Raises ValueError."""
     definition = _definition(pipeline_class)
     for method in definition.body:
-        if isinstance(method, ast.FunctionDef) and method.name == "__call__":
+        if isinstance(method, ast.FunctionDef) and method.name == of:
             return dict(_defaults(method.args))
     for base in definition.bases:
         if isinstance(base, ast.Name) and base.id != "DiffusionPipeline" and base.id.endswith("Pipeline"):
-            return _parameters(base.id)
-    raise ValueError(f"{pipeline_class} of diffusers has no __call__ of its own")
+            return _arguments(base.id, of)
+    raise ValueError(f"{pipeline_class} of diffusers has no {of} of its own")
 
 
 def _defaults(arguments: ast.arguments) -> Iterator[tuple[str, Any]]:

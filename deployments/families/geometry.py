@@ -40,9 +40,13 @@ class Geometry:
     """Of what the VAE decodes."""
     num_frames: int = 1
     frame_stride: int = 1
-    """Frames to a latent one; num_frames must be 1 more than a multiple of this."""
+    """Frames to a latent one."""
+    frame_multiple: int = 1
+    """num_frames must be 1 more than a multiple of this: some VAEs make latent frames by twos."""
     frames_per_decode: int | None = None
     """Of a video whose VAE knows no time: how many frames the pipeline has it decode at once."""
+    sizes: Sequence[Sequence[int]] = ()
+    """(width, height) of all that may be asked for, where the pipeline chooses by itself; none: any."""
     max_side: int | None = None
     """Pixels each way that the denoiser has positions for; None: any."""
 
@@ -50,7 +54,7 @@ class Geometry:
         """Raises ValueError."""
         for name, value in vars(self).items():
             is_unsaid = value is None and name in ("width", "height", "max_side", "frames_per_decode")
-            if not is_unsaid and not (isinstance(value, int) and value >= 1):
+            if name != "sizes" and not is_unsaid and not (isinstance(value, int) and value >= 1):
                 raise ValueError(f"{name} comes to {value!r}, and must be 1 or more")
 
 

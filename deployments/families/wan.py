@@ -18,6 +18,7 @@ def _geometry(configs: Configs) -> Geometry:
         latent_channels=vae.get("z_dim", 16),
         num_frames=81,
         frame_stride=stride,
+        frame_multiple=stride,
         max_side=transformer.get("rope_max_seq_len", 1024) * factor * min(patch),
     )
 

@@ -168,7 +168,7 @@ class PipelineCall:
 
     def blank_pictures(self, request: GenerationRequest) -> Pictures:
         """Of the request's size, as many as it needs."""
-        return blank_pictures(self.asked, request.width, request.height)
+        return blank_pictures(self.asked, request.size)
 
     def _copy(self, encode: Encode) -> Any:
         """encode: in place of the VAE's."""
@@ -245,6 +245,7 @@ def call_arguments(
         **dict.fromkeys(("num_frames", "frames", "video_length"), request.num_frames),
         "num_inference_steps": request.num_inference_steps,
         "guidance_scale": request.guidance_scale,
+        "guidance_scale_2": request.guidance_scale_2,
         "true_cfg_scale": request.true_cfg_scale,
         "strength": request.strength,
         "controlnet_conditioning_scale": request.control_scale,

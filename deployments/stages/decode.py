@@ -116,7 +116,7 @@ class Decoding:
     @torch.no_grad()
     def prepare(self, encodings: Encodings, request: GenerationRequest, pictures: InputPictures) -> Posteriors:
         """What the VAE makes of the pictures that go in, on the CPU. Raises NotFinite, WrongField, OutOfShare."""
-        opened = open_pictures(pictures)
+        opened = open_pictures(pictures, request.size, reads_video=True)
         made: list[Posterior] = []
         failed: list[Exception] = []
 

@@ -186,7 +186,7 @@ class Denoising:
         """
         with self.loaded.keeper.naming(), accelerator.on_stream(self._stream):
             components = self._stand_ins(self._submit(seat, request))
-            opened: Pictures = open_pictures(pictures)
+            opened: Pictures = open_pictures(pictures, request.size)
             encode: Encode | None = None
             if encodings is None:
                 components |= self._blank.on(self._denoisers.device)

@@ -9,20 +9,21 @@ import json
 import sys
 from dataclasses import asdict, replace
 from itertools import product
+from math import gcd, sqrt
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 
-from deployments.checkpoints.components import VAES, read_index, weightless
+from deployments.checkpoints.components import VAES, needed_names, read_index, weightless
 from deployments.checkpoints.derived import tell_calls
 from deployments.checkpoints.modular import is_modular
 from deployments.config import TransformerConfig
 from deployments.engine.load import build_skeletons
 from deployments.engine.stand_in import stand_ins
 from deployments.families import Call, Geometry
-from deployments.families.calls import REQUIRED, find_calls
+from deployments.families.calls import REQUIRED, find_calls, known_calls
 from deployments.refusal import describe_cause
 from deployments.request import DecodeArguments, GenerationRequest, MediaSize, Prompt
 from deployments.stages.blank import BlankTexts
@@ -43,8 +44,12 @@ NUM_FRAMES = 25
 """One more than a multiple of 2, 3, 4, 6 and 8, which VAEs make one latent frame of."""
 ALL_FRAMES = 1 << 30
 """Decoded at once: as many as somebody asks for."""
-PICTURE = 1024
-"""Pixels each way of one that goes in where the size by default is asked for."""
+RATIOS = (1, 4 / 3, 3 / 2, 16 / 9, 2, 3 / 4, 2 / 3, 9 / 16, 1 / 2)
+"""Width to height, of what a pipeline is asked that chooses by itself."""
+MOST_ASKED = 4
+"""Times in which what it makes of what it makes comes to rest."""
+PICTURE = MediaSize(1024, 1024, NUM_FRAMES)
+"""That goes in where the size by default is asked for."""
 
 
 class Derived:
@@ -57,7 +62,9 @@ class Derived:
             raise ValueError(f"diffusers {diffusers.__version__} has no such pipeline")
         self._is_modular = is_modular(self._index)
         self._kinds = (
-            find_modular_calls(folder, self._index) if self._is_modular else find_calls(self._index["_class_name"])
+            find_modular_calls(folder, self._index)
+            if self._is_modular
+            else known_calls(find_calls(self._index["_class_name"]), needed_names(self._index))
         )
         self._kind = next(iter(self._kinds.values()))
         self._check_parameters()
@@ -66,6 +73,7 @@ class Derived:
             raise ValueError("it has no model between its text encoders and its VAE that diffusers knows")
         config = TransformerConfig()
         self._pipe = load_pipeline(folder, self._index, weightless(self._index), config, variant=None)
+        self._calls = PipelineCalls(self._pipe, self._kinds)
         self._zeros = Zeros(self._skeletons)
         self._blank = BlankTexts(folder, self._index, torch.float32)
         self._failure: Exception | None = None
@@ -89,16 +97,21 @@ class Derived:
 
     def geometry(self) -> Geometry:
         """Found by calls that compute nothing: of the size by default, and of small ones."""
+        sizes: list[tuple[int, int]] = []
         for num_frames, multiple in product(self._tried_frames(self._kind), MULTIPLES):
             asked = MediaSize(WIDTH * multiple, HEIGHT * multiple, num_frames)
             arguments = self._decoded(self._kind, asked)
-            if arguments is not None and self._made(arguments) == asked:
+            if arguments is not None and self._made(arguments) == asked and self._is_told(asked):
                 break
         else:
-            raise ValueError("it chooses another size than it is asked for")
+            sizes = sorted(self._own_sizes())
+            multiple = gcd(*(side for size in sizes for side in size))
+            asked = MediaSize(*sizes[0], NUM_FRAMES if self._is_video else 1)
+            arguments = self._decoded(self._kind, asked)
+        assert arguments is not None
         latents = arguments.latents
         pixels = asked.width // latents.shape[-1]
-        stride = self._frame_stride(latents, num_frames)
+        stride = self._frame_stride(latents, asked.num_frames)
         usual = self._decoded(self._kind, None)
         if usual is None:
             raise ValueError("it makes nothing of a request that says no size")
@@ -110,7 +123,9 @@ class Derived:
             latent_channels=latents.shape[1],
             num_frames=self._num_frames(usual, stride),
             frame_stride=stride,
+            frame_multiple=self._frame_multiple(asked, stride),
             frames_per_decode=self._frames_per_decode(arguments),
+            sizes=sizes,
         )
 
     def _tried_frames(self, call: Call) -> tuple[int, ...]:
@@ -129,6 +144,40 @@ class Derived:
             return None
         return len(arguments.latents) if arguments.more else ALL_FRAMES
 
+    def _is_told(self, size: MediaSize) -> bool:
+        """Whether it made this because it was asked; who is told no size but the picture's may do so by chance."""
+        twice = replace(size, width=2 * size.width, height=2 * size.height)
+        return "height" in self._kind.parameters or self._makes(self._kind, twice) == twice
+
+    def _own_sizes(self) -> set[tuple[int, int]]:
+        """Those that it makes of what is asked in some shape, and of themselves. Raises ValueError."""
+        usual = self._makes(self._kind, None)
+        if usual is None or (self._kind.max_images and "height" in self._kind.parameters):
+            raise ValueError("it chooses another size than it is asked for")
+        found, side = set(), sqrt(usual.width * usual.height)
+        for ratio in RATIOS:
+            width, height = _to_eights(side * sqrt(ratio)), _to_eights(side / sqrt(ratio))
+            size: MediaSize | None = MediaSize(width, height, NUM_FRAMES if self._is_video else 1)
+            for _ in range(MOST_ASKED):
+                asked, size = size, self._makes(self._kind, size)
+                if size is None or size == asked:
+                    break
+            if size is not None and size == asked:
+                found.add((size.width, size.height))
+        if not found:
+            raise ValueError("it chooses another size than it is asked for, and another of that")
+        return found
+
+    def _frame_multiple(self, asked: MediaSize, stride: int) -> int:
+        """Of how many frames more than one it makes what is asked."""
+        if not self._is_video:
+            return 1
+        for multiple in (stride, 2 * stride):
+            more = replace(asked, num_frames=asked.num_frames + multiple)
+            if self._makes(self._kind, more) == more:
+                return multiple
+        return stride
+
     def _num_frames(self, usual: DecodeArguments, stride: int) -> int:
         """Of a request that does not say: as the call declares, or, where it asks the denoiser, as it makes."""
         if not self._is_video or self._kind.num_frames > 1:
@@ -138,12 +187,13 @@ class Derived:
     def _draws(self, call: Call, geometry: Geometry) -> bool:
         """Whether this kind of call runs over the checkpoint's components, and makes the size that is asked."""
         multiple = geometry.size_multiple
-        for num_frames in self._tried_frames(call):
-            asked = MediaSize(WIDTH * multiple, HEIGHT * multiple, num_frames)
-            arguments = self._decoded(call, asked)
-            if arguments is not None and self._made(arguments) == asked:
-                return True
-        return False
+        width, height = geometry.sizes[0] if geometry.sizes else (WIDTH * multiple, HEIGHT * multiple)
+        tried = (MediaSize(width, height, num_frames) for num_frames in self._tried_frames(call))
+        return any(self._makes(call, size) == size for size in tried)
+
+    def _makes(self, call: Call, size: MediaSize | None) -> MediaSize | None:
+        arguments = self._decoded(call, size)
+        return None if arguments is None else self._made(arguments)
 
     @property
     def _has_vae_buffers(self) -> bool:
@@ -159,11 +209,9 @@ class Derived:
         denoisers = stand_ins(self._skeletons, dtype=torch.float32, device=CPU, submit=self._zeros)
         components = {**denoisers, **self._blank.on(CPU)}
         request = self._request(call, size)
-        width, height = (size.width, size.height) if size else (PICTURE, PICTURE)
-        pictures = blank_pictures(call, width, height)
+        pictures = blank_pictures(call, size or PICTURE)
         try:
-            calls = PipelineCalls(self._pipe, {self._kind.kind: self._kind, call.kind: call})
-            return calls.of(request).denoise(
+            return self._calls.of(request).denoise(
                 request, components, pictures=pictures, max_sequence_length=call.max_sequence_length
             )
         except Exception as error:  # pipelines raise what they like of a size that they do not take
@@ -203,10 +251,14 @@ class Derived:
     def _check_parameters(self) -> None:
         parameters = self._kind.parameters
         needed = {name for name, default in parameters.items() if default is REQUIRED}
-        if others := sorted(needed - {"prompt", "image", "mask_image", "control_image"}):
+        if others := sorted(needed - {"prompt", "image", "mask_image", "control_image", "video"}):
             raise ValueError(f"it does not draw from a prompt and pictures alone, but needs {', '.join(others)}")
         if "prompt" not in parameters:
             raise ValueError("it takes no prompt")
+
+
+def _to_eights(side: float) -> int:
+    return round(side / 8) * 8
 
 
 if __name__ == "__main__":

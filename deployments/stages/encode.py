@@ -103,13 +103,13 @@ class TextEncoding:
             return value
 
         try:
-            return self._run(request, open_pictures(pictures), answer, self._max_sequence_length)
+            return self._run(request, open_pictures(pictures, request.size), answer, self._max_sequence_length)
         except _NotCached:
             return None
 
     def encode(self, request: GenerationRequest, pictures: InputPictures | None = None) -> Encodings:
         """What the pipeline's encoding methods return for a request, on the CPU. Raises NotFinite, WrongField."""
-        return self._encode(request, open_pictures(pictures), self.cache, self._max_sequence_length)
+        return self._encode(request, open_pictures(pictures, request.size), self.cache, self._max_sequence_length)
 
     @torch.no_grad()
     def _encode(

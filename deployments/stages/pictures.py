@@ -1,15 +1,21 @@
-"""The pictures that go in: files to what pipelines take."""
+"""The pictures that go in, and the video: files to what pipelines take.
+
+The frames of a video are read by the VAE alone: elsewhere grey ones stand for them.
+"""
 
 from collections.abc import Mapping
 from io import BytesIO
+from itertools import islice
 from typing import Any
 
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageOps
 from PIL import _imaging as core
 
 from deployments.families import Call
 from deployments.refusal import WrongField
-from deployments.request import InputPictures
+from deployments.request import InputPictures, MediaSize
+from deployments.video_file import read_frames
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 LEAST_SIDE = 64
@@ -20,8 +26,15 @@ _SIXTEEN_BITS = 257
 """A level of 16 bits to one of 8."""
 
 
-def open_pictures(pictures: InputPictures | None) -> dict[str, Any]:
-    """`image` (a list), `mask_image` and `control_image`, those that there are. Raises WrongField."""
+def open_pictures(
+    pictures: InputPictures | None, size: MediaSize | None = None, *, reads_video: bool = False
+) -> dict[str, Any]:
+    """`image` (a list), `mask_image`, `control_image` and `video` (a list), those that there are.
+
+    size: of the request, which frames are made as large as, and as many, when they are read.
+
+    Raises WrongField.
+    """
     if pictures is None:
         return {}
     opened: dict[str, Any] = {}
@@ -36,18 +49,23 @@ def open_pictures(pictures: InputPictures | None) -> dict[str, Any]:
         opened["mask_image"] = _drawn_anew(mask)
     if pictures.control is not None:
         opened["control_image"] = _flat(_open(pictures.control, "control_image"))
+    if pictures.video is not None:
+        assert size is not None
+        opened["video"] = _open_video(pictures.video, pictures.field, size) if reads_video else _blank_video(size)
     return opened
 
 
-def blank_pictures(call: Call, width: int, height: int) -> dict[str, Any]:
+def blank_pictures(call: Call, asked: MediaSize) -> dict[str, Any]:
     """Grey ones of the size that is asked for, for a call that is tried."""
-    size, opened = (max(LEAST_SIDE, width), max(LEAST_SIDE, height)), dict[str, Any]()
+    size, opened = (max(LEAST_SIDE, asked.width), max(LEAST_SIDE, asked.height)), dict[str, Any]()
     if call.max_images:
         opened["image"] = [Image.new("RGB", size, "grey")]
     if "mask_image" in call.parameters:
         opened["mask_image"] = Image.new("L", size, "white")
     if call.control is not None:
         opened["control_image"] = Image.new("RGB", size, "grey")
+    if call.takes_video:
+        opened["video"] = _blank_video(asked)
     return opened
 
 
@@ -55,7 +73,8 @@ def picture_arguments(call: Call, pictures: Mapping[str, Any], size: tuple[int, 
     """Of the pipeline's call. size: of the request, (width, height).
 
     A picture that is drawn anew is made as large as what is asked for, by the filter of diffusers'
-    VaeImageProcessor: some pipelines take its size for the request's. One that is only looked at keeps its own.
+    VaeImageProcessor: some pipelines take its size for the request's. One that a video begins with is cut to that
+    size, as by VaeImageProcessor, where the call takes no other. One that is only looked at keeps its own.
     """
     values: dict[str, Any] = dict(pictures)
     control = values.pop("control_image", None)
@@ -65,6 +84,8 @@ def picture_arguments(call: Call, pictures: Mapping[str, Any], size: tuple[int, 
             images = [_resized(image, size) for image in images]
             if "mask_image" in values:
                 values["mask_image"] = _resized(values["mask_image"], size)
+        elif "height" not in call.parameters and size is not None:
+            images = [VaeImageProcessor().resize(image, size[1], size[0], resize_mode="crop") for image in images]
         values["image"] = images if call.max_images > 1 else images[0]
     if call.control is not None and control is not None:
         values[call.control] = control
@@ -78,6 +99,26 @@ def _open(data: bytes, field: str) -> Image.Image:
             return ImageOps.exif_transpose(image)
     except Exception as error:  # decoders raise what they like
         raise WrongField(f"it cannot be read: {error}", field) from error
+
+
+def _open_video(data: bytes, field: str, size: MediaSize) -> list[Image.Image]:
+    """Its first frames, by the filter of diffusers' VideoProcessor: as plain diffusers would make them."""
+    frames, sides = list[Image.Image](), (size.width, size.height)
+    try:
+        frames.extend(_resized(frame, sides) for frame in islice(read_frames(data), size.num_frames))
+    except Exception as error:  # as above
+        raise WrongField(f"its frame {len(frames) + 1} cannot be read: {error}", field) from error
+    if len(frames) < size.num_frames:
+        raise WrongField(
+            f"{len(frames)} of its frames can be read, and {size.num_frames} are asked for: send num_frames, "
+            "of those that there are",
+            field,
+        )
+    return frames
+
+
+def _blank_video(size: MediaSize) -> list[Image.Image]:
+    return [Image.new("RGB", (size.width, size.height), "grey")] * size.num_frames
 
 
 def _flat(image: Image.Image) -> Image.Image:

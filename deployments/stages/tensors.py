@@ -41,9 +41,15 @@ def each_tensor(value: Any) -> Iterator[torch.Tensor]:
 
 
 def lies_channels_last(tensor: torch.Tensor) -> bool:
-    """As pictures do, and what convolutions make of them; they round otherwise than where channels come first."""
+    """As pictures do, and what convolutions make of them; they round otherwise than where channels come first.
+
+    Convolutions take a picture for one such only where its batch has the largest stride, though it be of one.
+    """
     return (
-        tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
+        tensor.ndim == 4
+        and not tensor.is_contiguous()
+        and tensor.is_contiguous(memory_format=torch.channels_last)
+        and tensor.stride(0) == max(tensor.stride())
     )
 
 

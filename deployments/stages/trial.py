@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -31,8 +32,10 @@ log = logging.getLogger("ray.serve")
 
 FEW_STEPS = 4
 """What distilled models take: their schedulers may not know as many as a family's default."""
-NOT_ON_META = ("meta", "unsupported scalarType")
-"""Of what torch says where a model does what the meta device does not."""
+NOT_ON_META = re.compile(
+    r"\bmeta tensors?\b|\b(device|device_type|device type) '?meta\b|two devices, .*\bmeta\b|unsupported scalarType"
+)
+"""What torch says where a model does what the meta device does not."""
 CPU = torch.device("cpu")
 
 
@@ -98,7 +101,7 @@ class Trial:
         except NotImplementedError:
             return  # it reads values
         except RuntimeError as error:
-            if any(words in str(error) for words in NOT_ON_META):
+            if NOT_ON_META.search(str(error)):
                 return
             raise ValueError(
                 f"its {component} does not take what its text encoders and scheduler give it ({error}): "
@@ -157,6 +160,7 @@ class Trial:
         fields = {
             "num_inference_steps": replace(request, num_inference_steps=usual.num_inference_steps),
             "strength": replace(request, strength=request.strength and 1.0),
+            "guidance_scale_2": replace(request, guidance_scale_2=None),
             "num_frames": replace(request, num_frames=usual.num_frames),
             "size": replace(request, width=usual.width, height=usual.height),
             self._model.architecture.calls[request.kind].guidance: replace(

@@ -18,7 +18,7 @@ from cluster.place import Place
 from deployments.checkpoints.source import fetch_checkpoint
 from deployments.config import TransformerConfig
 from deployments.engine.seat import Seat
-from deployments.refusal import CannotServe
+from deployments.refusal import CannotServe, WrongField
 from deployments.request import Encodings, GenerationRequest, Prompt
 from deployments.stages import load_stage
 from deployments.stages.call import call_arguments
@@ -141,6 +141,28 @@ def test_both_passes_of_a_lone_request_are_under_way_at_once_over_shards(
     stage.engine.begin = noting  # type: ignore[method-assign]
     torch.testing.assert_close(draw(stage, request()), plain_latents(request()), atol=tolerance, rtol=0)
     assert num_unread == [*range(most_at_once)] * (12 // most_at_once)
+
+
+def test_the_second_expert_may_have_a_scale_of_its_own() -> None:
+    asked = replace(request(), guidance_scale_2=1.5)
+    expected = draw_plain(
+        plain_pipeline(), asked, negative_prompt="blurry", guidance_scale=3.0, guidance_scale_2=1.5
+    )
+    np.testing.assert_array_equal(draw_staged(MODEL, asked), expected)
+
+
+def test_a_scale_for_an_expert_that_is_not_there_is_the_requests_mistake() -> None:
+    model = read_model(fetch_checkpoint("tiny://wan", ()))
+    with pytest.raises(WrongField, match="only supported when the pipeline's `boundary_ratio`") as refused:
+        draw_staged(model, replace(build_request(model), guidance_scale_2=1.5))
+    assert refused.value.param == "guidance_scale_2"
+
+
+@pytest.mark.parametrize("name", ["wan22-a14b", "wan22-5b"])
+def test_kinds_of_call_whose_pipeline_knows_one_expert_or_no_timestep_a_token_are_not_offered(name: str) -> None:
+    """WanVideoToVideoPipeline would draw with the first expert alone."""
+    assert list(read_model(fetch_checkpoint(f"tiny://{name}", ())).architecture.calls) == ["generate"]
+    assert "video_to_video" in read_model(fetch_checkpoint("tiny://wan", ())).architecture.calls
 
 
 @pytest.mark.parametrize("cuts", [(1,), (2,), (1, 2)])

@@ -13,6 +13,7 @@ MASK = Image.fromarray(np.uint8(np.arange(64)[None].repeat(64, 0) > 30) * 255)
 
 _IMAGE = {"height": 64, "width": 64, "num_inference_steps": 2}
 _VIDEO = _IMAGE | {"num_frames": 5}
+FILM = [Image.fromarray(np.roll(np.asarray(PICTURE), i, 1)) for i in range(5)]
 _GUIDED = {"negative_prompt": "blurry"}
 _EXACT = {"use_resolution_binning": False}
 _LTX2 = _VIDEO | {"height": 128, "width": 128, "num_frames": 9, "max_sequence_length": 32}
@@ -61,6 +62,7 @@ TINY_CALLS: Mapping[str, Mapping[str, Any]] = {
     "wan22-5b": _VIDEO | _GUIDED,
     "wan21-i2v": _VIDEO | _GUIDED | {"image": PICTURE},
     "wan22-i2v": _VIDEO | _GUIDED | {"image": PICTURE},
+    "lucy-edit": _VIDEO | _GUIDED | {"video": FILM},
     "skyreels2": _VIDEO | _GUIDED,
     "ltx-video": _VIDEO | _GUIDED | {"num_frames": 9},
     "ltx-video-i2v": _VIDEO | _GUIDED | {"num_frames": 9, "image": PICTURE},

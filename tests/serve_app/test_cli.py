@@ -22,7 +22,7 @@ from ray import serve
 from typer.testing import CliRunner
 
 from deployments.checkpoints.source import fetch_checkpoint
-from serve_app.cli import choose_file, cli, main
+from serve_app.cli import choose_file, cli, main, read_pictures
 from serve_app.config import APP_NAME, ConfigError
 from tests.conftest import ENDLESS
 from tests.serve_app.pictures import file, half_mask, noise
@@ -172,6 +172,14 @@ def test_a_file_that_cannot_be_what_its_name_says_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         choose_file(Path(out), media)
+
+
+def test_a_video_goes_in_by_its_own_option(tmp_path: Path) -> None:
+    film = tmp_path / "waves.mp4"
+    film.write_bytes(b"frames")
+    assert read_pictures([], None, None, film, "video") == {"input_reference": b"frames"}
+    with pytest.raises(ConfigError, match="--video and --image"):
+        read_pictures([film], None, None, film, "video")
 
 
 def test_a_files_ending_chooses_the_format() -> None:

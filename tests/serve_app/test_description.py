@@ -13,6 +13,7 @@ from serve_app.config import LimitsConfig
 from serve_app.errors import BadRequest
 from serve_app.fields import parse_body
 from serve_app.input_pictures import blank_png
+from serve_app.input_videos import blank_video
 from serve_app.openai_api import EditBody, ImageBody, VideoBody
 from serve_app.relay import Relay
 from serve_app.routes import build_api
@@ -126,6 +127,7 @@ EDITS: list[dict[str, Any]] = [
     {"input_fidelity": "high"},
     {"input_fidelity": "middling"},
 ]
+VIDEO = f"data:video/mp4;base64,{base64.b64encode(blank_video(5)).decode()}"
 VIDEOS: list[dict[str, Any]] = [
     {"num_frames": 33},
     {"num_frames": 34},
@@ -139,6 +141,12 @@ VIDEOS: list[dict[str, Any]] = [
     {"seconds": 0.2, "fps": 120},
     {"fps": 120},
     {"fps": 121},
+    {"strength": 0.5},
+    {"strength": None, "input_reference": None},
+    {"input_reference": "waves.mp4"},
+    {"input_reference": VIDEO},
+    {"input_reference": VIDEO, "strength": 0.5, "num_inference_steps": 10},
+    {"input_reference": VIDEO, "strength": 1.5, "num_inference_steps": 10},
     {"n": 1},
     {"stream": True},
 ]

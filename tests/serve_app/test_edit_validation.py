@@ -9,6 +9,7 @@ from PIL import Image
 
 from deployments.config import DefaultsConfig, ModelConfig
 from deployments.families import FAMILIES, Family
+from deployments.families.calls import find_calls
 from deployments.families.flux import FLUX
 from deployments.families.wan import WAN
 from deployments.request import GenerationRequest
@@ -32,7 +33,7 @@ def build_model(family: Family, **defaults: Any) -> ModelConfig:
 
 def served(pipeline_class: str, **limits: Any) -> Validator:
     """As such a checkpoint would be: all but its class is FLUX's, or Wan's."""
-    entry = WAN if "Wan" in pipeline_class else FLUX
+    entry = WAN if next(iter(find_calls(pipeline_class).values())).media == "video" else FLUX
     return Validator(build_model(replace(entry, pipeline_class=pipeline_class)), LimitsConfig(**limits))
 
 
@@ -81,7 +82,7 @@ def test_pictures_go_in_as_they_were_sent() -> None:
         ("FluxKontextPipeline", {"image": PICTURE, "strength": 0.5}, "strength", "means nothing to this model"),
         ("FluxPipeline", {"image": PICTURE, "guidance_scale": 101}, "guidance_scale", "less than or equal to 100"),
         ("SanaPipeline", {"image": PICTURE}, "model", "from text alone: use /v1/images/generations"),
-        ("WanPipeline", {"input_reference": PICTURE}, "input_reference", "makes videos from text alone"),
+        ("MochiPipeline", {"input_reference": PICTURE}, "input_reference", "makes videos from text alone"),
         ("WanPipeline", {"image": PICTURE}, "image", "did you mean input_reference?"),
         ("WanImageToVideoPipeline", {}, "input_reference", "input_reference is missing"),
         ("WanImageToVideoPipeline", {"input_reference": b"GIF89a"}, "input_reference", "it is a GIF"),

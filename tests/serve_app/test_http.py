@@ -11,8 +11,15 @@ import httpx
 import numpy as np
 import psutil
 import pytest
+import torch
+from diffusers import WanVideoToVideoPipeline
 from openai import OpenAI
 from PIL import Image
+
+from deployments.stages.media import encode_media
+from deployments.video_file import read_frames
+from tests.conftest import TEXT_TOKENS
+from tests.pictures import video
 
 pytestmark = pytest.mark.slow
 Plain = Callable[..., Any]
@@ -142,6 +149,39 @@ def test_seconds_are_rounded_to_a_number_of_frames_the_model_can_make(wan_app: A
     answer = wan_app.client.post("/v1/videos/sync", json={"prompt": "waves", "seconds": 0.5, "fps": 16, "seed": 1})
     with av.open(io.BytesIO(answer.content)) as container:
         assert len(list(container.decode(video=0))) == 9
+
+
+def test_a_video_that_goes_in_is_drawn_anew_as_the_plain_pipeline_draws_it(
+    wan_app: Any, plain_pipeline: Callable[[str], Any]
+) -> None:
+    film, settings = video(7, (96, 64), fps=12), {"strength": 0.8, "num_inference_steps": 5}
+    fields = {"prompt": "waves", "size": "64x64", "seed": 9} | settings
+    files = {key: (None, str(value)) for key, value in fields.items()}
+    answer = wan_app.client.post("/v1/videos/sync", files=files | {"input_reference": ("waves.mp4", film)})
+    assert answer.status_code == 200, answer.text
+    pipe = WanVideoToVideoPipeline.from_pipe(plain_pipeline("wan"))
+    pipe.set_progress_bar_config(disable=True)
+    [expected] = pipe(
+        list(read_frames(film))[:5],
+        prompt="waves",
+        height=64,
+        width=64,
+        generator=torch.Generator().manual_seed(9),
+        max_sequence_length=TEXT_TOKENS,
+        **settings,
+    ).frames
+    frames = (expected * 255).round().astype(np.uint8)
+    assert answer.content == encode_media(frames, "mp4", compression=100, fps=12)
+
+
+def test_a_video_that_breaks_off_is_the_clients_mistake(wan_app: Any) -> None:
+    film = video(9, container="matroska")
+    broken = film[:-2000] + bytes(2000)
+    answer = wan_app.client.post(
+        "/v1/videos/sync",
+        files={"prompt": (None, "waves"), "num_frames": (None, "9"), "input_reference": ("x.mkv", broken)},
+    )
+    assert (answer.status_code, answer.json()["error"]["param"]) in ((400, "input_reference"), (400, "num_frames"))
 
 
 def test_models_and_health(flux_app: Any, wan_app: Any) -> None:

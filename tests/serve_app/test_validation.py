@@ -155,7 +155,7 @@ def test_a_side_that_the_denoiser_has_no_positions_for_is_refused() -> None:
 
 def test_frames_go_by_the_checkpoints_vae() -> None:
     model = ModelConfig(name="m", checkpoint="tiny://wan", family="wan")
-    validator = Validator(model.with_geometry(replace(published("wan"), frame_stride=2)), LimitsConfig())
+    validator = Validator(model.with_geometry(replace(published("wan"), frame_multiple=2)), LimitsConfig())
     assert validator.requests({"prompt": "a cat", "num_frames": 7})[0].num_frames == 7
     with pytest.raises(BadRequest, match="1 more than a multiple of 2, got 8; nearest: 7 or 9"):
         validator.requests({"prompt": "a cat", "num_frames": 8})
@@ -261,3 +261,14 @@ def test_a_default_that_a_request_could_not_ask_for_is_refused_before_anything_s
     with pytest.raises(ConfigError, match=r"model\.defaults") as refused:
         build_app(AppConfig(model=model, limits=LimitsConfig(**limits)))
     assert message in str(refused.value)
+
+
+def test_a_model_that_has_sizes_of_its_own_takes_these_and_names_them() -> None:
+    model, sizes = ModelConfig(name="m", checkpoint="tiny://flux", family="flux"), ((1024, 1024), (1280, 768))
+    validator = Validator(model.with_geometry(replace(published("flux"), sizes=sizes)), LimitsConfig())
+    for size in ("auto", "1280x768"):
+        [request] = validator.requests({"prompt": "a cat", "size": size})
+        assert (request.width, request.height) in sizes
+    with pytest.raises(BadRequest, match="size: this model draws 1024x1024, 1280x768; got 768x1280") as refused:
+        validator.requests({"prompt": "a cat", "size": "768x1280"})
+    assert refused.value.param == "size"

@@ -236,7 +236,7 @@ def build_hidream() -> HiDreamImagePipeline:
             caption_channels=[TEXT_WIDTH, TEXT_WIDTH],
             text_emb_dim=2 * TEXT_WIDTH,
             axes_dims_rope=(16, 8, 8),
-            max_resolution=(16, 16),
+            max_resolution=(128, 128),
             llama_layers=[0, 1, 2, 2],
             **_TWO_EACH,
             **HEADS,

@@ -46,7 +46,7 @@ _NAMES = {
     ),
     "controlnets": ("sd15-controlnet", "sdxl-controlnet", "flux-controlnet"),
     "qwen_edit": ("qwen-image-edit", "qwen-image-edit-plus"),
-    "wan": ("wan22-a14b", "wan22-5b", "wan21-i2v", "wan22-i2v", "skyreels2"),
+    "wan": ("wan22-a14b", "wan22-5b", "wan21-i2v", "wan22-i2v", "lucy-edit", "skyreels2"),
     "ltx": ("ltx-video", "ltx-video-i2v", "ltx2", "ltx2-i2v"),
     "kandinsky6": ("kandinsky6",),
     "videos": (

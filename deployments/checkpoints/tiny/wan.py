@@ -3,6 +3,7 @@
 from typing import Any
 
 from diffusers import (
+    LucyEditPipeline,
     SkyReelsV2Pipeline,
     SkyReelsV2Transformer3DModel,
     UniPCMultistepScheduler,
@@ -59,6 +60,11 @@ def build_wan22_i2v() -> WanImageToVideoPipeline:
         transformer_2=_build_transformer(in_channels=_I2V_CHANNELS),
         boundary_ratio=0.9,
     )
+
+
+def build_lucy_edit() -> LucyEditPipeline:
+    """Lucy Edit: of a video another, which the denoiser sees beside the noise."""
+    return LucyEditPipeline(**_build_parts(), transformer=_build_transformer(in_channels=32))
 
 
 def build_skyreels2() -> SkyReelsV2Pipeline:

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import diffusers
 import pytest
+from diffusers.pipelines.hunyuan_video1_5.image_processor import HunyuanVideo15ImageProcessor
 
 from deployments.checkpoints.derived import derive_family, read_derived
 from deployments.checkpoints.geometry import read_geometry
 from deployments.checkpoints.source import fetch_checkpoint, with_family
 from deployments.config import ModelConfig
 from deployments.families import FAMILIES
-from deployments.stages.derive import Derived
+from deployments.stages.derive import RATIOS, Derived
 
 PIPELINES = {
     "chroma": (1024, 1024, 16),
@@ -63,15 +64,44 @@ def test_another_process_tells_it_to_whoever_has_no_torch() -> None:
     assert found.geometry == model("chroma").geometry
 
 
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [
-        ("kandinsky5", "it chooses another size than it is asked for"),
-    ],
-)
-def test_what_cannot_be_served_says_why(name: str, reason: str) -> None:
-    with pytest.raises(ValueError, match=reason):
-        Derived(folder(name)).describe()
+def test_a_pipeline_that_chooses_one_of_its_sizes_tells_them_all() -> None:
+    """Source: `Kandinsky5T2IPipeline.__init__`."""
+    geometry = model("kandinsky5").geometry
+    assert (geometry.width, geometry.height) == (1024, 1024)
+    assert {tuple(size) for size in geometry.sizes} == {
+        (1024, 1024),
+        *((640, 1408), (768, 1280), (896, 1152)),
+        *((1408, 640), (1280, 768), (1152, 896)),
+    }
+
+
+def test_a_pipeline_that_scales_what_is_asked_tells_sizes_of_every_usual_shape() -> None:
+    """To an area of its own: HiDream."""
+    geometry = model("hidream").geometry
+    ratios = [width / height for width, height in geometry.sizes]
+    for usual in RATIOS:
+        assert min(abs(ratio / usual - 1) for ratio in ratios) < 0.04, usual
+    most = geometry.width * geometry.height
+    assert all(0.9 * most < width * height <= most for width, height in geometry.sizes)
+
+
+@pytest.mark.parametrize(("name", "multiple"), [("cogvideox", 8), ("mochi", 6), ("ltx-video", 8)])
+def test_frames_are_told_by_what_the_vae_makes_of_them(name: str, multiple: int) -> None:
+    """CogVideoX's has 4 to a latent one, and makes them by twos."""
+    assert model(name).geometry.frame_multiple == multiple
+
+
+def test_a_pipeline_that_takes_its_size_from_the_picture_tells_those_that_it_makes() -> None:
+    """HunyuanVideo 1.5; the tiny one makes 64 x 64 pixels."""
+    sizes, processor = model("hunyuan-video15-i2v").geometry.sizes, HunyuanVideo15ImageProcessor()
+    assert len(sizes) >= 3
+    for width, height in sizes:
+        assert processor.calculate_default_height_width(height, width, 64) == (height, width)
+
+
+def test_a_kind_of_call_that_takes_another_size_than_is_asked_is_not_offered() -> None:
+    """QwenImageEditInpaintPipeline, which takes it from the picture."""
+    assert list(model("qwen-image-edit").architecture.calls) == ["edit"]
 
 
 def test_a_class_that_diffusers_does_not_have_is_told_at_once(tmp_path: Path) -> None:

@@ -5,16 +5,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from diffusers.pipelines.hunyuan_video1_5.image_processor import HunyuanVideo15ImageProcessor
+from diffusers.video_processor import VideoProcessor
 from PIL import Image
 
 from deployments.checkpoints.source import fetch_checkpoint
 from deployments.config import ModelConfig, VaeConfig
+from deployments.families.calls import find_calls
 from deployments.refusal import WrongField
-from deployments.request import InputPictures
+from deployments.request import InputPictures, MediaSize
 from deployments.stages import load_stage
-from deployments.stages.pictures import open_pictures
+from deployments.stages.pictures import open_pictures, picture_arguments
+from deployments.video_file import read_frames
 from tests.deployments.variants import build_request, draw_staged, encode, load_denoising, read_model
-from tests.pictures import half_mask, picture, png
+from tests.pictures import half_mask, picture, png, video
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +77,48 @@ def test_what_is_no_whole_picture_is_refused_by_name(data: bytes) -> None:
     with pytest.raises(WrongField, match="cannot be read") as refused:
         open_pictures(InputPictures((data,)))
     assert refused.value.param == "image"
+
+
+@pytest.mark.parametrize(
+    ("film", "told"),
+    [
+        (video(4), "4 of its frames can be read, and 5 are asked for: send num_frames"),
+        (video(9, codec="libvpx", container="webm")[:4000], "of its frames can be read, and 5 are asked for"),
+        (b"no video", "its frame 1 cannot be read"),
+    ],
+    ids=["short", "cut", "none"],
+)
+def test_a_video_of_fewer_frames_than_it_said_is_refused_by_name(film: bytes, told: str) -> None:
+    pictures = InputPictures(video=film, field="input_reference")
+    with pytest.raises(WrongField, match=told) as refused:
+        open_pictures(pictures, MediaSize(64, 64, 5), reads_video=True)
+    assert refused.value.param == "input_reference"
+
+
+def test_frames_are_as_large_as_the_request_as_diffusers_own_processor_makes_them() -> None:
+    film, size = video(5, (96, 80)), MediaSize(64, 48, 3)
+    opened = open_pictures(InputPictures(video=film), size, reads_video=True)["video"]
+    processor = VideoProcessor(vae_scale_factor=8)
+    plain = processor.preprocess_video(list(read_frames(film))[:3], height=48, width=64)
+    assert torch.equal(processor.preprocess_video(opened, height=48, width=64), plain)
+
+
+@pytest.mark.parametrize("size", [(100, 70), (40, 90), (64, 64)])
+def test_a_picture_that_tells_a_video_its_size_is_cut_as_its_pipeline_would_cut_it(size: tuple[int, int]) -> None:
+    """HunyuanVideo 1.5."""
+    call, image = find_calls("HunyuanVideo15ImageToVideoPipeline")["image_to_video"], Image.new("RGB", size, "red")
+    image.putdata([(x % 256, x % 7, x % 31) for x in range(size[0] * size[1])])
+    cut = picture_arguments(call, {"image": [image]}, (80, 48))["image"]
+    processor = HunyuanVideo15ImageProcessor()
+    for given in (image, cut):
+        made = processor.resize(given, height=48, width=80, resize_mode="crop")
+        assert np.array_equal(np.asarray(made), np.asarray(cut))
+
+
+@pytest.mark.parametrize("degrees", [90, 180, -90])
+def test_a_video_is_turned_as_its_camera_was_held(degrees: int) -> None:
+    [turned, plain] = [next(read_frames(video(1, (96, 64), turned=angle))) for angle in (degrees, 0)]
+    assert np.array_equal(np.asarray(turned), np.rot90(np.asarray(plain), degrees // 90))
 
 
 def test_a_picture_that_was_seen_lately_costs_no_encode(model: ModelConfig) -> None:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +16,25 @@ import numpy as np
 import pytest
 import torch
 
-from deployments.checkpoints.components import ModelIndex, read_index
+from deployments.checkpoints.components import ModelIndex, needed_names, read_index
 from deployments.checkpoints.derived import read_derived
 from deployments.checkpoints.source import fetch_checkpoint
 from deployments.checkpoints.tiny.names import TINY_FAMILIES, TINY_MODULES
 from deployments.config import ModelConfig
 from deployments.families import Geometry
-from deployments.families.calls import Call, find_calls
+from deployments.families.calls import Call, find_calls, known_calls
 from deployments.refusal import WrongField
 from deployments.request import CallKind, GenerationRequest, InputPictures, Prompt
 from deployments.stages.call import call_arguments
 from deployments.stages.derive import ALL_FRAMES, Derived
+from deployments.video_file import read_frames
 from deployments.warm_up import tried_size
 from serve_app.families_docs import CANNOT, OVER_CLASSIC, UNSTAGED
 from tests.deployments import plain
 from tests.deployments.modular_checkpoint import write_modular
 from tests.deployments.stage_processes import StageProcesses
 from tests.deployments.variants import build_request, denoise, encode, load_denoising, read_model
-from tests.pictures import half_mask, picture, png
+from tests.pictures import half_mask, picture, png, video
 
 QUICK = frozenset(
     {
@@ -44,7 +46,9 @@ QUICK = frozenset(
         "flux3",
         "z-image",
         "hunyuan-image",
+        "wan",
         "wan21-i2v",
+        "cogvideox",
         "ltx-video",
         "ltx2",
         "latte",
@@ -75,8 +79,8 @@ def model(name: str) -> ModelConfig:
 
 def calls_of(name: str) -> Mapping[CallKind, Call]:
     """All that diffusers has for its components."""
-    told = model(name).architecture.told
-    return told or find_calls(index_of(name)["_class_name"])
+    told, index = model(name).architecture.told, index_of(name)
+    return told or known_calls(find_calls(index["_class_name"]), needed_names(index))
 
 
 @cache
@@ -103,14 +107,18 @@ def processes() -> Iterator[StageProcesses]:
 def small_request(name: str, kind: CallKind) -> GenerationRequest:
     call, geometry = model(name).architecture.calls[kind], model(name).geometry
     side = max(64, 4 * geometry.size_multiple)
+    width, height = side, side + (0 if call.max_images else geometry.size_multiple)
+    if geometry.sizes:
+        by_shape = sorted(geometry.sizes, key=lambda size: abs(size[0] - size[1]))
+        width, height = by_shape[0 if call.max_images else 1]  # pictures here are square
     usual = call.defaults.num_inference_steps
     few = min(3, usual)
     negative = "blurry" if "negative_prompt" in call.parameters else None
     request = replace(
         build_request(model(name), kind),
         prompt=Prompt("a red cat", negative, is_guided=True),
-        width=side,
-        height=side + (0 if call.max_images else geometry.size_multiple),
+        width=width,
+        height=height,
         num_frames=_some_frames(geometry) if call.media == "video" else 1,
         num_inference_steps=few if "guidance_schedule" not in call.parameters else usual,
     )
@@ -161,12 +169,16 @@ def check_equal(processes: StageProcesses, name: str, kind: CallKind) -> None:
     images = [picture(seed, request.width) for seed in range(min(2, call.max_images))]
     mask = half_mask(request.width) if kind == "inpaint" else None
     control = picture(9, request.width) if call.control else None
+    film = video(request.num_frames + 3, (96, 80)) if call.takes_video else None
     given = {"mask": mask, "control": control}
-    files = InputPictures(tuple(map(png, images)), **{key: image and png(image) for key, image in given.items()})
-    frames, sound = processes.draw(model(name), request, files if images or control else None)
+    files = InputPictures(
+        tuple(map(png, images)), **{key: image and png(image) for key, image in given.items()}, video=film
+    )
+    frames, sound = processes.draw(model(name), request, files if images or control or film else None)
     asked = {"image": images if len(images) > 1 else images[0]} if images else {}
     asked |= {"mask_image": mask} if mask else {}
     asked |= {call.control: control} if control else {}
+    asked |= {"video": list(islice(read_frames(film), request.num_frames))} if film else {}
     plain_frames, plain_sound = draw_plain(name, request, asked)
     np.testing.assert_array_equal(frames, plain_frames, err_msg=f"{name}, {kind}")
     assert (sound is None) == (plain_sound is None)

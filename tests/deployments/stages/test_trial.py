@@ -14,6 +14,7 @@ from deployments.config import DefaultsConfig, EncoderConfig, TransformerConfig,
 from deployments.families import FAMILIES
 from deployments.refusal import CannotServe, WrongField
 from deployments.stages import load_stage
+from deployments.stages.trial import NOT_ON_META
 from tests.deployments.variants import (
     build_request,
     denoise,
@@ -26,6 +27,7 @@ from tests.deployments.variants import (
     write_tiny,
 )
 
+ON_META = torch.empty(2, 3, device="meta")
 SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 NO_T5 = {"text_encoder_2": [None, None], "tokenizer_2": [None, None]}
 NO_CLIP = {"text_encoder": [None, None], "tokenizer": [None, None]}
@@ -47,6 +49,32 @@ def test_a_scheduler_that_its_pipeline_cannot_drive_is_refused_at_start(
     message = rf"the denoise stage cannot run FluxPipeline with {class_name}: {cause}.*Save the checkpoint with"
     with pytest.raises(CannotServe, match=message):
         load_stage("denoise", read_model(folder), TransformerConfig())
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        lambda: bool(ON_META[0, 0] > 0),
+        lambda: ON_META + torch.ones(2, 3),
+        lambda: torch.nn.Linear(3, 3, device="meta")(torch.ones(1, 3)),
+        lambda: ON_META.repeat_interleave(ON_META[:, 0].long(), dim=0),
+        lambda: torch.autocast("meta").__enter__(),
+        lambda: torch.amp.autocast("meta", dtype=torch.float32).__enter__(),
+    ],
+)
+def test_what_no_model_may_ask_of_tensors_without_values_is_known_by_what_torch_says(asked: Any) -> None:
+    with pytest.raises(RuntimeError, match=NOT_ON_META):
+        asked()
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [lambda: ON_META @ ON_META, lambda: torch.nn.Linear(4, 4, device="meta")(ON_META), lambda: ON_META.view(5)],
+)
+def test_shapes_that_fit_on_no_device_are_told_from_that(asked: Any) -> None:
+    with pytest.raises(RuntimeError) as told:
+        asked()
+    assert not NOT_ON_META.search(f"{told.value}, as metadata of the metal say")
 
 
 @pytest.mark.parametrize(
