@@ -4,15 +4,13 @@ import asyncio
 from functools import partial
 
 from cluster.place import Place, Rendezvous
+from cluster.serve_options import HEALTH_CHECKS
 from cluster.shard_group import this_place
 from cluster.termination import on_sigterm
 from deployments.config import ModelConfig, TransformerConfig
 from deployments.replica import exit_replica
 from deployments.stages import load_stage
 from deployments.stats import RankStats
-
-GPU_CHECK_PERIOD_S = 2.0
-"""As Serve asks the replica (`HEALTH_CHECKS`)."""
 
 
 class Rank:
@@ -35,5 +33,5 @@ class Rank:
     async def alive(self) -> None:
         """Never answers: the caller learns of this process's death. A GPU that is lost is one, at work or idle."""
         while not self._stage.keeper.is_device_lost():
-            await asyncio.sleep(GPU_CHECK_PERIOD_S)
+            await asyncio.sleep(HEALTH_CHECKS["health_check_period_s"])
         exit_replica(RuntimeError("its GPU is lost"))
