@@ -42,7 +42,7 @@ def encoding() -> TextEncoding:
     return load_stage("encode", model("ltx2"), EncoderConfig())
 
 
-def test_the_file_has_the_sound_as_long_as_the_video(decoded: Decoded, request_: GenerationRequest) -> None:
+def test_the_file_sounds_as_the_stage_made_it(decoded: Decoded, request_: GenerationRequest) -> None:
     stage, arguments = decoded
     assert arguments.sound is not None
     data, media_type = stage.decode_media(arguments, request_)
