@@ -134,11 +134,15 @@ def in_pieces(num_bytes: int) -> Iterator[bytes]:
 
 @pytest.mark.parametrize("pieces", [False, True], ids=["whole", "in-pieces"])
 def test_a_body_that_is_too_long_is_a_413_that_tells_the_limit(flux_app: Any, wan_app: Any, pieces: bool) -> None:
-    headers = {"content-type": "application/json"}
-    for app, path in ((flux_app, "/v1/images/generations"), (wan_app, "/v1/videos/sync")):
-        content = in_pieces(2**20) if pieces else b" " * 2**20
+    headers, texts = {"content-type": "application/json"}, 2**18 + 24 * 4000
+    with_video = texts + 64 * 2**20 * 4 // 3  # a data URL
+    for app, path, limit in (
+        (flux_app, "/v1/images/generations", texts),
+        (wan_app, "/v1/videos/sync", with_video),
+    ):
+        content = in_pieces(limit + 2**20) if pieces else b" " * (limit + 1)
         answer = app.client.post(path, content=content, headers=headers)
-        assert f"the limit is {2**18 + 24 * 4000} bytes" in check_error(answer, 413, None)["message"]
+        assert f"the limit is {limit} bytes" in check_error(answer, 413, None)["message"]
 
 
 def test_the_longest_prompts_are_read_whatever_json_makes_of_them(flux_app: Any) -> None:
