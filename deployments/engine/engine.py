@@ -100,16 +100,16 @@ class Engine:
         """
         return self.begin(seat, 0, component, inputs)()
 
-    def begin(self, seat: Seat, num_unread: int, component: str, inputs: Inputs) -> Callable[[], Any]:
+    def begin(self, seat: Seat, place: int, component: str, inputs: Inputs) -> Callable[[], Any]:
         """The same, to be waited for once, by the request's thread: what is returned does what `forward` does.
 
-        num_unread: how many forwards of this request have begun and were not waited for.
+        place: 0, or another that no forward of this request has which has begun and was not waited for.
         """
         signature = self._signature(component, inputs)
         tokens = num_tokens(inputs, self._patch_sizes.get(component, 1))
         under_way = [
             self.queue.submit(
-                self.queue.seat_of(seat, num_unread),
+                self.queue.seat_of(seat, place),
                 _Asked(component, inputs, accelerator.mark_queued(self._device)),
                 signature=signature,
                 tokens=tokens,

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 from deployments.engine.merge import Inputs
 
 Begin = Callable[[int, str, Inputs], Callable[[], Any]]
-"""(how many forwards were begun and not read, component, inputs) -> waits for what the model returns."""
+"""(a place that no unread prediction has, the least, component, inputs) -> waits for what the model returns."""
 
 
 class Pending(torch.Tensor):
@@ -35,8 +35,13 @@ class Pending(torch.Tensor):
         if func is torch.Tensor.__getitem__ and isinstance(args[0], cls):
             whole, index = args
             return cls.of(lambda: whole._read()[index])
-        args, kwargs = tree_map_only(cls, lambda pending: pending._read(), (args, kwargs or {}))
+        args, kwargs = waited_for((args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+def waited_for(value: Any) -> Any:
+    """The same, with the tensors themselves in place of predictions under way, in tuples, lists and dicts."""
+    return tree_map_only(Pending, lambda pending: pending._read(), value)
 
 
 class Passes:

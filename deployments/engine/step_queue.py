@@ -1,12 +1,13 @@
 """The step queue: which of the waiting forwards of the transformer go next, and together.
 
-A request runs diffusers' pipeline in a thread of its own and has one seat here, which is
+A request runs diffusers' pipeline in a thread of its own and has one seat here, and one more for each forward that
+it asks for before it uses the one before (`passes.py`). A seat is
 
     NEW ──▶ WAITING ──▶ FLYING ──▶ BETWEEN ──▶ ENDED      WAITING: its forward is in the queue
                ▲                      │                   FLYING:  its forward is on the shards
                └──────────────────────┘                   BETWEEN: its thread is in the scheduler step
 
-That thread calls `forward` and sleeps until its result is there. Rank 0's compute thread calls `take` when it
+That thread calls `submit` and waits for the result when it needs it. Rank 0's compute thread calls `take` when it
 has nothing to do, so that the choice falls as late as possible. Who hears from the last rank calls `finish`,
 `fail` or `part`. Payloads are opaque: nothing here knows tensors, shards or Ray.
 """
@@ -103,18 +104,18 @@ class StepQueue:
             self._seats.add(seat)
         return seat
 
-    def seat_of(self, seat: Seat, index: int) -> Seat:
-        """The request's seat for a forward while so many others of it are not read yet. `leave` frees all.
+    def seat_of(self, seat: Seat, place: int) -> Seat:
+        """The request's seat for its forward at this place: at 0 its own, else one of its `passes`.
 
         Raises `Cancelled`.
         """
         with self._changed:
             if seat.state is SeatState.ENDED:
                 raise Cancelled("the request has ended")
-            while len(seat.passes) < index:
+            while len(seat.passes) < place:
                 seat.passes.append(Seat(is_pass=True))
                 self._seats.add(seat.passes[-1])
-            return (seat, *seat.passes)[index]
+            return (seat, *seat.passes)[place]
 
     def submit(
         self,
@@ -130,7 +131,8 @@ class StepQueue:
 
         at_most: so many of them, for memory's sake; what does not fit now waits.
 
-        The future raises `Cancelled`, or the error that its micro-batch failed with or the queue was closed with.
+        Raises `Cancelled`, or the error that the queue was closed with; so does the future, or that of its
+        micro-batch.
         """
         return self._submit(Forward(seat, payload, signature, tokens, at_most, model))
 
@@ -142,14 +144,14 @@ class StepQueue:
     def cancel(self, seat: Seat) -> None:
         """Let its open forwards, and any later one, raise `Cancelled`. What flies lands, and is dropped."""
         with self._changed:
-            for place in (seat, *seat.passes):
-                place.state = SeatState.ENDED
-                if forward := self._open.pop(place, None):
+            for one in (seat, *seat.passes):
+                one.state = SeatState.ENDED
+                if forward := self._open.pop(one, None):
                     forward.result.set_exception(Cancelled("the request was cancelled"))
             self._changed.notify_all()
 
     def leave(self, seat: Seat) -> None:
-        """Free the seat, however the request ended."""
+        """Free the seat and its passes, however the request ended."""
         with self._changed:
             self.cancel(seat)
             self._seats.difference_update((seat, *seat.passes))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from deployments.engine.passes import waited_for
 from deployments.stages.draws import Draws
 
 AfterStep = Callable[[Any, int, torch.Tensor], None]
@@ -32,6 +33,7 @@ def watch_steps(scheduler: Any, draws: Draws | None, after_step: AfterStep | Non
         nonlocal heard, num_done
         if heard is None:
             heard, num_done = self, getattr(self, "begin_index", None) or 0
+        args, kwargs = waited_for((args, kwargs))  # here, for one request at a time draws
         result = drawing(self, *args, **kwargs)
         if self is heard:
             num_done += 1

@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import EulerAncestralDiscreteScheduler
 
+from deployments.engine.passes import Pending
 from deployments.request import GenerationRequest
 from deployments.stages.draws import Draws
+from deployments.stages.steps import watch_steps
 from tests.deployments.variants import (
     build_request,
     denoise,
@@ -52,6 +55,22 @@ def test_whether_anything_was_drawn_is_known() -> None:
     assert not draws.were_taken
     draws.within(lambda: torch.rand(1))()
     assert draws.were_taken
+
+
+def test_others_draw_while_a_step_waits_for_its_prediction() -> None:
+    scheduler, drawn = EulerAncestralDiscreteScheduler(), list[torch.Tensor]()
+    scheduler.set_timesteps(2)
+    latents = torch.ones(1, 4, 8, 8)
+
+    with ThreadPoolExecutor(1) as others:
+
+        def wait() -> torch.Tensor:
+            drawn.append(others.submit(Draws(1, CPU).within(torch.rand), 1).result(timeout=10))
+            return latents
+
+        with watch_steps(scheduler, Draws(0, CPU), None):
+            scheduler.step(Pending.of(wait), scheduler.timesteps[0], latents)
+    assert len(drawn) == 1
 
 
 @pytest.mark.slow
