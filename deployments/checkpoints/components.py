@@ -20,7 +20,9 @@ ModelIndex = Mapping[str, Any]
 SEE_PICTURES = frozenset({"processor", "image_processor", "feature_extractor", "image_encoder"})
 """What the encode stage shows pictures to, of pipelines that need some. Others have an image encoder for IP-
 Adapters, or to look for what is not safe."""
-NEVER_LOADED = SEE_PICTURES | {"safety_checker", "watermark", "motion_adapter", "duration_head", "prompt_enhancer"}
+_REWRITERS = frozenset({"pe", "prompt_enhancer", "prompt_upsampler"})
+"""Language models that rewrite prompts, which are encoded as they are given."""
+NEVER_LOADED = SEE_PICTURES | _REWRITERS | {"safety_checker", "watermark", "motion_adapter", "duration_head"}
 """Pipelines do without: what a motion adapter holds, the UNet was saved with, and who asks says how long."""
 TEXT_PARTS = ("text_encoder", "tokenizer", "connectors")
 """How names begin of what makes texts into what a denoiser takes."""
@@ -29,9 +31,6 @@ DECODERS = VAES | {"vocoder"}
 """What makes pixels, and sound, of latents."""
 _NO_DENOISERS = ("Scheduler", "Guidance", "VAE", "VQModel", "Autoencoder", "Vocoder", "MotionAdapter")
 """In names of classes."""
-
-REWRITERS = frozenset({"pe", "prompt_enhancer", "prompt_upsampler"})
-"""Language models that rewrite prompts, which are encoded as they are given."""
 
 
 def fetch_stage(model: ModelConfig, stage: Stage, dtype: Dtype) -> tuple[Path, ModelIndex]:
@@ -108,7 +107,7 @@ def check_served(folder: Path, index: ModelIndex, family: Family) -> None:
     served: frozenset[str] = frozenset().union(
         *(stage_components(index, family, stage) for stage in ("encode", "denoise", "decode"))
     )
-    others = sorted(n for n in names - served - NEVER_LOADED - REWRITERS if (folder / n / "config.json").is_file())
+    others = sorted(n for n in names - served - NEVER_LOADED if (folder / n / "config.json").is_file())
     if others:
         raise ValueError(
             f"{pipeline}, has a model that no stage serves: {', '.join(others)}; there are stages for text "

@@ -36,7 +36,7 @@ CONNECTORS = "connectors"
 """The component that makes all hidden states of a text encoder, a GiB of LTX-2's, into what a denoiser takes."""
 
 Pictures = Mapping[str, Any]
-"""`image`, a list, `mask_image` and `control_image`: pictures.py opens them."""
+"""`image`, a list, `mask_image`, `control_image` and `video`, a list: pictures.py opens them."""
 NO_PICTURES: Pictures = {}
 
 

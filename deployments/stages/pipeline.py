@@ -37,8 +37,7 @@ def load_pipeline(
     """The checkpoint's own pipeline class with the components named in `keep`.
 
     In place of denoisers and VAEs that are not among them it has stubs that know their configs, and so it knows
-    the sizes that it computes from them; all else is None. Safety checkers and image encoders are never loaded:
-    none of the three stages has them.
+    the sizes that it computes from them; all else is None, such as safety checkers, which no stage has.
     """
     for library in (diffusers_logging, transformers_logging):
         library.disable_progress_bar()

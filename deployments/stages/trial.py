@@ -148,8 +148,9 @@ class Trial:
         taking = set[CallKind]()
         for call in self._calls:
             passes = Passes(begin)
-            if not self._fails(default_request(self._model, self._usual.size, call=call.asked), submit=passes):
-                taking |= set() if passes.num_unread else {call.asked.kind}
+            request = default_request(self._model, self._usual.size, call=call.asked)
+            if not self._fails(request, submit=passes) and not passes.num_unread:
+                taking.add(call.asked.kind)
         return frozenset(taking)
 
     def find_fault(self, request: GenerationRequest, pictures: Pictures = NO_PICTURES) -> str | None:
