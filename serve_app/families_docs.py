@@ -41,10 +41,8 @@ Pipelines that diffusers has as blocks, of checkpoints with modular_model_index.
 above, some over that of the classic pipeline of their name; a checkpoint of another is tried at its start.
 
 """
-UNSTAGED: Mapping[str, str] = {}
-"""Tiny checkpoints that are refused at start, and why."""
 CANNOT: Mapping[str, str] = {
-    "AnimateDiffVideoToVideoPipeline": "decodes a video in several calls",
+    "AnimateDiffVideoToVideoPipeline": "not tried: a video goes in",
     "ChromaInpaintPipeline": "fails in diffusers itself: its transformer has no guidance_embeds",
     "QwenImageEditInpaintPipeline": "takes its size from the picture",
 }
@@ -86,6 +84,7 @@ OVER_CLASSIC: Mapping[str, str] = {
 MODULAR_REASONS: Mapping[str, str] = {
     "^WanAnimate": "a video goes in, and its loop asks the VAE",
     "Vace": "a video goes in: not yet",
+    "^LTX2Modular": "not tried: makes sound",
     "^LTX2|^Echo|^MiniMax": "makes sound, by models that no stage has",
     "^Cosmos": "has no text encoder: its transformer reads the words",
     "^Anima": "has a model between its text encoder and its denoiser, which no stage has",
@@ -101,11 +100,10 @@ def render_families_docs() -> str:
     indexes = {name: read_index(fetch_checkpoint(f"tiny://{name}", ())) for name in TINY_MODULES}
     modular = {name: index for name, index in indexes.items() if is_modular(index)}
     over = [(name, _over(pipeline, indexes[name])) for pipeline, name in OVER_CLASSIC.items()]
-    staged = {name: index for name, index in indexes.items() if name not in {*UNSTAGED, *modular}}
+    staged = {name: index for name, index in indexes.items() if name not in modular}
     related = {call.pipeline_class for index in staged.values() for call in _calls(index)}
-    unstaged = dict(CANNOT) | {str(indexes[name]["_class_name"]): reason for name, reason in UNSTAGED.items()}
     others = [name for name in find_pipelines() if name not in related]
-    reasons = "\n".join(f"| {name} | {unstaged.get(name) or _reason(name)} |" for name in others)
+    reasons = "\n".join(f"| {name} | {CANNOT.get(name) or _reason(name)} |" for name in others)
     return (
         INTRO.format(version=diffusers.__version__)
         + f"\n## Staged: {len(related)} pipeline classes\n\n"

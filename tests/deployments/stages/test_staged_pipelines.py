@@ -29,7 +29,7 @@ from deployments.stages.call import call_arguments
 from deployments.stages.derive import ALL_FRAMES, Derived
 from deployments.video_file import read_frames
 from deployments.warm_up import tried_size
-from serve_app.families_docs import CANNOT, OVER_CLASSIC, UNSTAGED
+from serve_app.families_docs import CANNOT, OVER_CLASSIC
 from tests.deployments import plain
 from tests.deployments.modular_checkpoint import write_modular
 from tests.deployments.stage_processes import StageProcesses
@@ -56,7 +56,6 @@ QUICK = frozenset(
     }
 )
 """Without --thorough: one of each kind of call, and those whose calls are unlike others'."""
-STAGED = [name for name in TINY_MODULES if name not in UNSTAGED]
 
 
 def folder_of(name: str) -> Path:
@@ -91,7 +90,7 @@ def load_plain(name: str) -> Any:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "staged" in metafunc.fixturenames:
         is_thorough = metafunc.config.getoption("--thorough")
-        metafunc.parametrize("staged", [name for name in STAGED if is_thorough or name in QUICK])
+        metafunc.parametrize("staged", [name for name in TINY_MODULES if is_thorough or name in QUICK])
     if "blocks" in metafunc.fixturenames:
         is_thorough = metafunc.config.getoption("--thorough")
         metafunc.parametrize("blocks", OVER_CLASSIC if is_thorough else [next(iter(OVER_CLASSIC))])
