@@ -4,7 +4,7 @@ The real step queue, ring and actors, around a model that only sleeps: every sha
 hands `payload_mb` on. S shards, 2·S requests of K steps, unmerged; ideally (2·S·K + S - 1) · step_ms.
 Beside it the way of `device_map`: the same shards in one process, one request after another.
 `guided`: one request alone with two forwards a step, both under way at once; ideally (S + 1)·K · step_ms, where
-one after the other takes 2·S·K · step_ms, as `in turn` shows.
+one after the other takes 2·S·K · step_ms, as `guided, in turn` shows.
 """
 
 import ctypes
@@ -46,6 +46,8 @@ MERGERS = {COMPONENT: Merger("PacedModel")}
 """Of a class that `merge` has no rule for."""
 NUM_ROUNDS = 3
 """Of the ring, whose median counts: whatever else the machine does disturbs S processes more than one."""
+GUIDED = {"guided": True, "guided, in turn": False}
+"""Whether both passes are under way at once."""
 RESOURCES = ResourceConfig(num_cpus=0.1)
 
 _libc = ctypes.CDLL(None)
@@ -78,9 +80,9 @@ def run(
                         rows.append(
                             _row("device_map", num_shards, *case, ray.get(replica.one_by_one.remote(*case)))
                         )
-                        for design, at_once in (("guided", True), ("guided, in turn", False)):
+                        for design, at_once in GUIDED.items():
                             measured = [ray.get(replica.guided.remote(*case, at_once)) for _ in range(NUM_ROUNDS)]
-                            rows.append(_guided_row(design, num_shards, *case, statistics.median(measured)))
+                            rows.append(_row(design, num_shards, *case, statistics.median(measured)))
                         progress.advance(task)
     report("requests in flight over paced shards", rows, json_file)
 
@@ -88,29 +90,19 @@ def run(
 def _row(
     design: str, num_shards: int, step_ms: float, payload_mb: float, num_steps: int, measured_s: float
 ) -> Row:
-    num_forwards = 2 * num_shards * num_steps
-    ideal_s = (num_forwards + num_shards - 1) * step_ms / 1e3
+    """efficiency: over the ideal time; speedup: over one forward after another."""
+    if design in GUIDED:
+        num_slots, num_in_turn = (num_shards + 1) * num_steps, 2 * num_shards * num_steps
+    else:
+        num_forwards = 2 * num_shards * num_steps
+        num_slots, num_in_turn = num_forwards + num_shards - 1, num_forwards * num_shards
     return {
         "design": design,
         "shards": num_shards,
         "step_ms": step_ms,
         "payload_mb": payload_mb,
-        "efficiency": ideal_s / measured_s,
-        "speedup": num_forwards * num_shards * step_ms / 1e3 / measured_s,
-    }
-
-
-def _guided_row(
-    design: str, num_shards: int, step_ms: float, payload_mb: float, num_steps: int, measured_s: float
-) -> Row:
-    ideal_s, in_turn_s = (slots * num_steps * step_ms / 1e3 for slots in (num_shards + 1, 2 * num_shards))
-    return {
-        "design": design,
-        "shards": num_shards,
-        "step_ms": step_ms,
-        "payload_mb": payload_mb,
-        "efficiency": ideal_s / measured_s,
-        "speedup": in_turn_s / measured_s,
+        "efficiency": num_slots * step_ms / 1e3 / measured_s,
+        "speedup": num_in_turn * step_ms / 1e3 / measured_s,
     }
 
 
