@@ -17,6 +17,7 @@ from serve_app.errors import BadRequest
 COMMAND = (sys.executable, "-m", "deployments.video_file")
 """Imports PyAV, which the ingress does without."""
 MUST_END_IN_S = 30.0
+BROKE_OFF = "cannot be read: its reader broke off. Send an MP4 or WebM that is whole"
 _one_at_a_time = threading.Lock()
 """What one may take of memory is taken once."""
 
@@ -33,10 +34,12 @@ def judge_video(data: bytes, field: str, limits: LimitsConfig) -> tuple[MediaSiz
         with _one_at_a_time:
             judged = _run(*arguments, given=data)
     except subprocess.TimeoutExpired as error:
-        raise BadRequest(f"{field}: it cannot be read within {MUST_END_IN_S:g} s", field) from error
+        raise BadRequest(
+            f"{field}: it cannot be read within {MUST_END_IN_S:g} s: send a shorter one", field
+        ) from error
     if judged.returncode:
         lines = judged.stderr.decode(errors="replace").strip().splitlines()
-        why = lines[-1] if judged.returncode == 1 and lines else "cannot be read: its reader broke off"
+        why = lines[-1] if judged.returncode == 1 and lines else BROKE_OFF
         raise BadRequest(f"{field}: it {why}", field)
     facts = json.loads(judged.stdout)
     fps = facts.pop("fps")

@@ -4,7 +4,7 @@ A picture is one call of `vae.decode`, and so is a video; but a VAE that knows n
 video at a time (AnimateDiff, Latte), and its sound, if it has one, has a VAE of its own (LTX-2).
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from diffusers.models.autoencoders.vae import DecoderOutput
@@ -47,7 +47,7 @@ class Decodes:
         # A pixel of each: what becomes of them, the decode stage does.
         return DecoderOutput(sample=latents.new_zeros(len(latents), 3, *[1] * (latents.ndim - 2)))
 
-    def _decode_sound(self, *args: Any, **kwargs: Any) -> None:
+    def _decode_sound(self, *args: Any, **kwargs: Any) -> NoReturn:
         self._sound = _noted(args, kwargs)
         reach()
 
