@@ -30,8 +30,8 @@ class Ingress(DrainOnSigterm, Relay):
         """For Python handles: the fields of the HTTP body in, pictures (or one video) out.
 
         `serve.get_app_handle("relay").generate.remote(prompt="a red circle", seed=7).result()`; with a list of
-        prompts, what each makes alone, in their order. Pictures go in as bytes: `image=` one or a list, `mask=`,
-        `input_reference=` for a video.
+        prompts, what each makes alone, in their order. Pictures go in as bytes: `image=` one or a list, `mask=`;
+        for a video `input_reference=`, its first picture or a video.
         """
         judged = await asyncio.to_thread(self.validator.judge_fields, fields)
         return await self.run(judged.requests, judged.pictures)
