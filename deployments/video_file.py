@@ -116,6 +116,8 @@ def _judge(max_pixels: int, max_frames: int) -> None:
         sys.exit(f"cannot be read with {MAX_MEMORY_BYTES >> 20} MiB of memory")
     except ValueError as error:
         sys.exit(str(error))
+    except Exception as error:  # PyAV's, of files that nobody thought of
+        sys.exit(f"cannot be read ({type(error).__name__}): {WHOLE}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 from deployments.request import MediaSize
@@ -18,8 +19,10 @@ COMMAND = (sys.executable, "-m", "deployments.video_file")
 """Imports PyAV, which the ingress does without."""
 MUST_END_IN_S = 30.0
 BROKE_OFF = "cannot be read: its reader broke off. Send an MP4 or WebM that is whole"
+JUDGING_VIDEOS = ThreadPoolExecutor(1, "judge videos")
+"""For bodies with a video, which wait here for each other, and nobody else for them."""
 _one_at_a_time = threading.Lock()
-"""What one may take of memory is taken once."""
+"""What one may take of memory is taken once, by Python handles too."""
 
 
 def judge_video(data: bytes, field: str, limits: LimitsConfig) -> tuple[MediaSize, int | None]:

@@ -19,6 +19,7 @@ from serve_app.errors import BadCall, RelayError, as_relay_error, named
 from serve_app.fields import parse_body
 from serve_app.generation import Picture
 from serve_app.head import HeadIsGet
+from serve_app.input_videos import JUDGING_VIDEOS
 from serve_app.model_card import EDITS, GENERATIONS, VIDEOS, ModelCard, ModelList
 from serve_app.openai_api import (
     EditBody,
@@ -146,7 +147,9 @@ def _add_videos(api: FastAPI, relay: Relay) -> None:
     async def video(request: Request) -> Response:
         fields, is_form = await _read_with_pictures(request, relay)
         body = parse_body(VideoBody, fields, is_json=not is_form)
-        judged = await asyncio.to_thread(relay.validator.judge, body)
+        has_video = body.pictures is not None and body.pictures.video is not None
+        judging = JUDGING_VIDEOS if has_video else None
+        judged = await asyncio.get_running_loop().run_in_executor(judging, relay.validator.judge, body)
         [picture] = await while_connected(request, relay.run(judged.requests, judged.pictures))
         timings = ", ".join(f"{stage};dur={ms}" for stage, ms in picture.timings_ms.items())
         headers = {"X-Seed": str(picture.seed), "Server-Timing": timings}
