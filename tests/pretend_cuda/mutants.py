@@ -118,15 +118,15 @@ MUTANTS = (
     Mutant(
         "embeddings left on the host",
         "deployments/stages/tensors.py",
-        r"one\.to\(device, ",
+        r"one\.to\(META if one\.is_meta else device, ",
         "one.to(",
         f"{TEST_GPU}[flux]",
     ),
     Mutant(
         "latents left on the host",
         "deployments/stages/decode.py",
-        r"to_device\(\(arguments\.args, dict\(arguments\.kwargs\)\), self\._device, self\._dtype\)",
-        "arguments.args, dict(arguments.kwargs)",
+        r"to_device\(\(call\.args, dict\(call\.kwargs\)\), self\._device, self\._dtype\)",
+        "call.args, dict(call.kwargs)",
         f"{TEST_GPU}[flux]",
     ),
     Mutant(

@@ -214,7 +214,7 @@ def is_allowed(names: tuple[str, ...]) -> bool:
 
 USUAL_PAIRS = (
     ("flux", ("nf4", "fullgraph")),
-    ("flux", ("nf4", "blocks")),
+    ("flux", ("nf4", "model")),
     ("flux", ("int8", "model")),
     ("flux", ("fp8", "leaves")),
     ("flux", ("fp8", "math")),
