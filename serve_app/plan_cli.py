@@ -63,7 +63,7 @@ def plan_command(
         if config is None:
             if not inventory:
                 raise ConfigError("a config is proposed for GPUs: say which by --gpus, such as 2x16GiB")
-            app = app.model_copy(update={"limits": _limits(sizes)})
+            app = app.model_copy(update={"limits": _limits(sizes), "model": _drawing(app.model, largest(sizes))})
             stages = propose(sizes_of, inventory, None if measured is None else measured.at(largest(sizes)))
         planned = plan(
             app.model.name,
@@ -140,7 +140,7 @@ def _app_config(path: Path | None, model: str | None) -> AppConfig:
 
 def _sizes(asked: list[str] | None, model: ModelConfig) -> tuple[MediaSize, ...]:
     """As asked, or the one a request gets by default."""
-    default, multiple = default_size(model), model.geometry.size_multiple
+    default, multiple, own = default_size(model), model.geometry.size_multiple, model.geometry.sizes
     if not asked:
         return (default,)
     found = []
@@ -153,6 +153,8 @@ def _sizes(asked: list[str] | None, model: ModelConfig) -> tuple[MediaSize, ...]
             raise ConfigError(
                 f"--size {text}: width and height must be multiples of {multiple}, {multiple} to {MAX_SIDE}"
             )
+        if own and [width, height] not in map(list, own):
+            raise ConfigError(f"--size {text}: this model draws {', '.join(f'{w}x{h}' for w, h in own)}")
         if not num_frames:
             raise ConfigError(f"--size {text}: a video has at least one frame")
         found.append(MediaSize(width, height, num_frames))
@@ -163,6 +165,15 @@ def _limits(sizes: tuple[MediaSize, ...]) -> LimitsConfig:
     """No request that is larger than what is planned for."""
     most = largest(sizes)
     return LimitsConfig(max_pixels=most.width * most.height, max_num_frames=most.num_frames)
+
+
+def _drawing(model: ModelConfig, size: MediaSize) -> ModelConfig:
+    """By default what was planned for: the limits may admit no more."""
+    if size == model.default_size:
+        return model
+    num_frames = size.num_frames if model.architecture.media == "video" else None
+    said = {"width": size.width, "height": size.height, "num_frames": num_frames}
+    return model.model_copy(update={"defaults": model.defaults.model_copy(update=said)})
 
 
 def _admitted(limits: LimitsConfig) -> Admitted:
@@ -181,7 +192,9 @@ def _sizes_of(model: ModelConfig, configs_dir: Path | None, sizes: tuple[MediaSi
 def _render(app: AppConfig, stages: StageConfigs, gpus: str) -> str:
     """A Serve YAML file."""
     args = {
-        "model": app.model.model_dump(exclude_defaults=True, mode="json"),
+        "model": app.model.model_dump(
+            exclude_defaults=True, mode="json", exclude={"family"} if app.model.has_derived_family else None
+        ),
         "encoder": stages.encoder.model_dump(exclude_defaults=True, mode="json"),
         "transformer": stages.transformer.model_dump(exclude_defaults=True, mode="json"),
         "vae": stages.vae.model_dump(exclude_defaults=True, mode="json"),

@@ -150,6 +150,7 @@ class Call:
             fps=self._number("frame_rate", int) or FPS,
             strength=self._number("strength", float),
             control_scale=self._number("controlnet_conditioning_scale", float),
+            guidance_scale_2=self._number("guidance_scale_2", float),
         )
 
     def is_guided(self, guidance_scale: float | None, true_cfg_scale: float | None, negative: bool) -> bool:

@@ -207,7 +207,7 @@ class PipelineCall:
         self, pipe: Any, request: GenerationRequest, pictures: Pictures, max_sequence_length: int | None
     ) -> None:
         """To its end, or to an exception: Reached, or a fault."""
-        set_guidance(pipe, request.guidance_scale)
+        set_guidance(pipe, request.guidance_scale, request.guidance_scale_2)
         arguments = call_arguments(pipe, request, max_sequence_length)
         size = (request.width, request.height) if request.width else None
         pipe(**arguments | picture_arguments(self.asked, pictures, size))

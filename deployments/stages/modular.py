@@ -25,7 +25,8 @@ from deployments.request import CallKind
 Replace = Callable[[str, Callable[..., Any]], Callable[..., Any]]
 """(name, what runs a text encoder) -> what is called in its place."""
 
-GUIDANCE = "guidance_scale"
+GUIDERS: Mapping[str, str] = {"guidance_scale": "guider", "guidance_scale_2": "guider_2"}
+"""By the field of a request that is its scale: the second guides the expert for low noise (Wan 2.2)."""
 _TRIED_WITH = frozenset({"prompt", "image", "mask_image"})
 """Of a request, by which blocks choose what they do."""
 
@@ -86,8 +87,7 @@ def find_modular_calls(folder: Path, index: ModelIndex) -> dict[CallKind, Call]:
     calls: dict[CallKind, Call] = {}
     for blocks in (blocks for blocks, missing in zip(workflows, lacking, strict=True) if not missing):
         parameters = {each.name: _default(each) for each in blocks.inputs if each.name is not None}
-        scale = getattr(getattr(pipe, "guider", None), GUIDANCE, None)
-        parameters = ({} if scale is None else {GUIDANCE: scale}) | parameters
+        parameters = {field: guider.guidance_scale for field, guider in _guiders(pipe)} | parameters
         kind = kind_by_parameters(parameters)
         calls.setdefault(kind, Call(kind, index["_class_name"], parameters))
     if not lacking:
@@ -119,11 +119,23 @@ def _signature_names(pipeline_class: Any) -> frozenset[str]:
     return frozenset(signature(pipeline_class.__call__).parameters)
 
 
-def set_guidance(pipe: Any, scale: float | None) -> None:
-    """In place, of a guider of the pipeline's own: blocks are not called with it. None: as it is."""
-    guider: Any = getattr(pipe, "guider", None)
-    if scale is not None and hasattr(guider, GUIDANCE):
-        guider.guidance_scale = scale
+def set_guidance(pipe: Any, scale: float | None, scale_2: float | None) -> None:
+    """In place, of guiders of the pipeline's own: blocks are not called with it. None: as it is.
+
+    Without guidance there are no negative embeddings for the second either, as in the classic pipelines.
+    """
+    off = scale is not None and scale <= 1
+    scales = {"guidance_scale": scale, "guidance_scale_2": 1.0 if off else scale_2}
+    for field, guider in _guiders(pipe):
+        if scales[field] is not None:
+            guider.guidance_scale = scales[field]
+
+
+def _guiders(pipe: Any) -> Iterator[tuple[str, Any]]:
+    """Those that have a scale, by its field."""
+    for field, name in GUIDERS.items():
+        if hasattr(guider := getattr(pipe, name, None), "guidance_scale"):
+            yield field, guider
 
 
 def _workflows(blocks: Any) -> list[Any]:

@@ -10,6 +10,8 @@ from typer.testing import CliRunner
 from deployments.plan.profile import read_profile
 from serve_app.cli import cli
 from serve_app.config import ConfigError, load_app_config
+from serve_app.config_check import check_defaults
+from serve_app.files import resolve_family
 
 CONFIG = """
 applications:
@@ -64,6 +66,18 @@ def test_a_proposed_config_is_served_as_it_was_planned(tmp_path: Path) -> None:
     assert "it fits" in again
 
 
+@pytest.mark.parametrize(("model", "size"), [("flux", "128x64"), ("kandinsky5", "1280x768")])
+def test_a_proposed_config_draws_what_was_planned_for_and_can_be_served(
+    tmp_path: Path, model: str, size: str
+) -> None:
+    """Its limits admit no more, whatever the checkpoint draws by default; Kandinsky 5 has no entry of its own."""
+    out = tmp_path / "x.yaml"
+    relay("plan", "--model", f"tiny://{model}", "--gpus", "1x4GiB", "--size", size, "--out", out)
+    config = resolve_family(load_app_config(out))
+    check_defaults(config.model, config.limits)
+    assert str(config.model.default_size) == size
+
+
 def test_a_plan_that_does_not_fit_says_by_how_much_and_fails(tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(CONFIG % 0.5)
@@ -97,6 +111,7 @@ def test_a_profile_is_measured_and_planned_with(config: Path, tmp_path: Path) ->
         (["CONFIG", "--model", "tiny://flux"], "leave out --model"),
         (["CONFIG", "--size", "big"], "write 1024x1024"),
         (["CONFIG", "--size", "65x64"], "multiples of 16"),
+        (["--model", "tiny://kandinsky5", "--gpus", "1x4GiB", "--size", "1280x1280"], "draws 640x1408"),
         (["--model", "tiny://flux", "--gpus", "1x0.5GiB"], "it does not fit"),
     ],
 )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 
@@ -20,7 +21,9 @@ from deployments.request import CallKind, Prompt
 from deployments.stages import load_stage
 from deployments.stages.derive import Derived
 from deployments.stages.modular import build_blocks, encoding_blocks
-from tests.deployments.variants import build_request, denoise, encode, load_denoising
+from tests.deployments import plain
+from tests.deployments.modular_checkpoint import write_modular
+from tests.deployments.variants import build_request, denoise, draw_staged, encode, load_denoising
 
 ENCODERS = frozenset({"text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder"})
 
@@ -33,7 +36,7 @@ def blocks_of(pipeline: str) -> Any:
 
 @cache
 def model(name: str = "flux3") -> ModelConfig:
-    folder = fetch_checkpoint(f"tiny://{name}", ())
+    folder = fetch_checkpoint(name if "/" in name else f"tiny://{name}", ())
     derived = read_derived(read_index(folder)["_class_name"], Derived(folder).describe())
     return ModelConfig(name=name, checkpoint=str(folder)).with_derived_family(*derived)
 
@@ -84,6 +87,22 @@ def test_a_distilled_model_is_not_guided() -> None:
     call = model("flux3-distilled").architecture.call
     assert (call.defaults.num_inference_steps, call.defaults.guidance_scale) == (16, None)
     assert "negative_prompt" not in call.parameters
+
+
+@pytest.mark.parametrize(("scale", "scale_2", "drawn_with"), [(5.0, 1.5, (5.0, 1.5)), (1.0, 3.0, (1.0, 1.0))])
+def test_two_experts_have_a_scale_each_and_without_guidance_none(
+    tmp_path: Path, scale: float, scale_2: float, drawn_with: tuple[float, float]
+) -> None:
+    folder = write_modular("Wan22ModularPipeline", tmp_path / "wan22")
+    of = model(str(folder))
+    assert (of.request_defaults.guidance_scale, of.request_defaults.guidance_scale_2) == (5.0, 3.0)
+    request = replace(build_request(of), guidance_scale=scale, guidance_scale_2=scale_2)
+    pipeline = plain.load_plain(fetch_checkpoint(str(folder), ()))
+    pipeline.guider.guidance_scale, pipeline.guider_2.guidance_scale = drawn_with
+    sizes = {"width": 64, "height": 64, "num_frames": 5, "num_inference_steps": 3, "output_type": "np"}
+    generator = torch.Generator().manual_seed(request.seed)
+    [expected], _ = plain.draw(pipeline, prompt=request.prompt.text, generator=generator, **sizes)
+    np.testing.assert_array_equal(draw_staged(of, request), (expected * 255).round().astype(np.uint8))
 
 
 def test_another_process_tells_it_to_whoever_has_no_torch() -> None:
