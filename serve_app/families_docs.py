@@ -42,7 +42,6 @@ above, some over that of the classic pipeline of their name; a checkpoint of ano
 
 """
 CANNOT: Mapping[str, str] = {
-    "AnimateDiffVideoToVideoPipeline": "not tried: a video goes in",
     "ChromaInpaintPipeline": "fails in diffusers itself: its transformer has no guidance_embeds",
     "QwenImageEditInpaintPipeline": "takes its size from the picture",
 }
