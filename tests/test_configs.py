@@ -37,6 +37,8 @@ FOLDERS = {
     },
     "z_image_turbo": "z_image_turbo",
     "flux_dev": "flux_dev",
+    "flux2_klein_4b": "flux2_klein_4b",
+    "flux2_dev": "flux2_dev",
     "flux_schnell": "flux_schnell",
     "sd15": "sd15",
     "sdxl": "sdxl",
