@@ -78,6 +78,13 @@ def test_a_proposed_config_draws_what_was_planned_for_and_can_be_served(
     assert str(config.model.default_size) == size
 
 
+def test_a_model_that_has_sizes_of_its_own_is_planned_for_the_largest(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    lines = (CONFIG % 0).replace("tiny://flux", "tiny://kandinsky5").splitlines()
+    path.write_text("\n".join(line for line in lines if "defaults" not in line))
+    assert "pixels are let in" not in relay("plan", path)
+
+
 def test_a_plan_that_does_not_fit_says_by_how_much_and_fails(tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(CONFIG % 0.5)
