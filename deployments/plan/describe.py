@@ -37,7 +37,8 @@ from deployments.stages.foresee import decode_inputs, foresee_working
 
 BUFFERED_BOUNDARIES = 2
 """A rank of a ring holds what crosses the cut three times: one comes, one is worked on, one goes."""
-
+UNSAID_TOKENS = 512
+"""Of a text whose length the tokenizer alone decides, for encoders that take any (Latte's T5)."""
 
 _VAE = {"slicing", "tiling"}
 _WEIGHTS = _VAE | {"dtype", "quantization", "layerwise_casting", "max_batch_size", "max_batch_tokens"}
@@ -108,7 +109,8 @@ class Description:
             if not isinstance(skeleton, PreTrainedModel):  # connectors, which take little beside the encoder
                 continue
             model = as_stored(skeleton, config, is_quantized=False).to(META)
-            longest = getattr(skeleton.config, "max_position_embeddings", None) or num_text_tokens
+            said = getattr(skeleton.config, "max_position_embeddings", None)
+            longest = said or num_text_tokens or UNSAID_TOKENS
             tokens = torch.empty(1, min(num_text_tokens or longest, longest), dtype=torch.long, device=META)
             peak = working_bytes(model, partial(model, tokens, output_hidden_states=True))
             peaks.append(peak + dequantized_bytes(model, config))
