@@ -93,6 +93,10 @@ def test_a_text_encoder_that_takes_any_length_is_planned_though_nobody_says_one(
     assert "512x512x16" in relay("plan", write_config(tmp_path / "x.yaml", "latte"))
 
 
+def test_an_encoder_of_pictures_is_planned(tmp_path: Path) -> None:
+    assert "image_encoder" in relay("plan", write_config(tmp_path / "x.yaml", "wan21-i2v"), "--size", "64x64x5")
+
+
 def test_a_plan_that_does_not_fit_says_by_how_much_and_fails(tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(CONFIG % 0.5)
