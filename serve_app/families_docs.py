@@ -50,7 +50,6 @@ REASONS: Mapping[str, str] = {
     "PAG": "sets attention processors on its denoiser, which is in another stage",
     "ControlNet|Adapter|Control|Transfer": "not tried: a control picture goes in",
     "^(Kandinsky(V22)?[A-Z].*Combined|KandinskyCombined|StableCascade|IF)": "several pipelines one after another",
-    "^AnimateDiffVideo": "not tried: a video goes in",
     "^LTX2.*(DFR|HDR|InContext|Condition)": "several videos go in, or another pipeline's latents",
     "^Cosmos": "needs cosmos_guardrail, which is another package",
     "WanAnimate|VACE|EasyAnimateInpaint": "several videos go in",

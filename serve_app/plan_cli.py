@@ -71,7 +71,7 @@ def plan_command(
             sizes_of(stages),
             inventory,
             profile=measured,
-            admitted=_admitted(app.limits),
+            admitted=_admitted(app),
         )
     except (ValueError, KeyError) as error:
         raise ConfigError(str(error.args[0] if error.args else error)) from error
@@ -176,8 +176,10 @@ def _drawing(model: ModelConfig, size: MediaSize) -> ModelConfig:
     return model.model_copy(update={"defaults": model.defaults.model_copy(update=said)})
 
 
-def _admitted(limits: LimitsConfig) -> Admitted:
-    return Admitted(limits.max_concurrent_requests, limits.max_pixels, limits.max_num_frames)
+def _admitted(app: AppConfig) -> Admitted:
+    limits, own = app.limits, app.model.geometry.sizes
+    most = max((width * height for width, height in own), default=limits.max_pixels)
+    return Admitted(limits.max_concurrent_requests, min(limits.max_pixels, most), limits.max_num_frames)
 
 
 def _sizes_of(model: ModelConfig, configs_dir: Path | None, sizes: tuple[MediaSize, ...]) -> SizesOf:

@@ -37,7 +37,8 @@ from deployments.stages.foresee import decode_inputs, foresee_working
 
 BUFFERED_BOUNDARIES = 2
 """A rank of a ring holds what crosses the cut three times: one comes, one is worked on, one goes."""
-
+UNSAID_TOKENS = 512
+"""Of a text whose length the tokenizer alone decides, for encoders that take any (Latte's T5)."""
 
 _VAE = {"slicing", "tiling"}
 _WEIGHTS = _VAE | {"dtype", "quantization", "layerwise_casting", "max_batch_size", "max_batch_tokens"}
@@ -108,9 +109,8 @@ class Description:
             if not isinstance(skeleton, PreTrainedModel):  # connectors, which take little beside the encoder
                 continue
             model = as_stored(skeleton, config, is_quantized=False).to(META)
-            longest = getattr(skeleton.config, "max_position_embeddings", None) or num_text_tokens
-            tokens = torch.empty(1, min(num_text_tokens or longest, longest), dtype=torch.long, device=META)
-            peak = working_bytes(model, partial(model, tokens, output_hidden_states=True))
+            given = _encoder_input(model, num_text_tokens)
+            peak = working_bytes(model, partial(model, given, output_hidden_states=True))
             peaks.append(peak + dequantized_bytes(model, config))
         return stored, max(peaks)
 
@@ -230,6 +230,16 @@ def _components(stored: Mapping[str, nn.Module]) -> tuple[ComponentSizes, ...]:
 def _component(name: str, stored: nn.Module) -> ComponentSizes:
     num_parameters = sum(parameter.numel() for parameter in stored.parameters())
     return ComponentSizes(name, type(stored).__name__, num_parameters, stored_bytes(stored))
+
+
+def _encoder_input(model: Any, num_text_tokens: int) -> torch.Tensor:
+    """The longest text that it is given, or a picture, where it sees those."""
+    of = model.config
+    if model.main_input_name == "pixel_values":
+        sides = (of.image_size, of.image_size)
+        return torch.empty(1, of.num_channels, *sides, dtype=model.dtype, device=META)
+    longest = getattr(of, "max_position_embeddings", None) or num_text_tokens or UNSAID_TOKENS
+    return torch.empty(1, min(num_text_tokens or longest, longest), dtype=torch.long, device=META)
 
 
 def _key(config: StageConfig) -> str:

@@ -47,8 +47,10 @@ class Decodes:
         # A pixel of each: what becomes of them, the decode stage does.
         return DecoderOutput(sample=latents.new_zeros(len(latents), 3, *[1] * (latents.ndim - 2)))
 
-    def _decode_sound(self, *args: Any, **kwargs: Any) -> NoReturn:
-        self._sound = _noted(args, kwargs)
+    def _decode_sound(self, latents: torch.Tensor, *args: Any, **kwargs: Any) -> NoReturn:
+        if not latents.numel():
+            raise ValueError("so few frames, at so many a second, are too short for sound: its latents are empty")
+        self._sound = _noted((latents, *args), kwargs)
         reach()
 
 

@@ -119,16 +119,12 @@ def _signature_names(pipeline_class: Any) -> frozenset[str]:
     return frozenset(signature(pipeline_class.__call__).parameters)
 
 
-def set_guidance(pipe: Any, scale: float | None, scale_2: float | None) -> None:
-    """In place, of guiders of the pipeline's own: blocks are not called with it. None: as it is.
-
-    Without guidance there are no negative embeddings for the second either, as in the classic pipelines.
-    """
-    off = scale is not None and scale <= 1
-    scales = {"guidance_scale": scale, "guidance_scale_2": 1.0 if off else scale_2}
+def set_guidance(pipe: Any, *scales: float | None) -> None:
+    """In place, of the guiders, in their order: blocks are not called with it. None: as it is."""
+    asked = dict(zip(GUIDERS, scales, strict=True))
     for field, guider in _guiders(pipe):
-        if scales[field] is not None:
-            guider.guidance_scale = scales[field]
+        if asked[field] is not None:
+            guider.guidance_scale = asked[field]
 
 
 def _guiders(pipe: Any) -> Iterator[tuple[str, Any]]:

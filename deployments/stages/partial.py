@@ -16,14 +16,19 @@ class PartialLatents:
     def __init__(self, num_partial_images: int, on_partial: OnPartial) -> None:
         self._num_partial_images, self._on_partial = num_partial_images, on_partial
         self._before: torch.Tensor | None = None
+        self._begin: int | None = None
+        """The first timestep that is done: of a picture that is drawn anew, those before are left out."""
 
     def after_step(self, scheduler: Any, index: int, latents: torch.Tensor) -> None:
         """Called after timestep `index` of the scheduler's, with the latents after it."""
-        steps = plan_partial_steps(len(scheduler.timesteps), self._num_partial_images)
-        if index + 1 in steps:
+        if self._begin is None:
+            self._begin = index
+        num_done = index + 1 - self._begin
+        steps = plan_partial_steps(len(scheduler.timesteps) - self._begin, self._num_partial_images)
+        if num_done in steps:
             assert self._before is not None
-            self._on_partial(steps.index(index + 1), predict_clean(scheduler, self._before, latents))
-        self._before = latents if index + 2 in steps else None
+            self._on_partial(steps.index(num_done), predict_clean(scheduler, self._before, latents))
+        self._before = latents if num_done + 1 in steps else None
 
 
 def plan_partial_steps(num_steps: int, num_partial_images: int) -> list[int]:

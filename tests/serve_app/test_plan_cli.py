@@ -78,6 +78,25 @@ def test_a_proposed_config_draws_what_was_planned_for_and_can_be_served(
     assert str(config.model.default_size) == size
 
 
+def write_config(path: Path, model: str) -> Path:
+    """Which says nothing but its name."""
+    said = (CONFIG % 0).replace("tiny://flux", f"tiny://{model}").splitlines()
+    path.write_text("\n".join(line for line in said if "defaults" not in line and "encoder" not in line))
+    return path
+
+
+def test_a_model_that_has_sizes_of_its_own_is_planned_for_the_largest(tmp_path: Path) -> None:
+    assert "pixels are let in" not in relay("plan", write_config(tmp_path / "x.yaml", "kandinsky5"))
+
+
+def test_a_text_encoder_that_takes_any_length_is_planned_though_nobody_says_one(tmp_path: Path) -> None:
+    assert "512x512x16" in relay("plan", write_config(tmp_path / "x.yaml", "latte"))
+
+
+def test_an_encoder_of_pictures_is_planned(tmp_path: Path) -> None:
+    assert "image_encoder" in relay("plan", write_config(tmp_path / "x.yaml", "wan21-i2v"), "--size", "64x64x5")
+
+
 def test_a_plan_that_does_not_fit_says_by_how_much_and_fails(tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(CONFIG % 0.5)

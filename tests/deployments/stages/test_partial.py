@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
-from deployments.stages.partial import plan_partial_steps, predict_clean
+from deployments.stages.partial import PartialLatents, plan_partial_steps, predict_clean
 
 
 @pytest.mark.parametrize(
@@ -53,3 +53,17 @@ def test_the_clean_latents_lie_at_the_end_of_the_schedulers_own_step() -> None:
 def test_other_schedulers_give_the_latents_as_they_are(scheduler: object) -> None:
     before, after = torch.zeros(1, 4), torch.ones(1, 4)
     assert predict_clean(scheduler, before, after) is after
+
+
+@pytest.mark.parametrize("begin", range(6))
+def test_of_a_picture_that_is_drawn_anew_they_are_spaced_over_the_steps_that_are_done(begin: int) -> None:
+    """Its strength leaves the first timesteps out."""
+    scheduler, steps = FlowMatchEulerDiscreteScheduler(), list[int]()
+    scheduler.set_timesteps(8)
+    scheduler.set_begin_index(begin)
+    latents = torch.ones(1, 4)
+    partials = PartialLatents(2, lambda _index, _latents: steps.append(scheduler.step_index - begin))
+    for index, timestep in enumerate(scheduler.timesteps[begin:], begin):
+        [latents] = scheduler.step(torch.ones(1, 4), timestep, latents, return_dict=False)
+        partials.after_step(scheduler, index, latents)
+    assert steps == plan_partial_steps(8 - begin, 2)

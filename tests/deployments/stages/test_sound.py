@@ -11,7 +11,7 @@ import torch
 from deployments.checkpoints.source import fetch_checkpoint
 from deployments.config import EncoderConfig, VaeConfig
 from deployments.memory.stored import stored_bytes
-from deployments.refusal import NotFinite
+from deployments.refusal import NotFinite, WrongField
 from deployments.request import DecodeArguments, GenerationRequest, num_bytes
 from deployments.stages import load_stage
 from deployments.stages.decode import Decoding
@@ -21,7 +21,7 @@ from deployments.stages.pipeline import loaded_models
 from deployments.stages.tensors import each_tensor
 from deployments.warm_up import tried_size
 from tests.deployments.stages.test_staged_pipelines import model, small_request
-from tests.deployments.variants import denoise_staged, load_denoising
+from tests.deployments.variants import denoise, denoise_staged, load_denoising
 
 Decoded = tuple[Decoding, DecodeArguments]
 
@@ -61,6 +61,20 @@ def test_sound_that_is_no_number_is_refused(request_: GenerationRequest, decoded
     broken = torch.full_like(arguments.sound.latents, float("nan"))
     with pytest.raises(NotFinite, match=r"the sound that LTX2Vocoder made is NaN or infinite: vae\.dtype"):
         stage.decode_media(replace(arguments, sound=DecodeArguments.of(broken)), request_)
+
+
+@pytest.mark.filterwarnings("ignore:std")  # of the empty sound, which is guided, too
+def test_a_video_too_short_for_sound_is_the_requests_fault(
+    request_: GenerationRequest, encoding: TextEncoding
+) -> None:
+    short = replace(request_, num_frames=1, fps=120)
+    stage = load_denoising(model("ltx2"))
+    try:
+        with pytest.raises(WrongField, match="too short for sound") as refused:
+            denoise(stage, encoding.encode(short), short)
+    finally:
+        stage.close()
+    assert refused.value.param == "num_frames"
 
 
 def test_what_makes_sound_counts_among_the_weights(decoded: Decoded) -> None:
