@@ -78,7 +78,9 @@ def test_the_docs_have_every_model_on_every_gpus() -> None:
     assert found == set(product(MODELS, ("2x16GiB", "4x24GiB", "8x80GiB")))
 
 
-@pytest.mark.parametrize("row", proposed(), ids=lambda row: "-".join(row[:2]))
+@pytest.mark.parametrize(
+    "row", usually(proposed(), lambda row: "FLUX" in row[0]), ids=lambda row: "-".join(row[:2])
+)
 def test_a_config_is_proposed_that_fits_as_the_docs_say(row: list[str]) -> None:
     name, gpus = NAMES[row[0]], parse_gpus(row[1])
     stages = propose(sizes_of(name), gpus)

@@ -91,6 +91,7 @@ def test_frames_are_told_by_what_the_vae_makes_of_them(name: str, multiple: int)
     assert model(name).geometry.frame_multiple == multiple
 
 
+@pytest.mark.thorough
 def test_a_pipeline_that_takes_its_size_from_the_picture_tells_those_that_it_makes() -> None:
     """HunyuanVideo 1.5; the tiny one makes 64 x 64 pixels."""
     sizes, processor = model("hunyuan-video15-i2v").geometry.sizes, HunyuanVideo15ImageProcessor()

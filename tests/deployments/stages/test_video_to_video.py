@@ -14,15 +14,12 @@ from deployments.stages.derive import Derived
 from deployments.video_file import read_frames
 from tests.deployments.variants import build_request, draw_plain, draw_staged, edit, write_tiny
 from tests.pictures import video
-from tests.thorough import usually
 
 
+@pytest.mark.thorough  # the call itself is one of test_staged_pipelines
 @pytest.mark.parametrize(
     ("tiny", "pipeline_class"),
-    usually(
-        [("cogvideox", "CogVideoXVideoToVideoPipeline"), ("wan", "WanVideoToVideoPipeline")],
-        lambda of: of[0] == "cogvideox",
-    ),
+    [("cogvideox", "CogVideoXVideoToVideoPipeline"), ("wan", "WanVideoToVideoPipeline")],
 )
 def test_one_that_was_saved_as_such_tells_its_sizes_and_draws_as_plain_diffusers(
     tmp_path: Path, tiny: str, pipeline_class: str
