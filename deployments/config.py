@@ -12,6 +12,7 @@ from cluster.resources import ResourceConfig
 from deployments.families import FAMILIES, Call, Defaults, Family, Geometry
 from deployments.memory.config import OFF, Dtype, MemoryConfig, TilingConfig
 from deployments.request import CallKind, MediaSize
+from deployments.step_cache import NO_TIERS, Quality, StepCacheConfig, TiersConfig
 
 WARM_UP_SIZE = re.compile(r"(\d{1,5}x\d{1,5})(?:x(\d{1,5}))?")
 
@@ -60,6 +61,7 @@ class ModelConfig(Config):
     about: str = Field("", description="what the model knows: a line for people, on the page and in /v1/models")
     examples: tuple[str, ...] = Field((), description="prompts that it draws well, to click on the page")
     defaults: DefaultsConfig = DefaultsConfig()
+    tiers: TiersConfig = NO_TIERS
     warm_up: tuple[str, ...] = Field(
         (),
         description="sizes that every stage runs through before it is ready, so that no user waits for compiling: "
@@ -112,6 +114,10 @@ class ModelConfig(Config):
         if not call.takes_guidance_scale_2:
             said.pop("guidance_scale_2", None)
         return replace(call.defaults, **said)
+
+    def step_cache_of(self, quality: Quality) -> StepCacheConfig | None:
+        """What is said here, and the architecture's own where nothing is; None: every step computes."""
+        return self.tiers.step_cache(quality) or self.architecture.tiers.step_cache(quality)
 
     @property
     def geometry(self) -> Geometry:

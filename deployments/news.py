@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from deployments.request import DecodeArguments, PartialDenoised, Progress, StreamOptions
+from deployments.request import DecodeArguments, ForwardCounts, PartialDenoised, Progress, StreamOptions
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +23,7 @@ class News:
         self._items: asyncio.Queue[tuple[Any, ...] | None] = asyncio.Queue()
         self._arrived = self._started = self._stepped = time.perf_counter()
         self._reported = 0.0
+        self.forwards = ForwardCounts(0, 0)
 
     @property
     def queue_ms(self) -> float:
@@ -50,6 +51,10 @@ class News:
             left = self._num_steps - step
             eta_s = round((now - self._started) / step * left, 3) if step else None
             self._tell(Progress(step, self._num_steps, eta_s))
+
+    def on_forwards(self, counts: ForwardCounts) -> None:
+        """All are done."""
+        self.forwards = counts
 
     def on_partial(self, index: int, arguments: DecodeArguments) -> None:
         self._tell(PartialDenoised(index), arguments)

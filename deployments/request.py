@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from deployments.step_cache import Quality, StepCacheConfig
+
 OutputFormat = Literal["png", "jpeg", "webp", "mp4"]
 CallKind = Literal["generate", "edit", "inpaint", "image_to_video", "video_to_video"]
 """From text alone; from pictures; of a picture what a mask says; a video from its first frame; from a video."""
@@ -65,6 +67,10 @@ class GenerationRequest:
     """Of pipelines with a ControlNet: how loud it is."""
     guidance_scale_2: float | None = None
     """Of the expert for low noise, where there are two; None: as of the other."""
+    quality: Quality | None = "high"
+    """The tier that was asked for; None: none, but a step cache of the request's own."""
+    step_cache: StepCacheConfig | None = None
+    """None: every step computes its predictions."""
 
     @property
     def size(self) -> MediaSize:
@@ -188,6 +194,15 @@ class PartialDenoised:
 
 
 @dataclass(frozen=True)
+class ForwardCounts:
+    """Of a request's forwards of its denoisers."""
+
+    computed: int
+    asked: int
+    """By the pipeline; those that were not computed, a step cache has extrapolated."""
+
+
+@dataclass(frozen=True)
 class Denoised:
     """What the ingress learns of a finished denoise; what is to be decoded follows it, by reference."""
 
@@ -197,6 +212,7 @@ class Denoised:
     queue_ms: float
     """From the arrival in the replica to the start of the loop."""
     denoise_ms: float
+    forwards: ForwardCounts
 
 
 @dataclass(frozen=True)

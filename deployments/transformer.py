@@ -57,7 +57,7 @@ class Transformer(StageReplica):
         self._stage = load_stage("denoise", model, config)
         self._connect()
         self._stage.warm_up(warm_up)
-        self._answered_bytes = 0
+        self._answered_bytes = self._reused_forwards = 0
         self._metrics = [
             StageMetrics(stage="denoise", rank=rank, model=model.name) for rank in range(config.num_ranks)
         ]
@@ -119,8 +119,13 @@ class Transformer(StageReplica):
         finally:
             self._stage.leave(seat)
         self._answered_bytes += arguments.nbytes
+        self._reused_forwards += news.forwards.asked - news.forwards.computed
         yield Denoised(
-            conditioning.encode_ms, prepared.prepare_ms, queue_ms=news.queue_ms, denoise_ms=news.denoise_ms
+            conditioning.encode_ms,
+            prepared.prepare_ms,
+            queue_ms=news.queue_ms,
+            denoise_ms=news.denoise_ms,
+            forwards=news.forwards,
         )
         yield arguments
 
@@ -144,6 +149,7 @@ class Transformer(StageReplica):
             news.on_partial,
             posteriors=prepared.posteriors,
             pictures=pictures,
+            on_forwards=news.on_forwards,
         )
 
     def record_autoscaling_stats(self) -> dict[str, float]:
@@ -178,6 +184,7 @@ class Transformer(StageReplica):
         self._metrics[0].export(
             {
                 "relay_forwards_total": forwards,
+                "relay_reused_forwards_total": self._reused_forwards,
                 "relay_waiting_forwards": queue.num_waiting,
                 "relay_queue_wait_seconds_total": queue.queue_wait_s,
                 "relay_answered_bytes_total": self._answered_bytes,

@@ -158,6 +158,29 @@ def memory(
 
 
 @bench.command()
+def tiers(
+    model: Annotated[
+        str, typer.Option(help="a checkpoint; only of pictures of shapes can be told what they show")
+    ] = "embedded://shapes",
+    steps: Annotated[int, typer.Option(help="denoising steps")] = 28,
+    prompts: Annotated[int, typer.Option(help="of each tier, at each concurrency")] = 200,
+    svg_file: Annotated[Path | None, typer.Option("--svg", help="draw loss over time into this file")] = None,
+    json_file: JsonFile = None,
+    quick: Quick = False,
+) -> None:
+    """What each `quality`, and other step caches, save and cost: speed alone and at 8, PSNR, what pictures show."""
+    module = importlib.import_module("serve_app.bench.tiers")
+    module.run(
+        model=model,
+        tiers=module.QUICK if quick else module.TIERS,
+        num_prompts=16 if quick else prompts,
+        num_steps=steps,
+        json_file=json_file,
+        svg_file=svg_file,
+    )
+
+
+@bench.command()
 def gpu(
     models: Annotated[str, typer.Option(help="flux, qwen-image, or both with a comma")] = "flux,qwen-image",
     limit_s: Annotated[float, typer.Option(help="seconds for all; what will not fit is left out")] = 570.0,

@@ -13,6 +13,7 @@ from deployments.request import (
     NO_NEWS,
     NOTHING_PREPARED,
     Denoised,
+    ForwardCounts,
     GenerationRequest,
     InputPictures,
     Media,
@@ -21,6 +22,7 @@ from deployments.request import (
     Progress,
     StreamOptions,
 )
+from deployments.step_cache import Quality
 from serve_app.errors import BadRequest, DeadlineExceeded, RelayError, StageFailed
 from serve_app.losses import StageLost, naming, repeat_when_lost
 from serve_app.partials import PartialImage, Partials
@@ -59,8 +61,23 @@ class Picture:
     """One finished picture or video, and where its time went."""
 
     media: Media
-    seed: int
+    request: GenerationRequest
     denoised: Denoised
+
+    @property
+    def seed(self) -> int:
+        return self.request.seed
+
+    @property
+    def quality(self) -> Quality | None:
+        """The tier in effect; None: a step cache of the request's own."""
+        forwards = self.denoised.forwards
+        return "high" if forwards.computed == forwards.asked else self.request.quality
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What was asked for and could have no effect."""
+        return step_cache_warnings(self.request, self.denoised.forwards)
 
     @property
     def timings_ms(self) -> dict[str, float]:
@@ -73,6 +90,16 @@ class Picture:
             "decode": self.media.decode_ms,
         }
         return {stage: round(ms, 2) for stage, ms in times.items()}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """How it was drawn, for answers."""
+        return {
+            "seed": self.seed,
+            "timings_ms": self.timings_ms,
+            "forwards": vars(self.denoised.forwards),
+            "warnings": list(self.warnings),
+        }
 
 
 News = Progress | PartialImage | Picture
@@ -153,6 +180,24 @@ async def _draw(
             task.cancel()
 
 
+def step_cache_warnings(request: GenerationRequest, forwards: ForwardCounts) -> tuple[str, ...]:
+    """Where a tier, or a step cache, has changed nothing."""
+    cache, quality = request.step_cache, request.quality
+    if cache is None:
+        if quality == "high":
+            return ()
+        return (
+            f"quality: this model has no tier {quality}, so every step was computed: set model.tiers.{quality}",
+        )
+    if forwards.computed < forwards.asked:
+        return ()
+    field = "step_cache" if quality is None else "quality"
+    return (
+        f"{field}: nothing was reused in {request.num_inference_steps} steps, of which {cache.kind} computes the "
+        f"first {cache.first_steps} and the last {cache.last_steps} in any case",
+    )
+
+
 def _size_param(request: GenerationRequest) -> str:
     """The field to blame for what is too large."""
     return "num_frames" if request.num_frames > 1 else "size"
@@ -218,7 +263,7 @@ async def _picture(
             tell(Progress(num_steps, num_steps, 0.0, "decode"))
         with naming("decode", param=size_param, if_input_lost=forget_latents):
             media: Media = await stages.vae.decode.remote(latents, request)
-        return Picture(media, request.seed, denoised)
+        return Picture(media, request, denoised)
 
     def forget_latents() -> None:
         nonlocal reached

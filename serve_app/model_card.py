@@ -1,12 +1,13 @@
 """What clients may want to know of a served model before they ask for a picture."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import BaseModel, Field
 
 from deployments.config import ModelConfig
 from deployments.request import CallKind
+from deployments.step_cache import Quality, StepCacheConfig
 from serve_app.config import LimitsConfig
 from serve_app.openai_api import MAX_N
 
@@ -85,6 +86,9 @@ class ModelCard(BaseModel):
     about: str = Field(description="what the model knows, for people")
     examples: tuple[str, ...] = Field(description="prompts that it draws well")
     calls: dict[CallKind, CallCard] = Field(description="the kinds of call that it serves")
+    tiers: dict[Quality, StepCacheConfig | None] = Field(
+        description="what a request's `quality` stands for; null: every step computes"
+    )
     defaults: ModelDefaults
     limits: ModelLimits
 
@@ -114,6 +118,7 @@ def model_card(model: ModelConfig, created: int, limits: LimitsConfig) -> ModelC
             for kind, call in family.calls.items()
             if (family.media, kind) in PATHS
         },
+        tiers={quality: model.step_cache_of(quality) for quality in get_args(Quality)},
         defaults=ModelDefaults(
             **defaults[family.call.kind] | {"fps": own.fps if is_video else None},
             size=f"{size.width}x{size.height}",

@@ -1,11 +1,13 @@
 """Bodies of requests and answers, in OpenAI's shapes; fields beyond OpenAI's are marked."""
 
+import json
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from deployments.request import CallKind, InputPictures, StreamOptions
+from deployments.step_cache import Quality, StepCacheConfig
 from deployments.video_format import find_format
 from serve_app.input_pictures import DATA_URL_FORM, read_picture, read_pictures
 
@@ -44,6 +46,14 @@ class GenerationBody(BaseModel):
     seed: int | None = Field(
         None, ge=0, lt=2**63, description="beyond OpenAI; left out: drawn at random, told in the answer"
     )
+    quality: Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"] | None = Field(
+        None,
+        description="medium and low reuse predictions of earlier steps, by the model's `tiers`: faster, another "
+        "picture; of all others every step computes",
+    )
+    step_cache: StepCacheConfig | None = Field(
+        None, description="beyond OpenAI; goes before `quality`: which steps reuse predictions of earlier ones"
+    )
 
     @property
     def call_kind(self) -> CallKind:
@@ -62,6 +72,17 @@ class GenerationBody(BaseModel):
         if not isinstance(fields, dict):
             return fields
         return {k: v for k, v in fields.items() if v is not None or k not in cls.model_fields}
+
+    @field_validator("step_cache", mode="before")
+    @classmethod
+    def _read_object(cls, value: Any) -> Any:
+        """In a form it is JSON."""
+        if not isinstance(value, str) or not value.lstrip().startswith("{"):
+            return value
+        try:
+            return json.loads(value)
+        except ValueError as error:
+            raise PydanticCustomError("not_json", "no JSON: {why}", {"why": str(error)}) from error
 
     @field_validator("*", mode="before")
     @classmethod
@@ -91,9 +112,6 @@ class ImageBody(GenerationBody):
     output_format: Literal["png", "jpeg", "webp"] = "png"
     output_compression: int = Field(
         100, ge=0, le=100, description="quality of jpeg and webp; 100 makes webp lossless"
-    )
-    quality: Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"] | None = Field(
-        None, description="accepted, without effect: steps decide the quality here"
     )
     style: Literal["vivid", "natural"] | None = Field(None, description="accepted, without effect")
     background: Literal["auto", "opaque"] | None = Field(None, description="accepted; always opaque")
@@ -189,16 +207,31 @@ class TimingsMs(BaseModel):
     decode: float
 
 
-class ImageData(BaseModel):
-    b64_json: str
+class Forwards(BaseModel):
+    """Of the denoisers. Beyond OpenAI."""
+
+    computed: int
+    asked: int = Field(description="by the pipeline; the others were reused by a step cache")
+
+
+class Drawn(BaseModel):
+    """How a picture was drawn. Beyond OpenAI, but for `quality`."""
+
     seed: int
     timings_ms: TimingsMs
+    forwards: Forwards
+    warnings: list[str] = Field(description="what was asked for and could have no effect")
+
+
+class ImageData(Drawn):
+    b64_json: str
 
 
 class ImagesResponse(BaseModel):
     created: int = Field(description="Unix time, seconds")
     output_format: Literal["png", "jpeg", "webp"]
     size: str
+    quality: Quality | None = Field(description="the tier in effect; null: a step_cache of the request's own")
     data: list[ImageData]
 
 
@@ -224,7 +257,7 @@ class MediaEvent(ImageEvent):
 
     b64_json: str
     size: str
-    quality: Literal["auto"] = "auto"
+    quality: Quality | Literal["auto"] | None = Field("auto", description="auto: of a picture that still forms")
     background: Literal["opaque"] = "opaque"
     output_format: Literal["png", "jpeg", "webp"]
 
@@ -249,12 +282,10 @@ class Usage(BaseModel):
     total_tokens: int = 0
 
 
-class AnyCompletedEvent(MediaEvent):
-    """A picture, and the last event of it. `seed` and `timings_ms` are beyond OpenAI."""
+class AnyCompletedEvent(MediaEvent, Drawn):
+    """A picture, and the last event of it."""
 
     usage: Usage = Usage()
-    seed: int
-    timings_ms: TimingsMs
 
 
 class ProgressEvent(AnyProgressEvent):

@@ -28,7 +28,6 @@ from serve_app.openai_api import (
     ImageData,
     ImagesResponse,
     StageHealth,
-    TimingsMs,
     VideoBody,
 )
 from serve_app.page import add_pages
@@ -58,7 +57,10 @@ EDIT_EVENTS: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/event-stream": {"itemSchema": EDIT_EVENT}}, "description": STREAMED}
 }
 VIDEO: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"video/mp4": {}}, "description": "MP4; the headers X-Seed and Server-Timing tell more"}
+    200: {
+        "content": {"video/mp4": {}},
+        "description": "MP4; more in the headers X-Seed, X-Forwards (computed/asked), X-Warnings, Server-Timing",
+    }
 }
 ELSEWHERE = {
     "/v1/videos": "no video is made in the background: POST the same fields to /v1/videos/sync, which waits for "
@@ -132,6 +134,7 @@ async def _answer_images(
         created=int(time.time()),
         output_format=body.output_format,
         size=f"{first.width}x{first.height}",
+        quality=pictures[0].quality,
         data=[_image_data(picture) for picture in pictures],
     )
 
@@ -152,7 +155,14 @@ def _add_videos(api: FastAPI, relay: Relay) -> None:
         judged = await asyncio.get_running_loop().run_in_executor(judging, relay.validator.judge, body)
         [picture] = await while_connected(request, relay.run(judged.requests, judged.pictures))
         timings = ", ".join(f"{stage};dur={ms}" for stage, ms in picture.timings_ms.items())
-        headers = {"X-Seed": str(picture.seed), "Server-Timing": timings}
+        forwards = picture.denoised.forwards
+        headers = {
+            "X-Seed": str(picture.seed),
+            "Server-Timing": timings,
+            "X-Forwards": f"{forwards.computed}/{forwards.asked}",
+        }
+        if picture.warnings:
+            headers["X-Warnings"] = "; ".join(picture.warnings)
         return Response(picture.media.data, media_type=picture.media.media_type, headers=headers)
 
 
@@ -218,11 +228,7 @@ def _max_body_bytes(relay: Relay) -> tuple[int, dict[str, int]]:
 
 
 def _image_data(picture: Picture) -> ImageData:
-    return ImageData(
-        b64_json=base64.b64encode(picture.media.data).decode(),
-        seed=picture.seed,
-        timings_ms=TimingsMs(**picture.timings_ms),
-    )
+    return ImageData(b64_json=base64.b64encode(picture.media.data).decode(), **picture.facts)
 
 
 async def _answer_error(request: Request, error: Exception) -> JSONResponse:

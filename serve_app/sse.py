@@ -19,7 +19,6 @@ from serve_app.openai_api import (
     ImageEvent,
     PartialImageEvent,
     ProgressEvent,
-    TimingsMs,
 )
 from serve_app.partials import PartialImage
 
@@ -77,4 +76,4 @@ def describe_event(event: Event, request: GenerationRequest) -> ImageEvent:
         partial_event = EditPartialImageEvent if is_edit else PartialImageEvent
         return partial_event(**media, partial_image_index=news.partial_image_index)
     completed_event = EditCompletedEvent if is_edit else CompletedEvent
-    return completed_event(**media, seed=news.seed, timings_ms=TimingsMs(**news.timings_ms))
+    return completed_event(**media, quality=news.quality, **news.facts)

@@ -9,6 +9,7 @@ from typing import Any
 from deployments.config import ModelConfig
 from deployments.families import Call, Defaults
 from deployments.request import CallKind, GenerationRequest, InputPictures, MediaSize, Prompt, StreamOptions
+from deployments.step_cache import Quality
 from serve_app.config import LimitsConfig
 from serve_app.errors import BadRequest, UnknownModel, quoted
 from serve_app.fields import parse_body
@@ -183,6 +184,7 @@ class Validator:
             "strength": _strength(body, defaults, steps),
             "control_scale": _control_scale(body, defaults),
             "guidance_scale_2": _guidance_scale_2(body, call, defaults),
+            **self._step_cache(body),
         } | own
 
     def _picture_size(self, body: GenerationBody, call: Call) -> MediaSize | None:
@@ -213,6 +215,13 @@ class Validator:
                 f"num_inference_steps must be between 1 and {limit}, got {quoted(steps)}", "num_inference_steps"
             )
         return steps or defaults.num_inference_steps
+
+    def _step_cache(self, body: GenerationBody) -> dict[str, Any]:
+        """Fields of a GenerationRequest."""
+        if body.step_cache is not None:
+            return {"quality": None, "step_cache": body.step_cache}
+        quality: Quality = body.quality if body.quality in ("medium", "low") else "high"
+        return {"quality": quality, "step_cache": self._model.step_cache_of(quality)}
 
     def _guidance(self, body: GenerationBody, call: Call, defaults: Defaults) -> tuple[float | None, float | None]:
         """(guidance_scale, true_cfg_scale); a field that this kind of call does not know is refused."""

@@ -18,7 +18,7 @@ from deployments.engine.merge import Inputs, Mergers, num_samples, num_tokens, s
 from deployments.engine.seat import Seat
 from deployments.engine.step_queue import StepQueue
 from deployments.engine.work import Leader
-from deployments.memory.needs import Needs
+from deployments.memory.needs import Kept, Needs
 from deployments.refusal import OutOfShare, ShardGroupLost
 
 TURN_S = 10.0
@@ -113,7 +113,7 @@ class Engine:
                 _Asked(component, inputs, accelerator.mark_queued(self._device)),
                 signature=signature,
                 tokens=tokens,
-                at_most=self._at_most(signature, tokens, component, inputs),
+                at_most=self._at_most(seat, signature, tokens, component, inputs),
                 model=component,
             )
         ]
@@ -129,13 +129,14 @@ class Engine:
         """Two denoisers' forwards are never merged."""
         return component, self._mergers[component].signature(inputs)
 
-    def _at_most(self, signature: Hashable, tokens: int, component: str, inputs: Inputs) -> int | None:
+    def _at_most(self, seat: Seat, signature: Hashable, tokens: int, component: str, inputs: Inputs) -> int | None:
         """How many such forwards fit the memory at once."""
         if self._needs is None or self._foresee is None or not self._mergers[component].knows_signatures:
             return None
         label = f"a forward of {tokens} latent positions"
         foresee = partial(self._foresee, component, inputs)
-        return self._needs.at_most(signature, label, foresee, up_to=self._max_batch_size)
+        kept = Kept(seat.kept_bytes, self.queue.kept_bytes())
+        return self._needs.at_most(signature, label, foresee, up_to=self._max_batch_size, kept=kept)
 
     def _compute(self, body: tuple[Sequence[_Asked], tuple[int, ...]]) -> Any:
         asked, released = body
@@ -147,7 +148,8 @@ class Engine:
         component = asked[0].component
         if self._needs is None:
             return self._leader.run(component, group, released)
-        with self._needs.measured(self._signature(component, group[0]), len(group)):
+        signature, kept_bytes = self._signature(component, group[0]), self.queue.kept_bytes()
+        with self._needs.measured(signature, len(group), kept_bytes=kept_bytes):
             return self._leader.run(component, group, released)
 
     def lose(self, cause: BaseException) -> None:

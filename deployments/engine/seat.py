@@ -35,6 +35,8 @@ class Seat:
     passes: list["Seat"] = field(default_factory=list)
     """Seats of the same request for forwards that it asks for before it needs the one before."""
     is_pass: bool = False
+    kept_bytes: int = 0
+    """What the request keeps on the device from step to step, beside its forwards."""
 
     def is_coming_to(self, signature: Hashable) -> bool:
         """Is its next forward on the way and, going by its habits, of this signature?"""

@@ -117,6 +117,16 @@ class StepQueue:
                 self._seats.add(seat.passes[-1])
             return (seat, *seat.passes)[place]
 
+    def keep(self, seat: Seat, num_bytes: int) -> None:
+        """The request keeps so many more from step to step, until its seat is free."""
+        with self._changed:
+            seat.kept_bytes += num_bytes
+
+    def kept_bytes(self) -> int:
+        """By all that have a seat."""
+        with self._changed:
+            return sum(seat.kept_bytes for seat in self._seats)
+
     def submit(
         self,
         seat: Seat,

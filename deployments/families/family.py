@@ -8,6 +8,7 @@ from deployments.families.calls import Call, find_calls
 from deployments.families.geometry import Configs, Geometry
 from deployments.memory.config import Dtype
 from deployments.request import CallKind
+from deployments.step_cache import NO_TIERS, TiersConfig
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Family:
     """Those of a modular pipeline, whose source does not say them in one place; None: the source does."""
     reads_vae_buffers: bool = False
     """Whether the VAE's files hold more than parameters, which the pipeline may read before it decodes."""
+    tiers: TiersConfig = NO_TIERS
+    """Step caches for requests of lower quality: measured, or none."""
     upcasts_vae: bool = False
     """Whether the pipeline decodes in float32 where the VAE is in float16 and its config has `force_upcast`."""
 

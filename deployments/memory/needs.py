@@ -16,6 +16,19 @@ Foresee = Callable[[], tuple[int, int]]
 """(bytes of weights on the device, bytes of tensors that one call has besides)"""
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Bytes that requests keep on the device between their calls."""
+
+    own: int = 0
+    """By the request whose call it is."""
+    all: int = 0
+    """By it and the others."""
+
+
+NOTHING_KEPT = Kept()
+
+
 @dataclass(frozen=True, eq=False)
 class Need:
     """Of one kind of call: all calls of a kind have the same shapes."""
@@ -56,8 +69,11 @@ class Needs:
     def is_limited(self) -> bool:
         return self._limit is not None
 
-    def at_most(self, kind: Hashable, label: str, foresee: Foresee, *, up_to: int = 1) -> int | None:
-        """How many calls of this kind, of `up_to`, fit at once; None: no limit. Raises NeverFits if not one does.
+    def at_most(
+        self, kind: Hashable, label: str, foresee: Foresee, *, up_to: int = 1, kept: Kept = NOTHING_KEPT
+    ) -> int | None:
+        """How many calls of this kind, of `up_to`, fit at once; None: no limit. Raises NeverFits if not one does,
+        beside what its request keeps. One always may, beside what others do: they will have done.
 
         foresee takes up to seconds, once per kind: call this from a thread.
         """
@@ -69,16 +85,20 @@ class Needs:
             with self._foreseeing:
                 need = self._needs.get(kind) or Need(label, *foresee(), self._reserve_bytes)
                 self._needs[kind] = need
-        if need.num_bytes(1) > limit.num_bytes:
+        if need.num_bytes(1) + kept.own > limit.num_bytes:
+            beside = f" and {gib(kept.own)} for its step cache" if kept.own else ""
             raise NeverFits(
-                f"{label} needs {gib(need.num_bytes(1))}, {gib(need.weights_bytes)} of it weights, and the stage "
-                f"has {gib(limit.num_bytes)} ({limit.reason}): ask for less"
+                f"{label} needs {gib(need.num_bytes(1))}, {gib(need.weights_bytes)} of it weights,{beside} and "
+                f"the stage has {gib(limit.num_bytes)} ({limit.reason}): ask for less"
             )
-        return max(number for number in range(1, up_to + 1) if need.num_bytes(number) <= limit.num_bytes)
+        room = limit.num_bytes - kept.all
+        return max((number for number in range(1, up_to + 1) if need.num_bytes(number) <= room), default=1)
 
     @contextmanager
-    def measured(self, kind: Hashable, num_calls: int = 1) -> Iterator[None]:
+    def measured(self, kind: Hashable, num_calls: int = 1, *, kept_bytes: int = 0) -> Iterator[None]:
         """Around merged calls of a kind that was admitted. On a GPU their peak replaces what was foreseen.
+
+        kept_bytes: on the device meanwhile, that are not of these calls.
 
         Of calls that ran out of memory so many are not merged again. What has fitted, fits: a peak above the
         limit, where nothing enforces that, is no reason to refuse the same call the next time.
@@ -98,7 +118,7 @@ class Needs:
                 need.measured[num_calls] = limit.num_bytes + 1
             raise
         if is_on_gpu:
-            peak_bytes = min(accelerator.peak_bytes(self._device)[0], limit.num_bytes)
+            peak_bytes = min(accelerator.peak_bytes(self._device)[0] - kept_bytes, limit.num_bytes)
             need.measured[num_calls] = max(peak_bytes, need.measured.get(num_calls, 0))
 
     def peaks(self) -> tuple[int, int]:

@@ -27,9 +27,17 @@ from deployments.engine.outline import Outliner
 from deployments.engine.passes import Passes
 from deployments.engine.seat import Seat
 from deployments.engine.stand_in import Submit, stand_ins
+from deployments.engine.step_cache import StepCache
 from deployments.engine.work import Leader
 from deployments.refusal import CannotServe, WrongField, describe_cause
-from deployments.request import DecodeArguments, Encodings, GenerationRequest, InputPictures, Posteriors
+from deployments.request import (
+    DecodeArguments,
+    Encodings,
+    ForwardCounts,
+    GenerationRequest,
+    InputPictures,
+    Posteriors,
+)
 from deployments.stages.blank import BlankTexts
 from deployments.stages.call import Pictures, PipelineCalls
 from deployments.stages.draws import Draws
@@ -51,6 +59,8 @@ OnStep = Callable[[int, torch.Tensor], None]
 """(steps done, latents after them), after every timestep: some schedulers have several to a step."""
 OnPartial = Callable[[int, DecodeArguments], None]
 """(partial_image_index, what the pipeline would decode if the request ended here)"""
+OnForwards = Callable[[ForwardCounts], None]
+"""Once, when all are done."""
 
 PIPELINE_ERRORS = (ArithmeticError, AssertionError, LookupError, RuntimeError, ValueError)
 """What pipelines and schedulers raise of a field that they cannot take; and others of much else."""
@@ -174,6 +184,7 @@ class Denoising:
         posteriors: Posteriors = (),
         pictures: InputPictures | None = None,
         max_sequence_length: int | None = None,
+        on_forwards: OnForwards = lambda _counts: None,
     ) -> DecodeArguments:
         """What the pipeline's VAE is to decode, on the CPU. Blocks.
 
@@ -185,7 +196,8 @@ class Denoising:
         Raises Cancelled, WrongField, NotFinite, OutOfShare, or what the engine does.
         """
         with self.loaded.keeper.naming(), accelerator.on_stream(self._stream):
-            components = self._stand_ins(self._submit(seat, request))
+            cache = StepCache(request.step_cache, partial(self.engine.begin, seat))
+            components = self._stand_ins(self._submit(cache, request))
             opened: Pictures = open_pictures(pictures, request.size)
             encode: Encode | None = None
             if encodings is None:
@@ -203,7 +215,7 @@ class Denoising:
                     pictures=opened,
                     draws=Draws(request.seed, self._denoisers.device) if self._draws_noise else None,
                     after_step=self._after_step(
-                        request, encodings, posteriors, opened, on_step, num_partial_images, on_partial
+                        cache, request, encodings, posteriors, opened, on_step, num_partial_images, on_partial
                     ),
                     max_sequence_length=max_sequence_length,
                 )
@@ -215,12 +227,14 @@ class Denoising:
                     field = pictures.field
                 message = f"{call} does not take this {field}: {describe_cause(error)}"
                 raise WrongField(message, field) from error
+            on_forwards(cache.counts)
             for tensor in each_tensor(arguments.values):
                 self.finite.check(tensor, partial(self._explain, request))
             return _to_cpu(arguments)
 
     def _after_step(
         self,
+        cache: StepCache,
         request: GenerationRequest,
         encodings: Encodings | None,
         posteriors: Posteriors,
@@ -247,6 +261,7 @@ class Denoising:
         partials = PartialLatents(num_partial_images, finish)
 
         def after_step(scheduler: Any, index: int, latents: torch.Tensor) -> None:
+            cache.after_step(scheduler, index)
             on_step(_num_done(scheduler, index, request.num_inference_steps), latents)
             if on_partial is not None:
                 partials.after_step(scheduler, index, latents)
@@ -257,11 +272,11 @@ class Denoising:
         """The pipeline's own code casts what it draws from them."""
         return replay(posteriors, self._denoisers.device)
 
-    def _submit(self, seat: Seat, request: GenerationRequest) -> Submit:
+    def _submit(self, cache: StepCache, request: GenerationRequest) -> Submit:
         """What answers the request's forwards."""
         if request.kind in self.pending_kinds:
-            return Passes(partial(self.engine.begin, seat))
-        return partial(self.engine.forward, seat)
+            return Passes(cache.begin)
+        return lambda component, inputs: cache.begin(0, component, inputs)()
 
     def _stand_ins(self, submit: Submit) -> dict[str, Any]:
         """For the pipeline's denoisers."""

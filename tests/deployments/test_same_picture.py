@@ -2,7 +2,7 @@
 
 import inspect
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from deployments.families import FAMILIES
 from deployments.replica import exit_replica
 from deployments.request import DecodeArguments, GenerationRequest, Prompt
 from deployments.stages import load_stage
+from deployments.step_cache import StepCacheConfig
 from tests.tiny_models import EXPERTS, family_of, tiny_model
 
 pytestmark = pytest.mark.slow
@@ -255,6 +256,70 @@ def test_forty_mixed_requests_are_neither_swapped_nor_lost(
         ray.get(processes.ranks[0].call.remote("denoise", f, config, "stats")).queue.batch_sizes for f in FAMILIES
     ]
     assert any(size > 1 for batch_sizes in sizes for size in batch_sizes), "nothing merged"
+
+
+TIERS = (
+    None,
+    StepCacheConfig(),
+    StepCacheConfig(interval=4),
+    StepCacheConfig(order=2, interval=3),
+    StepCacheConfig(kind="easy_cache", threshold=0.3),
+)
+"""None: lossless."""
+
+
+def denoise_at_once(
+    processes: Processes, family: str, shards: int, requests: Sequence[GenerationRequest]
+) -> list[torch.Tensor]:
+    """Latents, in the order of the requests."""
+    config = processes.connect(family, shards)
+    encode = EncoderConfig(max_sequence_length=64 if FAMILIES[family].max_sequence_length else None)
+    ray.get(processes.encoder.load.remote("encode", family, encode))
+    embeds = [processes.encoder.call.remote("encode", family, encode, "encode", request) for request in requests]
+    answers = [
+        processes.ranks[0].denoise.remote(family, config, given, request)
+        for given, request in zip(embeds, requests, strict=True)
+    ]
+    return [answer.latents for answer in ray.get(answers)]
+
+
+@pytest.mark.parametrize("family", ["flux", "sd15"])
+def test_eight_requests_of_mixed_tiers_over_two_shards_are_each_as_alone(
+    processes: Processes, family: str
+) -> None:
+    """Sizes and steps are equal, so that nothing but their seats tells their caches apart."""
+    base = replace(build_request(family, guided=True), num_inference_steps=12)
+    prompts = [Prompt(f"{animal} {i}", "blurry", is_guided=True) for i, animal in enumerate(["cat", "dog"] * 4)]
+    requests = [
+        replace(base, prompt=prompt, seed=i, step_cache=TIERS[i % len(TIERS)]) for i, prompt in enumerate(prompts)
+    ]
+    alone = [denoise_at_once(processes, family, 2, [request])[0] for request in requests]
+    together = denoise_at_once(processes, family, 2, requests)
+    for one, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(one, other, atol=1.5e-4, rtol=2e-5)
+    lossless = denoise_at_once(processes, family, 2, [replace(requests[1], step_cache=None)])[0]
+    assert (alone[1] - lossless).abs().max() > 1e-3, "a cache that changes nothing proves nothing"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_cache_is_the_same_over_any_shards_and_crosses_them_only_to_compute(
+    processes: Processes, family: str
+) -> None:
+    request = replace(build_request(family, guided=False), num_inference_steps=12)
+    cached = replace(request, step_cache=StepCacheConfig(interval=3))
+    crossed = []
+    for asked in (request, cached):
+        processes.connect(family, 2)
+        before = processes.stats(family, 2)
+        denoise_at_once(processes, family, 2, [asked])
+        after = processes.stats(family, 2)
+        crossed.append([b.bytes_sent - a.bytes_sent for a, b in zip(before, after, strict=True)])
+    num_steps = 13 if family == "sd15" else 12  # PNDM's first step has two forwards
+    computed = 7 if family == "sd15" else 6
+    for of_all, of_few in zip(*crossed, strict=True):
+        assert of_few / of_all == pytest.approx(computed / num_steps, abs=0.05)
+    one, two = (denoise_at_once(processes, family, shards, [cached])[0] for shards in (1, 2))
+    assert torch.equal(one, two)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -20,10 +20,10 @@ import psutil
 import pytest
 from PIL import Image
 
+from deployments.checkpoints.shapes.grader import grade
 from deployments.checkpoints.shapes.scene import random_scene
 from deployments.checkpoints.shapes.wording import describe_unseen
 from tests.relay_server import QUICKSTART, free_port, left_over, serving, wait_for
-from tests.shapes_grader import grade
 
 pytestmark = pytest.mark.slow
 

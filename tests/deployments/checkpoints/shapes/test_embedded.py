@@ -8,10 +8,10 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
+from deployments.checkpoints.shapes.grader import Grade, grade
 from deployments.checkpoints.shapes.scene import Scene, Thing, random_scene
 from deployments.checkpoints.shapes.wording import describe_unseen
 from deployments.checkpoints.source import fetch_checkpoint
-from tests.shapes_grader import Grade, grade
 
 NUM_PROMPTS, NUM_THOROUGH = 40, 200
 BATCH = 40

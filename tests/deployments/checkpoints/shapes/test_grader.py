@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from deployments.checkpoints.shapes.grader import grade, look
 from deployments.checkpoints.shapes.scene import (
     BACKGROUNDS,
     COLORS,
@@ -16,7 +17,6 @@ from deployments.checkpoints.shapes.scene import (
     random_scene,
     render_scene,
 )
-from tests.shapes_grader import grade, look
 
 THING = Thing("red", "circle", "left", "large")
 SCENE = Scene((THING, Thing("blue", "square", "right", "small")), "white")

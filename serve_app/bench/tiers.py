@@ -1,0 +1,170 @@
+"""What step caches cost and save: requests per second, how far pictures move, and whether they still show it all.
+
+One Serve application, called through its handle. Every tier draws the same prompts with the same seeds, in turn.
+"""
+
+import asyncio
+import io
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from ray import serve
+from rich.progress import Progress
+
+from deployments.checkpoints.shapes.grader import grade
+from deployments.checkpoints.shapes.scene import Scene, random_scene
+from deployments.checkpoints.shapes.wording import describe_unseen
+from serve_app.app import build_app
+from serve_app.bench.frontier import draw_frontier
+from serve_app.bench.report import Row, report
+from serve_app.config import APP_NAME, AppConfig, parse_app_config
+from serve_app.local import private_serve
+
+SHAPES = "embedded://shapes"
+NUM_IN_TURN = 8
+"""Requests of one tier before it is the next one's turn."""
+ASPECTS = ("color", "place", "shape", "background", "size")
+"""What the grader tells of a picture of `shapes`."""
+BASELINE = "high"
+CONCURRENCIES = (1, 8)
+QUICK: Mapping[str, Mapping[str, Any]] = {tier: {"quality": tier} for tier in (BASELINE, "medium", "low")}
+"""By name, the fields of a request."""
+TIERS: Mapping[str, Mapping[str, Any]] = QUICK | {
+    f"{cache['kind']} {cache.get('interval') or cache.get('threshold')}, order {cache['order']}": {
+        "step_cache": cache
+    }
+    for cache in (
+        {"kind": "taylor_seer", "interval": 2, "order": 0},
+        {"kind": "taylor_seer", "interval": 4, "order": 0},
+        {"kind": "taylor_seer", "interval": 4, "order": 2},
+        {"kind": "easy_cache", "threshold": 0.05, "order": 1},
+        {"kind": "easy_cache", "threshold": 0.2, "order": 1},
+    )
+}
+Pixels = NDArray[np.uint8]
+
+
+def run(
+    *,
+    model: str,
+    tiers: Mapping[str, Mapping[str, Any]],
+    num_prompts: int,
+    num_steps: int,
+    json_file: Path | None,
+    svg_file: Path | None,
+) -> None:
+    """tiers: by name, the fields of a request that ask for it; one is called "high".
+
+    Rows of `tier`, `forwards` (computed, of one request), `of`, `requests_per_s_1` and `_8` and their ratios to
+    high, `psnr_db` (the median over pictures, against high), and the grader's shares.
+    """
+    rng = np.random.default_rng(15)
+    scenes = [random_scene(rng, is_held_out=True) for _ in range(num_prompts)]
+    prompts = [describe_unseen(scene, rng) for scene in scenes]
+    with tempfile.TemporaryDirectory(), private_serve(), Progress() as progress:
+        handle = serve.run(build_app(_config(model)), name=APP_NAME, route_prefix=None)
+        ways = {
+            concurrency: {
+                name: _Way({"num_inference_steps": num_steps, **fields}) for name, fields in tiers.items()
+            }
+            for concurrency in CONCURRENCIES
+        }
+        for concurrency, of in ways.items():
+            for way in of.values():
+                way.ask(handle, concurrency, prompts, range(1))
+            for first in progress.track(range(0, num_prompts, NUM_IN_TURN), description=f"{concurrency} at once"):
+                for way in of.values():
+                    way.ask_timed(
+                        handle, concurrency, prompts, range(first, min(first + NUM_IN_TURN, num_prompts))
+                    )
+    rows = [_row(name, ways, scenes if model == SHAPES else ()) for name in tiers]
+    report(f"step caches over {num_steps} steps", rows, json_file)
+    if svg_file is not None:
+        points = {row["tier"]: (1 / row["speedup_1"], _error(row["psnr_db"])) for row in rows}
+        svg_file.write_text(draw_frontier(points, x_label="time, of high's", y_label="RMS of 255 from high"))
+
+
+class _Way:
+    """One tier at one concurrency."""
+
+    def __init__(self, fields: Mapping[str, Any]) -> None:
+        self._fields = fields
+        self._elapsed_s = 0.0
+        self.pictures: dict[int, Any] = {}
+
+    @property
+    def requests_per_s(self) -> float:
+        return len(self.pictures) / self._elapsed_s
+
+    def ask_timed(self, handle: Any, concurrency: int, prompts: Sequence[str], numbers: Sequence[int]) -> None:
+        start = time.perf_counter()
+        self.pictures |= self.ask(handle, concurrency, prompts, numbers)
+        self._elapsed_s += time.perf_counter() - start
+
+    def ask(self, handle: Any, concurrency: int, prompts: Sequence[str], numbers: Sequence[int]) -> dict[int, Any]:
+        """By number, the pictures, by clients each of which sends its next when the one before is answered."""
+        made: dict[int, Any] = {}
+        waiting = iter(numbers)
+
+        async def client() -> None:
+            for number in waiting:
+                [made[number]] = await handle.generate.remote(prompt=prompts[number], seed=number, **self._fields)
+
+        async def all_clients() -> None:
+            await asyncio.gather(*(client() for _ in range(concurrency)))
+
+        asyncio.run(all_clients())
+        return made
+
+
+def _row(name: str, ways: Mapping[int, Mapping[str, _Way]], scenes: Sequence[Scene]) -> Row:
+    """scenes: none where nobody can tell what the pictures show."""
+    alone = ways[1][name]
+    images = {number: _pixels(picture) for number, picture in alone.pictures.items()}
+    lossless = {number: _pixels(picture) for number, picture in ways[1][BASELINE].pictures.items()}
+    forwards = alone.pictures[0].denoised.forwards
+    row: dict[str, Any] = {"tier": name, "forwards": forwards.computed, "of": forwards.asked}
+    for concurrency, of in ways.items():
+        row[f"requests_per_s_{concurrency}"] = of[name].requests_per_s
+        row[f"speedup_{concurrency}"] = of[name].requests_per_s / of[BASELINE].requests_per_s
+    row["psnr_db"] = statistics.median(_psnr(images[number], lossless[number]) for number in images)
+    if scenes:
+        grades = [grade(images[number], scene) for number, scene in enumerate(scenes)]
+        row |= {aspect: sum(getattr(one, aspect) for one in grades) / len(grades) for aspect in ASPECTS}
+    return row
+
+
+def _pixels(picture: Any) -> Pixels:
+    return np.asarray(Image.open(io.BytesIO(picture.media.data)).convert("RGB"))
+
+
+def _psnr(one: Pixels, other: Pixels) -> float:
+    """In dB; 99 of equal pictures."""
+    error = float(((one.astype(float) - other) ** 2).mean())
+    return 99.0 if error == 0 else 10 * float(np.log10(255**2 / error))
+
+
+def _error(psnr_db: float) -> float:
+    """Root mean square, of 255."""
+    return 0.0 if psnr_db >= 99 else 255 / 10 ** (psnr_db / 20)
+
+
+def _config(model: str) -> AppConfig:
+    defaults = (
+        {"width": 128, "height": 128, "true_cfg_scale": 1.5, "negative_prompt": ""} if model == SHAPES else {}
+    )
+    return parse_app_config(
+        {
+            "model": {"name": "tiers", "checkpoint": model, "defaults": defaults},
+            "encoder": {"num_cpus": 0.1, "torch_threads": 1, "max_sequence_length": 32},
+            "transformer": {"num_cpus": 0.1, "torch_threads": 1},
+            "vae": {"num_cpus": 0.1, "torch_threads": 1},
+        }
+    )
