@@ -168,7 +168,7 @@ def tiers(
     json_file: JsonFile = None,
     quick: Quick = False,
 ) -> None:
-    """What each `quality`, and other step caches, save and cost: speed alone and at 8, PSNR, what pictures show."""
+    """What tiers and other step caches save and cost: speed alone and at 8, PSNR, and what pictures show."""
     module = importlib.import_module("serve_app.bench.tiers")
     module.run(
         model=model,
