@@ -2,6 +2,7 @@
 
 from deployments.families.family import Family
 from deployments.families.geometry import Configs, Geometry, blocks_factor
+from deployments.step_cache import StepCacheConfig, TiersConfig
 
 DEFAULT_SAMPLE_SIZE = 128
 """Latents each way; `default_sample_size` of the pipeline."""
@@ -18,4 +19,5 @@ FLUX = Family(
     pipeline_class="FluxPipeline",
     geometry=_geometry,
     published={"vae": {"block_out_channels": (128, 256, 512, 512), "latent_channels": 16}},
+    tiers=TiersConfig(medium=StepCacheConfig(interval=2), low=StepCacheConfig(interval=4)),
 )
