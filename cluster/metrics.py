@@ -23,7 +23,8 @@ LABELS = ("stage", "rank", "model")
 COUNTERS = {
     "relay_requests_total": "Requests a stage has taken up.",
     "relay_cache_hits_total": "Prompts whose embeddings were remembered.",
-    "relay_forwards_total": "Forwards that requests asked of the denoiser, or prompts encoded.",
+    "relay_forwards_total": "Forwards of the denoiser that were computed, or prompts encoded.",
+    "relay_reused_forwards_total": "Forwards of the denoiser that step caches extrapolated.",
     "relay_micro_batches_total": "Micro-batches a rank has computed.",
     "relay_compute_seconds_total": "Time a rank spent computing micro-batches.",
     "relay_bubble_seconds_total": "Time a rank was idle while micro-batches were in flight.",

@@ -19,6 +19,7 @@ from deployments.refusal import NeverFits, NotFinite, ShardGroupLost, WrongField
 from deployments.request import (
     NO_NEWS,
     Denoised,
+    ForwardCounts,
     GenerationRequest,
     Media,
     PartialDenoised,
@@ -114,7 +115,7 @@ class Stream:
             await asyncio.sleep(0.01)  # a step
         if self._error is not None:
             raise self._error
-        yield ready(Denoised(encode_ms=1, prepare_ms=0, queue_ms=1, denoise_ms=1))
+        yield ready(Denoised(encode_ms=1, prepare_ms=0, queue_ms=1, denoise_ms=1, forwards=ForwardCounts(2, 2)))
 
     def __next__(self) -> str:
         return next(self._latents)
