@@ -206,7 +206,8 @@ def test_what_openais_types_let_an_app_say_of_an_edit_is_taken() -> None:
     plain = one(validator, image=PICTURE, seed=1)
     for name in ("quality", "input_fidelity"):
         for value in choices(fields[name]):
-            assert one(validator, image=PICTURE, seed=1, **{name: value}) == plain
+            asked = one(validator, image=PICTURE, seed=1, **{name: value})
+            assert replace(asked, quality="high", step_cache=None) == plain
 
 
 def test_the_card_tells_each_kind_where_it_is_asked_and_with_what() -> None:
