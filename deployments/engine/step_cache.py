@@ -65,18 +65,23 @@ class StepCache:
         latents = latents_of(inputs)
         if self._reuses is None:
             self._reuses = self._is_between() and self._criterion.reuses(self._step, latents)
-        history = self._history(component, latents)
+        history, step, criterion = self._history(component, latents), self._step, self._criterion
+
+        def tell(output: Any) -> None:
+            if not component.startswith(_CONTROLNET):
+                criterion.saw(step, latents, output)
+
         if self._reuses and history.is_full:
-            reused = history.extrapolated(self._times, self._step)
-            self._criterion.saw(self._step, latents, reused)
+            reused = history.extrapolated(self._times, step)
+            tell(reused)
             return lambda: reused
         self._num_computed += 1
-        wait, step, criterion = self._begin(place, component, inputs), self._step, self._criterion
+        wait = self._begin(place, component, inputs)
 
         def computed() -> Any:
             output = wait()
             history.keep(step, output)
-            criterion.saw(step, latents, output)
+            tell(output)
             return output
 
         return computed

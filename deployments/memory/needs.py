@@ -86,7 +86,7 @@ class Needs:
                 need = self._needs.get(kind) or Need(label, *foresee(), self._reserve_bytes)
                 self._needs[kind] = need
         if need.num_bytes(1) + kept.own > limit.num_bytes:
-            beside = f" and {gib(kept.own)} for its step cache" if kept.own else ""
+            beside = f" and {gib(kept.own)} for its step cache," if kept.own else ""
             raise NeverFits(
                 f"{label} needs {gib(need.num_bytes(1))}, {gib(need.weights_bytes)} of it weights,{beside} and "
                 f"the stage has {gib(limit.num_bytes)} ({limit.reason}): ask for less"

@@ -24,6 +24,7 @@ from deployments.replica import exit_replica
 from deployments.request import DecodeArguments, GenerationRequest, Prompt
 from deployments.stages import load_stage
 from deployments.step_cache import StepCacheConfig
+from tests.thorough import usually
 from tests.tiny_models import EXPERTS, family_of, tiny_model
 
 pytestmark = pytest.mark.slow
@@ -262,7 +263,7 @@ TIERS = (
     None,
     StepCacheConfig(),
     StepCacheConfig(interval=4),
-    StepCacheConfig(order=2, interval=3),
+    StepCacheConfig(order=0, interval=3),
     StepCacheConfig(kind="easy_cache", threshold=0.3),
 )
 """None: lossless."""
@@ -301,7 +302,7 @@ def test_eight_requests_of_mixed_tiers_over_two_shards_are_each_as_alone(
     assert (alone[1] - lossless).abs().max() > 1e-3, "a cache that changes nothing proves nothing"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", usually(FAMILIES, {"flux", "sd15", "wan"}.__contains__))
 def test_a_step_cache_is_the_same_over_any_shards_and_crosses_them_only_to_compute(
     processes: Processes, family: str
 ) -> None:
@@ -317,7 +318,8 @@ def test_a_step_cache_is_the_same_over_any_shards_and_crosses_them_only_to_compu
     num_steps = 13 if family == "sd15" else 12  # PNDM's first step has two forwards
     computed = 7 if family == "sd15" else 6
     for of_all, of_few in zip(*crossed, strict=True):
-        assert of_few / of_all == pytest.approx(computed / num_steps, abs=0.05)
+        # what is equal in all steps crosses once
+        assert computed / num_steps - 0.02 < of_few / of_all < computed / num_steps + 0.1
     one, two = (denoise_at_once(processes, family, shards, [cached])[0] for shards in (1, 2))
     assert torch.equal(one, two)
 

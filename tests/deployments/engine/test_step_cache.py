@@ -171,6 +171,20 @@ def test_a_controlnets_residuals_are_kept_once() -> None:
     assert kept == [4 * 24]
 
 
+def test_easy_cache_goes_by_the_predictions_and_not_by_a_controlnets_residuals() -> None:
+    def begin(_place: int, component: str, inputs: Any) -> Callable[[], Any]:
+        of = inputs["hidden_states"]
+        return lambda: (torch.ones(3), torch.ones(5)) if component == "controlnet" else (10.0 * of,)
+
+    cache = StepCache(StepCacheConfig(kind="easy_cache"), begin)
+    scheduler = SimpleNamespace(timesteps=torch.arange(NUM_STEPS, 0, -1))
+    for step in range(NUM_STEPS):
+        for component in ("controlnet", "transformer"):
+            cache.begin(0, component, {"hidden_states": torch.full(SHAPE, float(step))})()
+        cache.after_step(scheduler, step)
+    assert cache.counts.computed == 2 * NUM_STEPS
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

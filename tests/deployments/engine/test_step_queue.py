@@ -110,6 +110,17 @@ def build_rig() -> Iterator[Callable[..., Rig]]:
         rig.queue.close(Over())
 
 
+def test_what_a_request_keeps_is_free_with_its_seat(build_rig):
+    rig = build_rig()
+    one, other = rig.seats(2)
+    rig.queue.keep(one, 100)
+    rig.queue.keep(one, 50)
+    rig.queue.keep(other, 1)
+    assert rig.queue.kept_bytes() == 151
+    rig.queue.leave(one)
+    assert rig.queue.kept_bytes() == 1
+
+
 # Merging
 
 

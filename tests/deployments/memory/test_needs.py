@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from deployments.memory.limit import Limit
-from deployments.memory.needs import Need, Needs
+from deployments.memory.needs import Kept, Need, Needs
 from deployments.refusal import NeverFits, OutOfShare
 from deployments.stats import NeedStats
 
@@ -45,6 +45,21 @@ def test_a_call_that_does_not_fit_alone_is_refused_with_figures_and_again_the_ne
         "decoding 64x64 needs 4 GiB, 1 GiB of it weights, and the stage has 3 GiB (num_gpus: 0.25): ask for less"
     )
     assert pickle.loads(pickle.dumps(refused.value)).message == refused.value.message
+
+
+@pytest.mark.parametrize(("kept_bytes", "at_most"), [(0, 3), (9, 2), (29, 1), (1000, 1)])
+def test_what_requests_keep_leaves_less_room_to_merge_and_one_always_goes(kept_bytes: int, at_most: int) -> None:
+    needs = Needs(Limit(130, False, ""), CPU)
+    kept = Kept(own=0, all=kept_bytes)
+    assert needs.at_most("x", "a forward", foresee(100, 10), up_to=8, kept=kept) == at_most
+
+
+def test_a_step_cache_that_does_not_fit_beside_its_own_forward_is_refused() -> None:
+    needs = Needs(Limit(3 * 2**30, True, "num_gpus: 0.25"), CPU)
+    with pytest.raises(
+        NeverFits, match="1 GiB of it weights, and 1 GiB for its step cache, and the stage has 3 GiB"
+    ):
+        needs.at_most("x", "a forward", foresee(2**30, 3 * 2**29), kept=Kept(own=2**30, all=2**30))
 
 
 def test_a_kind_is_foreseen_once() -> None:
