@@ -196,7 +196,9 @@ class Denoising:
         Raises Cancelled, WrongField, NotFinite, OutOfShare, or what the engine does.
         """
         with self.loaded.keeper.naming(), accelerator.on_stream(self._stream):
-            cache = StepCache(request.step_cache, partial(self.engine.begin, seat))
+            cache = StepCache(
+                request.step_cache, partial(self.engine.begin, seat), partial(self.engine.queue.keep, seat)
+            )
             components = self._stand_ins(self._submit(cache, request))
             opened: Pictures = open_pictures(pictures, request.size)
             encode: Encode | None = None

@@ -23,6 +23,7 @@ from deployments.request import (
     StreamOptions,
 )
 from deployments.stages import load_stage
+from deployments.step_cache import StepCacheConfig
 from deployments.transformer import Transformer
 
 MODEL = ModelConfig(name="tiny", checkpoint="tiny://flux", family="flux")
@@ -170,6 +171,25 @@ def test_requests_at_once_of_different_lengths_give_what_each_gives_alone(
     together = [items[-1] for items in asyncio.run(at_once())]
     for one, other in zip(alone, together, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=2e-5)
+
+
+def test_a_step_cache_counts_as_its_requests_need_until_its_seat_is_free(
+    transformer: Transformer, conditioning: Conditioning
+) -> None:
+    request = replace(build_request(ENDLESS), step_cache=StepCacheConfig())
+
+    async def run() -> int:
+        stream = transformer.denoise(conditioning, request, PROGRESS)
+        async for item in stream:
+            if isinstance(item, Progress) and item.step:
+                break
+        kept_bytes = transformer._stage.engine.queue.kept_bytes()
+        await stream.aclose()  # type: ignore[attr-defined]
+        return kept_bytes
+
+    tokens, channels, float32 = (64 // 16) * (48 // 16), 64, 4
+    assert asyncio.run(run()) == 2 * tokens * channels * float32  # two predictions of the first order
+    assert transformer._stage.engine.queue.kept_bytes() == 0
 
 
 def test_requests_at_once_share_forwards(transformer: Transformer, conditioning: Conditioning) -> None:
