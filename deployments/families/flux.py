@@ -19,5 +19,5 @@ FLUX = Family(
     pipeline_class="FluxPipeline",
     geometry=_geometry,
     published={"vae": {"block_out_channels": (128, 256, 512, 512), "latent_channels": 16}},
-    tiers=TiersConfig(medium=StepCacheConfig(interval=2), low=StepCacheConfig(interval=4)),
+    tiers=TiersConfig(medium=StepCacheConfig(interval=3), low=StepCacheConfig(interval=6)),
 )
