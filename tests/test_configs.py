@@ -47,6 +47,7 @@ FOLDERS = {
     "wan_t2v_1_3b": "wan_2_1_1_3b",
     "wan_t2v_14b": "wan_2_1_14b",
     "wan22_t2v_a14b": "wan_2_2_a14b",
+    "hunyuan_video15": "hunyuan_video15",
     "ltx2": "ltx_2",
 }
 MODEL = {"name": "m", "checkpoint": "tiny://flux"}

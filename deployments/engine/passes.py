@@ -5,8 +5,8 @@ when it has the second. So it gets each as a `Pending`: over S shards a lone gui
 step instead of 2·S.
 """
 
+import copy
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -25,9 +25,9 @@ class Pending(torch.Tensor):
 
     @classmethod
     def of(cls, read: Callable[[], torch.Tensor]) -> "Pending":
-        """read: waits for the tensor, once."""
+        """read: waits for the tensor; is called once."""
         pending: Pending = torch.empty(0).as_subclass(cls)
-        pending._read = cache(read)
+        pending._read = _Answer(read)
         return pending
 
     @classmethod
@@ -37,6 +37,29 @@ class Pending(torch.Tensor):
             return cls.of(lambda: whole._read()[index])
         args, kwargs = waited_for((args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+class _Answer:
+    """What `read` returned or raised, as often as it is asked for."""
+
+    def __init__(self, read: Callable[[], torch.Tensor]) -> None:
+        self._read: Callable[[], torch.Tensor] | None = read
+        self._tensor: torch.Tensor | None = None
+        self._error: BaseException | None = None
+
+    def __call__(self) -> torch.Tensor:
+        if (read := self._read) is not None:
+            self._read = None
+            try:
+                self._tensor = read()
+            except BaseException as error:
+                # A copy: through its traceback the error would keep every frame of the call, and this in them.
+                self._error = copy.copy(error)
+                raise
+        if self._error is not None:
+            raise copy.copy(self._error)
+        assert self._tensor is not None
+        return self._tensor
 
 
 def waited_for(value: Any) -> Any:

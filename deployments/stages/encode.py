@@ -1,5 +1,6 @@
 """Text to embeddings: diffusers' own pipeline call, until it asks a denoiser."""
 
+import dataclasses
 import logging
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
@@ -17,7 +18,7 @@ from deployments.memory.keeper import Keeper
 from deployments.memory.on_demand import turn_to_load
 from deployments.memory.share import take_share
 from deployments.memory.spread import spread_models
-from deployments.refusal import CannotServe, NotFinite, describe_cause
+from deployments.refusal import CannotServe, NotFinite, OutOfShare, WrongField, describe_cause
 from deployments.request import Encodings, GenerationRequest, InputPictures, num_bytes
 from deployments.stages.blank import LEAST_TOKENS
 from deployments.stages.call import CONNECTORS, Pictures, PipelineCalls
@@ -45,7 +46,7 @@ class TextEncoding:
     def __init__(self, model: ModelConfig, config: EncoderConfig) -> None:
         torch.set_num_threads(config.num_threads)
         model = with_geometry(model)
-        self._family, self._config = model.architecture, config
+        self._model, self._family, self._config = model, model.architecture, config
         self.finite = FiniteCheck()
         self.cache = EmbeddingCache(int(config.cache_mib * 2**20))
         self.num_forwards = 0
@@ -109,7 +110,37 @@ class TextEncoding:
 
     def encode(self, request: GenerationRequest, pictures: InputPictures | None = None) -> Encodings:
         """What the pipeline's encoding methods return for a request, on the CPU. Raises NotFinite, WrongField."""
-        return self._encode(request, open_pictures(pictures, request.size), self.cache, self._max_sequence_length)
+        opened = open_pictures(pictures, request.size)
+        try:
+            return self._encode(request, opened, self.cache, self._max_sequence_length)
+        except (NotFinite, OutOfShare, WrongField):
+            raise
+        except Exception as error:  # as in `_try`
+            self._check_guidance(request, opened, error)
+            raise
+
+    def _check_guidance(self, request: GenerationRequest, pictures: Pictures, cause: Exception) -> None:
+        """Raises WrongField where the same texts can be encoded for guidance alone (Wan's blocks)."""
+        call = self._calls.of(request).asked
+        usual, field = default_request(self._model, request.size, call=call), call.guidance
+        scale = getattr(request, field)
+        if scale is None or scale > 1 or not usual.prompt.is_guided:
+            return
+        guided = dataclasses.replace(
+            request,
+            prompt=dataclasses.replace(request.prompt, is_guided=True),
+            guidance_scale=usual.guidance_scale,
+            true_cfg_scale=usual.true_cfg_scale,
+        )
+        try:
+            self._encode(guided, pictures, EmbeddingCache(0), self._max_sequence_length)
+        except Exception:  # so it is not for want of guidance
+            return
+        raise WrongField(
+            f"{field}: {type(self._pipe).__name__} cannot draw without guidance: it fails at {scale:g}, and not "
+            f"at {getattr(usual, field):g}, the default ({describe_cause(cause)})",
+            field,
+        ) from cause
 
     @torch.no_grad()
     def _encode(

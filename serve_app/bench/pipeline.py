@@ -5,6 +5,7 @@ hands `payload_mb` on. S shards, 2·S requests of K steps, unmerged; ideally (2�
 Beside it the way of `device_map`: the same shards in one process, one request after another.
 `guided`: one request alone with two forwards a step, both under way at once; ideally (S + 1)·K · step_ms, where
 one after the other takes 2·S·K · step_ms, as `guided, in turn` shows.
+`2S guided`: 2·S of those, of K / 2 steps, which fill the shards in either way; ideally as without guidance.
 """
 
 import ctypes
@@ -14,7 +15,9 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,7 @@ from deployments.engine.engine import Engine
 from deployments.engine.merge import Merger
 from deployments.engine.outline import Holder, Outliner
 from deployments.engine.passes import Passes
+from deployments.engine.stand_in import Submit
 from deployments.engine.work import Follower, Leader
 from deployments.replica import exit_replica
 from serve_app.bench.report import Row, report
@@ -46,9 +50,45 @@ MERGERS = {COMPONENT: Merger("PacedModel")}
 """Of a class that `merge` has no rule for."""
 NUM_ROUNDS = 3
 """Of the ring, whose median counts: whatever else the machine does disturbs S processes more than one."""
-GUIDED = {"guided": True, "guided, in turn": False}
-"""Whether both passes are under way at once."""
 RESOURCES = ResourceConfig(num_cpus=0.1)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a ring is asked for at once, by how many steps K a request without guidance has."""
+
+    is_alone: bool = False
+    """One request, in place of 2·S."""
+    num_passes: int = 1
+    """Forwards of a step."""
+    at_once: bool = False
+    """Whether all forwards of a step are under way before one is waited for."""
+
+    def num_requests(self, num_shards: int) -> int:
+        return 1 if self.is_alone else 2 * num_shards
+
+    def num_steps(self, num_steps: int) -> int:
+        """Of each request: those that fill the shards have as many forwards with guidance as without."""
+        return num_steps if self.is_alone else num_steps // self.num_passes
+
+    def num_forwards(self, num_shards: int, num_steps: int) -> int:
+        """Of all requests."""
+        return self.num_requests(num_shards) * self.num_passes * self.num_steps(num_steps)
+
+    def num_slots(self, num_shards: int, num_steps: int) -> int:
+        """How many times a shard's step they take, ideally."""
+        if self.is_alone:
+            return (num_shards + self.num_passes - 1) * self.num_steps(num_steps)
+        return self.num_forwards(num_shards, num_steps) + num_shards - 1
+
+
+LOADS: Mapping[str, Load] = {
+    "ring": Load(),
+    "guided": Load(is_alone=True, num_passes=2, at_once=True),
+    "guided, in turn": Load(is_alone=True, num_passes=2),
+    "2S guided": Load(num_passes=2, at_once=True),
+    "2S guided, in turn": Load(num_passes=2),
+}
 
 _libc = ctypes.CDLL(None)
 _PR_SET_TIMERSLACK = 29
@@ -74,36 +114,29 @@ def run(
             with _replica(num_shards) as replica:
                 for step_ms, num_steps in steps_ms.items():
                     for payload_mb in payloads_mb:
-                        case = (step_ms, payload_mb, num_steps)
-                        ring_s = [ray.get(replica.pipelined.remote(*case)) for _ in range(NUM_ROUNDS)]
-                        rows.append(_row("ring", num_shards, *case, statistics.median(ring_s)))
-                        rows.append(
-                            _row("device_map", num_shards, *case, ray.get(replica.one_by_one.remote(*case)))
-                        )
-                        for design, at_once in GUIDED.items():
-                            measured = [ray.get(replica.guided.remote(*case, at_once)) for _ in range(NUM_ROUNDS)]
-                            rows.append(_row(design, num_shards, *case, statistics.median(measured)))
+                        rows += _measured(replica, num_shards, step_ms, payload_mb, num_steps)
                         progress.advance(task)
     report("requests in flight over paced shards", rows, json_file)
 
 
-def _row(
-    design: str, num_shards: int, step_ms: float, payload_mb: float, num_steps: int, measured_s: float
-) -> Row:
-    """efficiency: over the ideal time; speedup: over one forward after another."""
-    if design in GUIDED:
-        num_slots, num_in_turn = (num_shards + 1) * num_steps, 2 * num_shards * num_steps
-    else:
-        num_forwards = 2 * num_shards * num_steps
-        num_slots, num_in_turn = num_forwards + num_shards - 1, num_forwards * num_shards
-    return {
-        "design": design,
-        "shards": num_shards,
-        "step_ms": step_ms,
-        "payload_mb": payload_mb,
-        "efficiency": num_slots * step_ms / 1e3 / measured_s,
-        "speedup": num_in_turn * step_ms / 1e3 / measured_s,
-    }
+def _measured(replica: Any, num_shards: int, step_ms: float, payload_mb: float, num_steps: int) -> Iterator[Row]:
+    """The designs in turn, so that a drifting machine is fair to each."""
+    pace = (step_ms, payload_mb)
+    times: dict[str, list[float]] = {design: [] for design in LOADS}
+    for _, (design, load) in product(range(NUM_ROUNDS), LOADS.items()):
+        times[design].append(ray.get(replica.in_flight.remote(*pace, num_steps, load)))
+    times["device_map"] = [ray.get(replica.one_by_one.remote(*pace, num_steps))]
+    for design, measured_s in times.items():
+        load = LOADS.get(design, Load())
+        step_s = step_ms / 1e3 / statistics.median(measured_s)
+        yield {
+            "design": design,
+            "shards": num_shards,
+            "step_ms": step_ms,
+            "payload_mb": payload_mb,
+            "efficiency": load.num_slots(num_shards, num_steps) * step_s,
+            "speedup": load.num_forwards(num_shards, num_steps) * num_shards * step_s,
+        }
 
 
 class PacedShard:
@@ -179,18 +212,21 @@ class PacedReplica:
             on_lost=exit_replica,
         )
 
-    def pipelined(self, step_ms: float, payload_mb: float, num_steps: int) -> float:
-        """Seconds for 2·S requests at once, of num_steps steps each."""
-        num_requests = 2 * self._num_shards
+    def in_flight(self, step_ms: float, payload_mb: float, num_steps: int, load: Load) -> float:
+        """Seconds until the last of these requests is done, which begin together."""
+        num_requests = load.num_requests(self._num_shards)
         start = threading.Barrier(num_requests + 1)
+        inputs = {"hidden_states": torch.zeros(1, 16, 64), "pace": [step_ms, payload_mb]}
 
         def request() -> None:
             seat = self._engine.queue.join()
-            latents = torch.zeros(1, 16, 64)
+            begin = partial(self._engine.begin, seat)
+            submit: Submit = Passes(begin) if load.at_once else partial(self._engine.forward, seat)
+            latents = inputs["hidden_states"]
             start.wait()
-            for _ in range(num_steps):
-                inputs = {"hidden_states": latents, "pace": [step_ms, payload_mb]}
-                latents = latents + self._engine.forward(seat, COMPONENT, inputs)[0]
+            for _ in range(load.num_steps(num_steps)):
+                passes = [submit(COMPONENT, inputs | {"hidden_states": latents}) for _ in range(load.num_passes)]
+                latents = latents + sum(prediction for prediction, *_ in passes)
             self._engine.queue.leave(seat)
 
         with ThreadPoolExecutor(num_requests) as threads:
@@ -200,19 +236,6 @@ class PacedReplica:
             for future in running:
                 future.result()
             return time.perf_counter() - began
-
-    def guided(self, step_ms: float, payload_mb: float, num_steps: int, at_once: bool) -> float:
-        """Seconds for one request of num_steps steps, each of two forwards, as a pipeline guides."""
-        seat = self._engine.queue.join()
-        submit = Passes(partial(self._engine.begin, seat)) if at_once else partial(self._engine.forward, seat)
-        latents = torch.zeros(1, 16, 64)
-        began = time.perf_counter()
-        for _ in range(num_steps):
-            inputs = {"hidden_states": latents, "pace": [step_ms, payload_mb]}
-            conditional, unconditional = submit(COMPONENT, inputs), submit(COMPONENT, inputs)
-            latents = latents + unconditional[0] + 4 * (conditional[0] - unconditional[0])
-        self._engine.queue.leave(seat)
-        return time.perf_counter() - began
 
     def one_by_one(self, step_ms: float, payload_mb: float, num_steps: int) -> float:
         """Seconds for the same requests in one process, each shard's output copied for the next."""

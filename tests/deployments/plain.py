@@ -1,9 +1,10 @@
 """Whole pipelines of diffusers, of checkpoints in its layout: classic ones, and those that it has as blocks."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import diffusers
+import torch
 from diffusers import DiffusionPipeline, ModularPipeline
 
 from deployments.checkpoints.components import component_names, read_index
@@ -35,6 +36,28 @@ def draw(pipeline: Any, **arguments: Any) -> tuple[Any, Any]:
         return pipeline(**arguments, output=drawn), None
     output = pipeline(**arguments)
     return output[0], getattr(output, "audio", None)
+
+
+def latents_of(pipeline: Any, **arguments: Any) -> torch.Tensor:
+    """What the call has its VAE decode."""
+    pipeline.vae.decode = _reach
+    try:
+        pipeline(**arguments)
+    except _Reached as reached:
+        return reached.latents
+    finally:
+        del pipeline.vae.decode
+    raise AssertionError("nothing was decoded")
+
+
+class _Reached(BaseException):
+    def __init__(self, latents: torch.Tensor) -> None:
+        super().__init__(latents)
+        self.latents = latents
+
+
+def _reach(latents: torch.Tensor, *_: Any, **__: Any) -> NoReturn:
+    raise _Reached(latents)
 
 
 def _load_modular(folder: Path, processors: dict[str, Any]) -> Any:

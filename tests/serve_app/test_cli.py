@@ -22,8 +22,10 @@ from ray import serve
 from typer.testing import CliRunner
 
 from deployments.checkpoints.source import fetch_checkpoint
-from serve_app.cli import choose_file, cli, main, read_pictures
+from deployments.video_file import read_frames
+from serve_app.cli import cli, main
 from serve_app.config import APP_NAME, ConfigError
+from serve_app.generate_cli import choose_file, read_files
 from tests.conftest import ENDLESS
 from tests.serve_app.pictures import file, half_mask, noise
 
@@ -150,11 +152,16 @@ def test_a_video_models_file_is_an_mp4(
 ) -> None:
     start_ingress(APP_NAME, family="wan", stages_of=wan_app)
     try:
-        done = relay("generate", "waves", "--num-frames", "5", "--steps", "1", ray_address=address, cwd=tmp_path)
+        asked = ["generate", "waves", "--seconds", "1.2", "--fps", "4", "--steps", "1"]
+        done = relay(*asked, ray_address=address, cwd=tmp_path)
+        refused = relay(*asked, "--guidance-scale-2", "2", ray_address=address, cwd=tmp_path)
     finally:
         serve.delete(APP_NAME)
     assert done.returncode == 0, done.stderr
-    assert b"ftyp" in (tmp_path / "out.mp4").read_bytes()[:12]
+    video = (tmp_path / "out.mp4").read_bytes()
+    assert b"ftyp" in video[:12]
+    assert len(list(read_frames(video))) == 5
+    assert "guidance_scale_2: this model has no second expert" in refused.stderr
 
 
 @pytest.mark.parametrize(
@@ -177,9 +184,18 @@ def test_a_file_that_cannot_be_what_its_name_says_is_refused(
 def test_a_video_goes_in_by_its_own_option(tmp_path: Path) -> None:
     film = tmp_path / "waves.mp4"
     film.write_bytes(b"frames")
-    assert read_pictures([], None, None, film, "video") == {"input_reference": b"frames"}
+    assert read_files({"seed": 0, "video": film}, "video") == {"seed": 0, "input_reference": b"frames"}
     with pytest.raises(ConfigError, match="--video and --image"):
-        read_pictures([film], None, None, film, "video")
+        read_files({"image": [film], "video": film}, "video")
+
+
+def test_a_video_begins_with_the_one_picture_that_goes_in_and_a_picture_may_be_made_of_several(
+    tmp_path: Path,
+) -> None:
+    first = tmp_path / "first.png"
+    first.write_bytes(b"pixels")
+    assert read_files({"image": [first]}, "video") == {"input_reference": b"pixels"}
+    assert read_files({"image": [first, first]}, "image") == {"image": [b"pixels", b"pixels"]}
 
 
 def test_a_files_ending_chooses_the_format() -> None:

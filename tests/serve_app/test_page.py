@@ -12,6 +12,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.wait import WebDriverWait
+
+from tests.pictures import video
+from tests.serve_app.pictures import file, half_mask, noise
 
 pytestmark = pytest.mark.slow
 PATIENCE_S = 60.0
@@ -114,6 +118,17 @@ def curl_body(command: str) -> tuple[str, dict[str, Any]]:
     return words[words.index("-s") + 1], json.loads(words[words.index("-d") + 1])
 
 
+def curl_form(command: str, folder: Path) -> tuple[str, dict[str, str], dict[str, bytes]]:
+    """(url, fields, files) of a curl command with a form, whose files lie in this folder."""
+    words = shlex.split(command.replace("\\\n", ""))
+    pairs = list(pairwise(words))
+    fields = dict(form.split("=", 1) for option, form in pairs if option == "--form-string")
+    files = {}
+    for name, at in (form.split("=", 1) for option, form in pairs if option == "-F"):
+        files[name] = (folder / re.sub(r"\\(.)", r"\1", at[2:-1])).read_bytes()
+    return words[words.index("-s") + 1], fields, files
+
+
 def test_enter_draws_with_progress_and_stage_times_and_curl_draws_the_same(page: Page, flux_app: Any) -> None:
     page.open(f"{flux_app.url}/")
     page.run(NOTE_PROGRESS)
@@ -185,6 +200,61 @@ def test_a_video_model_asks_for_frames_and_shows_a_video(page: Page, wan_app: An
     url, body = curl_body(page.one("#curl").text)
     assert url == f"{wan_app.url}/v1/videos/sync"
     assert body == {"prompt": "waves", "seed": 3, "num_frames": 9}
+
+
+def test_a_picture_that_goes_in_is_drawn_anew_and_curl_draws_the_same(
+    page: Page, flux_app: Any, tmp_path: Path
+) -> None:
+    cat, mask = tmp_path / 'a "cat", anew.png', tmp_path / "mask.png"
+    cat.write_bytes(file(noise()))
+    mask.write_bytes(file(half_mask()))
+    page.open(f"{flux_app.url}/")
+    page.one("#files summary").click()
+    assert not page.one("#strength").is_displayed()
+    page.one("#image").send_keys(str(cat))
+    page.one("#mask").send_keys(str(mask))
+    page.draw("a cat's hat", seed=7, strength=0.5)
+    assert f"from {cat.name}, mask.png" in page.one("#facts").text
+    assert "prepare " in page.one("#legend").text
+    url, fields, files = curl_form(page.one("#curl").text, tmp_path)
+    assert url == f"{flux_app.url}/v1/images/edits"
+    assert (fields, sorted(files)) == (
+        {"prompt": "a cat's hat", "seed": "7", "strength": "0.5"},
+        ["image", "mask"],
+    )
+    [again] = httpx.post(url, data=fields, files=files, timeout=PATIENCE_S).json()["data"]
+    assert page.pixels() == rgb(base64.b64decode(again["b64_json"]))
+    page.one("#no-files").click()
+    page.one("#reuse").click()
+    assert [page.run(f"return document.querySelector('#{id}').files.length") for id in ("image", "mask")] == [1, 1]
+
+
+def test_a_mask_without_a_picture_is_told_beside_the_picture(page: Page, flux_app: Any, tmp_path: Path) -> None:
+    mask = tmp_path / "mask.png"
+    mask.write_bytes(file(half_mask()))
+    page.open(f"{flux_app.url}/")
+    page.one("#files summary").click()
+    page.one("#mask").send_keys(str(mask))
+    page.type("#prompt", "a hat" + Keys.ENTER)
+    page.wait(lambda: page.all("#image-wrong"))
+    assert "image is missing" in page.one("#image-wrong").text
+    page.one("#no-files").click()
+    assert page.all("#image-wrong") == []
+    assert not page.one("#no-files").is_displayed()
+
+
+def test_a_video_that_goes_in_is_drawn_anew(page: Page, wan_app: Any, tmp_path: Path) -> None:
+    waves = tmp_path / "waves.mp4"
+    waves.write_bytes(video(6, (64, 48)))
+    page.open(f"{wan_app.url}/")
+    page.one("#files summary").click()
+    offered = [field.get_attribute("id") for field in page.all("#files input") if field.is_displayed()]
+    assert offered == ["input_reference"]
+    assert page.one("#input_reference").get_attribute("accept") == "video/mp4,video/webm"
+    page.one("#input_reference").send_keys(str(waves))
+    page.draw("waves of paper", seed=3)
+    assert re.match(r"64 \S 48 ", page.one("#facts").text)
+    assert "from waves.mp4" in page.one("#facts").text
 
 
 def test_what_the_model_knows_is_told_and_an_example_can_be_clicked(page: Page, flux_app: Any) -> None:

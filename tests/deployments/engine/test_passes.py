@@ -1,6 +1,9 @@
 """Predictions that are waited for when a pipeline computes with them."""
 
+import gc
+import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -91,16 +94,44 @@ def test_it_is_waited_for_once() -> None:
     assert forwards.read == [0]
 
 
-def test_a_failed_pass_fails_where_its_prediction_is_used() -> None:
-    def begin(*_: Any) -> Callable[[], Any]:
-        def wait() -> Any:
-            raise ConnectionError("the shard group is lost")
+def failing(*_: Any) -> Callable[[], Any]:
+    """Begins a forward that is waited for once, as the engine's are."""
+    errors = [ConnectionError("the shard group is lost")]
 
-        return wait
+    def wait() -> Any:
+        raise errors.pop()
 
-    [prediction] = Passes(begin)("transformer", {})
-    with pytest.raises(ConnectionError, match="the shard group is lost"):
-        prediction * 2
+    return wait
+
+
+@pytest.mark.parametrize("part", [slice(None), slice(1)])
+def test_a_failed_pass_fails_wherever_its_prediction_is_used(part: slice) -> None:
+    [prediction] = Passes(failing)("transformer", {})
+    prediction = prediction[part]
+    for _ in range(3):
+        with pytest.raises(ConnectionError, match="the shard group is lost"):
+            prediction * 2
+
+
+def test_a_failed_pass_keeps_nothing_of_the_call_that_it_failed_in() -> None:
+    """Embeddings and latents are let go with the request, not when Python next looks for cycles."""
+    seen: list[weakref.ref[torch.Tensor]] = []
+
+    def call() -> None:
+        [prediction] = Passes(failing)("transformer", {})
+        latents = LATENTS.clone()
+        seen.append(weakref.ref(latents))
+        with suppress(ConnectionError):
+            prediction * 2
+        latents * prediction
+
+    gc.disable()
+    try:
+        with pytest.raises(ConnectionError):
+            call()
+        assert seen[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_a_model_that_returns_no_single_tensor_is_told() -> None:

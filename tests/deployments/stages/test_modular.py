@@ -17,6 +17,7 @@ from deployments.checkpoints.derived import read_derived
 from deployments.checkpoints.source import fetch_checkpoint, with_family
 from deployments.config import EncoderConfig, ModelConfig
 from deployments.families.calls import REQUIRED
+from deployments.refusal import WrongField
 from deployments.request import CallKind, Prompt
 from deployments.stages import load_stage
 from deployments.stages.derive import Derived
@@ -100,6 +101,16 @@ def test_two_experts_have_a_scale_each(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(request.seed)
     [expected], _ = plain.draw(pipeline, prompt=request.prompt.text, generator=generator, **sizes)
     np.testing.assert_array_equal(draw_staged(of, request), (expected * 255).round().astype(np.uint8))
+
+
+def test_blocks_that_encode_nothing_without_guidance_are_told_by_the_field(tmp_path: Path) -> None:
+    """Wan's fail by a variable that they did not set."""
+    of = model(str(write_modular("WanModularPipeline", tmp_path / "wan")))
+    unguided = Prompt("a red cat", None, is_guided=False)
+    request = replace(build_request(of), prompt=unguided, guidance_scale=1.0)
+    with pytest.raises(WrongField, match="it fails at 1, and not at 5, the default") as refused:
+        encode(of, request)
+    assert refused.value.param == "guidance_scale"
 
 
 def test_another_process_tells_it_to_whoever_has_no_torch() -> None:
