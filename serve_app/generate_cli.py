@@ -63,6 +63,9 @@ def generate_command(
     guidance_scale: Scale = None,
     guidance_scale_2: Annotated[float | None, typer.Option(help="of a second expert; as the first's")] = None,
     true_cfg_scale: Scale = None,
+    quality: Annotated[
+        Literal["high", "medium", "low"] | None, typer.Option(help="medium and low: fewer steps compute")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="random if left out")] = None,
     num_frames: Annotated[int | None, typer.Option(help="of a video; the model's default")] = None,
     seconds: Annotated[float | None, typer.Option(help="of a video, in place of frames")] = None,
@@ -88,6 +91,8 @@ def generate_command(
     out.write_bytes(picture.media.data)
     times = ", ".join(f"{stage} {ms:.0f} ms" for stage, ms in picture.timings_ms.items())
     console.print(f"{out}: {picture.media.media_type}, seed {picture.seed} ({times})", highlight=False)
+    for warning in picture.warnings:
+        console.print(f"relay: {warning}", style="yellow", highlight=False)
 
 
 def _check(fields: Mapping[str, Any], out: Path | None, app_config: AppConfig | None) -> None:

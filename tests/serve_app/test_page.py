@@ -146,6 +146,17 @@ def test_enter_draws_with_progress_and_stage_times_and_curl_draws_the_same(page:
     assert page.pixels() == rgb(base64.b64decode(again["b64_json"]))
 
 
+def test_a_lower_quality_is_a_choice_that_is_told_and_sent(page: Page, flux_app: Any) -> None:
+    page.open(f"{flux_app.url}/")
+    page.run('document.getElementById("settings").open = true; document.getElementById("quality").value = "low"')
+    page.draw("a fast cat", seed=7, num_inference_steps=20)
+    assert "of 20 forwards computed" in page.one("#facts").text
+    url, body = curl_body(page.one("#curl").text)
+    assert body["quality"] == "low"
+    [again] = httpx.post(url, json=body, timeout=PATIENCE_S).json()["data"]
+    assert page.pixels() == rgb(base64.b64decode(again["b64_json"]))
+
+
 def test_several_pictures_are_kept_and_their_settings_can_be_used_again(page: Page, flux_app: Any) -> None:
     page.open(f"{flux_app.url}/")
     page.draw("first", seed=40, n=2)
