@@ -163,7 +163,7 @@ def tiers(
         str, typer.Option(help="a checkpoint; only of pictures of shapes can be told what they show")
     ] = "embedded://shapes",
     steps: Annotated[int, typer.Option(help="denoising steps")] = 28,
-    prompts: Annotated[int, typer.Option(help="of each tier, at each concurrency")] = 200,
+    prompts: Annotated[int, typer.Option(help="of each tier, half of them eight at once")] = 200,
     svg_file: Annotated[Path | None, typer.Option("--svg", help="draw loss over time into this file")] = None,
     json_file: JsonFile = None,
     quick: Quick = False,

@@ -6,7 +6,6 @@ One Serve application, called through its handle. Every tier draws the same prom
 import asyncio
 import io
 import statistics
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ from serve_app.config import APP_NAME, AppConfig, parse_app_config
 from serve_app.local import private_serve
 
 SHAPES = "embedded://shapes"
-NUM_IN_TURN = 8
+NUM_IN_TURN = 25
 """Requests of one tier before it is the next one's turn."""
 ASPECTS = ("color", "place", "shape", "background", "size")
 """What the grader tells of a picture of `shapes`."""
@@ -65,7 +64,7 @@ def run(
     rng = np.random.default_rng(15)
     scenes = [random_scene(rng, is_held_out=True) for _ in range(num_prompts)]
     prompts = [describe_unseen(scene, rng) for scene in scenes]
-    with tempfile.TemporaryDirectory(), private_serve(), Progress() as progress:
+    with private_serve(), Progress() as progress:
         handle = serve.run(build_app(_config(model)), name=APP_NAME, route_prefix=None)
         ways = {
             concurrency: {
@@ -73,14 +72,13 @@ def run(
             }
             for concurrency in CONCURRENCIES
         }
-        for concurrency, of in ways.items():
+        for place, (concurrency, of) in enumerate(ways.items()):
+            numbers = range(place, num_prompts, len(ways))  # each draws prompts of its own
             for way in of.values():
-                way.ask(handle, concurrency, prompts, range(1))
-            for first in progress.track(range(0, num_prompts, NUM_IN_TURN), description=f"{concurrency} at once"):
+                way.ask(handle, concurrency, prompts, numbers[:1])
+            for first in progress.track(range(0, len(numbers), NUM_IN_TURN), description=f"{concurrency} at once"):
                 for way in of.values():
-                    way.ask_timed(
-                        handle, concurrency, prompts, range(first, min(first + NUM_IN_TURN, num_prompts))
-                    )
+                    way.ask_timed(handle, concurrency, prompts, numbers[first : first + NUM_IN_TURN])
     rows = [_row(name, ways, scenes if model == SHAPES else ()) for name in tiers]
     report(f"step caches over {num_steps} steps", rows, json_file)
     if svg_file is not None:
@@ -123,10 +121,8 @@ class _Way:
 
 def _row(name: str, ways: Mapping[int, Mapping[str, _Way]], scenes: Sequence[Scene]) -> Row:
     """scenes: none where nobody can tell what the pictures show."""
-    alone = ways[1][name]
-    images = {number: _pixels(picture) for number, picture in alone.pictures.items()}
-    lossless = {number: _pixels(picture) for number, picture in ways[1][BASELINE].pictures.items()}
-    forwards = alone.pictures[0].denoised.forwards
+    images, lossless = (_all_pixels(ways, each) for each in (name, BASELINE))
+    forwards = ways[1][name].pictures[0].denoised.forwards
     row: dict[str, Any] = {"tier": name, "forwards": forwards.computed, "of": forwards.asked}
     for concurrency, of in ways.items():
         row[f"requests_per_s_{concurrency}"] = of[name].requests_per_s
@@ -136,6 +132,11 @@ def _row(name: str, ways: Mapping[int, Mapping[str, _Way]], scenes: Sequence[Sce
         grades = [grade(images[number], scene) for number, scene in enumerate(scenes)]
         row |= {aspect: sum(getattr(one, aspect) for one in grades) / len(grades) for aspect in ASPECTS}
     return row
+
+
+def _all_pixels(ways: Mapping[int, Mapping[str, _Way]], name: str) -> dict[int, Pixels]:
+    """By number, at every concurrency."""
+    return {number: _pixels(picture) for of in ways.values() for number, picture in of[name].pictures.items()}
 
 
 def _pixels(picture: Any) -> Pixels:
