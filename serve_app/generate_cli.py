@@ -24,7 +24,7 @@ GENERATION = "serve_app.generation"
 """Both import Ray, so they are looked up only when something is to be generated."""
 
 Media = Literal["image", "video"]
-FORMATS: Mapping[Media, Mapping[str, Mapping[str, str]]] = {
+FORMATS: Mapping[Media, Mapping[str, dict[str, str]]] = {
     "image": {
         ".png": {"output_format": "png"},
         ".jpg": {"output_format": "jpeg"},
@@ -78,16 +78,20 @@ def generate_command(
     control_scale: Annotated[float | None, typer.Option(help="how loud the ControlNet is")] = None,
 ) -> None:
     """Make one picture or video, by a running app or by one started for it."""
-    options = locals().items()  # all but two are fields of the request, and named as they are
-    fields = {name: value for name, value in options if name not in ("out", "config") and value not in (None, [])}
+    _generate({name: value for name, value in locals().items() if value not in (None, [])})
+
+
+def _generate(options: dict[str, Any]) -> None:
+    """options: all but two are fields of the request, and named as they are."""
+    out, config = options.pop("out", None), options.pop("config", None)
     app_config = None if config is None else load_app_config(config)
-    _check(fields, out, app_config)
+    _check(options, out, app_config)
     if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # `nohup` has it ignored
         signal.signal(signal.SIGHUP, lambda number, _frame: sys.exit(128 + number))
     with importlib.import_module(LOCAL).app_handle(app_config) as handle:
         media = handle.model.remote().result().media
         out, chosen = choose_file(out, media)
-        picture = _watch(handle, read_files(fields, media) | chosen)
+        picture = _watch(handle, read_files(options, media) | chosen)
     out.write_bytes(picture.media.data)
     times = ", ".join(f"{stage} {ms:.0f} ms" for stage, ms in picture.timings_ms.items())
     console.print(f"{out}: {picture.media.media_type}, seed {picture.seed} ({times})", highlight=False)
@@ -105,7 +109,7 @@ def _check(fields: Mapping[str, Any], out: Path | None, app_config: AppConfig | 
         raise ConfigError("no running app found: start one (`make serve`), or name a --config to start")
 
 
-def choose_file(out: Path | None, media: Media) -> tuple[Path, Mapping[str, str]]:
+def choose_file(out: Path | None, media: Media) -> tuple[Path, dict[str, str]]:
     """Where a picture or video goes, and the fields of a request that make it what its ending says."""
     formats = FORMATS[media]
     if out is None:
