@@ -106,6 +106,8 @@ class VaeStats:
     num_in_flight: int
     """Pictures and videos that it is at, now."""
     num_decoded: int
+    num_tiles: int
+    """Decoded for other replicas."""
 
 
 @dataclass(frozen=True)
