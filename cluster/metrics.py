@@ -43,7 +43,10 @@ GAUGES = {
     "relay_cold_start_seconds": "From the start of a replica's constructor until it could serve.",
 }
 HISTOGRAMS = {
-    "relay_batch_size": ("Forwards merged into one micro-batch.", [1, 2, 3, 4, 6, 8, 12, 16, 24, 32]),
+    "relay_batch_size": (
+        "Forwards merged into one micro-batch, or prompts into one forward of a text encoder.",
+        [1, 2, 3, 4, 6, 8, 12, 16, 24, 32],
+    ),
     "relay_stage_seconds": (
         "Time of a request in a stage, waiting included.",
         [0.01, 0.03, 0.1, 0.3, 1, 2, 4, 8, 15, 30, 60, 120, 300, 600],

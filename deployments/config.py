@@ -216,6 +216,11 @@ class StageConfig(MemoryConfig, ResourceConfig):
         return False
 
     @property
+    def has_sessions(self) -> bool:
+        """Whether calls of one session are to go to one replica."""
+        return False
+
+    @property
     def num_threads(self) -> int:
         """CPU threads of one torch operation. What Ray reserves is what is used, so stages do not fight."""
         return self.torch_threads or max(1, int(self.num_cpus))
@@ -253,6 +258,22 @@ class EncoderConfig(SpreadConfig):
     max_sequence_length: int | None = Field(
         None, ge=1, le=1024, description="text tokens per prompt; None: the family's"
     )
+    max_batch_size: int | None = Field(
+        None,
+        ge=1,
+        description="prompts that wait, encoded as one batch, where they have as many tokens; 1: each alone; "
+        "None: 8, with compile 1",
+    )
+
+    @property
+    def has_sessions(self) -> bool:
+        """Equal prompts are one: so what a replica has encoded, or is encoding, none of the others encodes."""
+        return True
+
+    @property
+    def batch_size(self) -> int:
+        """A compiled encoder would be compiled once more for every number of prompts."""
+        return self.max_batch_size or (8 if self.compile is None else 1)
 
     @model_validator(mode="after")
     def _check_spread(self) -> Self:
@@ -343,3 +364,8 @@ class VaeConfig(StageConfig):
     tiling: Annotated[TilingConfig | None, OFF] = Field(
         None, description="decode in overlapping tiles, in bounded memory; seams are blended"
     )
+
+    @property
+    def spreads_tiles(self) -> bool:
+        """Not where weights come for a decode as a whole."""
+        return self.tiling is not None and self.tiling.spread and self.max_replicas > 1 and not self.moves_weights

@@ -2,7 +2,8 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -36,3 +37,31 @@ class EmbeddingCache:
             while self.num_bytes > self._max_bytes:
                 _, (_, oldest_bytes) = self._entries.popitem(last=False)
                 self.num_bytes -= oldest_bytes
+
+
+class Together:
+    """What the prompts of one batch make: each value once, kept by the cache or not. For calls in step."""
+
+    def __init__(self, cache: EmbeddingCache) -> None:
+        self._cache = cache
+        self._made: dict[Hashable, Any] = {}
+        self._under_way: set[Hashable] = set()
+
+    def get(self, key: Hashable, wait: Callable[[], object]) -> Any:
+        """What the cache has, or another prompt of the batch has made, or None. wait: while it is under way."""
+        while key in self._under_way:
+            wait()
+        return self._made[key] if key in self._made else self._cache.get(key)
+
+    @contextmanager
+    def making(self, key: Hashable) -> Iterator[None]:
+        """If it fails, whoever waits for it makes it himself."""
+        self._under_way.add(key)
+        try:
+            yield
+        finally:
+            self._under_way.discard(key)
+
+    def put(self, key: Hashable, value: Any, num_bytes: int) -> None:
+        self._made[key] = value
+        self._cache.put(key, value, num_bytes)

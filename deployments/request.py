@@ -9,6 +9,7 @@ Beside it, StreamOptions say what the caller wants to hear on the way: Progress,
 is to be decoded for each partial picture.
 """
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -28,6 +29,11 @@ class Prompt:
     negative_text: str | None
     is_guided: bool
     """Whether a negative (or empty) prompt is to be encoded as well."""
+
+    @property
+    def session_id(self) -> str:
+        """Equal for equal texts, in every process: Serve's, by which they go to one replica of the encoder."""
+        return hashlib.sha256(repr((self.text, self.negative_text)).encode()).hexdigest()
 
 
 @dataclass(frozen=True, order=True)
@@ -161,6 +167,17 @@ class DecodeArguments:
     @property
     def nbytes(self) -> int:
         return num_bytes(self.values)
+
+
+@dataclass(frozen=True, eq=False)
+class Tile:
+    """One tile of what a replica decodes, for another: calls of the VAE's decoder, in their order."""
+
+    calls: tuple[tuple[tuple[Any, ...], Mapping[str, Any]], ...]
+    """(args, kwargs), on the CPU; of a video's VAE that has frame after frame, one call for each."""
+    num_features: int | None
+    """Entries of the cache that those calls share, where they do."""
+    is_channels_last: bool
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,10 @@ class EncoderStats:
     num_in_flight: int
     """Requests that it is at, now."""
     num_forwards: int
+    """Prompts encoded."""
     num_cache_hits: int
+    batch_sizes: Mapping[int, int]
+    """How many forwards of text encoders ran for so many prompts."""
     num_cached: int
     cached_bytes: int
 
@@ -103,6 +106,8 @@ class VaeStats:
     num_in_flight: int
     """Pictures and videos that it is at, now."""
     num_decoded: int
+    num_tiles: int
+    """Decoded for other replicas."""
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,13 @@ Before the denoise it prepares the pictures that go in.
 """
 
 import asyncio
+import hashlib
 import os
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cluster.metrics import StageMetrics, export_regularly
+from cluster.peers import Peers
 from deployments.config import ModelConfig, VaeConfig
 from deployments.lane import Lane
 from deployments.refusal import raised_in
@@ -20,6 +22,7 @@ from deployments.request import (
     InputPictures,
     Media,
     Prepared,
+    Tile,
     num_bytes,
 )
 from deployments.stages import load_stage
@@ -28,6 +31,11 @@ from deployments.warm_up import NO_WARM_UP, WarmUp
 
 if TYPE_CHECKING:
     from deployments.memory.keeper import Keeper
+
+TILES_AT_ONCE = 2
+"""That a replica has of others: while it decodes one, the next is on its way."""
+TILE_TIMEOUT_S = 60.0
+"""After which the thread that waits for another replica gives up; its tile was decoded here long before."""
 
 
 class Vae(StageReplica):
@@ -44,8 +52,13 @@ class Vae(StageReplica):
         self._max_partial = config.max_ongoing_requests // 2
         self._no_picture_waits, self._partial_turn = asyncio.Event(), asyncio.Lock()
         self._no_picture_waits.set()
+        self._version = hashlib.sha256((model.model_dump_json() + config.model_dump_json()).encode()).hexdigest()
+        self._num_tiles_here = self._num_tiles = 0
         self._stage = load_stage("decode", model, config)
         self._lane.run_first(self._stage.warm_up, warm_up)
+        if config.spreads_tiles:
+            self._peers = Peers("decode_tile", timeout_s=TILE_TIMEOUT_S)
+            self._stage.spread_tiles(self._ask_peer, TILES_AT_ONCE * (config.max_replicas - 1))
         self._num_decoded = self._answered_bytes = 0
         self._metrics = StageMetrics(stage="decode", rank=0, model=model.name)
         self._cold_start_s = time.perf_counter() - began
@@ -98,6 +111,27 @@ class Vae(StageReplica):
         finally:
             self._num_partial -= 1
 
+    async def decode_tile(self, tile: Tile, version: str) -> tuple[Any, ...] | None:
+        """Of what another replica decodes. None: it has work of its own, or is of another version than this one.
+
+        So replicas that all spread refuse each other, and each decodes what is its own.
+        """
+        is_busy = self._lane.num_calls > self._num_tiles_here or self._num_tiles_here >= TILES_AT_ONCE
+        if is_busy or version != self._version:
+            return None
+        self._num_tiles_here += 1
+        try:
+            outputs = await self._lane.run(self.guarded(self._stage.decode_tile), tile)
+        finally:
+            self._num_tiles_here -= 1
+        self._num_tiles += 1
+        return outputs
+
+    def _ask_peer(self, tile: Tile) -> tuple[Any, ...] | None:
+        """In a thread of a decode."""
+        outputs: tuple[Any, ...] | None = self._peers.ask(tile, self._version)
+        return outputs
+
     async def _decode(self, arguments: DecodeArguments, request: GenerationRequest) -> Media:
         start = time.perf_counter()
         data, media_type = await self._lane.run(self.guarded(self._stage.decode_media), arguments, request)
@@ -119,4 +153,6 @@ class Vae(StageReplica):
         """Answers when this replica can serve."""
 
     async def stats(self) -> VaeStats:
-        return VaeStats(os.getpid(), self._stage.keeper.stats(), self._num_pictures, self._num_decoded)
+        return VaeStats(
+            os.getpid(), self._stage.keeper.stats(), self._num_pictures, self._num_decoded, self._num_tiles
+        )

@@ -26,7 +26,7 @@ def latency(
 
 @bench.command()
 def batching(json_file: JsonFile = None, quick: Quick = False) -> None:
-    """Requests per second at concurrency 1 to 8: merging on, off, and the whole pipeline in one replica."""
+    """Requests per second at concurrency 1 to 8: merging on, off, and the whole pipeline; prompts per second."""
     _run(
         "batching",
         loads={"tiny": (8, 8)} if quick else {"tiny": (32, 28), "100M": (16, 4)},

@@ -224,11 +224,12 @@ class SharedInputs:
     def current(self) -> Inputs:
         if self._current is None:
             request, pictures = self._request, self._pictures
+            encoder = self._stages.encoder.options(session_id=request.prompt.session_id)
             if pictures is None:
-                conditioning = self._stages.encoder.encode.remote(request)
+                conditioning = encoder.encode.remote(request)
                 prepared: Any = NOTHING_PREPARED
             else:
-                conditioning = self._stages.encoder.encode.remote(request, pictures)
+                conditioning = encoder.encode.remote(request, pictures)
                 prepared = self._stages.vae.prepare.remote(conditioning, request, pictures)
             self._current = Inputs(conditioning, prepared, pictures)
         return self._current

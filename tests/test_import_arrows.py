@@ -19,6 +19,7 @@ RAY_FILES = {
     "cluster/metrics.py",
     "cluster/nodes.py",
     "cluster/object_store_transport.py",
+    "cluster/peers.py",
     "cluster/replica_port.py",
     "cluster/shard_group.py",
     "cluster/termination.py",

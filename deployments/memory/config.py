@@ -124,6 +124,7 @@ class TilingConfig(Technique):
 
     tile_size: int | None = Field(None, ge=64, description="of a tile, in pixels; None: the VAE's own")
     overlap: float = Field(0.25, gt=0, lt=1, description="share of a tile that is blended with the next")
+    spread: bool = Field(True, description="tiles of one decode go to the stage's replicas that are idle, too")
 
 
 def _none_if_off(value: Any) -> Any:

@@ -21,6 +21,20 @@ def set_tiles(vae: Any, config: TilingConfig) -> None:
         _set_2d(vae, config)
 
 
+def is_tiled(vae: Any, latents: torch.Tensor) -> bool:
+    """Whether these are decoded in several tiles, or pieces of time."""
+    if not getattr(vae, "use_tiling", False):
+        return False
+    if not hasattr(vae, "tile_sample_stride_height"):
+        limits = (vae.tile_latent_min_size, vae.tile_latent_min_size)
+    else:
+        factor = vae.spatial_compression_ratio
+        limits = (vae.tile_sample_min_height // factor, vae.tile_sample_min_width // factor)
+    if getattr(vae, "use_framewise_decoding", False):
+        limits = (vae.tile_sample_min_num_frames // vae.temporal_compression_ratio, *limits)
+    return any(size > limit for size, limit in zip(latents.shape[-len(limits) :], limits, strict=True))
+
+
 def _set_2d(vae: Any, config: TilingConfig) -> None:
     """AutoencoderKL: one size for both axes, and the overlap as a share."""
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
@@ -57,6 +71,8 @@ def _set_3d(vae: Any, config: TilingConfig) -> None:
         stride = max(1, round(tile * (1 - config.overlap) / factor)) * factor
         setattr(vae, f"tile_sample_min_{axis}", tile)
         setattr(vae, f"tile_sample_stride_{axis}", stride)
+        if hasattr(vae, f"tile_latent_min_{axis}"):  # the DC-AE's: from which size on it tiles
+            setattr(vae, f"tile_latent_min_{axis}", tile // factor)
 
 
 def _check(tile_size: int, factor: int) -> None:

@@ -96,15 +96,19 @@ class PipelineCall:
         self,
         request: GenerationRequest,
         replace: Callable[[str, Method], Method],
+        encoders: Mapping[str, Any],
         *,
         pictures: Pictures = NO_PICTURES,
         max_sequence_length: int | None,
     ) -> None:
         """Up to the first forward of a denoiser.
 
-        replace: (name, encoding method of the pipeline) -> what is called in its place.
+        Args:
+            replace: (name, encoding method of the pipeline) -> what is called in its place.
+            encoders: what stands for text encoders, by name.
         """
         pipe = self._copy(blank(self._pipe.vae))
+        vars(pipe).update(encoders)
         replace_encoding(pipe, self._methods, replace)
         with suppress(Reached):
             self._run(pipe, request, pictures, max_sequence_length)

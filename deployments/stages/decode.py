@@ -17,7 +17,7 @@ from deployments.embedding_cache import EmbeddingCache
 from deployments.memory.keeper import Keeper
 from deployments.memory.on_demand import turn_to_load
 from deployments.memory.share import take_share
-from deployments.memory.tiling import set_tiles
+from deployments.memory.tiling import is_tiled, set_tiles
 from deployments.refusal import CannotServe, describe_cause
 from deployments.request import (
     DecodeArguments,
@@ -27,6 +27,7 @@ from deployments.request import (
     MediaSize,
     Posterior,
     Posteriors,
+    Tile,
     num_bytes,
 )
 from deployments.stages.call import PipelineCalls
@@ -38,6 +39,7 @@ from deployments.stages.pictures import open_pictures
 from deployments.stages.pipeline import load_pipeline, loaded_models
 from deployments.stages.posterior import given, kept
 from deployments.stages.tensors import laid, to_device
+from deployments.stages.tiles import SPREAD_CLASSES, AskPeer, SpreadDecode, decode_tile
 from deployments.warm_up import WarmUp, tried_size
 
 log = logging.getLogger("ray.serve")
@@ -76,12 +78,25 @@ class Decoding:
                 own.append(f"tiling: {config.tiling.tile_size or 'as the VAE has it'}")
             self.keeper = Keeper(loaded_models(self._pipe), config, self._device, own=own, share=share)
         self._calls = PipelineCalls(self._pipe, self._family.calls)
+        self._ask_peer: AskPeer | None = None
+        self._num_tiles_away = 0
         self._foresee: DecodeForesight | None = None
         if self.keeper.needs.is_limited:
             classes = {name: type(model) for name, model in loaded_models(self._pipe).items()}
             self._foresee = DecodeForesight(classes, folder, config, self._geometry)
         if config.compile is None and not config.moves_weights:  # else it would cost what a request costs
             self._try()
+
+    def spread_tiles(self, ask_peer: AskPeer, num_away: int) -> None:
+        """From now on, where the VAE's tiles know nothing of each other. num_away: in other replicas at once."""
+        if type(self._pipe.vae).__name__ in SPREAD_CLASSES:
+            self._ask_peer, self._num_tiles_away = ask_peer, num_away
+
+    @torch.no_grad()
+    def decode_tile(self, tile: Tile) -> tuple[torch.Tensor, ...]:
+        """For another replica: what the VAE's decoder returns, on the CPU. Raises OutOfShare."""
+        with self.keeper.at_work():
+            return decode_tile(self._pipe.vae.decoder, tile, self._device)
 
     @torch.no_grad()
     def _try(self) -> None:
@@ -183,10 +198,18 @@ class Decoding:
         """[F, C, H, W], on the device."""
         args, kwargs = to_device((call.args, dict(call.kwargs)), self._device, self._dtype)
         args = (laid(args[0], call.is_channels_last), *args[1:])
-        pixels: torch.Tensor = self._pipe.vae.decode(*args, **kwargs, return_dict=False)[0]
+        pixels = self._decoded(args, kwargs)
         if self._geometry.frames_per_decode is not None:
             return pixels.float()  # as each pipeline does that puts a video together of frames
         return pixels[0].transpose(0, 1) if pixels.ndim == 5 else pixels
+
+    def _decoded(self, args: Any, kwargs: Any) -> torch.Tensor:
+        vae = self._pipe.vae
+        if self._ask_peer is not None and is_tiled(vae, args[0]):
+            with SpreadDecode(vae, self._ask_peer, self._num_tiles_away) as spread:
+                return spread.decode(*args, **kwargs)
+        pixels: torch.Tensor = vae.decode(*args, **kwargs, return_dict=False)[0]
+        return pixels
 
     @torch.no_grad()
     def decode_sound(self, call: DecodeArguments) -> Sound:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ from deployments.checkpoints.components import fetch_stage, left_out, stage_comp
 from deployments.checkpoints.geometry import with_geometry
 from deployments.config import EncoderConfig, ModelConfig
 from deployments.device import resolve_device, resolve_dtype
-from deployments.embedding_cache import EmbeddingCache
+from deployments.embedding_cache import EmbeddingCache, Together
 from deployments.memory.keeper import Keeper
 from deployments.memory.on_demand import turn_to_load
 from deployments.memory.share import take_share
@@ -23,8 +23,10 @@ from deployments.request import Encodings, GenerationRequest, InputPictures, num
 from deployments.stages.blank import LEAST_TOKENS
 from deployments.stages.call import CONNECTORS, Pictures, PipelineCalls
 from deployments.stages.call_key import call_key
+from deployments.stages.encoder_forwards import EncoderForward, EncoderForwards, stand_ins
 from deployments.stages.encoding_methods import Method
 from deployments.stages.finite import FiniteCheck, dtype_advice
+from deployments.stages.lockstep import Ask, run_in_step
 from deployments.stages.pictures import open_pictures
 from deployments.stages.pipeline import load_pipeline, loaded_models
 from deployments.stages.tensors import each_tensor, map_tensors, to_cpu, without_shapes
@@ -51,6 +53,8 @@ class TextEncoding:
         self.cache = EmbeddingCache(int(config.cache_mib * 2**20))
         self.num_forwards = 0
         """Calls of encoding methods that requests needed and the cache did not have."""
+        self.num_shared = 0
+        """Requests whose calls were made for others that came together with them."""
         self._max_sequence_length = config.max_sequence_length or self._family.max_sequence_length
         folder, index = fetch_stage(model, "encode", config.dtype)
         keep = stage_components(index, self._family, "encode")
@@ -63,9 +67,20 @@ class TextEncoding:
                 spread_models(models, config)
             self.keeper = Keeper(models, config, self._device, config.device_map, share=share)
         self._calls = PipelineCalls(self._pipe, self._family.calls)
+        self._models, self._forwards = models, EncoderForwards(self.keeper.naming)
         if config.compile is None and not config.moves_weights:  # else it would cost what a request costs
             self._try(model, sorted(left_out(index)))
-            self.finite, self.num_forwards = FiniteCheck(), 0
+            self._forget_counts()
+
+    @property
+    def batch_sizes(self) -> Mapping[int, int]:
+        """How many forwards of text encoders ran for so many prompts."""
+        return self._forwards.batch_sizes
+
+    def _forget_counts(self) -> None:
+        """What no request has asked for."""
+        self.finite, self.num_forwards, self.num_shared = FiniteCheck(), 0, 0
+        self._forwards.batch_sizes.clear()
 
     def _try(self, model: ModelConfig, missing: Sequence[str]) -> None:
         """Raises CannotServe where no text could be encoded."""
@@ -73,7 +88,7 @@ class TextEncoding:
         pictures, failed = self._calls.of(request).blank_pictures(request), list[Exception]()
         for length in dict.fromkeys((limit and min(limit, LEAST_TOKENS), limit)):  # some refuse to cut a text
             try:
-                self._encode(request, pictures, EmbeddingCache(0), length)
+                self._encode_alone(request, pictures, EmbeddingCache(0), length)
             except NotFinite:  # for this text; whoever asks for another may be served
                 return
             except Exception as error:  # pipelines and tokenizers raise what they like
@@ -89,10 +104,9 @@ class TextEncoding:
     def warm_up(self, warm_up: WarmUp) -> None:
         """Texts of one length, or of any: sizes of pictures do not matter here."""
         for request in warm_up.requests:
-            self._encode(
-                request, self._calls.of(request).blank_pictures(request), self.cache, self._max_sequence_length
-            )
-        self.num_forwards = 0
+            pictures = self._calls.of(request).blank_pictures(request)
+            self._encode_alone(request, pictures, self.cache, self._max_sequence_length)
+        self._forget_counts()
 
     def recall(self, request: GenerationRequest, pictures: InputPictures | None = None) -> Encodings | None:
         """What `encode` returns, if no text encoder need run for it. Thread-safe; takes a millisecond or so."""
@@ -104,22 +118,33 @@ class TextEncoding:
             return value
 
         try:
-            return self._run(request, open_pictures(pictures, request.size), answer, self._max_sequence_length)
+            return self._run(request, open_pictures(pictures, request.size), {}, answer, self._max_sequence_length)
         except _NotCached:
             return None
 
     def encode(self, request: GenerationRequest, pictures: InputPictures | None = None) -> Encodings:
         """What the pipeline's encoding methods return for a request, on the CPU. Raises NotFinite, WrongField."""
-        opened = open_pictures(pictures, request.size)
-        try:
-            return self._encode(request, opened, self.cache, self._max_sequence_length)
-        except (NotFinite, OutOfShare, WrongField):
-            raise
-        except Exception as error:  # as in `_try`
-            self._check_guidance(request, opened, error)
-            raise
+        return _raised(self.encode_together([(request, pictures)]))
 
-    def _check_guidance(self, request: GenerationRequest, pictures: Pictures, cause: Exception) -> None:
+    def encode_together(
+        self, asked: Sequence[tuple[GenerationRequest, InputPictures | None]]
+    ) -> list[Encodings | Exception]:
+        """For each what `encode` returns or raises. Forwards of one shape are merged; equal ones run once."""
+        made, length = Together(self.cache), self._max_sequence_length
+
+        def encode(request: GenerationRequest, pictures: InputPictures | None, ask: Ask) -> Encodings:
+            opened = open_pictures(pictures, request.size)
+            try:
+                return self._encode(request, opened, made, length, ask)
+            except (NotFinite, OutOfShare, WrongField):
+                raise
+            except Exception as error:  # as in `_try`
+                self._check_guidance(request, opened, ask, error)
+                raise
+
+        return self._in_step([partial(encode, *each) for each in asked])
+
+    def _check_guidance(self, request: GenerationRequest, pictures: Pictures, ask: Ask, cause: Exception) -> None:
         """Raises WrongField where the same texts can be encoded for guidance alone (Wan's blocks)."""
         call = self._calls.of(request).asked
         usual, field = default_request(self._model, request.size, call=call), call.guidance
@@ -133,7 +158,7 @@ class TextEncoding:
             true_cfg_scale=usual.true_cfg_scale,
         )
         try:
-            self._encode(guided, pictures, EmbeddingCache(0), self._max_sequence_length)
+            self._encode(guided, pictures, Together(EmbeddingCache(0)), self._max_sequence_length, ask)
         except Exception:  # so it is not for want of guidance
             return
         raise WrongField(
@@ -142,46 +167,66 @@ class TextEncoding:
             field,
         ) from cause
 
+    def _encode_alone(
+        self, request: GenerationRequest, pictures: Pictures, cache: EmbeddingCache, length: int | None
+    ) -> None:
+        _raised(self._in_step([partial(self._encode, request, pictures, Together(cache), length)]))
+
+    @torch.no_grad()
+    def _in_step(self, calls: Sequence[Callable[[Ask], Encodings]]) -> list[Encodings | Exception]:
+        """Text encoders run in this thread, all else of each call in one of its own."""
+
+        def answer(questions: Sequence[EncoderForward | None]) -> list[Any]:
+            made = iter(self._forwards.run([question for question in questions if question is not None]))
+            return [question and next(made) for question in questions]
+
+        try:
+            with self.keeper.at_work():
+                return run_in_step(calls, answer)
+        finally:
+            self.keeper.release()
+
     @torch.no_grad()
     def _encode(
-        self,
-        request: GenerationRequest,
-        pictures: Pictures,
-        cache: EmbeddingCache,
-        max_sequence_length: int | None,
+        self, request: GenerationRequest, pictures: Pictures, made: Together, length: int | None, ask: Ask
     ) -> Encodings:
-        call, recalls = self._calls.of(request), True
+        call, recalls, is_shared = self._calls.of(request), True, True
 
         def answer(name: str, method: Method, key: Hashable, args: Any, kwargs: Any) -> Any:
-            value = cache.get(key) if recalls else None
+            nonlocal is_shared
+            value = made.get(key, wait=partial(ask, None)) if recalls else None
             if value is None:
                 if any(tensor.is_meta for tensor in each_tensor((args, kwargs))):
                     raise _NotCached
                 self.num_forwards += 1
-                value = to_cpu(method(*args, **kwargs))
-                for tensor in each_tensor(value):
-                    self.finite.check(tensor, partial(self._explain, name))
-                kept = call.kept(name, value)
-                cache.put(key, kept, num_bytes(kept))
+                is_shared = False
+                with made.making(key):
+                    value = to_cpu(method(*args, **kwargs))
+                    for tensor in each_tensor(value):
+                        self.finite.check(tensor, partial(self._explain, name))
+                    kept = call.kept(name, value)
+                    made.put(key, kept, num_bytes(kept))
             return value
 
-        try:
-            with self.keeper.at_work():
-                with suppress(_NotCached):
-                    return self._run(request, pictures, answer, max_sequence_length)
-                recalls = False  # what the connectors read was kept without its values
-                return self._run(request, pictures, answer, max_sequence_length)
-        finally:
-            self.keeper.release()
+        encoders = stand_ins(self._models, ask)
+        with self.keeper.naming():
+            with suppress(_NotCached):
+                encodings = self._run(request, pictures, encoders, answer, length)
+                self.num_shared += is_shared
+                return encodings
+            recalls = False  # what the connectors read was kept without its values
+            return self._run(request, pictures, encoders, answer, length)
 
     def _run(
         self,
         request: GenerationRequest,
         pictures: Pictures,
+        encoders: Mapping[str, Any],
         answer: Callable[..., Any],
         max_sequence_length: int | None,
     ) -> Encodings:
-        """answer: (name of an encoding method, the method, its call's key, its arguments) -> CPU tensors.
+        """encoders: what stands for text encoders, by name.
+        answer: (name of an encoding method, the method, its call's key, its arguments) -> CPU tensors.
 
         What else fails in the pipeline's call fails in the denoise stage too, which knows what to say of it.
         """
@@ -207,7 +252,7 @@ class TextEncoding:
             return encode
 
         try:
-            call.encode(request, replace, pictures=pictures, max_sequence_length=max_sequence_length)
+            call.encode(request, replace, encoders, pictures=pictures, max_sequence_length=max_sequence_length)
         except Exception as error:
             if error in failed:
                 raise
@@ -217,3 +262,11 @@ class TextEncoding:
     def _explain(self, name: str) -> str:
         advice = dtype_advice("encoder.dtype", resolve_dtype(self._config.dtype))
         return f"what {name} of {type(self._pipe).__name__} returned is NaN or infinite: {advice}"
+
+
+def _raised(outcomes: Sequence[Encodings | Exception]) -> Encodings:
+    """The only one."""
+    [outcome] = outcomes
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome

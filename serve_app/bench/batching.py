@@ -1,6 +1,7 @@
 """Requests per second at rising concurrency: merging on, merging off, and the whole pipeline in one replica.
 
-Every way is a Serve application on the same Ray, called through its handle, with as many torch threads.
+Every way is a Serve application on the same Ray, called through its handle, with as many torch threads. Of the
+text encoders alone, in this process: prompts per second, encoded together or one by one.
 """
 
 import asyncio
@@ -9,14 +10,17 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ray import serve
 from rich.progress import Progress
 
+from deployments.config import EncoderConfig, ModelConfig
+from deployments.stages import load_stage
 from serve_app.app import build_app
-from serve_app.bench.models import bench_model
+from serve_app.bench.models import bench_model, bench_request
 from serve_app.bench.report import Row, report
 from serve_app.bench.whole import WholePipeline
 from serve_app.config import AppConfig, parse_app_config
@@ -31,7 +35,7 @@ NUM_IN_TURN = 8
 def run(*, loads: Mapping[str, tuple[int, int]], concurrencies: Sequence[int], json_file: Path | None) -> None:
     """loads: by model ("tiny" or "100M"), requests in all and steps per request.
 
-    Rows of `model`, `concurrency`, `merging`, `requests_per_s`, `p50_s`, `p99_s`."""
+    Rows of `model` (or its text encoders), `concurrency`, `merging`, `requests_per_s`, `p50_s`, `p99_s`."""
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder, Progress() as progress, private_serve():
         task = progress.add_task("batching", total=len(loads) * len(concurrencies))
@@ -40,6 +44,10 @@ def run(*, loads: Mapping[str, tuple[int, int]], concurrencies: Sequence[int], j
                 for concurrency in concurrencies:
                     rows += [{"model": model, **row} for row in _measure(handles, concurrency, *load)]
                     progress.advance(task)
+            config = bench_model(model, Path(folder))
+            rows += [
+                row for concurrency in concurrencies for row in _measure_prompts(config, concurrency, load[0])
+            ]
     report("requests per second, merging forwards of concurrent requests", rows, json_file)
 
 
@@ -92,6 +100,34 @@ async def _ask(handle: Any, concurrency: int, seeds: Sequence[int], steps: int) 
 
     await asyncio.gather(*(client() for _ in range(concurrency)))
     return times
+
+
+def _measure_prompts(model: ModelConfig, concurrency: int, num_prompts: int) -> Iterator[Row]:
+    """A row for each way of encoding so many that wait at once; in turn, too."""
+    stage = load_stage("encode", model, EncoderConfig(cache_mib=0, torch_threads=1, max_sequence_length=16))
+    request = bench_request(model, 1)
+    sizes = {"on": concurrency, "off": 1}
+    times: dict[str, list[float]] = {way: [] for way in sizes}
+    for first in range(-concurrency, num_prompts, concurrency):
+        asked = [
+            (replace(request, prompt=replace(request.prompt, text=f"prompt {first + i}")), None)
+            for i in range(concurrency)
+        ]
+        for way, size in sizes.items():
+            start = time.perf_counter()
+            for begin in range(0, concurrency, size):
+                stage.encode_together(asked[begin : begin + size])
+                if first >= 0:  # the first are to warm up
+                    times[way] += [time.perf_counter() - start] * size
+    for way, of in times.items():
+        yield {
+            "model": f"{model.name}, text encoders",
+            "concurrency": concurrency,
+            "merging": way,
+            "requests_per_s": len(of) / sum(max(of[i : i + concurrency]) for i in range(0, len(of), concurrency)),
+            "p50_s": statistics.median(of),
+            "p99_s": sorted(of)[min(len(of) - 1, round(0.99 * len(of)))],
+        }
 
 
 def _config(model: str, folder: Path, max_batch_size: int) -> AppConfig:

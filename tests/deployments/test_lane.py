@@ -3,8 +3,11 @@
 import asyncio
 import threading
 import time
+from collections.abc import Sequence
 
-from deployments.lane import Lane
+import pytest
+
+from deployments.lane import BatchLane, Lane
 
 
 def test_calls_run_in_one_thread_in_their_order() -> None:
@@ -48,3 +51,76 @@ def test_what_runs_first_is_not_counted() -> None:
     lane = Lane("test")
     assert lane.run_first(lambda: "done") == "done"
     assert lane.queue_wait_s == 0
+
+
+class Doubling:
+    """Doubles numbers, but 13; the first batch takes until it is let go."""
+
+    def __init__(self, max_batch_size: int) -> None:
+        self.batches: list[list[int]] = []
+        self.go_on = threading.Event()
+        self.lane = BatchLane[int, int]("test", self._double, max_batch_size)
+
+    def _double(self, numbers: Sequence[int]) -> list[int | Exception]:
+        self.batches.append(list(numbers))
+        self.go_on.wait(10)
+        return [ValueError("unlucky") if number == 13 else 2 * number for number in numbers]
+
+    async def ask(self, *numbers: int) -> list["asyncio.Future[int]"]:
+        """The first begins before the others come."""
+        asked = [self.lane.ask(numbers[0])]
+        while not self.batches:
+            await asyncio.sleep(0.001)
+        return asked + [self.lane.ask(number) for number in numbers[1:]]
+
+
+def test_what_waits_is_answered_together_up_to_the_batch_size() -> None:
+    doubling = Doubling(3)
+
+    async def run() -> list[int]:
+        asked = await doubling.ask(1, 2, 3, 4, 5)
+        doubling.go_on.set()
+        return await asyncio.gather(*asked)
+
+    assert asyncio.run(run()) == [2, 4, 6, 8, 10]
+    assert doubling.batches == [[1], [2, 3, 4], [5]]
+    assert doubling.lane.queue_wait_s > 0
+
+
+def test_one_of_a_batch_that_fails_fails_alone() -> None:
+    doubling = Doubling(8)
+
+    async def run() -> list[int | BaseException]:
+        asked = await doubling.ask(1, 12, 13, 14)
+        doubling.go_on.set()
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    *_, before, failed, after = asyncio.run(run())
+    assert (before, str(failed), after) == (24, "unlucky", 28)
+
+
+def test_who_leaves_before_its_batch_begins_is_not_computed() -> None:
+    doubling = Doubling(8)
+
+    async def run() -> int:
+        _, leaving, staying = await doubling.ask(1, 2, 3)
+        leaving.cancel()
+        await asyncio.sleep(0)
+        doubling.go_on.set()
+        return await staying
+
+    assert asyncio.run(run()) == 6
+    assert doubling.batches == [[1], [3]]
+
+
+def test_a_batch_that_fails_as_a_whole_fails_for_each() -> None:
+    def fail(_: Sequence[int]) -> list[int | Exception]:
+        raise RuntimeError("lost")
+
+    async def run() -> None:
+        lane = BatchLane[int, int]("test", fail, 2)
+        for asked in [lane.ask(1), lane.ask(2)]:
+            with pytest.raises(RuntimeError, match="lost"):
+                await asked
+
+    asyncio.run(run())

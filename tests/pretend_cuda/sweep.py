@@ -28,6 +28,8 @@ THOROUGH: tuple[str, ...] = (
     f"{MEMORY}/test_mapped.py",
     f"{MEMORY}/test_techniques.py",
     f"{MEMORY}/test_vram_limit.py::test_every_family_draws_the_same_under_a_limit",
+    "deployments/stages/test_encoder_forwards.py",
+    "deployments/stages/test_tiles.py",
     "deployments/test_warm_up.py",
 )
 

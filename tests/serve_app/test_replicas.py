@@ -1,21 +1,33 @@
-"""Several replicas of the transformer, on one device by turns: the pictures of a request are spread over them."""
+"""Several replicas of every stage.
 
+The pictures of a request are spread over those of the transformer, on one device by turns; a prompt is encoded by
+one of the encoder's; tiles of a large picture are decoded by all of the VAE's.
+"""
+
+import asyncio
 import base64
 import io
+import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from ray import serve
 
 from cluster.serve_options import plan_serve_options
 from deployments.checkpoints.geometry import with_geometry
-from deployments.config import ModelConfig, TransformerConfig
-from deployments.stats import TransformerStats
+from deployments.config import EncoderConfig, ModelConfig, StageConfig, TransformerConfig, VaeConfig
+from deployments.encoder import Encoder
+from deployments.request import DecodeArguments, GenerationRequest, Prompt
+from deployments.stats import EncoderStats, TransformerStats, VaeStats
 from deployments.transformer import Transformer
+from deployments.vae import Vae
 from deployments.warm_up import WarmUp
 from serve_app.config import LimitsConfig
 from serve_app.config_check import plan_warm_up
@@ -38,14 +50,22 @@ MODEL = with_geometry(
 NUM_WARM_UP_STEPS = 2
 
 
+TWO: dict[str, Any] = {"num_cpus": 0.1, "min_replicas": 2, "max_replicas": 2}
+
+
 @pytest.fixture(scope="module")
 def app(flux_app: App) -> Iterator[App]:
-    """Two transformers between the encoder and the VAE of `flux_app`."""
-    config = TransformerConfig(num_cpus=0.1, min_replicas=2, max_replicas=2, on_demand={"turn_s": 0.2})
     warm_up = WarmUp(plan_warm_up(MODEL, LimitsConfig()), TEXT_TOKENS)
-    options = plan_serve_options(config, graceful_shutdown_timeout_s=5.0)
-    transformer = serve.deployment(Transformer).options(**options).bind(MODEL, config, warm_up)
-    stages = [flux_app.deployment("Encoder"), transformer, flux_app.deployment("Vae")]
+
+    def stage(deployment: type, config: StageConfig) -> Any:
+        options = plan_serve_options(config, graceful_shutdown_timeout_s=5.0, has_sessions=config.has_sessions)
+        return serve.deployment(deployment).options(**options).bind(MODEL, config, warm_up)
+
+    stages = [
+        stage(Encoder, EncoderConfig(**TWO, max_sequence_length=TEXT_TOKENS)),
+        stage(Transformer, TransformerConfig(**TWO, on_demand={"turn_s": 0.2})),
+        stage(Vae, VaeConfig(**TWO, tiling=64)),
+    ]
     ingress = serve.deployment(serve.ingress()(Ingress)).options(ray_actor_options={"num_cpus": 0})
     handle = serve.run(ingress.bind(MODEL, LimitsConfig(), *stages), name="replicas", route_prefix="/replicas")
     served = App(flux_app.url.rpartition("/")[0], "replicas", handle, MODEL)
@@ -54,14 +74,29 @@ def app(flux_app: App) -> Iterator[App]:
 
 
 def replicas(app: App) -> list[TransformerStats]:
-    """Of both: a call goes to whichever has less to do."""
-    found: dict[int, TransformerStats] = {}
+    return both(app, "Transformer", lambda stats: stats.ranks[0].pid)
+
+
+def both(app: App, deployment: str, pid: Callable[[Any], int]) -> list[Any]:
+    """A call goes to whichever has less to do, or to any."""
+    found: dict[int, Any] = {}
     deadline = time.monotonic() + PATIENCE_S
     while len(found) < 2:
         assert time.monotonic() < deadline, f"only {len(found)} replica answered"
-        stats = app.deployment("Transformer").stats.remote().result()
-        found[stats.ranks[0].pid] = stats
+        stats = app.deployment(deployment).stats.remote().result()
+        found[pid(stats)] = stats
     return list(found.values())
+
+
+def draw(app: App, prompt: str, **fields: Any) -> np.ndarray:
+    body = {"prompt": prompt, "seed": 7, "num_inference_steps": 1} | fields
+    answer = app.client.post("/v1/images/generations", json=body)
+    assert answer.status_code == 200, answer.text
+    return pixels(base64.b64decode(answer.json()["data"][0]["b64_json"]))
+
+
+def pixels(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)))
 
 
 def test_n_pictures_are_drawn_by_both_replicas_in_the_order_of_their_seeds(
@@ -100,3 +135,55 @@ def test_replicas_on_one_device_have_their_weights_there_by_turns(app: App) -> N
         assert memory.turns is not None
         assert memory.turns.num_turns >= 2  # the first was for warming up
         assert memory.turns.arriving_s > 0
+
+
+def test_what_one_encoder_has_encoded_the_other_does_not(app: App) -> None:
+    def counts() -> list[EncoderStats]:
+        return both(app, "Encoder", lambda stats: stats.pid)
+
+    before = sum(stats.num_forwards for stats in counts())
+    for prompt in ("a lamp", "a boat", "a lamp", "a boat", "a lamp", "a boat"):
+        draw(app, prompt)
+    assert sum(stats.num_forwards for stats in counts()) - before == 2
+    threads = [threading.Thread(target=draw, args=(app, "many boats")) for _ in range(10)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(stats.num_forwards for stats in counts()) - before == 3
+
+
+LATENTS = DecodeArguments.of(torch.randn(1, 16, 96, 96, generator=torch.Generator().manual_seed(0)))
+LARGE = GenerationRequest(
+    Prompt("a red fox", None, is_guided=False), 768, 768, 1, 1, None, None, 0, "png", 100, fps=8
+)
+"""Some 250 tiles."""
+
+
+@pytest.fixture(scope="module")
+def tiled_in_one() -> bytes:
+    """What one replica makes of those latents."""
+    return asyncio.run(Vae(MODEL, VaeConfig(tiling=64)).decode(LATENTS, LARGE)).data
+
+
+def vaes(app: App) -> list[VaeStats]:
+    return both(app, "Vae", lambda stats: stats.pid)
+
+
+def test_a_large_picture_is_decoded_by_both_vaes_and_is_that_of_one(app: App, tiled_in_one: bytes) -> None:
+    before = sum(stats.num_tiles for stats in vaes(app))
+    media = app.deployment("Vae").decode.remote(LATENTS, LARGE).result()
+    assert np.array_equal(pixels(media.data), pixels(tiled_in_one))
+    assert sum(stats.num_tiles for stats in vaes(app)) > before
+
+
+@pytest.mark.thorough
+def test_a_vae_that_is_killed_loses_no_tile_of_anothers_picture(app: App, tiled_in_one: bytes) -> None:
+    before = {stats.pid: stats.num_tiles for stats in vaes(app)}
+    running = app.deployment("Vae").decode.remote(LATENTS, LARGE)
+    deadline, helping = time.monotonic() + PATIENCE_S, list[int]()
+    while not helping:
+        assert time.monotonic() < deadline, "no other replica helps"
+        helping = [stats.pid for stats in vaes(app) if stats.num_tiles > before[stats.pid]]
+    os.kill(helping[0], signal.SIGKILL)
+    assert np.array_equal(pixels(running.result().data), pixels(tiled_in_one))
