@@ -12,7 +12,8 @@ from deployments.plan.sizes import STAGES
 
 @dataclass(frozen=True)
 class Rate:
-    """An upper bound: no queueing, no hand-off, every pipeline full. Merging may raise it."""
+    """An upper bound: no queueing, no hand-off, every pipeline full, forwards shared at no cost. Merging may raise
+    it."""
 
     stage_s: Mapping[Stage, float]
     """Of one picture on one replica, t_i; of the denoiser the slowest rank's."""
@@ -40,5 +41,5 @@ def bound_rate(placement: Placement, times: Times) -> Rate:
 def _seconds(process: Process, times: Times) -> float:
     """Of one picture on this process."""
     if process.stage == "denoise":
-        return times.rank_s(process.sizes.blocks)
+        return times.rank_s(process.sizes.blocks) / process.sizes.degree
     return times.encode_s if process.stage == "encode" else times.decode_s
