@@ -35,18 +35,18 @@ class Following:
         if meeting is not None:
             self._store = join_store(meeting.host, meeting.port, config.num_ranks)
         self._group, parallel = open_parallel(self._denoisers, config, rank, self._store)
-        self._loaded = load_rank(self._denoisers, model, config, rank, parallel)
+        self.loaded = load_rank(self._denoisers, model, config, rank, parallel)
 
     @property
     def keeper(self) -> Keeper:
-        return self._loaded.keeper
+        return self.loaded.keeper
 
     def connect(self, rendezvous: Rendezvous, on_lost: Callable[[BaseException], None]) -> None:
         """Meet the other ranks and begin to work. on_lost: the group is no more."""
         device, skeletons, degree = self._denoisers.device, self._denoisers.skeletons, self._config.parallel_degree
         is_first = self._rank < degree
         follower = Follower(
-            self._loaded,
+            self.loaded,
             build_mergers(skeletons),
             Holder(device),
             self.keeper.release,
@@ -64,7 +64,7 @@ class Following:
         self._ring.start()
 
     def stats(self) -> RankStats:
-        return rank_stats(self._rank, self._denoisers, self._loaded, self._ring.stats())
+        return rank_stats(self._rank, self._denoisers, self.loaded, self._ring.stats())
 
 
 def rank_stats(rank: int, denoisers: Denoisers, loaded: LoadedRank, ring: RingStats) -> RankStats:
