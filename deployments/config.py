@@ -346,9 +346,10 @@ class TransformerConfig(SpreadConfig):
     @model_validator(mode="after")
     def _check_parallel(self) -> Self:
         """Of what shares forwards; what does not combine stands in memory/conflicts.py."""
-        if 0 < self.num_gpus < 1 and self.parallel_degree > 1:
+        if 0 < self.num_gpus <= 0.5 and self.parallel_degree > 1:
             raise ValueError(
-                f"ranks that share each forward need a GPU each, got num_gpus: {self.num_gpus:g}: set it to 1"
+                f"ranks that share each forward need a GPU each, and num_gpus: {self.num_gpus:g} lets two share one: "
+                "set it above 0.5"
             )
         return self
 

@@ -69,7 +69,7 @@ def load_shard(
         output_loading_info=True,
         **loader_options,
     )
-    _check_keys(keys, checkpoint_dir / subfolder, model_class.__name__)
+    _check_keys(keys, checkpoint_dir / subfolder, model_class)
     return Shard(model, cut, parallel)
 
 
@@ -158,12 +158,17 @@ def _shard_class(model_class: Any, cut: Cut, foreign: Iterable[str], *, is_caugh
     )
 
 
-def _check_keys(keys: Mapping[str, Any], folder: Path, class_name: str) -> None:
+def _check_keys(keys: Mapping[str, Any], folder: Path, model_class: Any) -> None:
     """Strict both ways: a random weight or an unread one is a wrong picture, not a warning."""
+    class_name = model_class.__name__
     check_complete(keys["missing_keys"], folder, class_name)
-    if keys.get("unexpected_keys"):
+    foreign = (
+        model_class._keys_to_ignore_on_load_unexpected or ()
+    )  # which a tensor parallel load tells all the same
+    unread = [key for key in keys.get("unexpected_keys", ()) if not any(re.search(one, key) for one in foreign)]
+    if unread:
         raise ValueError(
-            f"{folder} has weights that no shard of {class_name} reads: {_shown(keys['unexpected_keys'])}; "
+            f"{folder} has weights that no shard of {class_name} reads: {_shown(unread)}; "
             "config.json describes another model, or needs a newer diffusers"
         )
 
