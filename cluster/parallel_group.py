@@ -18,6 +18,8 @@ from cluster import accelerator
 from cluster.message import portable
 from cluster.transport import PeerLost
 
+MEET_TIMEOUT_S = 600.0
+"""What one does before the others are there: it reads configs, and may fetch files."""
 SILENT_AFTER_S = 30.0
 """Of a rank that must be done soon, if it is not stuck."""
 _FOREVER = timedelta(days=365)
@@ -36,7 +38,7 @@ class ParallelGroup:
         *,
         name: str,
         device: torch.device,
-        timeout_s: float,
+        stuck_after_s: float = 0.0,
         silent_after_s: float = SILENT_AFTER_S,
     ) -> None:
         """Returns when all have met.
@@ -44,9 +46,11 @@ class ParallelGroup:
         Args:
             rank: in this group.
             store: where all ranks of the replica meet; `name` tells this group from others.
-            timeout_s: how long to wait for the others, and of NCCL how long a collective may take.
+            stuck_after_s: longer than a rank may be behind the others in a forward.
             silent_after_s: how long one that has failed waits for the others' word.
         """
+        if accelerator.is_accelerator(device) and not accelerator.has_nccl(device):
+            raise ValueError(f"ranks on {device.type} devices cannot share forwards: it takes NCCL, or the CPU's gloo")
         self.rank, self.size = rank, size
         self._device, self._silent_after = device, timedelta(seconds=silent_after_s)
         backend = "cpu:gloo,cuda:nccl" if accelerator.has_nccl(device) else "gloo"
@@ -55,7 +59,7 @@ class ParallelGroup:
             store=PrefixStore(name, store),
             rank=rank,
             world_size=size,
-            timeout=timedelta(seconds=timeout_s),
+            timeout=timedelta(seconds=max(MEET_TIMEOUT_S, stuck_after_s)),
         )
         self._words = dist.new_group(backend="gloo", timeout=_FOREVER)
         """What they tell each other: never queued behind a collective."""

@@ -348,7 +348,7 @@ class TransformerConfig(SpreadConfig):
         """Of what shares forwards; what does not combine stands in memory/conflicts.py."""
         if 0 < self.num_gpus <= 0.5 and self.parallel_degree > 1:
             raise ValueError(
-                f"ranks that share each forward need a GPU each, and num_gpus: {self.num_gpus:g} lets two share one: "
+                f"ranks that share each forward need a GPU each, and num_gpus: {self.num_gpus:g} shares one: "
                 "set it above 0.5"
             )
         return self

@@ -181,7 +181,7 @@ def wait_for_200(url: str, process: "subprocess.Popen[bytes]") -> None:
         ({"transformer": {"max_memory": {"0": "14GiB"}}}, "max_memory is of device_map"),
         (
             {"transformer": {"context_parallel": 2, "num_gpus": 0.5}},
-            "ranks that share each forward need a GPU each, and num_gpus: 0.5 lets two share one",
+            "ranks that share each forward need a GPU each, and num_gpus: 0.5 shares one",
         ),
     ],
 )

@@ -111,9 +111,8 @@ def open_parallel(
     if store is None:
         raise ValueError("ranks that share each forward meet before they load: load the stage with where")
     shard, own = divmod(rank, degree)
-    device = denoisers.device
-    name, limit_s = f"shard {shard}", config.stuck_limit_s
-    group = ParallelGroup(own, degree, store, name=name, device=device, timeout_s=limit_s)
+    device, limit_s = denoisers.device, config.stuck_limit_s
+    group = ParallelGroup(own, degree, store, name=f"shard {shard}", device=device, stuck_after_s=limit_s)
     return group, Parallel(group, device, splits_weights=config.tensor_parallel > 1)
 
 

@@ -12,18 +12,33 @@ from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed
 from diffusers import ContextParallelConfig, ModelMixin
-from diffusers.hooks import tensor_parallel
-from diffusers.models._modeling_parallel import ParallelConfig, TensorParallelConfig
+from diffusers.hooks import context_parallel, tensor_parallel
+from diffusers.models._modeling_parallel import ParallelConfig, TensorParallelConfig, gather_size_by_comm
 from torch import nn
 
 from cluster.parallel_group import ParallelGroup
 
 Result = TypeVar("Result")
 
+dist: Any = torch.distributed
+
 _UNEVEN = "divisible by mesh size"
 """In what diffusers raises where it splits a sequence, before any rank waits for another."""
 
+
+def _gather_uneven(part: torch.Tensor, dim: int, group: Any) -> torch.Tensor:
+    """diffusers' own gathers parts of unequal lengths as they are, which gloo cannot."""
+    lengths = gather_size_by_comm(part.shape[dim], group)
+    padding = [0, 0] * (part.ndim - dim - 1) + [0, max(lengths) - part.shape[dim]]
+    padded = nn.functional.pad(part, padding).contiguous()
+    parts = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(parts, padded, group=group)
+    return torch.cat([one.narrow(dim, 0, length) for one, length in zip(parts, lengths, strict=True)], dim)
+
+
+context_parallel._all_gather_anything = _gather_uneven
 # Its list has what its makers have tried. torch's gloo does the same for a CPU's tensors.
 tensor_parallel._SUPPORTED_TP_DEVICES = ("cpu", *tensor_parallel._SUPPORTED_TP_DEVICES)
 

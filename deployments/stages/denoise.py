@@ -65,6 +65,7 @@ class Denoising:
     ) -> None:
         """listening: where those that share rank 0's forwards, and all other ranks, meet it, if any do."""
         torch.set_num_threads(config.num_threads)
+        self._store = None if listening is None else open_store(listening, config.num_ranks)
         model = with_geometry(model)
         self._family, self._config = model.architecture, config
         self._denoisers = open_denoisers(model, config)
@@ -83,7 +84,6 @@ class Denoising:
         self.pending_kinds = self._trial.takes_pending() if config.runs_passes_at_once else frozenset()
         """Of call, whose forwards may be under way before the pipeline needs the one before."""
         self.finite = FiniteCheck()
-        self._store = None if listening is None else open_store(listening, config.num_ranks)
         self._group, parallel = open_parallel(self._denoisers, config, 0, self._store)
         self.loaded = load_rank(self._denoisers, model, config, 0, parallel)
         # Who waits for a copy of its own does not wait for the forward of another that is under way.

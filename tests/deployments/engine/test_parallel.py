@@ -140,7 +140,7 @@ def _meet(rank: int, point: MeetingPoint) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     store = _kept.get("store") or join_store(point.host, point.port, 2)
-    group = ParallelGroup(rank, 2, store, name="two", device=CPU, timeout_s=60, silent_after_s=1)
+    group = ParallelGroup(rank, 2, store, name="two", device=CPU, silent_after_s=1)
     _kept["group"] = group
     for splits_weights in (False, True):
         _kept[f"parallel {splits_weights}"] = Parallel(group, CPU, splits_weights=splits_weights)

@@ -147,8 +147,8 @@ def planned_shared(gpus: str, weights_bytes: int = 18 * GIB, size: int = 1024, *
 
 
 def test_ranks_that_share_each_forward_are_for_latency_and_replicas_for_throughput() -> None:
-    [advice] = planned_shared("2x32GiB").advice
-    assert advice.startswith("for latency: 2 ranks share each forward")
+    advice = " ".join(planned_shared("2x32GiB").advice)
+    assert "for latency: 2 ranks share each forward" in advice
     assert "for throughput rather 2 replicas" in advice
 
 
