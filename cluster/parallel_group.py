@@ -50,7 +50,9 @@ class ParallelGroup:
             silent_after_s: how long one that has failed waits for the others' word.
         """
         if accelerator.is_accelerator(device) and not accelerator.has_nccl(device):
-            raise ValueError(f"ranks on {device.type} devices cannot share forwards: it takes NCCL, or the CPU's gloo")
+            raise ValueError(
+                f"ranks on {device.type} devices cannot share forwards: it takes NCCL, or the CPU's gloo"
+            )
         self.rank, self.size = rank, size
         self._device, self._silent_after = device, timedelta(seconds=silent_after_s)
         backend = "cpu:gloo,cuda:nccl" if accelerator.has_nccl(device) else "gloo"
@@ -63,8 +65,7 @@ class ParallelGroup:
         )
         self._words = dist.new_group(backend="gloo", timeout=_FOREVER)
         """What they tell each other: never queued behind a collective."""
-        dist.all_reduce(torch.zeros(1, device=device))  # NCCL connects when first used
-        accelerator.synchronize(device)
+        self._exchange()  # NCCL connects when first used
 
     def mesh(self, *names: str) -> DeviceMesh:
         """Of one dimension for each name; the last has all ranks."""
@@ -88,5 +89,14 @@ class ParallelGroup:
         if not any(failed):
             return None
         errors: list[BaseException | None] = [None] * self.size
-        dist.all_gather_object(errors, None if error is None else portable(error), group=self._words)
+        try:
+            dist.all_gather_object(errors, None if error is None else portable(error), group=self._words)
+            self._exchange()
+        except RuntimeError as reason:
+            raise PeerLost(f"ranks that share each forward no longer reach each other: {reason}") from error
         return error or next(each for each in errors if each is not None)
+
+    def _exchange(self) -> None:
+        """Raises RuntimeError if they cannot."""
+        dist.all_reduce(torch.zeros(1, device=self._device))
+        accelerator.synchronize_stream(self._device)

@@ -58,6 +58,27 @@ def check(plain: Callable[..., Any], family: str, requests: list[GenerationReque
         torch.testing.assert_close(got, expected, atol=1.5e-4, rtol=2e-5)
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"context_parallel": 2, "compile": {"backend": "eager"}},
+        {"context_parallel": 2, "offload": "model"},
+        {"context_parallel": 2, "offload": "group"},
+        {"context_parallel": 2, "offload": "sequential", "shards": 2},
+        {"context_parallel": 2, "vram_limit_gib": 2**-9},
+        {"tensor_parallel": 2, "compile": {"backend": "eager"}},
+    ],
+    ids=str,
+)
+def test_techniques_that_leave_the_picture_as_it_is_go_with_it(
+    ranks: RankProcesses, plain: Callable[..., Any], settings: dict[str, Any]
+) -> None:
+    ranks.open(tiny_model("flux"), TransformerConfig(**settings))
+    request = build_request("flux", guided=True)
+    check(plain, "flux", [request], ranks.denoise(request))
+
+
 def test_a_rank_that_has_no_room_after_its_last_collective_fails_that_forward_alone(ranks: RankProcesses) -> None:
     ranks.open(tiny_model("flux"), TransformerConfig(context_parallel=2, shards=2))
     request = build_request("flux", guided=False)
