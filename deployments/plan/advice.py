@@ -126,7 +126,7 @@ def _on_sharing(sizes: ModelSizes, transformer: TransformerConfig, placement: Pl
     if degree == 1:
         num_replicas = placement.num_replicas("denoise")
         if num_replicas > 1 and _all_share(sizes):
-            yield f"{num_replicas} replicas are for throughput; for latency fewer, whose ranks are context_parallel"
+            yield f"{num_replicas} replicas are for throughput; for latency fewer, each of context_parallel ranks"
         return
     gpu_bytes = max((gpu.memory_bytes for gpu in placement.gpus), default=0)
     if transformer.num_shards == 1 and _whole_rank(sizes).need_bytes <= gpu_bytes:

@@ -154,7 +154,7 @@ def test_ranks_that_share_each_forward_are_for_latency_and_replicas_for_throughp
 
 def test_where_replicas_could_share_their_forwards_it_is_told_which_is_for_what() -> None:
     advice = " ".join(planned_shared("2x32GiB", context_parallel=1, min_replicas=2, max_replicas=2).advice)
-    assert "2 replicas are for throughput; for latency fewer, whose ranks are context_parallel" in advice
+    assert "2 replicas are for throughput; for latency fewer, each of context_parallel ranks" in advice
 
 
 @pytest.mark.parametrize(("size", "is_told"), [(1024, True), (2048, False)])
