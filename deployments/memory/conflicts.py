@@ -164,6 +164,11 @@ CONFLICTS: tuple[Conflict, ...] = (
         "on_demand",
         "ranks that share each forward would wait for each other's turns: leave out on_demand",
     ),
+    Conflict(
+        "context_parallel",
+        "offload: sequential or disk",
+        "accelerate's hooks do not see a shared forward end at its cut: use offload: model or group",
+    ),
     Conflict("tensor_parallel", "quantization", f"{_PARTS}, and quantised ones have none: use context_parallel"),
     Conflict("tensor_parallel", "layerwise_casting", f"{_PARTS}, which is not cast: use context_parallel"),
     Conflict("tensor_parallel", "offload", f"{_PARTS}, which stays where it is: use context_parallel, or shards"),

@@ -63,10 +63,9 @@ def check(plain: Callable[..., Any], family: str, requests: list[GenerationReque
     "settings",
     [
         {"context_parallel": 2, "compile": {"backend": "eager"}},
-        {"context_parallel": 2, "offload": "model"},
-        {"context_parallel": 2, "offload": "group"},
-        {"context_parallel": 2, "offload": "sequential", "shards": 2},
-        {"context_parallel": 2, "vram_limit_gib": 2**-9},
+        {"context_parallel": 2, "offload": "model", "shards": 2},
+        {"context_parallel": 2, "offload": {"kind": "group", "level": "block"}, "shards": 2},
+        {"context_parallel": 2, "vram_limit_gib": 2**-9, "shards": 2},
         {"tensor_parallel": 2, "compile": {"backend": "eager"}},
     ],
     ids=str,
