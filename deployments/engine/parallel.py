@@ -87,8 +87,9 @@ def sliced(stored: nn.Module, degree: int) -> nn.Module:
     """A model from `as_stored`, as each of so many tensor parallel ranks holds it. Raises ValueError."""
     if degree == 1:
         return stored
-    part: Any = copy.deepcopy(stored)
-    for name, spec in tensor_parallel.resolve_tp_shard_specs(part, part._tp_plan, degree).items():
+    part = copy.deepcopy(stored)
+    plan: Any = part._tp_plan
+    for name, spec in tensor_parallel.resolve_tp_shard_specs(part, plan, degree).items():
         if spec.dim is not None:
             module_name, _, parameter_name = name.rpartition(".")
             module = part.get_submodule(module_name)

@@ -42,7 +42,7 @@ def load_shard(
     Raises:
         ValueError: the model cannot be cut so, or the checkpoint has too few keys or too many.
     """
-    cut, foreign = None, ()
+    cut, foreign = None, tuple[str, ...]()
     if blocks is not None or parallel is not None:
         skeleton = build_skeleton(model_class, checkpoint_dir, subfolder)
     if blocks is not None:
@@ -58,7 +58,8 @@ def load_shard(
         missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
         check_complete(missing, gguf_file.resolve(), model_class.__name__)
         if parallel is not None:
-            model.enable_parallelism(config=parallel.config)
+            shared: Any = model
+            shared.enable_parallelism(config=parallel.config)
         return Shard(model, cut, parallel)
     model, keys = model_class.from_pretrained(
         checkpoint_dir,
