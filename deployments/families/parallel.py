@@ -10,14 +10,15 @@ CONTEXT_PARALLEL = (
     "QwenImageTransformer2DModel",
     "WanTransformer3DModel",
 )
-"""Those with a `_cp_plan` that was compared with the whole model."""
+"""Those with a `_cp_plan` that was compared with the whole model. LTX-2's leaves out its sound, and fails; those of
+ChronoEdit, Helios and MiniMax-H3 have not been tried."""
 
 TENSOR_PARALLEL = (
     "FluxTransformer2DModel",
     "Flux2Transformer2DModel",
     "QwenImageTransformer2DModel",
 )
-"""Those with a `_tp_plan`, likewise."""
+"""Those with a `_tp_plan`, likewise. That of Qwen-Image 2.1 has not been tried."""
 
 _HEADS = "num_attention_heads"
 
