@@ -10,8 +10,8 @@ CONTEXT_PARALLEL = (
     "QwenImageTransformer2DModel",
     "WanTransformer3DModel",
 )
-"""Those with a `_cp_plan` that was compared with the whole model. LTX-2's leaves out its sound, and fails; those of
-ChronoEdit, Helios and MiniMax-H3 have not been tried."""
+"""Those with a `_cp_plan` that was compared with the whole model. LTX-2's leaves out its sound, and fails; those
+of ChronoEdit, Helios and MiniMax-H3 have not been tried."""
 
 TENSOR_PARALLEL = (
     "FluxTransformer2DModel",

@@ -51,6 +51,8 @@ def test_they_draw_what_the_plain_pipeline_draws(
 
 def check(plain: Callable[..., Any], family: str, requests: list[GenerationRequest], latents: list[Any]) -> None:
     for request, got in zip(requests, latents, strict=True):
+        if isinstance(got, Exception):
+            raise got
         expected = plain(
             family, "a red cat", seed=request.seed, output_type="latent", **build_settings(family, request)
         )
