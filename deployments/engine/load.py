@@ -88,12 +88,12 @@ def build_skeletons(folder: Path, index: ModelIndex) -> dict[str, nn.Module]:
 
 
 def check_parallel(skeletons: Mapping[str, Any], config: TransformerConfig) -> None:
-    """Raises ValueError where ranks cannot share each forward as config says."""
+    """Raises ValueError where ranks cannot share each forward as config says. skeletons: by component name."""
     degrees = config.context_parallel, config.tensor_parallel
     for model in skeletons.values():
         for fault in find_parallel_faults(type(model).__name__, model.config, *degrees):
             raise ValueError(fault)
-        if config.tensor_parallel > 1 and model.gguf_file is not None:
+        if config.tensor_parallel > 1 and getattr(model, "gguf_file", None) is not None:
             raise ValueError("transformer.tensor_parallel: weights of GGUF have no parts: use context_parallel")
         sliced(model, config.tensor_parallel)
 

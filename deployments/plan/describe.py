@@ -25,7 +25,7 @@ from deployments.config import EncoderConfig, ModelConfig, StageConfig, Transfor
 from deployments.device import resolve_dtype
 from deployments.engine.blocks import BlockBytes, block_bytes, build_skeleton, cuttable_names
 from deployments.engine.cut import Cut, CutReached
-from deployments.engine.load import Denoisers, cut_ranks, open_denoisers
+from deployments.engine.load import Denoisers, check_parallel, cut_ranks, open_denoisers
 from deployments.engine.parallel import sliced, working_share
 from deployments.memory.resident import device_bytes
 from deployments.memory.stored import as_stored, dequantized_bytes, stored_bytes, stored_models
@@ -86,6 +86,7 @@ class Description:
         """Raises ValueError if a model cannot be cut or placed so."""
         num_text_tokens = encoder.max_sequence_length or self._family.max_sequence_length or 0
         stored, working = self._denoisers(_key(transformer), sizes, num_text_tokens)
+        check_parallel(stored, transformer)
         blocks = {name: _block_bytes(model) for name, model in stored.items()}
         return ModelSizes(
             encode=_stage(encoder, *self._encoder(_key(encoder), num_text_tokens)),
