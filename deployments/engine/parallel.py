@@ -9,7 +9,7 @@ whole sequence (https://arxiv.org/abs/1909.08053). A model class says what is sp
 import copy
 from collections.abc import Callable, Collection, Mapping
 from fnmatch import fnmatchcase
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed
@@ -17,10 +17,10 @@ from diffusers import ContextParallelConfig, ModelMixin
 from diffusers.hooks import context_parallel, tensor_parallel
 from diffusers.models._modeling_parallel import ParallelConfig, TensorParallelConfig, gather_size_by_comm
 from torch import nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.utils._pytree import tree_map_only
 
 from cluster.parallel_group import ParallelGroup
-
-Result = TypeVar("Result")
 
 dist: Any = torch.distributed
 
@@ -58,9 +58,13 @@ class Parallel:
             self.config = ParallelConfig(context_parallel_config=ulysses)
         self.config.setup(group.rank, group.size, device, mesh=mesh)
 
-    def run(self, forward: Callable[[], Result]) -> Result:
-        """One forward. Of unequal parts of a sequence the ranks tell each other the lengths, at every attention:
-        so that is only done where they are unequal."""
+    def run(self, forward: Callable[[], Any]) -> Any:
+        """One forward. What it returns is a tensor, or a nest of them, that has arrived."""
+        return tree_map_only(AsyncCollectiveTensor, AsyncCollectiveTensor.wait, self._run(forward))
+
+    def _run(self, forward: Callable[[], Any]) -> Any:
+        """Of unequal parts of a sequence the ranks tell each other the lengths, at every attention: so that is only
+        done where they are unequal."""
         try:
             return forward()
         except AssertionError as error:
