@@ -63,8 +63,8 @@ class Parallel:
         return tree_map_only(AsyncCollectiveTensor, AsyncCollectiveTensor.wait, self._run(forward))
 
     def _run(self, forward: Callable[[], Any]) -> Any:
-        """Of unequal parts of a sequence the ranks tell each other the lengths, at every attention: so that is only
-        done where they are unequal."""
+        """Of unequal parts of a sequence the ranks tell each other the lengths, at every attention: so that is
+        only done where they are unequal."""
         try:
             return forward()
         except AssertionError as error:
