@@ -34,6 +34,7 @@ def plan_serve_options(
     graceful_shutdown_timeout_s: float,
     num_shards: int = 1,
     reports_load: bool = False,
+    preload: list[str] | None = None,
 ) -> dict[str, Any]:
     """Keyword arguments of `Deployment.options` for one stage.
 
@@ -43,6 +44,7 @@ def plan_serve_options(
     Args:
         graceful_shutdown_timeout_s: how long a replica that is no longer wanted may work on its last requests.
         reports_load: whether the replicas say how busy they are (autoscaling.py), or Serve counts requests.
+        preload: what a fork server imports for them (preload.py).
     """
     options: dict[str, Any] = {
         "max_ongoing_requests": resources.max_ongoing_requests,
@@ -51,7 +53,7 @@ def plan_serve_options(
         "ray_actor_options": {
             "num_cpus": resources.num_cpus,
             "num_gpus": resources.num_gpus,
-            "runtime_env": stage_environment(resources),
+            "runtime_env": stage_environment(resources) | ({"preload": preload} if preload else {}),
         },
         **_plan_replicas(resources, reports_load),
     }

@@ -11,6 +11,7 @@ from cluster.nodes import is_alone
 from cluster.serve_options import HEAD_NODE, HEALTH_CHECKS, plan_serve_options
 from deployments.config import StageConfig
 from deployments.encoder import Encoder
+from deployments.stages.preload import plan_preload
 from deployments.transformer import Transformer
 from deployments.vae import Vae
 from deployments.warm_up import WarmUp
@@ -57,6 +58,7 @@ def compose_app(config: AppConfig) -> Application:
             graceful_shutdown_timeout_s=timeout_s,
             num_shards=stage_config.num_ranks,
             reports_load=stage_config.reports_load,
+            preload=plan_preload(model, stage_config),
         )
         return serve.deployment(deployment).options(**options).bind(model, stage_config, warm_up)
 
