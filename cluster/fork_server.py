@@ -78,6 +78,9 @@ class ForkServer:
         asker, _address = self._listener.accept()
         try:
             worker = _receive(asker)
+            if worker is None:
+                asker.close()
+                return None
             pid = os.fork()
         except (OSError, ValueError) as error:  # then it imports for itself
             print(f"no worker was forked: {error!r}", file=sys.stderr)
@@ -123,12 +126,14 @@ class ForkServer:
         self._events.close()
 
 
-def _receive(asker: socket.socket) -> Worker:
-    """Raises OSError or ValueError."""
+def _receive(asker: socket.socket) -> Worker | None:
+    """None for who only waited for the server. Raises OSError or ValueError."""
     if not is_own(asker):
         raise PermissionError("another user asks")
     asker.settimeout(_RECEIVE_S)
     size, files, _flags, _address = socket.recv_fds(asker, 8, 3)
+    if not size:
+        return None
     with asker.makefile("rb") as asked:
         return Worker(**json.loads(asked.read(int.from_bytes(size))), files=files)
 
@@ -137,6 +142,7 @@ def preload() -> None:
     """What the variable says, and Ray's part."""
     gc.disable()  # nothing of it will be freed
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # whoever asks for a GPU while he is imported opens none
+    os.environ["OMP_NUM_THREADS"] = "1"  # or numpy starts threads; each stage says how many torch may have
     for name in RAY:
         importlib.import_module(name)
     path, *arguments = json.loads(os.environ[PRELOAD])

@@ -1,33 +1,33 @@
 """What Ray starts as a worker's Python, where workers are to be forked: `python -m cluster.forked_worker FILE ...`
 
 It asks the fork server for a worker, and lives as long as that, for Ray waits for the process that it started and may
-kill it. Where there is no server, it starts one. If anything fails, it becomes the worker itself. It imports little:
-it is one process more for each worker.
+kill it. If anything fails, it becomes the worker itself. It imports little: it is one process more for each worker.
 """
 
 import json
 import os
 import select
+import shlex
 import signal
 import socket
 import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 
 FORK_SERVER, PRELOAD = "RELAY_FORK_SERVER", "RELAY_PRELOAD"
 """Variables by which preload.py tells the server's name, and what it is to import."""
 PATIENCE_S = 40.0
-"""With a server that still imports. Ray waits 60 s until a worker reports."""
+"""With a server that had to be started anew. Ray waits 60 s until a worker reports."""
 _NUM_TRIES, _TRY_AGAIN_S = 50, 0.02
 
 
 def main() -> None:
     worker = sys.argv[1:]
     try:
-        server = _connect()
+        server = connect(f"exec {shlex.quote(sys.executable)}", os.environ, PATIENCE_S)
         reply = server.makefile().readline
         pid = _ask(server, reply, worker)
     except (OSError, ValueError) as error:
@@ -41,28 +41,24 @@ def main() -> None:
     os._exit(int(status or 1))
 
 
-def tell(pid: int, number: int) -> None:
-    with suppress(ProcessLookupError):
-        os.kill(pid, number)
+def connect(command: str, environment: Mapping[str, str], timeout_s: float) -> socket.socket:
+    """To the server that the environment names. Where there is none it is started.
 
+    Args:
+        command: a shell's, which its arguments follow.
+        timeout_s: of each operation on the socket.
 
-def is_own(peer: socket.socket) -> bool:
-    """Whether a process of this user is at the other end."""
-    _pid, user, _group = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    return bool(user == os.getuid())
-
-
-def _connect() -> socket.socket:
-    """To the server, which may be about to begin. Raises OSError."""
+    Raises OSError.
+    """
     # An abstract address: whoever binds it first starts the server, and it is free again when the server has ended.
-    address = f"\0latent-relay {os.environ['RAY_RAYLET_PID']} {os.environ[FORK_SERVER]}"
+    address = f"\0latent-relay {environment['RAY_RAYLET_PID']} {environment[FORK_SERVER]}"
     for _ in range(_NUM_TRIES):
         with socket.socket(socket.AF_UNIX) as listener, suppress(OSError):
             listener.bind(address)
             listener.listen(128)
-            _start(listener)
+            _start(command, environment, listener)
         server = socket.socket(socket.AF_UNIX)
-        server.settimeout(PATIENCE_S)
+        server.settimeout(timeout_s)
         with suppress(ConnectionRefusedError):  # bound, and not yet listened to
             server.connect(address)
             break
@@ -72,11 +68,26 @@ def _connect() -> socket.socket:
     return server
 
 
-def _start(listener: socket.socket) -> None:
+def is_own(peer: socket.socket) -> bool:
+    """Whether a process of this user is at the other end."""
+    _pid, user, _group = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return bool(user == os.getuid())
+
+
+def tell(pid: int, number: int) -> None:
+    """A signal, if it is still there."""
+    with suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def _start(command: str, environment: Mapping[str, str], listener: socket.socket) -> None:
+    number = listener.fileno()
     subprocess.Popen(
-        [sys.executable, "-P", "-m", "cluster.fork_server", str(listener.fileno())],
+        ["bash", "-c", f"{command} -P -m cluster.fork_server {number}"],
+        env=environment,
         stdin=subprocess.DEVNULL,
-        pass_fds=[listener.fileno()],
+        stdout=subprocess.DEVNULL,
+        pass_fds=[number],
         start_new_session=True,
     )
 

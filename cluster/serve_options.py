@@ -17,6 +17,9 @@ tensors that live on."""
 NO_GPU_ENV = {"CUDA_VISIBLE_DEVICES": ""}
 """For who asks for none: Ray leaves it all of the node's, and libraries that quantise take the first they see."""
 
+PRELOAD_FIELD = "preload"
+"""Of Ray's `runtime_env`: [a function, as "module:name", its arguments], for preload.py."""
+
 HEAD_NODE = {"node:__internal_head__": 0.001}
 """A resource that Ray gives to the head node alone."""
 
@@ -53,7 +56,7 @@ def plan_serve_options(
         "ray_actor_options": {
             "num_cpus": resources.num_cpus,
             "num_gpus": resources.num_gpus,
-            "runtime_env": stage_environment(resources) | ({"preload": preload} if preload else {}),
+            "runtime_env": stage_environment(resources) | ({PRELOAD_FIELD: preload} if preload else {}),
         },
         **_plan_replicas(resources, reports_load),
     }
