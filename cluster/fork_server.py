@@ -138,14 +138,11 @@ def _receive(asker: socket.socket) -> Worker | None:
         return Worker(**json.loads(asked.read(int.from_bytes(size))), files=files)
 
 
-def preload() -> None:
-    """What the variable says, and Ray's part."""
+def preload(path: str, *arguments: str) -> None:
+    """Calls that function, as "module:name", and imports Ray's part."""
     gc.disable()  # nothing of it will be freed
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # whoever asks for a GPU while he is imported opens none
-    os.environ["OMP_NUM_THREADS"] = "1"  # or numpy starts threads; each stage says how many torch may have
     for name in RAY:
         importlib.import_module(name)
-    path, *arguments = json.loads(os.environ[PRELOAD])
     module, _, function = path.partition(":")
     getattr(importlib.import_module(module), function)(*arguments)
     gc.freeze()  # a collection in a worker would write to, and so copy, all of it
@@ -153,7 +150,7 @@ def preload() -> None:
 
 def main() -> None:
     listener = socket.socket(fileno=int(sys.argv[1]))
-    preload()
+    preload(*json.loads(os.environ[PRELOAD]))
     worker = ForkServer(listener, raylet=int(os.environ["RAY_RAYLET_PID"])).serve()
     if worker is not None:
         worker.run()

@@ -19,6 +19,11 @@ from contextlib import suppress
 
 FORK_SERVER, PRELOAD = "RELAY_FORK_SERVER", "RELAY_PRELOAD"
 """Variables by which preload.py tells the server's name, and what it is to import."""
+SERVER_ENV = {
+    "OMP_NUM_THREADS": "1",  # or numpy starts threads, and a fork has one; each stage says how many torch may use
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # who asks for a GPU while it is imported opens none
+}
+"""Of the server alone."""
 PATIENCE_S = 40.0
 """With a server that had to be started anew. Ray waits 60 s until a worker reports."""
 _NUM_TRIES, _TRY_AGAIN_S = 50, 0.02
@@ -51,7 +56,9 @@ def connect(command: str, environment: Mapping[str, str], timeout_s: float) -> s
     Raises OSError.
     """
     # An abstract address: whoever binds it first starts the server, and it is free again when the server has ended.
-    address = f"\0latent-relay {environment['RAY_RAYLET_PID']} {environment[FORK_SERVER]}"
+    # Processes of containers may have equal numbers, and one network.
+    node = f"{os.stat('/proc/self/ns/pid').st_ino} {environment['RAY_RAYLET_PID']}"
+    address = f"\0latent-relay {node} {environment[FORK_SERVER]}"
     for _ in range(_NUM_TRIES):
         with socket.socket(socket.AF_UNIX) as listener, suppress(OSError):
             listener.bind(address)
@@ -84,7 +91,7 @@ def _start(command: str, environment: Mapping[str, str], listener: socket.socket
     number = listener.fileno()
     subprocess.Popen(
         ["bash", "-c", f"{command} -P -m cluster.fork_server {number}"],
-        env=environment,
+        env=dict(environment) | SERVER_ENV,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         pass_fds=[number],
