@@ -1,7 +1,8 @@
 """What Ray starts as a worker's Python, where workers are to be forked: `python -m cluster.forked_worker FILE ...`
 
-It asks the fork server for a worker, and lives as long as that, for Ray waits for the process that it started and may
-kill it. If anything fails, it becomes the worker itself. It imports little: it is one process more for each worker.
+It asks the fork server for a worker, and lives as long as that, for Ray waits for the process that it started and
+may kill it. If anything fails, it becomes the worker itself. It imports little: it is one process more for each
+worker.
 """
 
 import json
@@ -55,7 +56,7 @@ def connect(command: str, environment: Mapping[str, str], timeout_s: float) -> s
 
     Raises OSError.
     """
-    # An abstract address: whoever binds it first starts the server, and it is free again when the server has ended.
+    # An abstract address: whoever binds it first starts the server, and it is free again when that has ended.
     # Processes of containers may have equal numbers, and one network.
     node = f"{os.stat('/proc/self/ns/pid').st_ino} {environment['RAY_RAYLET_PID']}"
     address = f"\0latent-relay {node} {environment[FORK_SERVER]}"

@@ -30,14 +30,14 @@ def _is_no_noise(record: logging.LogRecord) -> bool:
 
 
 def skip_unneeded(model: ModelConfig, config: StageConfig) -> None:
-    """Of what a replica's process imports from now on; raises CannotServe if too much was skipped before it began."""
+    """By this stage's process, from now on. Raises CannotServe if too much was skipped before it was forked."""
     needed = needed_packages(model, config)
     if "diffusers" not in sys.modules:
         skip(UNNEEDED - needed)
     elif skipped := sorted(name for name in needed if name in sys.modules and sys.modules[name] is None):
         raise CannotServe(
-            f"{model.checkpoint} needs {', '.join(skipped)} here, and where the app was built it did not: build the app "
-            "where the same files are"
+            f"{model.checkpoint} needs {', '.join(skipped)} here, and where the app was built it did not: build the "
+            "app where the same files are"
         )
 
 

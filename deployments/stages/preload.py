@@ -10,10 +10,10 @@ from deployments.stages.imports import UNNEEDED, needed_packages, silence_import
 
 
 def plan_preload(model: ModelConfig, config: StageConfig) -> list[str] | None:
-    """What a fork server is to do before it forks this stage's processes; None if they are to import for themselves.
+    """What a fork server does before it forks this stage's processes; None if they are to import for themselves.
 
-    Those do that need what others skip, as far as it can be told here: bitsandbytes opens a GPU when it is imported,
-    and that does not survive a fork.
+    Those are that need what others skip, or may: bitsandbytes opens a GPU when it is imported, and that does not
+    survive a fork.
     """
     try:
         if needed_packages(model, config):

@@ -1,8 +1,8 @@
 """How long from deploying to ready, and which process works on it: the three stages, and one whole pipeline.
 
 Each on a Ray of its own that has just begun and is idle; the stages then once more on the same, where their fork
-server has imported before (cluster/fork_server.py). The checkpoint was just written, so the kernel still has it: nobody waits for a
-disk. Seconds of processor are what to compare on a machine that does other things, too.
+server (cluster/fork_server.py) has imported before. The checkpoint was just written, so the kernel still has it:
+nobody waits for a disk. Seconds of processor are what to compare on a machine that does other things, too.
 """
 
 import statistics
