@@ -1,8 +1,8 @@
 """A process that imports what workers need, and forks a worker for each that asks (forked_worker.py).
 
 What is forked shares what was imported: neither time nor memory is spent on it again. The server has one thread
-and asks for no accelerator, for neither survives a fork. It ends with its raylet, or when it has had no worker for a
-while.
+and asks for no accelerator, for neither survives a fork. It ends with its raylet, or when it has had no worker for
+a while.
 """
 
 import gc

@@ -2,8 +2,8 @@
 
 A stage's imports take longer than all else of its start, and a node's stages import nearly the same. So a fork
 server (fork_server.py) imports it once, and each worker is forked of it (forked_worker.py). Ray's agent, on every
-node, loads this plugin where RAY_RUNTIME_ENV_PLUGINS names it; where it does not, Ray ignores the field, and workers
-import for themselves.
+node, loads this plugin where RAY_RUNTIME_ENV_PLUGINS names it; where it does not, Ray ignores the field, and
+workers import for themselves.
 """
 
 import asyncio

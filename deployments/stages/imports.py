@@ -36,8 +36,8 @@ def skip_unneeded(model: ModelConfig, config: StageConfig) -> None:
         skip(UNNEEDED - needed)
     elif skipped := sorted(name for name in needed if name in sys.modules and sys.modules[name] is None):
         raise CannotServe(
-            f"{model.checkpoint} needs {', '.join(skipped)} here, and where the app was built it did not: build the "
-            "app where the same files are"
+            f"{model.checkpoint} needs {', '.join(skipped)} here, and where the app was built it did not: build "
+            "the app where the same files are"
         )
 
 

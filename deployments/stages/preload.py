@@ -28,9 +28,9 @@ def preload(*pipeline_classes: str) -> None:
     """All that the stages import of a model without quantised weights."""
     silence_imports()
     skip(UNNEEDED)
-    for path in STAGES.values():
+    for path in (*STAGES.values(), "diffusers.guiders"):
         importlib.import_module(path.partition(":")[0])
-    diffusers = importlib.import_module("diffusers")
+    diffusers = sys.modules["diffusers"]
     for name in pipeline_classes:  # a pipeline's module imports the classes of its models
         getattr(diffusers, name, None)
     os.register_at_fork(after_in_child=sys.modules["numpy"].random.seed)  # else all would draw the same
