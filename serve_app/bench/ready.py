@@ -78,8 +78,8 @@ def _rows(rounds: Mapping[str, list[Seconds]]) -> list[Row]:
     rows: list[Row] = []
     for design, seconds in medians.items():
         for process in dict.fromkeys(name for name, _ in seconds):
-            row: Row = {"design": design, "process": process}
-            row |= {figure: value for (name, figure), value in seconds.items() if name == process}
+            row: dict[str, str | int | float] = {"design": design, "process": process}
+            row.update({figure: value for (name, figure), value in seconds.items() if name == process})
             if process == "all":
                 row["ratio"] = seconds["all", "ready_s"] / whole_s
             rows.append(row)
