@@ -9,6 +9,7 @@ export RAY_worker_niceness = 0
 export RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S = 0.25
 export RAY_SERVE_CONTROLLER_CALLBACK_IMPORT_PATH = cluster.termination:exit_on_sigterm
 export RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH = serve_app.proxy_middleware:build_middlewares
+export RAY_RUNTIME_ENV_PLUGINS = [{"class":"cluster.preload.PreloadPlugin"}]
 export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER = 0
 export RAY_ROTATION_MAX_BYTES = 33554432
 export RAY_ROTATION_BACKUP_COUNT = 2

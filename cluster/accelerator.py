@@ -42,6 +42,12 @@ def use_device(device: torch.device) -> None:
         _module(device).set_device(device)
 
 
+def is_spoilt_by_fork() -> bool:
+    """Whether this process was forked of one that had asked for its accelerators, and so can use none."""
+    modules = (torch.cuda, torch.xpu, torch.mps)
+    return any(getattr(module, "_is_in_bad_fork", bool)() for module in modules)
+
+
 def load_libraries(device: torch.device) -> None:
     """Of matrices and equations, before threads use them and before memory is short.
 

@@ -17,6 +17,9 @@ tensors that live on."""
 NO_GPU_ENV = {"CUDA_VISIBLE_DEVICES": ""}
 """For who asks for none: Ray leaves it all of the node's, and libraries that quantise take the first they see."""
 
+PRELOAD_FIELD = "preload"
+"""Of Ray's `runtime_env`: [a function, as "module:name", its arguments], for preload.py."""
+
 HEAD_NODE = {"node:__internal_head__": 0.001}
 """A resource that Ray gives to the head node alone."""
 
@@ -38,6 +41,7 @@ def plan_serve_options(
     num_shards: int = 1,
     reports_load: bool = False,
     has_sessions: bool = False,
+    preload: list[str] | None = None,
 ) -> dict[str, Any]:
     """Keyword arguments of `Deployment.options` for one stage.
 
@@ -48,6 +52,7 @@ def plan_serve_options(
         graceful_shutdown_timeout_s: how long a replica that is no longer wanted may work on its last requests.
         reports_load: whether the replicas say how busy they are (autoscaling.py), or Serve counts requests.
         has_sessions: whether calls of one `session_id` go to one replica, while it has room.
+        preload: what a fork server imports for them (preload.py).
     """
     options: dict[str, Any] = {
         "max_ongoing_requests": resources.max_ongoing_requests,
@@ -56,7 +61,7 @@ def plan_serve_options(
         "ray_actor_options": {
             "num_cpus": resources.num_cpus,
             "num_gpus": resources.num_gpus,
-            "runtime_env": stage_environment(resources),
+            "runtime_env": stage_environment(resources) | ({PRELOAD_FIELD: preload} if preload else {}),
         },
         **_plan_replicas(resources, reports_load),
         **({"request_router_config": {"request_router_class": SESSION_ROUTER}} if has_sessions else {}),

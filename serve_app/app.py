@@ -11,6 +11,7 @@ from cluster.nodes import is_alone
 from cluster.serve_options import HEAD_NODE, HEALTH_CHECKS, plan_serve_options
 from deployments.config import StageConfig
 from deployments.encoder import Encoder
+from deployments.stages.preload import plan_preload
 from deployments.transformer import Transformer
 from deployments.vae import Vae
 from deployments.warm_up import WarmUp
@@ -58,6 +59,7 @@ def compose_app(config: AppConfig) -> Application:
             num_shards=stage_config.num_ranks,
             reports_load=stage_config.reports_load,
             has_sessions=stage_config.has_sessions,
+            preload=plan_preload(model, stage_config),
         )
         return serve.deployment(deployment).options(**options).bind(model, stage_config, warm_up)
 

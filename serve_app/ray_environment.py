@@ -16,5 +16,7 @@ RAY_ENVIRONMENT = {
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.25",
     "RAY_SERVE_CONTROLLER_CALLBACK_IMPORT_PATH": "cluster.termination:exit_on_sigterm",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_app.proxy_middleware:build_middlewares",
+    # Without it every replica imports torch, diffusers and transformers for itself.
+    "RAY_RUNTIME_ENV_PLUGINS": '[{"class":"cluster.preload.PreloadPlugin"}]',
 }
 """By name; what the shell says already wins. To be set before Ray is imported, which reads some at once."""

@@ -20,6 +20,7 @@ RAY_FILES = {
     "cluster/nodes.py",
     "cluster/object_store_transport.py",
     "cluster/peers.py",
+    "cluster/preload.py",
     "cluster/replica_port.py",
     "cluster/shard_group.py",
     "cluster/termination.py",
@@ -84,7 +85,9 @@ def test_ray_is_imported_in_few_files() -> None:
     assert importers == RAY_FILES
 
 
-@pytest.mark.parametrize("module", ["serve_app.app", "serve_app.ingress", "serve_app.cli", "deployments.rank"])
+@pytest.mark.parametrize(
+    "module", ["serve_app.app", "serve_app.ingress", "serve_app.cli", "deployments.rank", "cluster.preload"]
+)
 def test_the_ray_side_imports_no_torch(module: str) -> None:
     """The ingress stays small, and replicas create their children before they import anything heavy."""
     heavy = ("torch", "diffusers", "transformers", "accelerate")

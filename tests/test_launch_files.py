@@ -316,8 +316,12 @@ ONE_MACHINE_ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"}
 
 @pytest.mark.parametrize("file", ["Makefile", "cluster/launch/Dockerfile", "cluster/launch/cluster.yaml"])
 def test_whoever_starts_ray_gives_it_the_same_environment(file: str) -> None:
-    text = re.sub(r"[ \t]*=[ \t]*", "=", (ROOT / file).read_text())
+    text = _unquoted(re.sub(r"[ \t]*=[ \t]*", "=", (ROOT / file).read_text()))
     left_out = set() if file == "Makefile" else ONE_MACHINE_ALONE
-    expected = {f"{name}={value}" for name, value in RAY_ENVIRONMENT.items() if name not in left_out}
+    expected = {_unquoted(f"{name}={value}") for name, value in RAY_ENVIRONMENT.items() if name not in left_out}
     assert expected
     assert {each for each in expected if each not in text} == set()
+
+
+def _unquoted(text: str) -> str:
+    return re.sub(r"[\\'\"]", "", text)

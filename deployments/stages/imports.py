@@ -2,11 +2,15 @@
 
 import logging
 import sys
+from collections.abc import Iterable
 
 from deployments.checkpoints.json_file import read_json
 from deployments.checkpoints.source import fetch_configs
 from deployments.config import ModelConfig, StageConfig
+from deployments.refusal import CannotServe
 
+UNNEEDED = frozenset({"bitsandbytes", "gguf", "torchao"})
+"""Unless weights are quantised."""
 NOISE = {
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward from kernels-community",
     "diffusers.quantizers.gguf.gguf_quantizer": "is required to remain in FP32, dequantizing now",
@@ -26,13 +30,28 @@ def _is_no_noise(record: logging.LogRecord) -> bool:
 
 
 def skip_unneeded(model: ModelConfig, config: StageConfig) -> None:
-    """diffusers and transformers import these packages wherever they are installed: up to seconds of every start.
+    """By this stage's process, from now on. Raises CannotServe if too much was skipped before it was forked."""
+    needed = needed_packages(model, config)
+    if "diffusers" not in sys.modules:
+        skip(UNNEEDED - needed)
+    elif skipped := sorted(name for name in needed if name in sys.modules and sys.modules[name] is None):
+        raise CannotServe(
+            f"{model.checkpoint} needs {', '.join(skipped)} here, and where the app was built it did not: build "
+            "the app where the same files are"
+        )
+
+
+def skip(packages: Iterable[str]) -> None:
+    """diffusers and transformers import them wherever they are installed: up to seconds of every start.
 
     None in `sys.modules` is Python's own word for a module that must not be imported
     (https://docs.python.org/3/reference/import.html#the-module-cache); the libraries take it for not installed.
     """
-    if "diffusers" in sys.modules:
-        return
+    sys.modules.update(dict.fromkeys(packages))  # type: ignore[arg-type]
+
+
+def needed_packages(model: ModelConfig, config: StageConfig) -> frozenset[str]:
+    """Of UNNEEDED. Raises as `fetch_configs`."""
     methods = stored_methods(model)
     files = (model.checkpoint, *model.components.values())
     is_needed = {
@@ -40,7 +59,7 @@ def skip_unneeded(model: ModelConfig, config: StageConfig) -> None:
         "gguf": any(file.endswith(".gguf") for file in files),
         "torchao": "torchao" in methods,
     }
-    sys.modules.update(dict.fromkeys(name for name, needed in is_needed.items() if not needed))  # type: ignore[arg-type]
+    return frozenset(name for name, needed in is_needed.items() if needed)
 
 
 def stored_methods(model: ModelConfig) -> frozenset[str]:

@@ -56,6 +56,27 @@ class Leavings:
         }
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a process calls itself, when it began, by CLOCK_BOOTTIME, and for how long it has computed."""
+
+    title: str
+    begun_s: float
+    cpu_s: float
+
+
+def find_work() -> dict[int, Work]:
+    """By process; descendants of this process only."""
+    tick_s = 1 / os.sysconf("SC_CLK_TCK")
+    found = {}
+    for pid in _descendants():
+        title, fields = _read(pid, "cmdline").replace("\0", " "), _read(pid, "stat").rpartition(")")[2].split()
+        if fields:
+            user, system, begun = (int(fields[i]) * tick_s for i in (11, 12, 19))
+            found[pid] = Work(title, begun, user + system)
+    return found
+
+
 def is_alive(pid: int) -> bool:
     return _status(pid)[0] not in ("Z", "")
 

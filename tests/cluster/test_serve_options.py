@@ -5,10 +5,12 @@ from typing import Any
 import pytest
 from ray import serve
 from ray._raylet import RAY_NODE_ACCELERATOR_TYPE_KEY
+from ray.runtime_env import RuntimeEnv
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
 
 from cluster.autoscaling import load_policy
+from cluster.preload import PreloadPlugin
 from cluster.resources import ACCELERATOR_LABEL, ResourceConfig
 from cluster.serve_options import GPU_ENV, STAGE_ENV, plan_serve_options
 
@@ -128,3 +130,11 @@ def test_serve_takes_the_options(options: dict[str, Any]) -> None:
 
     deployment = serve.deployment(Stage).options(**options)
     assert deployment.ray_actor_options["num_cpus"] == options["ray_actor_options"]["num_cpus"]
+
+
+def test_what_is_to_be_preloaded_is_a_field_of_rays_own_environment() -> None:
+    options = plan_serve_options(
+        ResourceConfig(), graceful_shutdown_timeout_s=1.0, preload=["module:function", "it"]
+    )
+    environment = RuntimeEnv(**options["ray_actor_options"]["runtime_env"])
+    assert dict(environment.plugins()) == {PreloadPlugin.name: ["module:function", "it"]}
