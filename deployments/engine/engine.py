@@ -128,7 +128,8 @@ class Engine:
 
         def wait() -> Any:
             output = under_way.pop().result()  # which no frame of a traceback holds, as in StepQueue.forward
-            tree_map_only(torch.Tensor, accelerator.use_here, output)
+            if accelerator.is_accelerator(self._device):
+                tree_map_only(torch.Tensor, accelerator.use_here, output)
             return output
 
         return wait

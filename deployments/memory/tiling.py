@@ -26,7 +26,7 @@ def is_tiled(vae: Any, latents: torch.Tensor) -> bool:
     if not getattr(vae, "use_tiling", False):
         return False
     if not hasattr(vae, "tile_sample_stride_height"):
-        limits = (vae.tile_latent_min_size, vae.tile_latent_min_size)
+        limits: tuple[int, ...] = (vae.tile_latent_min_size, vae.tile_latent_min_size)
     else:
         factor = vae.spatial_compression_ratio
         limits = (vae.tile_sample_min_height // factor, vae.tile_sample_min_width // factor)
