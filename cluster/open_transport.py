@@ -36,8 +36,8 @@ def open_transport(
 def open_rings(
     rendezvous: Rendezvous | None, *, device: torch.device, store: TCPStore | None
 ) -> tuple[Transport | None, list[Transport]]:
-    """Rank 0's: on its own ring, None where it is alone there; and on those that it begins for the ranks that share
-    its forwards."""
+    """Rank 0's: on its own ring, None where it is alone there; and on those that it begins for the ranks that
+    share its forwards."""
     if rendezvous is None:
         return None, []
     first, *others = (
