@@ -31,3 +31,19 @@ def open_transport(
     return GroupTransport(
         ring.index(rank), len(ring), store, name=f"ring {number}", backend=rendezvous.backend, device=device
     )
+
+
+def open_rings(
+    rendezvous: Rendezvous | None, *, device: torch.device, store: TCPStore | None
+) -> tuple[Transport | None, list[Transport]]:
+    """Rank 0's: on its own ring, None where it is alone there; and on those that it begins for the ranks that
+    share its forwards."""
+    if rendezvous is None:
+        return None, []
+    first, *others = (
+        open_transport(0, rendezvous, device=device, store=store, parallel_rank=i)
+        if len(rendezvous.ring_of(i)) > 1
+        else None
+        for i in range(rendezvous.degree)
+    )
+    return first, [transport for transport in others if transport is not None]

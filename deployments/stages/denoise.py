@@ -12,10 +12,10 @@ import torch
 
 from cluster import accelerator
 from cluster.object_store_transport import open_mailboxes
-from cluster.open_transport import open_transport
+from cluster.open_transport import open_rings
 from cluster.place import Place, Rendezvous, plan_backend
 from cluster.ring import no_peers
-from cluster.transport import Transport, open_store
+from cluster.transport import open_store
 from deployments.checkpoints.components import VAES, weightless
 from deployments.checkpoints.geometry import read_geometry, with_geometry
 from deployments.config import ModelConfig, TransformerConfig
@@ -121,14 +121,7 @@ class Denoising:
     def connect(self, rendezvous: Rendezvous | None, on_lost: Callable[[BaseException], None]) -> None:
         """Meet the other ranks, if there are any, and begin to work. on_lost: the group is no more."""
         device, skeletons = self._denoisers.device, self._denoisers.skeletons
-        transports: list[Transport | None] = [None]
-        if rendezvous is not None:
-            transports = [
-                open_transport(0, rendezvous, device=device, store=self._store, parallel_rank=i)
-                if len(rendezvous.ring_of(i)) > 1
-                else None
-                for i in range(rendezvous.degree)
-            ]
+        transport, peers = open_rings(rendezvous, device=device, store=self._store)
         mergers = build_mergers(skeletons)
         shape_only = {name: shape_only_inputs(skeleton) for name, skeleton in skeletons.items()}
         needs = self.loaded.keeper.needs
@@ -138,8 +131,8 @@ class Denoising:
             mergers,
             self._config,
             device=device,
-            transport=transports[0],
-            peers=[transport for transport in transports[1:] if transport is not None],
+            transport=transport,
+            peers=peers,
             agree=no_peers if self._group is None else self._group.agree,
             patch_sizes={name: patch_size(skeleton) for name, skeleton in skeletons.items()},
             needs=needs if is_limited else None,
