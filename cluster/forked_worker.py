@@ -67,13 +67,16 @@ def connect(command: str, environment: Mapping[str, str], timeout_s: float) -> s
             _start(command, environment, listener)
         server = socket.socket(socket.AF_UNIX)
         server.settimeout(timeout_s)
-        with suppress(ConnectionRefusedError):  # bound, and not yet listened to
+        try:
             server.connect(address)
-            break
-        time.sleep(_TRY_AGAIN_S)
-    if not is_own(server):
-        raise PermissionError("another user has the fork server's address")
-    return server
+        except ConnectionRefusedError:  # bound, and not yet listened to
+            server.close()
+            time.sleep(_TRY_AGAIN_S)
+            continue
+        if not is_own(server):
+            raise PermissionError("another user has the fork server's address")
+        return server
+    raise ConnectionRefusedError("nobody listens at the fork server's address")
 
 
 def is_own(peer: socket.socket) -> bool:
