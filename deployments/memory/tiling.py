@@ -25,7 +25,6 @@ def is_tiled(vae: Any, latents: torch.Tensor) -> bool:
     """Whether these are decoded in several tiles, or pieces of time."""
     if not getattr(vae, "use_tiling", False):
         return False
-    limits: tuple[int, ...]
     if not hasattr(vae, "tile_sample_stride_height"):
         limits: tuple[int, ...] = (vae.tile_latent_min_size, vae.tile_latent_min_size)
     else:
