@@ -79,9 +79,6 @@ class ForkServer:
         asker, _address = self._listener.accept()
         try:
             worker = _receive(asker)
-            if worker is None:
-                asker.close()
-                return None
             pid = os.fork()
         except (OSError, ValueError) as error:  # then it imports for itself
             print(f"no worker was forked: {error!r}", file=sys.stderr)
@@ -127,14 +124,12 @@ class ForkServer:
         self._events.close()
 
 
-def _receive(asker: socket.socket) -> Worker | None:
-    """None for who only waited for the server. Raises OSError or ValueError."""
+def _receive(asker: socket.socket) -> Worker:
+    """Raises OSError or ValueError."""
     if not is_own(asker):
         raise PermissionError("another user asks")
     asker.settimeout(_RECEIVE_S)
     size, files, _flags, _address = socket.recv_fds(asker, 8, 3)
-    if not size:
-        return None
     with asker.makefile("rb") as asked:
         return Worker(**json.loads(asked.read(int.from_bytes(size))), files=files)
 

@@ -49,6 +49,7 @@ class Node:
         variables = {
             "PYTHONPATH": str(self.folder),
             "RAY_RAYLET_PID": str(self.raylet.pid),
+            "RAY_JOB_ID": "01000000",
             FORK_SERVER: imports,
             PRELOAD: json.dumps(["what_to_preload:preload", imports]),
         }
