@@ -1,8 +1,8 @@
 """What Ray starts as a worker's Python, where workers are to be forked: `python -m cluster.forked_worker FILE ...`
 
 It asks the fork server for a worker, and lives as long as that, for Ray waits for the process that it started and
-may kill it. Where there is no server, it starts one. If anything fails, it becomes the worker itself. It imports little: it is one process more for each
-worker.
+may kill it. Where there is no server, it starts one. If anything fails, it becomes the worker itself. It imports
+little: it is one process more for each worker.
 """
 
 import json
