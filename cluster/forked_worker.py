@@ -35,7 +35,7 @@ def main() -> None:
         server = _connect()
         reply = server.makefile().readline
         pid = _ask(server, reply, worker)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         print(f"{os.getpid()}: no worker was forked, so it imports for itself: {error!r}", file=sys.stderr)
         os.execv(sys.executable, [sys.executable, *worker])
     signal.signal(signal.SIGTERM, lambda number, _frame: tell(pid, number))

@@ -9,6 +9,7 @@ workers import for themselves.
 import hashlib
 import json
 import logging
+import sys
 from typing import Any
 
 from ray._private.runtime_env.context import RuntimeEnvContext
@@ -26,6 +27,8 @@ class PreloadPlugin(RuntimeEnvPlugin):  # type: ignore[misc]
         self, uris: list[str], runtime_env: Any, context: RuntimeEnvContext, logger: logging.Logger
     ) -> None:
         """Workers whose whole environment is the same have one server, for what is imported reads it."""
+        if sys.platform != "linux":  # forked_worker.py asks for what other systems lack
+            return
         preload = json.dumps(runtime_env[PRELOAD_FIELD])
         same = [context.py_executable, context.command_prefix, sorted(context.env_vars.items()), preload]
         name = hashlib.sha256(json.dumps(same).encode()).hexdigest()[:16]
