@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from cluster import accelerator
 from cluster.forked_worker import FORK_SERVER, PRELOAD
 
 PROGRAM = """
@@ -158,3 +160,9 @@ def test_a_server_ends_with_its_raylet(tmp_path: Path) -> None:
     node.end()
     assert has_ended(server)
     worker.communicate(timeout=20)
+
+
+def test_a_fork_of_a_process_that_had_asked_for_a_gpu_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not accelerator.is_spoilt_by_fork()
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+    assert accelerator.is_spoilt_by_fork()
