@@ -153,12 +153,13 @@ def test_a_worker_imports_for_itself_where_the_server_cannot(node: Node) -> None
     assert worker.returncode == 7
 
 
-def test_a_server_ends_with_its_raylet(tmp_path: Path) -> None:
+def test_a_server_and_its_workers_end_with_their_raylet(tmp_path: Path) -> None:
     node = Node(tmp_path)
     worker = node.start_worker()
-    server = read(worker)["parent"]
+    told = read(worker)
     node.end()
-    assert has_ended(server)
+    assert has_ended(told["parent"])
+    assert has_ended(told["pid"])
     worker.communicate(timeout=20)
 
 
