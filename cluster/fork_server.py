@@ -60,13 +60,13 @@ class ForkServer:
     def __init__(self, listener: socket.socket, raylet: int) -> None:
         self._listener = listener
         self._events = selectors.DefaultSelector()
-        self._num_workers = 0
+        self._workers: set[int] = set()
         self._watch(listener, self._fork)
-        self._watch(os.pidfd_open(raylet), sys.exit)
+        self._watch(os.pidfd_open(raylet), self._end)
 
     def serve(self) -> Worker | None:
         """Returns in each process that was forked, with what it is to become, and at the end with None."""
-        while events := self._events.select(None if self._num_workers else IDLE_S):
+        while events := self._events.select(None if self._workers else IDLE_S):
             worker: Worker | None = events[0][0].data()
             if worker is not None:
                 return worker
@@ -79,9 +79,6 @@ class ForkServer:
         asker, _address = self._listener.accept()
         try:
             worker = _receive(asker)
-            if worker is None:
-                asker.close()
-                return None
             pid = os.fork()
         except (OSError, ValueError) as error:  # then it imports for itself
             print(f"no worker was forked: {error!r}", file=sys.stderr)
@@ -93,7 +90,7 @@ class ForkServer:
             return worker
         for file in worker.files:
             os.close(file)
-        self._num_workers += 1
+        self._workers.add(pid)
         ended = os.pidfd_open(pid)
         self._watch(ended, partial(self._reap, pid, ended, asker))
         self._watch(asker, partial(self._kill, pid, asker))
@@ -115,7 +112,13 @@ class ForkServer:
         self._events.unregister(ended)
         asker.close()
         os.close(ended)
-        self._num_workers -= 1
+        self._workers.remove(pid)
+
+    def _end(self) -> None:
+        """The raylet is gone, and nobody who looks for what came of it finds these workers."""
+        for pid in self._workers:
+            tell(pid, signal.SIGKILL)
+        sys.exit()
 
     def _close(self) -> None:
         """What a worker has no use for, and the other ends should not take for open."""
@@ -127,14 +130,12 @@ class ForkServer:
         self._events.close()
 
 
-def _receive(asker: socket.socket) -> Worker | None:
-    """None for who only waited for the server. Raises OSError or ValueError."""
+def _receive(asker: socket.socket) -> Worker:
+    """Raises OSError or ValueError."""
     if not is_own(asker):
         raise PermissionError("another user asks")
     asker.settimeout(_RECEIVE_S)
     size, files, _flags, _address = socket.recv_fds(asker, 8, 3)
-    if not size:
-        return None
     with asker.makefile("rb") as asked:
         return Worker(**json.loads(asked.read(int.from_bytes(size))), files=files)
 

@@ -1,21 +1,20 @@
 """What Ray starts as a worker's Python, where workers are to be forked: `python -m cluster.forked_worker FILE ...`
 
 It asks the fork server for a worker, and lives as long as that, for Ray waits for the process that it started and
-may kill it. If anything fails, it becomes the worker itself. It imports little: it is one process more for each
-worker.
+may kill it. Where there is no server, it starts one. If anything fails, it becomes the worker itself. It imports
+little: it is one process more for each worker.
 """
 
 import json
 import os
 import select
-import shlex
 import signal
 import socket
 import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 
 FORK_SERVER, PRELOAD = "RELAY_FORK_SERVER", "RELAY_PRELOAD"
@@ -26,17 +25,17 @@ SERVER_ENV = {
 }
 """Of the server alone."""
 PATIENCE_S = 40.0
-"""With a server that had to be started anew. Ray waits 60 s until a worker reports."""
+"""With a server that still imports. Ray waits 60 s until a worker reports."""
 _NUM_TRIES, _TRY_AGAIN_S = 50, 0.02
 
 
 def main() -> None:
     worker = sys.argv[1:]
     try:
-        server = connect(f"exec {shlex.quote(sys.executable)}", os.environ, PATIENCE_S)
+        server = _connect()
         reply = server.makefile().readline
         pid = _ask(server, reply, worker)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         print(f"{os.getpid()}: no worker was forked, so it imports for itself: {error!r}", file=sys.stderr)
         os.execv(sys.executable, [sys.executable, *worker])
     signal.signal(signal.SIGTERM, lambda number, _frame: tell(pid, number))
@@ -47,26 +46,20 @@ def main() -> None:
     os._exit(int(status or 1))
 
 
-def connect(command: str, environment: Mapping[str, str], timeout_s: float) -> socket.socket:
-    """To the server that the environment names. Where there is none it is started.
-
-    Args:
-        command: a shell's, which its arguments follow.
-        timeout_s: of each operation on the socket.
-
-    Raises OSError.
-    """
+def _connect() -> socket.socket:
+    """To the server; where there is none it is started. Raises OSError."""
     # An abstract address: whoever binds it first starts the server, and it is free again when that has ended.
-    # Processes of containers may have equal numbers, and one network.
-    node = f"{os.stat('/proc/self/ns/pid').st_ino} {environment['RAY_RAYLET_PID']}"
-    address = f"\0latent-relay {node} {environment[FORK_SERVER]}"
+    # Processes of containers may have equal numbers, and one network. Ray reads its job when it is imported.
+    names = [str(os.stat("/proc/self/ns/pid").st_ino)]
+    names += [os.environ[name] for name in ("RAY_RAYLET_PID", "RAY_JOB_ID", FORK_SERVER)]
+    address = f"\0latent-relay {' '.join(names)}"
     for _ in range(_NUM_TRIES):
         with socket.socket(socket.AF_UNIX) as listener, suppress(OSError):
             listener.bind(address)
             listener.listen(128)
-            _start(command, environment, listener)
+            _start(listener)
         server = socket.socket(socket.AF_UNIX)
-        server.settimeout(timeout_s)
+        server.settimeout(PATIENCE_S)
         try:
             server.connect(address)
         except ConnectionRefusedError:  # bound, and not yet listened to
@@ -91,11 +84,11 @@ def tell(pid: int, number: int) -> None:
         os.kill(pid, number)
 
 
-def _start(command: str, environment: Mapping[str, str], listener: socket.socket) -> None:
+def _start(listener: socket.socket) -> None:
     number = listener.fileno()
     subprocess.Popen(
-        ["bash", "-c", f"{command} -P -m cluster.fork_server {number}"],
-        env=dict(environment) | SERVER_ENV,
+        [sys.executable, "-P", "-m", "cluster.fork_server", str(number)],
+        env=os.environ | SERVER_ENV,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         pass_fds=[number],

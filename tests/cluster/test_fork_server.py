@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from cluster import accelerator
 from cluster.forked_worker import FORK_SERVER, PRELOAD
 
 PROGRAM = """
@@ -49,6 +51,7 @@ class Node:
         variables = {
             "PYTHONPATH": str(self.folder),
             "RAY_RAYLET_PID": str(self.raylet.pid),
+            "RAY_JOB_ID": "01000000",
             FORK_SERVER: imports,
             PRELOAD: json.dumps(["what_to_preload:preload", imports]),
         }
@@ -150,10 +153,17 @@ def test_a_worker_imports_for_itself_where_the_server_cannot(node: Node) -> None
     assert worker.returncode == 7
 
 
-def test_a_server_ends_with_its_raylet(tmp_path: Path) -> None:
+def test_a_server_and_its_workers_end_with_their_raylet(tmp_path: Path) -> None:
     node = Node(tmp_path)
     worker = node.start_worker()
-    server = read(worker)["parent"]
+    told = read(worker)
     node.end()
-    assert has_ended(server)
+    assert has_ended(told["parent"])
+    assert has_ended(told["pid"])
     worker.communicate(timeout=20)
+
+
+def test_a_fork_of_a_process_that_had_asked_for_a_gpu_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not accelerator.is_spoilt_by_fork()
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+    assert accelerator.is_spoilt_by_fork()
