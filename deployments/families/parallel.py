@@ -10,7 +10,7 @@ CONTEXT_PARALLEL = (
     "WanTransformer3DModel",
 )
 """Those with a `_cp_plan` that was compared with the whole model. LTX-Video and LTX-2 fail by theirs, for their
-masks are of all heads (diffusers 0.39); those of ChronoEdit, Helios and MiniMax-H3 have not been tried."""
+masks are of all heads (diffusers 0.42); those of ChronoEdit, Helios and MiniMax-H3 have not been tried."""
 
 TENSOR_PARALLEL = (
     "FluxTransformer2DModel",
