@@ -6,12 +6,11 @@ from typing import Any
 CONTEXT_PARALLEL = (
     "FluxTransformer2DModel",
     "Flux2Transformer2DModel",
-    "LTXVideoTransformer3DModel",
     "QwenImageTransformer2DModel",
     "WanTransformer3DModel",
 )
-"""Those with a `_cp_plan` that was compared with the whole model. LTX-2's leaves out its sound, and fails; those
-of ChronoEdit, Helios and MiniMax-H3 have not been tried."""
+"""Those with a `_cp_plan` that was compared with the whole model. LTX-Video and LTX-2 fail by theirs, for their
+masks are of all heads (diffusers 0.42); those of ChronoEdit, Helios and MiniMax-H3 have not been tried."""
 
 TENSOR_PARALLEL = (
     "FluxTransformer2DModel",

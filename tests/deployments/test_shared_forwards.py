@@ -14,6 +14,7 @@ from deployments.plan.describe import Description
 from deployments.request import GenerationRequest, MediaSize
 from tests.deployments.rank_processes import RankProcesses, broken_at, denoise
 from tests.deployments.test_same_picture import build_request, build_settings
+from tests.thorough import usually
 from tests.tiny_models import tiny_model
 
 pytestmark = pytest.mark.slow
@@ -32,7 +33,9 @@ def ranks() -> Iterator[RankProcesses]:
     ranks.end()
 
 
-@pytest.mark.parametrize(("family", "settings"), WAYS, ids=str)
+@pytest.mark.parametrize(
+    ("family", "settings"), usually(WAYS, lambda way: way[0] != "wan" and "shards" in way[1]), ids=str
+)
 def test_they_draw_what_the_plain_pipeline_draws(
     ranks: RankProcesses, plain: Callable[..., Any], family: str, settings: dict[str, Any]
 ) -> None:

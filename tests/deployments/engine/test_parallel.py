@@ -31,7 +31,6 @@ THOROUGH = (
     "qwen-image-edit-plus",
     "wan21-i2v",
     "wan22-5b",
-    "ltx-video",
 )
 ODD = {"height": 48, "width": 80}
 """15 tokens, where that is a picture's."""
@@ -115,7 +114,7 @@ def test_every_class_that_is_let_in_has_a_plan(classes: tuple[str, ...], plan: s
 @pytest.mark.parametrize(
     ("class_name", "degrees", "told"),
     [
-        ("UNet2DConditionModel", (2, 1), "only of Flux2Transformer2DModel, FluxTransformer2DModel, LTX"),
+        ("UNet2DConditionModel", (2, 1), "only of Flux2Transformer2DModel, FluxTransformer2DModel, Qwen"),
         (
             "WanTransformer3DModel",
             (1, 2),
