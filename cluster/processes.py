@@ -8,10 +8,15 @@ from collections.abc import Iterable
 from pathlib import Path
 
 PROC = Path("/proc")
+_RAYLET = b"RAY_RAYLET_PID="
 
 
 def find_descendants(of: int | None = None) -> set[int]:
-    """Children of that process, or of this one, their children and so on; none where there is no /proc."""
+    """Children of that process, or of this one, their children and so on; none where there is no /proc.
+
+    With those that came of a raylet among them, whoever's children they are by now: a fork server outlives the
+    worker that started it, and its workers are its children.
+    """
     children: dict[int, list[int]] = defaultdict(list)
     for process in PROC.glob("[0-9]*") if PROC.is_dir() else ():
         with contextlib.suppress(OSError):
@@ -21,10 +26,23 @@ def find_descendants(of: int | None = None) -> set[int]:
     found: set[int] = set()
     waiting = [of or os.getpid()]
     while waiting:
-        new = children[waiting.pop()]
-        found.update(new)
-        waiting += new
+        while waiting:
+            new = children[waiting.pop()]
+            found.update(new)
+            waiting += new
+        others = {pid for family in children.values() for pid in family} - found
+        waiting = [pid for pid in others if _raylet_of(pid) in found]
+        found.update(waiting)
     return found
+
+
+def _raylet_of(pid: int) -> int | None:
+    """The raylet for which it was started, as its environment then said."""
+    with contextlib.suppress(OSError, ValueError):
+        for variable in (PROC / str(pid) / "environ").read_bytes().split(b"\0"):
+            if variable.startswith(_RAYLET):
+                return int(variable.removeprefix(_RAYLET))
+    return None
 
 
 def kill_all(processes: Iterable[int]) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.processes import find_descendants
 from serve_app.bench.report import Row
 
 TITLES = {
@@ -23,7 +24,7 @@ SHARED_MEMORY = Path("/dev/shm")
 def find_processes() -> dict[str, list[int]]:
     """Process ids by the names above, the oldest first; descendants of this process only."""
     found: dict[str, list[int]] = {name: [] for name in TITLES}
-    for pid in sorted(_descendants()):
+    for pid in sorted(find_descendants()):
         title = _read(pid, "cmdline").replace("\0", " ")
         for name, start in TITLES.items():
             if title.startswith(start):
@@ -69,7 +70,7 @@ def find_work() -> dict[int, Work]:
     """By process; descendants of this process only."""
     tick_s = 1 / os.sysconf("SC_CLK_TCK")
     found = {}
-    for pid in _descendants():
+    for pid in find_descendants():
         title, fields = _read(pid, "cmdline").replace("\0", " "), _read(pid, "stat").rpartition(")")[2].split()
         if fields:
             user, system, begun = (int(fields[i]) * tick_s for i in (11, 12, 19))
@@ -84,14 +85,6 @@ def is_alive(pid: int) -> bool:
 def shared_memory_bytes() -> int:
     """Of all files there, Ray's object store included."""
     return sum(path.stat().st_size for path in SHARED_MEMORY.iterdir() if path.is_file())
-
-
-def _descendants() -> list[int]:
-    parents = {pid: int(_status(pid)[1] or 0) for pid in _all_pids()}
-    family = {os.getpid()}
-    while more := {pid for pid, parent in parents.items() if parent in family} - family:
-        family |= more
-    return sorted(family - {os.getpid()})
 
 
 def _all_pids() -> Iterator[int]:

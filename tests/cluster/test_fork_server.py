@@ -15,6 +15,7 @@ import torch
 
 from cluster import accelerator
 from cluster.forked_worker import FORK_SERVER, PRELOAD
+from cluster.processes import find_descendants
 
 PROGRAM = """
 import json, os, sys
@@ -142,6 +143,16 @@ def test_a_worker_outlives_its_server(node: Node) -> None:
         worker.wait(0.5)
     worker.communicate(timeout=20)
     assert has_ended(told["pid"])
+
+
+def test_workers_are_found_though_who_started_their_server_has_ended(node: Node) -> None:
+    first = node.start_worker(imports="this")  # so that the server is its child
+    read(first)
+    second = node.start_worker(imports="this")
+    told = read(second)
+    first.communicate(timeout=20)
+    assert {told["parent"], told["pid"]} <= find_descendants()
+    second.communicate(timeout=20)
 
 
 def test_a_worker_imports_for_itself_where_the_server_cannot(node: Node) -> None:
