@@ -116,6 +116,12 @@ def queue_after(event: Any, device: torch.device) -> None:
         current_stream(device).wait_event(event)
 
 
+def wait_for(event: Any) -> None:
+    """Block this thread until it is done; None, of the CPU, is."""
+    if event is not None:
+        event.synchronize()
+
+
 def use_here(tensor: torch.Tensor) -> None:
     """Its memory is of another stream, which may not use it again before this thread's stream is done with it."""
     if is_accelerator(tensor.device):

@@ -222,7 +222,7 @@ class _Unpickler(pickle.Unpickler):
 def _pack(message: Message, staging: torch.device) -> Packed:
     file = io.BytesIO()
     pickler = _Pickler(file)
-    pickler.dump((message.body, None if message.error is None else _portable(message.error)))
+    pickler.dump((message.body, None if message.error is None else portable(message.error)))
     meta = file.getbuffer()
     is_staged = staging.type == "cpu"
     num_staged, num_device = (pickler.num_device, 0) if is_staged else (0, pickler.num_device)
@@ -241,7 +241,7 @@ def _pack(message: Message, staging: torch.device) -> Packed:
     return packed
 
 
-def _portable(error: BaseException) -> BaseException:
+def portable(error: BaseException) -> BaseException:
     """The error itself if it survives the way to another process, else its text."""
     try:
         pickle.loads(pickle.dumps(error))

@@ -9,12 +9,41 @@ from cluster.transport import GroupTransport, Transport, join_store
 
 
 def open_transport(
-    rank: int, rendezvous: Rendezvous, *, device: torch.device, store: TCPStore | None = None
+    rank: int,
+    rendezvous: Rendezvous,
+    *,
+    device: torch.device,
+    store: TCPStore | None = None,
+    parallel_rank: int | None = None,
 ) -> Transport:
-    """Returns when the neighbours are connected. store: rank 0's own, for nccl and gloo; the others join it."""
+    """Returns when the neighbours are connected.
+
+    Args:
+        store: rank 0's own, for nccl and gloo; the others join it.
+        parallel_rank: which ring, for rank 0, which is on all of them; None: the rank's own.
+    """
     if rendezvous.backend == "object_store":
         return ObjectStoreTransport(rank, rendezvous.mailboxes, device=device)
-    num_ranks = rendezvous.num_ranks
     if store is None:
-        store = join_store(rendezvous.host, rendezvous.port, num_ranks)
-    return GroupTransport(rank, num_ranks, store, backend=rendezvous.backend, device=device)
+        store = join_store(rendezvous.host, rendezvous.port, rendezvous.num_ranks)
+    number = rank % rendezvous.degree if parallel_rank is None else parallel_rank
+    ring = rendezvous.ring_of(number)
+    return GroupTransport(
+        ring.index(rank), len(ring), store, name=f"ring {number}", backend=rendezvous.backend, device=device
+    )
+
+
+def open_rings(
+    rendezvous: Rendezvous | None, *, device: torch.device, store: TCPStore | None
+) -> tuple[Transport | None, list[Transport]]:
+    """Rank 0's: on its own ring, None where it is alone there; and on those that it begins for the ranks that
+    share its forwards."""
+    if rendezvous is None:
+        return None, []
+    first, *others = (
+        open_transport(0, rendezvous, device=device, store=store, parallel_rank=i)
+        if len(rendezvous.ring_of(i)) > 1
+        else None
+        for i in range(rendezvous.degree)
+    )
+    return first, [transport for transport in others if transport is not None]

@@ -27,6 +27,14 @@ class Rendezvous:
     port: int = 0
     mailboxes: tuple[Any, ...] = ()
     """Ray's queues; of object_store."""
+    degree: int = 1
+    """How many ranks share each forward: ranks k * degree, k * degree + 1, … have the same blocks."""
+
+    def ring_of(self, parallel_rank: int) -> tuple[int, ...]:
+        """The ranks of one ring, in order. Of those that share a forward each is on a ring of its own, which it
+        hands its part of the tensors on by; rank 0 is on every ring, and gives all of them the same work."""
+        own = tuple(range(parallel_rank, self.num_ranks, self.degree))
+        return own if parallel_rank == 0 else (0, *own)
 
 
 def num_nodes(places: Sequence[Place]) -> int:

@@ -50,6 +50,15 @@ class RingStats:
     bytes_sent: int
 
 
+Agree = Callable[[int, BaseException | None], BaseException | None]
+"""(batch id, this rank's error or None) -> what it fails with, on whichever rank (`ParallelGroup.agree`)"""
+
+
+def no_peers(_batch_id: int, error: BaseException | None) -> BaseException | None:
+    """Where no other rank computes the same."""
+    return error
+
+
 class Ring:
     """One rank's side of the ring.
 
@@ -71,6 +80,7 @@ class Ring:
         on_failure: Callable[[BaseException], None],
         stuck_after_s: float | None = None,
         device: torch.device,
+        agree: Agree = no_peers,
     ) -> None:
         """
         Args:
@@ -80,12 +90,14 @@ class Ring:
             on_failure: runs in one of the ring's threads. Nothing will come back any more: end the process.
             stuck_after_s: rank 0's; longer than a micro-batch may take to come round, compiling included.
             device: what `compute` runs on.
+            agree: with the ranks that compute the same, before and after each micro-batch; raises if they are no
+                longer in step.
         """
         if not (rank == 0) == (source is not None) == (sink is not None):
             raise ValueError(f"rank {rank}: rank 0 needs a source and a sink, and the others have none")
         if rank > 0 and transport is None:
             raise ValueError(f"rank {rank} needs a transport; only a ring of one rank has none")
-        self._compute, self._device = compute, device
+        self._compute, self._device, self._agree = compute, device, agree
         self._rank, self._transport = rank, transport
         self._source, self._sink = source, sink
         self._on_failure = on_failure
@@ -161,8 +173,9 @@ class Ring:
         message = self._next()
         if message is None or self._is_over:
             return False
+        message = self._agreed(message)
         if message.error is None:
-            message = self._computed(message)
+            message = self._agreed(self._computed(message))
         if self._transport is None:
             self._arrive(message)
         else:
@@ -210,6 +223,10 @@ class Ring:
         self._busy_s += time.monotonic() - began
         self._num_computed += 1
         return result
+
+    def _agreed(self, message: Message) -> Message:
+        error = self._agree(message.batch_id, message.error)
+        return message if error is message.error else Message(message.batch_id, None, error)
 
     def _synchronize(self) -> None:
         """Wait for the GPU after each micro-batch.

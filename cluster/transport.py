@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from cluster import accelerator
+from cluster.meeting import listen
 from cluster.message import (
     HEADER_BYTES,
     Header,
@@ -69,16 +70,15 @@ class Transport(Protocol):
         """Let calls in progress and any later one raise PeerLost, here at once and then at the neighbours."""
 
 
-def open_store(host: str, world_size: int) -> TCPStore:
-    """Rank 0's meeting point, on a free port; the others `join_store(host, store.port, world_size)`.
+def open_store(host: str | socket.socket, world_size: int) -> TCPStore:
+    """Rank 0's meeting point; the others `join_store(host, store.port, world_size)`.
 
-    host: an address of this machine that the other ranks can reach.
+    host: an address of this machine that the other ranks can reach, for a free port; or what listens on one.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.create_server((host, 0), family=family)  # torch's own would listen on all addresses
-    port = listening.getsockname()[1]
+    listening = listen(host) if isinstance(host, str) else host
+    address, port, *_ = listening.getsockname()
     return TCPStore(
-        host, port, world_size, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
+        address, port, world_size, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
     )
 
 
@@ -104,6 +104,7 @@ class GroupTransport:
         world_size: int,
         store: TCPStore,
         *,
+        name: str = "ring",
         backend: Backend,
         device: torch.device,
         connect_timeout_s: float = 300.0,
@@ -112,6 +113,7 @@ class GroupTransport:
 
         Args:
             store: from `open_store` on rank 0, from `join_store` on the others.
+            name: tells this ring from others that meet there.
             device: where tensors of the accelerator arrive; tensors of the CPU stay there.
             connect_timeout_s: how long to wait for a neighbour; then raises RuntimeError.
         """
@@ -131,7 +133,7 @@ class GroupTransport:
         # Rank 0 calls and then answers, the others answer and then call: nobody waits in a circle.
         for end in (_SENDER, _RECEIVER) if rank == 0 else (_RECEIVER, _SENDER):
             sender = rank if end == _SENDER else self._previous_rank
-            edge = _Edge(end, PrefixStore(f"from rank {sender}", store), options, backend, device)
+            edge = _Edge(end, PrefixStore(f"{name}, from rank {sender}", store), options, backend, device)
             if end == _SENDER:
                 self._outgoing = edge
             else:

@@ -264,6 +264,20 @@ class TransformerConfig(SpreadConfig):
     shards: int = Field(
         1, ge=1, le=64, description="consecutive block ranges, each on resources of its own (per num_gpus)"
     )
+    context_parallel: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="ranks that share each forward of a block range, each with all of its weights and a part of "
+        "the sequence: a request is done sooner; shards times as many ranks, each on resources of its own",
+    )
+    tensor_parallel: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="ranks that share each forward of a block range, each with a part of its large matrices; "
+        "shards times as many ranks, each on resources of its own",
+    )
     cuts: tuple[int, ...] | None = Field(
         None,
         description="blocks of each denoiser at which shards begin, such as [19, 38]; None: balanced by bytes",
@@ -293,13 +307,23 @@ class TransformerConfig(SpreadConfig):
     )
 
     @property
-    def num_ranks(self) -> int:
-        """Ranks of a shard group: explicit cuts count, or `shards`."""
+    def num_shards(self) -> int:
+        """Block ranges: explicit cuts count, or `shards`."""
         return len(self.cuts) + 1 if self.cuts else self.shards
 
     @property
+    def parallel_degree(self) -> int:
+        """Ranks that share each forward of a block range."""
+        return self.context_parallel * self.tensor_parallel
+
+    @property
+    def num_ranks(self) -> int:
+        """Of a shard group; those of one block range are next to each other."""
+        return self.num_shards * self.parallel_degree
+
+    @property
     def runs_passes_at_once(self) -> bool:
-        return self.num_ranks > 1 if self.parallel_guidance is None else self.parallel_guidance
+        return self.num_shards > 1 if self.parallel_guidance is None else self.parallel_guidance
 
     @property
     def reports_load(self) -> bool:
@@ -309,7 +333,7 @@ class TransformerConfig(SpreadConfig):
     def stuck_limit_s(self) -> float:
         """A forward of a new kind is compiled by one rank after the other, and none comes back meanwhile."""
         is_compiled = self.compile is not None
-        return (self.stuck_after_s or (1800.0 if is_compiled else 120.0)) * (self.num_ranks if is_compiled else 1)
+        return (self.stuck_after_s or (1800.0 if is_compiled else 120.0)) * (self.num_shards if is_compiled else 1)
 
     @model_validator(mode="after")
     def _check_shards(self) -> Self:
@@ -317,6 +341,16 @@ class TransformerConfig(SpreadConfig):
             raise ValueError(f"cuts must be rising block numbers from 1, got {list(self.cuts)}")
         if self.cuts is not None and self.shards not in (1, len(self.cuts) + 1):
             raise ValueError(f"{len(self.cuts)} cuts make {len(self.cuts) + 1} shards, got shards: {self.shards}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_parallel(self) -> Self:
+        """Of what shares forwards; what does not combine stands in memory/conflicts.py."""
+        if 0 < self.num_gpus <= 0.5 and self.parallel_degree > 1:
+            raise ValueError(
+                f"ranks that share each forward need a GPU each, and num_gpus: {self.num_gpus:g} shares one: "
+                "set it above 0.5"
+            )
         return self
 
 

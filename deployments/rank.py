@@ -3,6 +3,7 @@
 import asyncio
 from functools import partial
 
+from cluster.meeting import MeetingPoint
 from cluster.place import Place, Rendezvous
 from cluster.serve_options import HEALTH_CHECKS
 from cluster.shard_group import this_place
@@ -14,11 +15,15 @@ from deployments.stats import RankStats
 
 
 class Rank:
-    """Holds consecutive blocks of each denoiser. Dies with its group: a ring with a gap serves nobody."""
+    """Holds consecutive blocks of each denoiser, or a part of them. Dies with its group: a ring with a gap serves
+    nobody."""
 
-    def __init__(self, rank: int, model: ModelConfig, config: TransformerConfig) -> None:
+    def __init__(
+        self, rank: int, model: ModelConfig, config: TransformerConfig, meeting: MeetingPoint | None = None
+    ) -> None:
+        """meeting: where ranks that share each forward meet."""
         on_sigterm(partial(exit_replica, SystemExit("SIGTERM")))
-        self._stage = load_stage("follow", model, config, rank)
+        self._stage = load_stage("follow", model, config, rank, meeting)
 
     async def place(self) -> Place:
         return this_place()

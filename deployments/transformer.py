@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from cluster.autoscaling import LOAD
+from cluster.meeting import listen, meeting_point
 from cluster.metrics import StageMetrics, export_regularly
 from cluster.place import num_nodes
 from cluster.shard_group import ShardGroup, this_address
@@ -52,9 +53,11 @@ class Transformer(StageReplica):
         began = time.perf_counter()
         self._threads = ThreadPoolExecutor(config.max_ongoing_requests, thread_name_prefix="denoise")
         self._group: ShardGroup | None = None
+        listening = listen(this_address()) if config.parallel_degree > 1 else None
         if config.num_ranks > 1:  # first of all: the children start while this process imports torch
-            self._group = ShardGroup(Rank, config.num_ranks, config, model, config)
-        self._stage = load_stage("denoise", model, config)
+            meeting = None if listening is None else meeting_point(listening)
+            self._group = ShardGroup(Rank, config.num_ranks, config, model, config, meeting)
+        self._stage = load_stage("denoise", model, config, listening)
         self._connect()
         self._stage.warm_up(warm_up)
         self._answered_bytes = 0

@@ -179,6 +179,10 @@ def wait_for_200(url: str, process: "subprocess.Popen[bytes]") -> None:
         ({"transformer": {"cuts": [5, 3]}}, "cuts must be rising block numbers from 1, got [5, 3]"),
         ({"transformer": {"shards": 3, "cuts": [4]}}, "1 cuts make 2 shards, got shards: 3"),
         ({"transformer": {"max_memory": {"0": "14GiB"}}}, "max_memory is of device_map"),
+        (
+            {"transformer": {"context_parallel": 2, "num_gpus": 0.5}},
+            "ranks that share each forward need a GPU each, and num_gpus: 0.5 shares one",
+        ),
     ],
 )
 def test_a_wrong_config_is_refused_by_key(args: dict[str, object], message: str) -> None:

@@ -48,7 +48,7 @@ def draw(path: Path, **settings: Any) -> tuple[Any, torch.Tensor, Any]:
     model, request = tiny_model(name), replace(build_request(name), num_inference_steps=3)
     tokens = 64 if model.architecture.max_sequence_length else None
     encoding = load_stage("encode", model, tiny(app.encoder, max_sequence_length=tokens, **settings))
-    denoising = load_stage("denoise", model, tiny(app.transformer, shards=1, **settings))
+    denoising = load_stage("denoise", model, tiny(app.transformer, shards=1, context_parallel=1, **settings))
     denoising.connect(None, pytest.fail)
     decoding = load_stage("decode", model, tiny(app.vae, **settings))
     for _ in range(2):  # the second time weights have left and come again, and layers are fetched ahead

@@ -32,6 +32,7 @@ from deployments.checkpoints.weights import (
     stored_dtypes,
 )
 from deployments.config import ModelConfig, StageConfig, TransformerConfig
+from deployments.families.parallel import find_parallel_faults
 
 LIBRARIES = ("diffusers", "transformers")
 _PROCESSOR_CONFIGS = ("processor_config.json", "preprocessor_config.json")
@@ -130,6 +131,7 @@ def _find_component_faults(
             stored = read_json(folder / "config.json")
             yield from _find_quantization_faults(folder, stored, config)
             yield from _find_cut_faults(stored, config)
+            yield from _find_sharing_faults(class_name, stored, config)
         if part is None:
             yield from _find_model_faults(folder, library, class_name, variants, config)
         else:
@@ -163,7 +165,7 @@ def _find_class_faults(folder: Path, package: str, class_name: str) -> Iterator[
 
 def _find_cut_faults(stored: Mapping[str, Any], config: StageConfig) -> Iterator[str]:
     """More shards than blocks. Exactly how they are cut, engine/blocks.py finds out when the model is built."""
-    if not isinstance(config, TransformerConfig) or config.num_ranks == 1:
+    if not isinstance(config, TransformerConfig) or config.num_shards == 1:
         return
     if "down_block_types" in stored:
         num_blocks = len(stored["down_block_types"]) + 1 + len(stored.get("up_block_types", ()))
@@ -173,8 +175,13 @@ def _find_cut_faults(stored: Mapping[str, Any], config: StageConfig) -> Iterator
         return
     if config.cuts is not None and config.cuts[-1] >= num_blocks:
         yield f"transformer.cuts: must be below {num_blocks}, the number of blocks, got {config.cuts[-1]}"
-    elif config.num_ranks > num_blocks:
-        yield f"transformer.shards: each needs a block, and the model has {num_blocks}, got {config.num_ranks}"
+    elif config.num_shards > num_blocks:
+        yield f"transformer.shards: each needs a block, and the model has {num_blocks}, got {config.num_shards}"
+
+
+def _find_sharing_faults(class_name: str, stored: Mapping[str, Any], config: StageConfig) -> Iterator[str]:
+    if isinstance(config, TransformerConfig):
+        yield from find_parallel_faults(class_name, stored, config.context_parallel, config.tensor_parallel)
 
 
 def _find_quantization_faults(folder: Path, own: Mapping[str, Any], config: StageConfig) -> Iterator[str]:

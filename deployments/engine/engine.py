@@ -1,7 +1,7 @@
 """Rank 0 of a shard group: requests' threads on one side, the ring of ranks on the other."""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -11,10 +11,11 @@ from torch.utils._pytree import tree_map_only
 
 from cluster import accelerator
 from cluster.message import Message
-from cluster.ring import Ring, RingStats, StopRing
+from cluster.ring import Agree, Ring, RingStats, StopRing, no_peers
 from cluster.transport import Transport
 from deployments.config import TransformerConfig
 from deployments.engine.merge import Inputs, Mergers, num_samples, num_tokens, split
+from deployments.engine.peers import Peers
 from deployments.engine.seat import Seat
 from deployments.engine.step_queue import StepQueue
 from deployments.engine.work import Leader
@@ -42,6 +43,7 @@ class _Flight:
     payloads: tuple[Inputs, ...]
     released: tuple[int, ...]
     """Keys that the other ranks are to let go of."""
+    released_by_peers: tuple[int, ...]
 
 
 class Engine:
@@ -55,6 +57,8 @@ class Engine:
         *,
         device: torch.device,
         transport: Transport | None = None,
+        peers: Sequence[Transport] = (),
+        agree: Agree = no_peers,
         patch_sizes: Mapping[str, Any] = MappingProxyType({}),
         needs: Needs | None = None,
         foresee: Callable[[str, Inputs], tuple[int, int]] | None = None,
@@ -63,6 +67,8 @@ class Engine:
         """
         Args:
             transport: to the next rank and from the last; None where there is only this one.
+            peers: to the ranks that share the first blocks with this one, each beginning a ring of its own.
+            agree: with them, on what becomes of a micro-batch (`ParallelGroup.agree`).
             patch_sizes: by component, latent positions per token and axis, by which the cost of a forward is told.
             needs: of memory, of this rank's forwards; None: they are not limited.
             foresee: (component, inputs) -> (bytes of weights, bytes of tensors in one such forward); comes with
@@ -74,13 +80,14 @@ class Engine:
         self._max_batch_size, self._device = config.max_batch_size, device
         self._flights: dict[int, _Flight] = {}
         self.queue = StepQueue(
-            num_shards=config.num_ranks,
+            num_shards=config.num_shards,
             max_batch_size=config.max_batch_size,
             batch_wait_s=config.batch_wait_ms / 1e3,
             max_batch_tokens=config.max_batch_tokens,
             tells_idle=config.leaves_when_idle,
             turn_s=TURN_S if config.has_one_model_at_a_time and len(mergers) > 1 else 0.0,
         )
+        self._peers = Peers(peers, self.lose)
         self._ring = Ring(
             self._compute,
             transport=transport,
@@ -89,6 +96,7 @@ class Engine:
             on_failure=self.lose,
             stuck_after_s=config.stuck_limit_s,
             device=device,
+            agree=agree,
         )
         self._ring.start()
 
@@ -160,14 +168,19 @@ class Engine:
         """An orderly end; the other ranks end with it."""
         self.queue.close(StopRing("the replica is shutting down"))
         self._ring.close()
+        self._peers.close()
 
     def stats(self) -> RingStats:
         """Of rank 0."""
-        return self._ring.stats()
+        own = self._ring.stats()
+        return replace(own, bytes_sent=own.bytes_sent + self._peers.bytes_sent)
 
     def _take(self) -> Message:
         batch = self.queue.take()
-        flight = _Flight(tuple(asked.inputs for asked in batch.payloads), self._leader.take_released())
+        group = tuple(asked.inputs for asked in batch.payloads)
+        component = batch.payloads[0].component if batch.payloads else None
+        to_peers = self._peers.send(batch.id, component, group, [asked.ready for asked in batch.payloads])
+        flight = _Flight(group, self._leader.take_released(), to_peers)
         self._flights[batch.id] = flight
         return Message(batch.id, (batch.payloads, flight.released))
 
@@ -178,6 +191,7 @@ class Engine:
             self.queue.finish(message.batch_id, split(message.body, sizes) if sizes else ())
             return
         self._leader.release_again(flight.released)
+        self._peers.send_again(flight.payloads, flight.released_by_peers)
         error: BaseException = message.error
         if isinstance(error, torch.OutOfMemoryError):  # of what a rank received; its own work says OutOfShare
             error = OutOfShare(f"a rank has no room for what the one before hands on: {error}")

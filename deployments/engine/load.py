@@ -11,8 +11,10 @@ from typing import Any
 import diffusers
 import torch
 from torch import nn
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.utils._pytree import tree_map_only
 
+from cluster.parallel_group import ParallelGroup
 from cluster.partition import plan_cuts
 from deployments.checkpoints.components import ModelIndex, denoiser_names, fetch_stage
 from deployments.checkpoints.weights import find_variants
@@ -21,7 +23,9 @@ from deployments.device import resolve_device, resolve_dtype
 from deployments.engine.blocks import BlockBytes, block_bytes, build_skeleton
 from deployments.engine.cut import Boundary, Output
 from deployments.engine.merge import Inputs
+from deployments.engine.parallel import Parallel, sliced
 from deployments.engine.shard import Shard, load_shard
+from deployments.families.parallel import find_parallel_faults
 from deployments.memory.keeper import Keeper
 from deployments.memory.on_demand import turn_to_load
 from deployments.memory.quantize import plan_stage_quantization
@@ -73,6 +77,7 @@ def open_denoisers(model: ModelConfig, config: TransformerConfig) -> Denoisers:
     """Fetches the checkpoint if need be; reads configs only."""
     folder, index = fetch_stage(model, "denoise", config.dtype)
     skeletons = build_skeletons(folder, index)
+    check_parallel(skeletons, config)
     return Denoisers(folder, index, skeletons, resolve_dtype(config.dtype), resolve_device(config))
 
 
@@ -82,8 +87,44 @@ def build_skeletons(folder: Path, index: ModelIndex) -> dict[str, nn.Module]:
     return {name: build_skeleton(model_class, folder, name) for name, model_class in classes.items()}
 
 
-def load_rank(denoisers: Denoisers, model: ModelConfig, config: TransformerConfig, rank: int) -> LoadedRank:
+def check_parallel(skeletons: Mapping[str, Any], config: TransformerConfig) -> None:
+    """Raises ValueError where ranks cannot share each forward as config says. skeletons: by component name."""
+    degrees = config.context_parallel, config.tensor_parallel
+    for model in skeletons.values():
+        for fault in find_parallel_faults(type(model).__name__, model.config, *degrees):
+            raise ValueError(fault)
+        if config.tensor_parallel > 1 and getattr(model, "gguf_file", None) is not None:
+            raise ValueError("transformer.tensor_parallel: weights of GGUF have no parts: use context_parallel")
+        sliced(model, config.tensor_parallel)
+
+
+def open_parallel(
+    denoisers: Denoisers, config: TransformerConfig, rank: int, store: TCPStore | None
+) -> tuple[ParallelGroup | None, Parallel | None]:
+    """This rank among those that share its forwards: returns when they have met. None where it runs them alone.
+
+    store: where all ranks of the replica meet.
+    """
+    degree = config.parallel_degree
+    if degree == 1:
+        return None, None
+    if store is None:
+        raise ValueError("ranks that share each forward meet before they load: load the stage with where")
+    shard, own = divmod(rank, degree)
+    device, limit_s = denoisers.device, config.stuck_limit_s
+    group = ParallelGroup(own, degree, store, name=f"shard {shard}", device=device, stuck_after_s=limit_s)
+    return group, Parallel(group, device, splits_weights=config.tensor_parallel > 1)
+
+
+def load_rank(
+    denoisers: Denoisers,
+    model: ModelConfig,
+    config: TransformerConfig,
+    rank: int,
+    parallel: Parallel | None = None,
+) -> LoadedRank:
     """Reads the weights of this rank's blocks, and only those, and keeps them as config says."""
+    shard = rank // config.parallel_degree
     quantized: Mapping[str, Any] = {}
     if config.quantization is not None:
         names = denoisers.skeletons
@@ -102,9 +143,10 @@ def load_rank(denoisers: Denoisers, model: ModelConfig, config: TransformerConfi
                 type(skeleton),
                 denoisers.folder,
                 name,
-                blocks=plan_ranks(name, skeleton, config)[rank] if config.num_ranks > 1 else None,
+                blocks=plan_ranks(name, skeleton, config)[shard] if config.num_shards > 1 else None,
                 dtype=denoisers.dtype,
                 variant=model.variant if model.variant in variants else None,  # what was in a file has none
+                parallel=parallel,
                 **options,
             )
             if config.device_map is not None:
@@ -121,8 +163,9 @@ def _spread_options(name: str, denoisers: Denoisers, config: TransformerConfig) 
 
 
 def plan_ranks(name: str, skeleton: nn.Module, config: TransformerConfig) -> list[tuple[int, int]]:
-    """The block range of every rank: as configured, else so that the largest shard has the fewest bytes."""
-    return cut_ranks(block_bytes(as_stored(skeleton, config, is_quantized=config.quantizes(name))), config)
+    """The block range of every shard: as configured, else so that the largest has the fewest bytes."""
+    stored = as_stored(skeleton, config, is_quantized=config.quantizes(name))
+    return cut_ranks(block_bytes(sliced(stored, config.tensor_parallel)), config)
 
 
 def cut_ranks(weights: BlockBytes, config: TransformerConfig) -> list[tuple[int, int]]:

@@ -109,5 +109,13 @@ class Holder:
         return value
 
 
+def only_shapes(outlined: Inputs, filled: Inputs, names: frozenset[str]) -> Inputs:
+    """The same for ranks that need no values of these names. filled: what a Holder has made of them."""
+    return {
+        name: tree_map_only(torch.Tensor, _shape_of, filled[name]) if name in names else value
+        for name, value in outlined.items()
+    }
+
+
 def _shape_of(tensor: torch.Tensor) -> ShapeOf:
     return ShapeOf(tuple(tensor.shape), tensor.dtype)

@@ -1,8 +1,8 @@
 """A shard: consecutive blocks of a denoiser, run by the model class's own forward."""
 
-import functools
 import re
 from collections.abc import Collection, Iterable, Mapping
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from deployments.engine.blocks import block_names, build_skeleton
 from deployments.engine.cut import Boundary, Cut, CutReached, Output
+from deployments.engine.parallel import Parallel
 from deployments.memory.gguf import find_gguf, load_gguf
 
 _MAX_KEYS_SHOWN = 5
@@ -25,6 +26,7 @@ def load_shard(
     blocks: tuple[int, int] | None,
     dtype: torch.dtype,
     variant: str | None = None,
+    parallel: Parallel | None = None,
     **loader_options: Any,
 ) -> "Shard":
     """Loads the blocks `start:end` of a checkpoint, with the class's own `from_pretrained`.
@@ -34,22 +36,31 @@ def load_shard(
         checkpoint_dir: the pipeline's folder on this machine; `subfolder` is the model's in it.
         blocks: range of `block_names`; None loads the whole model, of the very class, with nothing added.
         variant: part of the weights' file names, such as `fp16`.
+        parallel: how other ranks share each forward; None: this one runs it alone.
         loader_options: further arguments of `from_pretrained`: `quantization_config`, `device_map`.
 
     Raises:
         ValueError: the model cannot be cut so, or the checkpoint has too few keys or too many.
     """
-    cut = None
-    if blocks is not None:
+    cut, foreign = None, tuple[str, ...]()
+    if blocks is not None or parallel is not None:
         skeleton = build_skeleton(model_class, checkpoint_dir, subfolder)
+    if blocks is not None:
         cut = _plan_cut(skeleton, blocks)
-        model_class = _shard_class(type(skeleton), cut, cut.foreign_names(skeleton))
+        foreign = cut.foreign_names(skeleton)
+        model_class = _shard_class(type(skeleton), cut, foreign, is_caught=parallel is None)
+    if parallel is not None:
+        model_class = parallel.narrowed(model_class, skeleton, foreign)
+        loader_options["parallel_config"] = parallel.config
     gguf_file = find_gguf(checkpoint_dir / subfolder)
     if gguf_file is not None:
         model = load_gguf(model_class, gguf_file, dtype)
         missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
         check_complete(missing, gguf_file.resolve(), model_class.__name__)
-        return Shard(model, cut)
+        if parallel is not None:
+            shared: Any = model
+            shared.enable_parallelism(config=parallel.config)
+        return Shard(model, cut, parallel)
     model, keys = model_class.from_pretrained(
         checkpoint_dir,
         subfolder=subfolder,
@@ -59,8 +70,8 @@ def load_shard(
         output_loading_info=True,
         **loader_options,
     )
-    _check_keys(keys, checkpoint_dir / subfolder, model_class.__name__)
-    return Shard(model, cut)
+    _check_keys(keys, checkpoint_dir / subfolder, model_class)
+    return Shard(model, cut, parallel)
 
 
 class Shard:
@@ -69,9 +80,9 @@ class Shard:
     Between two runs `model` may be quantised, cast, offloaded, compiled or given adapters.
     """
 
-    def __init__(self, model: nn.Module, cut: Cut | None) -> None:
+    def __init__(self, model: nn.Module, cut: Cut | None, parallel: Parallel | None = None) -> None:
         self.model = model
-        self._cut = cut
+        self._cut, self._parallel = cut, parallel
         self.blocks = None if cut is None else (cut.start, cut.end)
         """The range of `block_names` that it holds; None for the whole model."""
 
@@ -84,14 +95,20 @@ class Shard:
         """
         with torch.no_grad():
             arguments = {**inputs, "return_dict": False}
-            if self._cut is None:
-                output = self.model(**arguments)
-            else:
-                with self._cut.open(self.model, boundary):
-                    output = self.model(**arguments)
+            run = partial(self._run, arguments, boundary)
+            output = run() if self._parallel is None else self._parallel.run(run)
         # Kandinsky 5 returns the bare tensor
         result: Boundary | tuple[Output, ...] = (output,) if isinstance(output, torch.Tensor) else output
         return result
+
+    def _run(self, arguments: Mapping[str, Any], boundary: Boundary | None) -> Any:
+        if self._cut is None:
+            return self.model(**arguments)
+        with self._cut.open(self.model, boundary):
+            try:
+                return self.model(**arguments)
+            except CutReached as reached:
+                return reached.boundary
 
 
 def _plan_cut(skeleton: nn.Module, blocks: tuple[int, int]) -> Cut:
@@ -104,11 +121,13 @@ def _plan_cut(skeleton: nn.Module, blocks: tuple[int, int]) -> Cut:
     return Cut(names, start, end)
 
 
-def _shard_class(model_class: Any, cut: Cut, foreign: Iterable[str]) -> type[ModelMixin]:
+def _shard_class(model_class: Any, cut: Cut, foreign: Iterable[str], *, is_caught: bool) -> type[ModelMixin]:
     """A subclass that is built with stubs, and whose forward returns the boundary at the cut.
 
-    The forward is caught inside the class, not around the call, so that hooks on the model (offloading,
-    device maps) see it end as usual. The name is the model class's, for diffusers looks classes up by name.
+    The name is the model class's, for diffusers looks classes up by name.
+
+    is_caught: inside the class, not around the call, so that hooks on the model (offloading, device maps) see the
+        forward end as usual. Those of context parallelism must not: they take a boundary for an output.
     """
 
     def from_config(cls: Any, *args: Any, **kwargs: Any) -> Any:
@@ -116,20 +135,22 @@ def _shard_class(model_class: Any, cut: Cut, foreign: Iterable[str]) -> type[Mod
         cut.stub_foreign(built[0] if isinstance(built, tuple) else built)
         return built
 
-    @functools.wraps(model_class.forward)
+    @wraps(model_class.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             return model_class.forward(self, *args, **kwargs)
         except CutReached as reached:
             return reached.boundary
 
+    own: dict[str, Any] = {"from_config": classmethod(from_config)}
+    if is_caught:
+        own["forward"] = forward
     foreign_keys = [rf"^{re.escape(name)}\." for name in foreign]
     return type(
         model_class.__name__,
         (model_class,),
         {
-            "from_config": classmethod(from_config),
-            "forward": forward,
+            **own,
             "_keys_to_ignore_on_load_unexpected": [
                 *(model_class._keys_to_ignore_on_load_unexpected or ()),
                 *foreign_keys,
@@ -138,12 +159,17 @@ def _shard_class(model_class: Any, cut: Cut, foreign: Iterable[str]) -> type[Mod
     )
 
 
-def _check_keys(keys: Mapping[str, Any], folder: Path, class_name: str) -> None:
+def _check_keys(keys: Mapping[str, Any], folder: Path, model_class: Any) -> None:
     """Strict both ways: a random weight or an unread one is a wrong picture, not a warning."""
+    class_name = model_class.__name__
     check_complete(keys["missing_keys"], folder, class_name)
-    if keys.get("unexpected_keys"):
+    foreign = (
+        model_class._keys_to_ignore_on_load_unexpected or ()
+    )  # which a tensor parallel load tells all the same
+    unread = [key for key in keys.get("unexpected_keys", ()) if not any(re.search(one, key) for one in foreign)]
+    if unread:
         raise ValueError(
-            f"{folder} has weights that no shard of {class_name} reads: {_shown(keys['unexpected_keys'])}; "
+            f"{folder} has weights that no shard of {class_name} reads: {_shown(unread)}; "
             "config.json describes another model, or needs a newer diffusers"
         )
 

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Protocol
 
 from deployments.engine.cut import Boundary, Output
 from deployments.engine.merge import Inputs, Mergers
-from deployments.engine.outline import Holder, Outliner
+from deployments.engine.outline import Holder, Outliner, only_shapes
 
 
 class Blocks(Protocol):
@@ -33,7 +34,7 @@ class Work:
     released: tuple[int, ...]
     """Keys of tensors that no later micro-batch will name."""
     boundary: Boundary
-    """What the blocks before the cut returned, for the whole batch."""
+    """What the blocks before the cut returned, for the whole batch; empty where none are before."""
 
 
 class Leader:
@@ -80,15 +81,36 @@ class Leader:
 class Follower:
     """Any other rank's part."""
 
-    def __init__(self, blocks: Blocks, mergers: Mergers, holder: Holder, on_idle: OnIdle = do_nothing) -> None:
+    def __init__(
+        self,
+        blocks: Blocks,
+        mergers: Mergers,
+        holder: Holder,
+        on_idle: OnIdle = do_nothing,
+        *,
+        shape_only: Mapping[str, frozenset[str]] = MappingProxyType({}),
+        is_heard: bool = True,
+    ) -> None:
+        """
+        Args:
+            shape_only: by component, names of inputs of which later shards need no values, of a rank that has the
+                first blocks.
+            is_heard: whether rank 0 takes the predictions from this one, of the ranks that share each forward.
+        """
         self._blocks, self._mergers, self._holder, self._on_idle = blocks, mergers, holder, on_idle
+        self._shape_only, self._is_heard = shape_only, is_heard
 
-    def run(self, work: Work) -> "Work | Output":
+    def run(self, work: Work) -> "Work | Output | None":
         """These blocks, from where the rank before left off."""
         self._holder.release(work.released)
         if work.component is None:
             self._on_idle()
             return work
-        inputs = self._mergers[work.component].merge([self._holder.fill(outlined) for outlined in work.inputs])
-        output = self._blocks.run(work.component, inputs, work.boundary)
-        return replace(work, boundary=output) if isinstance(output, dict) else output
+        group = [self._holder.fill(outlined) for outlined in work.inputs]
+        inputs = self._mergers[work.component].merge(group)
+        output = self._blocks.run(work.component, inputs, work.boundary or None)
+        if not isinstance(output, dict):
+            return output if self._is_heard else None
+        names = self._shape_only.get(work.component, frozenset())
+        outlined = tuple(only_shapes(own, of, names) for own, of in zip(work.inputs, group, strict=True))
+        return replace(work, inputs=outlined, boundary=output)

@@ -17,8 +17,8 @@ class Conflict(NamedTuple):
     """Why, and what to do instead."""
 
 
-def _num_ranks(config: Any) -> int:
-    return getattr(config, "num_ranks", 1)
+def _num_shards(config: Any) -> int:
+    return getattr(config, "num_shards", 1)
 
 
 ASKED: dict[str, Callable[[Any], bool]] = {
@@ -55,9 +55,13 @@ ASKED: dict[str, Callable[[Any], bool]] = {
     "compile.mode with CUDA graphs": lambda c: c.compile is not None and c.compile.has_graphs,
     "trace": lambda c: c.trace,
     "device_map": lambda c: getattr(c, "device_map", None) is not None,
-    "shards": lambda c: _num_ranks(c) > 1,
+    "shards": lambda c: _num_shards(c) > 1,
+    "context_parallel": lambda c: getattr(c, "context_parallel", 1) > 1,
+    "tensor_parallel": lambda c: getattr(c, "tensor_parallel", 1) > 1,
+    "context_parallel or tensor_parallel": lambda c: getattr(c, "parallel_degree", 1) > 1,
+    "transport: object_store": lambda c: getattr(c, "transport", None) == "object_store",
     "shards with compile: model": lambda c: (
-        _num_ranks(c) > 1 and c.compile is not None and c.compile.scope == "model"
+        _num_shards(c) > 1 and c.compile is not None and c.compile.scope == "model"
     ),
 }
 
@@ -66,6 +70,7 @@ _FIXED = "a CUDA graph holds its weights' addresses: use mode default or max-aut
 _COME_AND_GO = "weights come and go between graphs: leave out fullgraph"
 
 _HELD_TWICE = "8-bit layers hold their weights a second time, which would stay on the GPU: use offload: model"
+_PARTS = "each rank has a part of each large matrix"
 _UNLIKE_FILES = "weights are other than those in the files: leave out host_copy"
 
 CONFLICTS: tuple[Conflict, ...] = (
@@ -143,6 +148,31 @@ CONFLICTS: tuple[Conflict, ...] = (
     Conflict("trace", "quantization", "bitsandbytes' layers cannot be traced: use compile: blocks"),
     Conflict("trace", "device_map", _NO_HOOKS),
     Conflict("trace", "shards", "a traced graph has no cut: leave out trace, or shards"),
+    Conflict("context_parallel", "tensor_parallel", "each shares out the same forwards: leave out one of them"),
+    Conflict(
+        "context_parallel or tensor_parallel",
+        "transport: object_store",
+        "ranks that share each forward need connections to each other: leave out transport",
+    ),
+    Conflict(
+        "context_parallel or tensor_parallel",
+        "device_map",
+        "each rank has one device, and all of its weights there: leave out device_map",
+    ),
+    Conflict(
+        "context_parallel or tensor_parallel",
+        "on_demand",
+        "ranks that share each forward would wait for each other's turns: leave out on_demand",
+    ),
+    Conflict(
+        "context_parallel",
+        "offload: sequential or disk",
+        "accelerate's hooks do not see a shared forward end at its cut: use offload: model or group",
+    ),
+    Conflict("tensor_parallel", "quantization", f"{_PARTS}, and quantised ones have none: use context_parallel"),
+    Conflict("tensor_parallel", "layerwise_casting", f"{_PARTS}, which is not cast: use context_parallel"),
+    Conflict("tensor_parallel", "offload", f"{_PARTS}, which stays where it is: use context_parallel, or shards"),
+    Conflict("tensor_parallel", "vram_limit_gib", f"{_PARTS}, which stays where it is: use more shards"),
 )
 
 

@@ -226,7 +226,8 @@ def _weigh(model: nn.Module) -> Counter[tuple[str, str]]:
     """Bytes of all that a checkpoint of it would hold, by (device, dtype)."""
     found: Counter[tuple[str, str]] = Counter()
     for tensor in model.state_dict(keep_vars=True).values():
-        found[str(tensor.device), str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
+        own = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # tensor parallel: its part
+        found[str(own.device), str(own.dtype).removeprefix("torch.")] += own.nbytes
     return found
 
 

@@ -7,11 +7,14 @@ from itertools import pairwise
 from cluster.inventory import Gpu
 from deployments.checkpoints.components import Stage
 from deployments.config import StageConfig, TransformerConfig
+from deployments.families.parallel import CONTEXT_PARALLEL
 from deployments.memory.limit import OVERHEAD_BYTES
 from deployments.plan.place import Demand, Placement, blocked_by_order, gib, share
 from deployments.plan.profile import Times
 from deployments.plan.sizes import ModelSizes, RankSizes, largest
 
+FEW_TENSOR_RANKS = 2
+SMALL_PIXELS = 1024 * 1024
 WORTH_TELLING = 1.03
 """By how much faster other cuts must be."""
 
@@ -39,6 +42,7 @@ def advise(
     found = [
         *_on_splitting(sizes, transformer, placement),
         *_on_shards(sizes, transformer, admitted.max_concurrent_requests),
+        *_on_sharing(sizes, transformer, placement),
         *_on_limits(sizes, admitted),
     ]
     for config in stages:
@@ -47,7 +51,7 @@ def advise(
             found.append(f"{name}.dtype is float32: bfloat16 halves its weights and is faster on GPUs")
         if config.num_gpus > 1 and getattr(config, "device_map", None) is None:
             found.append(f"{name}.num_gpus {config.num_gpus:g} without device_map uses one GPU only: use shards")
-    if times is not None and transformer.num_ranks > 1:
+    if times is not None and transformer.num_shards > 1:
         found += _on_cuts(sizes, times)
     for replica in placement.crowded_groups():
         found.append(
@@ -69,12 +73,16 @@ def advise(
 
 def whole_bytes(sizes: ModelSizes) -> int:
     """What one GPU would need for one replica of all three stages, the denoisers as one shard."""
-    denoiser = sum(of.weights_bytes for of in sizes.denoisers)
-    working = max(rank.working_bytes for rank in sizes.denoise.ranks)
     others = [*sizes.encode.ranks, *sizes.decode.ranks]
     return sum(rank.weights_bytes + rank.working_bytes + OVERHEAD_BYTES for rank in others) + (
-        RankSizes(denoiser, denoiser, working).need_bytes
+        _whole_rank(sizes).need_bytes
     )
+
+
+def _whole_rank(sizes: ModelSizes) -> RankSizes:
+    """Of all denoisers in one process."""
+    weights = sum(of.weights_bytes for of in sizes.denoisers)
+    return RankSizes(weights, weights, max(rank.working_bytes for rank in sizes.denoise.ranks))
 
 
 def _on_splitting(sizes: ModelSizes, transformer: TransformerConfig, placement: Placement) -> Iterator[str]:
@@ -83,8 +91,11 @@ def _on_splitting(sizes: ModelSizes, transformer: TransformerConfig, placement: 
     if needed > largest:
         return
     fits = f"all three stages fit on one GPU ({gib(needed)} of {gib(largest)})"
-    if transformer.num_ranks > 1:
-        yield f"{fits}: shards give one request no speed-up; rather a whole replica on each GPU (shards: 1)"
+    if transformer.num_shards > 1:
+        yield (
+            f"{fits}: shards give one request no speed-up; rather a whole replica on each GPU (shards: 1)"
+            + (", or context_parallel for requests that are done sooner" if _all_share(sizes) else "")
+        )
     elif placement.num_replicas("denoise") == 1 and len(_used_gpus(placement)) > 1:
         yield (
             f"{fits}: a GPU of their own for encoder and VAE changes a request's time by less than 1 % "
@@ -93,7 +104,7 @@ def _on_splitting(sizes: ModelSizes, transformer: TransformerConfig, placement: 
 
 
 def _on_shards(sizes: ModelSizes, transformer: TransformerConfig, max_concurrent_requests: int) -> Iterator[str]:
-    num_shards = transformer.num_ranks
+    num_shards = transformer.num_shards
     if num_shards == 1:
         return
     if sizes.is_unet:
@@ -107,6 +118,41 @@ def _on_shards(sizes: ModelSizes, transformer: TransformerConfig, max_concurrent
         yield f"{num_shards} shards and at most {at_once} requests at once: some shard always waits; fewer shards"
     elif at_once < 2 * num_shards:
         yield f"{num_shards} shards are kept full by {2 * num_shards} requests; at most {at_once} are let in"
+
+
+def _on_sharing(sizes: ModelSizes, transformer: TransformerConfig, placement: Placement) -> Iterator[str]:
+    """Ranks that share each forward make one request faster; shards and replicas serve more of them."""
+    degree, asked = transformer.parallel_degree, largest(sizes.sizes)
+    if degree == 1:
+        num_replicas = placement.num_replicas("denoise")
+        if num_replicas > 1 and _all_share(sizes):
+            yield f"{num_replicas} replicas are for throughput; for latency fewer, each of context_parallel ranks"
+        return
+    gpu_bytes = max((gpu.memory_bytes for gpu in placement.gpus), default=0)
+    if transformer.num_shards == 1 and _whole_rank(sizes).need_bytes <= gpu_bytes:
+        yield (
+            f"for latency: {degree} ranks share each forward, though one GPU has room for all of the denoiser; "
+            f"for throughput rather {degree} replicas, which tell each other nothing"
+        )
+        if transformer.tensor_parallel > 1 and _all_share(sizes):
+            yield "context_parallel exchanges less than tensor_parallel, which is for weights too large for a GPU"
+    if transformer.tensor_parallel > FEW_TENSOR_RANKS and asked.width * asked.height <= SMALL_PIXELS:
+        yield (
+            f"tensor_parallel {transformer.tensor_parallel} at {asked}: every block adds up all of its tokens "
+            f"twice over the ranks, and at this size more than {FEW_TENSOR_RANKS} wait for that longer than they "
+            f"compute; tensor_parallel: {FEW_TENSOR_RANKS}, and more shards"
+        )
+    for replica in placement.split_forwards():
+        yield (
+            f"ranks of denoise {replica} that share each forward lie on several nodes: every block waits for the "
+            "network; fewer ranks, which fit one node"
+        )
+
+
+def _all_share(sizes: ModelSizes) -> bool:
+    """Whether context_parallel is to be had."""
+    names = {of.name for of in sizes.denoisers}
+    return all(of.class_name in CONTEXT_PARALLEL for of in sizes.denoise.components if of.name in names)
 
 
 def _on_limits(sizes: ModelSizes, admitted: Admitted) -> Iterator[str]:
@@ -140,7 +186,7 @@ def _on_fragments(demands: Mapping[Stage, Demand], placement: Placement) -> Iter
 
 def _on_cuts(sizes: ModelSizes, times: Times) -> Iterator[str]:
     """The engine balances bytes; where times are known, they balance better."""
-    ranks = sizes.denoise.ranks
+    ranks = sizes.denoise.ranks[:: sizes.denoise.ranks[0].degree]
     cuts = times.plan_cuts(len(ranks))
     if cuts is None:
         return

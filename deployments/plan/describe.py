@@ -25,7 +25,8 @@ from deployments.config import EncoderConfig, ModelConfig, StageConfig, Transfor
 from deployments.device import resolve_dtype
 from deployments.engine.blocks import BlockBytes, block_bytes, build_skeleton, cuttable_names
 from deployments.engine.cut import Cut, CutReached
-from deployments.engine.load import Denoisers, cut_ranks, open_denoisers
+from deployments.engine.load import Denoisers, check_parallel, cut_ranks, open_denoisers
+from deployments.engine.parallel import sliced, working_share
 from deployments.memory.resident import device_bytes
 from deployments.memory.stored import as_stored, dequantized_bytes, stored_bytes, stored_models
 from deployments.memory.tiling import set_tiles
@@ -85,10 +86,11 @@ class Description:
         """Raises ValueError if a model cannot be cut or placed so."""
         num_text_tokens = encoder.max_sequence_length or self._family.max_sequence_length or 0
         stored, working = self._denoisers(_key(transformer), sizes, num_text_tokens)
+        check_parallel(stored, transformer)
         blocks = {name: _block_bytes(model) for name, model in stored.items()}
         return ModelSizes(
             encode=_stage(encoder, *self._encoder(_key(encoder), num_text_tokens)),
-            denoise=StageSizes(_components(stored), _ranks(transformer, stored, blocks, working)),
+            denoise=StageSizes(_components(stored), _ranks(transformer, stored, working)),
             decode=_stage(vae, *self._vae(_key(vae), sizes)),
             denoisers=tuple(
                 DenoiserSizes(
@@ -186,22 +188,24 @@ class Description:
 def _ranks(
     config: TransformerConfig,
     stored: Mapping[str, nn.Module],
-    blocks: Mapping[str, BlockBytes],
     working: Working,
 ) -> tuple[RankSizes, ...]:
-    takes_turns = config.on_demand is not None
-    if config.num_ranks == 1:
+    takes_turns, degree = config.on_demand is not None, config.parallel_degree
+    held = {name: sliced(model, config.tensor_parallel) for name, model in stored.items()}
+    blocks = {name: _block_bytes(model) for name, model in held.items()}
+    peak = working_share(working.peak_bytes, config.context_parallel)
+    if config.num_shards == 1:
         whole = tuple((0, len(of.blocks)) for of in blocks.values())
-        held, on_device = sum(map(stored_bytes, stored.values())), device_bytes(stored, config)
-        return (RankSizes(held, on_device, working.peak_bytes, whole, takes_turns),)
-    peak = working.peak_bytes + BUFFERED_BOUNDARIES * working.boundary_bytes
+        weights, on_device = sum(map(stored_bytes, held.values())), device_bytes(held, config)
+        return (RankSizes(weights, on_device, peak, whole, takes_turns, degree),) * degree
+    peak += BUFFERED_BOUNDARIES * working.boundary_bytes // config.context_parallel
     ranks = []
     for ranges in zip(*(cut_ranks(of, config) for of in blocks.values()), strict=True):
         on_device = weights = sum(of.of_shard(*own) for of, own in zip(blocks.values(), ranges, strict=True))
         if config.offload is not None or config.vram_limit_gib is not None:
-            shards = {name: _cut(stored[name], *own) for name, own in zip(stored, ranges, strict=True)}
+            shards = {name: _cut(held[name], *own) for name, own in zip(held, ranges, strict=True)}
             on_device = device_bytes(shards, config)
-        ranks.append(RankSizes(weights, on_device, peak, ranges, takes_turns))
+        ranks += [RankSizes(weights, on_device, peak, ranges, takes_turns, degree)] * degree
     return tuple(ranks)
 
 

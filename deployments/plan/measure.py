@@ -41,7 +41,7 @@ class _Loaded:
 
     def __init__(self, model: ModelConfig, stages: StageConfigs) -> None:
         self._model = model
-        whole = {"shards": 1, "cuts": None, "compile": None}
+        whole = {"shards": 1, "cuts": None, "context_parallel": 1, "tensor_parallel": 1, "compile": None}
         self._encoding = load_stage("encode", model, _alone(stages.encoder))
         self.denoising = load_stage("denoise", model, _alone(stages.transformer.model_copy(update=whole)))
         self._decoding = load_stage("decode", model, _alone(stages.vae))

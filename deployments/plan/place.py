@@ -95,6 +95,15 @@ class Placement:
                 nodes.setdefault(process.replica, set()).update(gpu.node for gpu in process.gpus)
         return [replica for replica, found in nodes.items() if len(found) > 1]
 
+    def split_forwards(self) -> list[int]:
+        """Replicas of the denoiser where ranks that share each forward lie on several nodes."""
+        nodes: dict[tuple[int, int], set[int]] = {}
+        for process in self.processes:
+            group = process.replica, process.rank // process.sizes.degree
+            if process.stage == "denoise" and process.sizes.degree > 1:
+                nodes.setdefault(group, set()).update(gpu.node for gpu in process.gpus)
+        return sorted({replica for (replica, _), found in nodes.items() if len(found) > 1})
+
     def shortfalls(self) -> list[str]:
         """One sentence per process that does not fit, and by how much; none if the plan holds."""
         found = []

@@ -12,7 +12,8 @@ from deployments.plan.sizes import STAGES
 
 @dataclass(frozen=True)
 class Rate:
-    """An upper bound: no queueing, no hand-off, every pipeline full. Merging may raise it."""
+    """An upper bound: no queueing, no hand-off, every pipeline full, forwards shared at no cost. Merging may raise
+    it."""
 
     stage_s: Mapping[Stage, float]
     """Of one picture on one replica, t_i; of the denoiser the slowest rank's."""
@@ -26,7 +27,7 @@ class Rate:
 
 def bound_rate(placement: Placement, times: Times) -> Rate:
     """min(replicas_i / t_i), and no GPU busy for more than all of the time."""
-    seconds = {process: _seconds(process, times) for process in placement.processes}
+    seconds = {process: seconds_of(process, times) for process in placement.processes}
     stage_s = {stage: max(seconds[p] for p in placement.processes if p.stage == stage) for stage in STAGES}
     bounds = {stage: placement.num_replicas(stage) / stage_s[stage] for stage in STAGES}
     gpu_s = {
@@ -37,8 +38,8 @@ def bound_rate(placement: Placement, times: Times) -> Rate:
     return Rate(stage_s, bounds, bound, {gpu: bound * busy_s for gpu, busy_s in gpu_s.items()})
 
 
-def _seconds(process: Process, times: Times) -> float:
+def seconds_of(process: Process, times: Times) -> float:
     """Of one picture on this process."""
     if process.stage == "denoise":
-        return times.rank_s(process.sizes.blocks)
+        return times.rank_s(process.sizes.blocks) / process.sizes.degree
     return times.encode_s if process.stage == "encode" else times.decode_s

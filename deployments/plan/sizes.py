@@ -36,6 +36,8 @@ class RankSizes:
     """Of the denoise stage: its range of blocks of each denoiser, in the order of `ModelSizes.denoisers`."""
     takes_turns: bool = False
     """`on_demand`: its weights and tensors are on the device only when those of the others that do so are not."""
+    degree: int = 1
+    """Of the denoise stage: how many ranks share each forward with it, itself counted."""
 
     @property
     def need_bytes(self) -> int:

@@ -9,8 +9,10 @@ Importing this package imports no torch; `load_stage` does, when a replica calls
 
 import importlib
 import warnings
+from socket import socket
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+from cluster.meeting import MeetingPoint
 from deployments.checkpoints.components import Stage
 from deployments.checkpoints.integrity import check_stage
 from deployments.config import EncoderConfig, ModelConfig, StageConfig, TransformerConfig, VaeConfig
@@ -33,10 +35,17 @@ STAGES = {
 @overload
 def load_stage(stage: Literal["encode"], model: ModelConfig, config: EncoderConfig) -> "TextEncoding": ...
 @overload
-def load_stage(stage: Literal["denoise"], model: ModelConfig, config: TransformerConfig) -> "Denoising": ...
+def load_stage(
+    stage: Literal["denoise"], model: ModelConfig, config: TransformerConfig, listening: socket | None = None, /
+) -> "Denoising": ...
 @overload
 def load_stage(
-    stage: Literal["follow"], model: ModelConfig, config: TransformerConfig, rank: int, /
+    stage: Literal["follow"],
+    model: ModelConfig,
+    config: TransformerConfig,
+    rank: int,
+    meeting: MeetingPoint | None = None,
+    /,
 ) -> "Following": ...
 @overload
 def load_stage(stage: Literal["decode"], model: ModelConfig, config: VaeConfig) -> "Decoding": ...

@@ -3,17 +3,18 @@
 Every request runs in a thread of its own. What the result is, is the pipeline's by construction.
 """
 
+import socket
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from cluster import accelerator
 from cluster.object_store_transport import open_mailboxes
-from cluster.open_transport import open_transport
+from cluster.open_transport import open_rings
 from cluster.place import Place, Rendezvous, plan_backend
+from cluster.ring import no_peers
 from cluster.transport import open_store
 from deployments.checkpoints.components import VAES, weightless
 from deployments.checkpoints.geometry import read_geometry, with_geometry
@@ -21,7 +22,7 @@ from deployments.config import ModelConfig, TransformerConfig
 from deployments.device import resolve_dtype
 from deployments.engine.blocks import shape_only_inputs
 from deployments.engine.engine import Engine
-from deployments.engine.load import load_rank, open_denoisers
+from deployments.engine.load import load_rank, open_denoisers, open_parallel
 from deployments.engine.merge import build_mergers, patch_size, takes_any_length
 from deployments.engine.outline import Outliner
 from deployments.engine.passes import Passes
@@ -59,8 +60,12 @@ PIPELINE_ERRORS = (ArithmeticError, AssertionError, LookupError, RuntimeError, V
 class Denoising:
     """The checkpoint's scheduler and rank 0's shards of its denoisers. Thread-safe once connected."""
 
-    def __init__(self, model: ModelConfig, config: TransformerConfig) -> None:
+    def __init__(
+        self, model: ModelConfig, config: TransformerConfig, listening: socket.socket | None = None
+    ) -> None:
+        """listening: where those that share rank 0's forwards, and all other ranks, meet it, if any do."""
         torch.set_num_threads(config.num_threads)
+        self._store = None if listening is None else open_store(listening, config.num_ranks)
         model = with_geometry(model)
         self._family, self._config = model.architecture, config
         self._denoisers = open_denoisers(model, config)
@@ -79,10 +84,10 @@ class Denoising:
         self.pending_kinds = self._trial.takes_pending() if config.runs_passes_at_once else frozenset()
         """Of call, whose forwards may be under way before the pipeline needs the one before."""
         self.finite = FiniteCheck()
-        self.loaded = load_rank(self._denoisers, model, config, rank=0)
+        self._group, parallel = open_parallel(self._denoisers, config, 0, self._store)
+        self.loaded = load_rank(self._denoisers, model, config, 0, parallel)
         # Who waits for a copy of its own does not wait for the forward of another that is under way.
         self._stream = accelerator.open_stream(self._denoisers.device, priority=-1)
-        self._store: TCPStore | None = None
 
     def _check_geometry(self, model: ModelConfig) -> None:
         """Requests were judged where the app was built, perhaps without this checkpoint. Raises CannotServe."""
@@ -95,18 +100,18 @@ class Denoising:
 
     def open_rendezvous(self, host: str, places: Sequence[Place]) -> Rendezvous:
         """Where the other ranks are to meet this one. host: an address of its node that they can reach."""
-        num_ranks = len(places)
+        num_ranks, degree = len(places), self._config.parallel_degree
         if self._config.transport == "object_store":
             return Rendezvous(num_ranks, "object_store", mailboxes=open_mailboxes(num_ranks))
-        self._store = open_store(host, num_ranks)
+        if self._store is None:
+            self._store = open_store(host, num_ranks)
         backend = plan_backend(places) if accelerator.has_nccl(self._denoisers.device) else "gloo"
-        return Rendezvous(num_ranks, backend, host, self._store.port)
+        return Rendezvous(num_ranks, backend, host, self._store.port, degree=degree)
 
     def connect(self, rendezvous: Rendezvous | None, on_lost: Callable[[BaseException], None]) -> None:
         """Meet the other ranks, if there are any, and begin to work. on_lost: the group is no more."""
-        transport, device, skeletons = None, self._denoisers.device, self._denoisers.skeletons
-        if rendezvous is not None:
-            transport = open_transport(0, rendezvous, device=device, store=self._store)
+        device, skeletons = self._denoisers.device, self._denoisers.skeletons
+        transport, peers = open_rings(rendezvous, device=device, store=self._store)
         mergers = build_mergers(skeletons)
         shape_only = {name: shape_only_inputs(skeleton) for name, skeleton in skeletons.items()}
         needs = self.loaded.keeper.needs
@@ -117,6 +122,8 @@ class Denoising:
             self._config,
             device=device,
             transport=transport,
+            peers=peers,
+            agree=no_peers if self._group is None else self._group.agree,
             patch_sizes={name: patch_size(skeleton) for name, skeleton in skeletons.items()},
             needs=needs if is_limited else None,
             foresee=ForwardForesight(self._denoisers, self._config) if is_limited else None,

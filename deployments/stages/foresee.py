@@ -14,6 +14,7 @@ from deployments.device import resolve_dtype
 from deployments.engine.blocks import block_bytes, build_skeleton
 from deployments.engine.load import Denoisers, cut_ranks
 from deployments.engine.merge import Inputs
+from deployments.engine.parallel import sliced, working_share
 from deployments.families import Geometry
 from deployments.memory.config import MemoryConfig
 from deployments.memory.resident import device_bytes
@@ -37,16 +38,17 @@ class ForwardForesight:
         """(bytes of all denoisers' weights on the device, bytes of tensors in one forward of these inputs)"""
         model = self._model(component)
         run = partial(model, **to_meta(inputs), return_dict=False)
-        return self._weights() + dequantized_bytes(model, self._config), foresee_working(model, run)
+        working = working_share(foresee_working(model, run), self._config.context_parallel)
+        return self._weights() + dequantized_bytes(model, self._config), working
 
     def _weights_bytes(self) -> int:
         stored = stored_models(self._skeletons, self._config)
         on_device = device_bytes(stored, self._config)
-        if self._config.num_ranks == 1:
+        if self._config.num_ranks == self._config.context_parallel:
             return on_device
         shards = [
             [blocks.of_shard(*rank) for rank in cut_ranks(blocks, self._config)]
-            for blocks in map(block_bytes, stored.values())
+            for blocks in (block_bytes(sliced(model, self._config.tensor_parallel)) for model in stored.values())
         ]
         return min(on_device, max(map(sum, zip(*shards, strict=True))))
 

@@ -581,3 +581,48 @@ def test_two_ranks_of_one_gpu_compute_what_one_would() -> None:
         assert torch.equal(message.body, tensor)
     head.close()
     other["ring"].close()
+
+
+def test_what_other_ranks_cannot_compute_fails_here_before_it_is_computed_or_after() -> None:
+    """They agree on it: here on batch 1 before, on batch 2 after."""
+    computed: list[int] = []
+    asked: list[int] = []
+    landed: queue.SimpleQueue[Message] = queue.SimpleQueue()
+    messages = iter([Message(i, i) for i in range(4)])
+
+    def source() -> Message:
+        try:
+            return next(messages)
+        except StopIteration:
+            raise StopRing from None
+
+    def compute(body: int) -> int:
+        computed.append(body)
+        return body
+
+    def agree(batch_id: int, error: BaseException | None) -> BaseException | None:
+        asked.append(batch_id)
+        is_theirs = asked.count(batch_id) == batch_id and batch_id in (1, 2)
+        return MemoryError("theirs") if is_theirs else error
+
+    ring = Ring(compute, source=source, sink=landed.put, on_failure=pytest.fail, device=CPU, agree=agree)
+    ring.start()
+    ends = [landed.get(timeout=SOON_S) for _ in range(4)]
+    ring.close()
+    assert [repr(message.error) for message in ends] == ["None", *["MemoryError('theirs')"] * 2, "None"]
+    assert computed == [0, 2, 3]
+
+
+def test_who_is_no_longer_in_step_with_the_others_loses_the_ring() -> None:
+    failures: queue.SimpleQueue[BaseException] = queue.SimpleQueue()
+
+    def agree(_batch_id: int, _error: BaseException | None) -> BaseException | None:
+        raise PeerLost("it says nothing")
+
+    source = iter([Message(0, 0)])
+    ring = Ring(
+        sign, source=partial(next, source), sink=pytest.fail, on_failure=failures.put, device=CPU, agree=agree
+    )
+    ring.start()
+    assert isinstance(failures.get(timeout=SOON_S), PeerLost)
+    ring.close()

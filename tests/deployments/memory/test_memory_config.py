@@ -83,6 +83,10 @@ WAYS: dict[str, dict[str, Any]] = {
     "trace": {"trace": True},
     "device_map": {"device_map": "auto"},
     "shards": {"shards": 2},
+    "context_parallel": {"context_parallel": 2},
+    "tensor_parallel": {"tensor_parallel": 2},
+    "context_parallel or tensor_parallel": {"context_parallel": 2},
+    "transport: object_store": {"transport": "object_store"},
     "shards with compile: model": {"shards": 2, "compile": {"scope": "model", "fullgraph": True}},
 }
 """One way to ask for each."""

@@ -1,5 +1,6 @@
 """What is planned, against what processes really hold."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,40 @@ def test_quantised_text_encoders_hold_what_was_planned(kind: str) -> None:
     sizes = Description(model).sizes(encoder, TransformerConfig(), VaeConfig(), (MediaSize(64, 64),))
     held = held_by_stage(model, "encode", encoder)
     assert sizes.encode.ranks[0].weights_bytes == pytest.approx(held, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("settings", "degree"), [({"context_parallel": 2}, 2), ({"tensor_parallel": 2, "shards": 2}, 2)], ids=str
+)
+def test_every_rank_that_shares_forwards_is_planned_next_to_the_others(
+    settings: dict[str, int], degree: int
+) -> None:
+    whole, shared = described(tiny_model("flux")), described(tiny_model("flux"), **settings)
+    ranks = shared.denoise.ranks
+    assert ranks[::degree] == ranks[1::degree]
+    held, total = sum(rank.weights_bytes for rank in ranks), whole.denoise.ranks[0].weights_bytes
+    if "context_parallel" in settings:
+        assert held == 2 * total
+        assert ranks[0].working_bytes < whole.denoise.ranks[0].working_bytes
+    else:
+        assert total < held < 2 * total
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "reason"),
+    [
+        ("sd15", {"context_parallel": 2}, "how ranks share a forward of UNet2DConditionModel"),
+        ("wan", {"tensor_parallel": 2}, "how ranks share a forward of WanTransformer3DModel"),
+        (
+            "flux",
+            {"context_parallel": 5},
+            "attention heads (num_attention_heads), which 5 ranks do not share evenly",
+        ),
+    ],
+)
+def test_what_ranks_cannot_share_is_not_planned(name: str, settings: dict[str, int], reason: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        described(tiny_model(name), **settings)
 
 
 def test_larger_pictures_and_merged_forwards_need_more_working_memory() -> None:

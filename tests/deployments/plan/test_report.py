@@ -15,6 +15,7 @@ from deployments.plan.advice import Admitted
 from deployments.plan.picture import draw_placement
 from deployments.plan.plan import Plan, StageConfigs, plan
 from deployments.plan.profile import DenoiserTimes, Profile, Times
+from deployments.plan.rate import seconds_of
 from deployments.plan.report import plan_as_json, print_plan
 from deployments.plan.sizes import BlockSizes, ComponentSizes, DenoiserSizes, ModelSizes, RankSizes, StageSizes
 from deployments.request import MediaSize
@@ -128,6 +129,54 @@ def test_it_advises_against(gpus: str, stages: dict[str, object], sizes: dict[st
     transformer = TransformerConfig.model_validate(TWO_SHARDS.transformer.model_dump() | stages)
     plan = planned(gpus, replace(TWO_SHARDS, transformer=transformer), replace(SIZES, **sizes))
     assert any(advice in line for line in plan.advice), plan.advice
+
+
+SHARED = TransformerConfig(num_gpus=0.69, dtype="bfloat16", context_parallel=2)
+
+
+def planned_shared(gpus: str, weights_bytes: int = 18 * GIB, size: int = 1024, **settings: int) -> Plan:
+    """Of ranks that share each forward, of a class that diffusers has a plan for."""
+    transformer = SHARED.model_copy(update={"context_parallel": 1, **settings} if settings else {})
+    [part] = SIZES.denoise.components
+    held = weights_bytes // transformer.tensor_parallel
+    rank = RankSizes(held, held, GIB, ((0, 4),), degree=transformer.parallel_degree)
+    denoise = StageSizes((replace(part, class_name="FluxTransformer2DModel"),), (rank,) * transformer.num_ranks)
+    sizes = replace(SIZES, denoise=denoise, sizes=(MediaSize(size, size),))
+    stages = replace(TWO_SHARDS, transformer=transformer)
+    return planned(gpus, stages, sizes, admitted=Admitted(256, size * size, 1))
+
+
+def test_ranks_that_share_each_forward_are_for_latency_and_replicas_for_throughput() -> None:
+    advice = " ".join(planned_shared("2x32GiB").advice)
+    assert "for latency: 2 ranks share each forward" in advice
+    assert "for throughput rather 2 replicas" in advice
+
+
+def test_where_replicas_could_share_their_forwards_it_is_told_which_is_for_what() -> None:
+    advice = " ".join(planned_shared("2x32GiB", context_parallel=1, min_replicas=2, max_replicas=2).advice)
+    assert "2 replicas are for throughput; for latency fewer, each of context_parallel ranks" in advice
+
+
+@pytest.mark.parametrize(("size", "is_told"), [(1024, True), (2048, False)])
+def test_many_tensor_parallel_ranks_are_advised_against_where_pictures_are_small(size: int, is_told: bool) -> None:
+    advice = " ".join(planned_shared("4x16GiB", tensor_parallel=4, size=size).advice)
+    assert ("tensor_parallel: 2, and more shards" in advice) == is_told
+
+
+def test_where_weights_fit_one_gpu_context_parallel_is_advised_instead_of_tensor_parallel() -> None:
+    assert "context_parallel exchanges less" in " ".join(planned_shared("2x32GiB", tensor_parallel=2).advice)
+    assert "context_parallel exchanges less" not in " ".join(planned_shared("2x16GiB", tensor_parallel=2).advice)
+
+
+def test_ranks_that_share_each_forward_over_several_nodes_are_told() -> None:
+    assert "every block waits for the network" in " ".join(planned_shared("2x(1x32GiB)").advice)
+
+
+def test_forwards_that_two_ranks_share_take_half_the_time_at_best() -> None:
+    one, two = (planned_shared("2x32GiB", context_parallel=degree).placement.processes for degree in (1, 2))
+    times = build_times(0.1, 0.1, 0.1, 0.1)
+    alone, shared = (seconds_of(next(p for p in of if p.stage == "denoise"), times) for of in (one, two))
+    assert shared == pytest.approx(alone / 2)
 
 
 def test_a_plan_without_fault_is_advised_nothing() -> None:
