@@ -93,20 +93,20 @@ def test_blank_texts_and_latents_are_shaped_as_real_ones(family: str) -> None:
     stage = build_stage("denoise", family, TransformerConfig())
     stage.connect(None, pytest.fail)
     seen: list[list[torch.Size]] = []
-    forward = stage.engine.forward
+    begin = stage.engine.begin
 
-    def noting(seat: Any, component: str, inputs: Any) -> torch.Tensor:
+    def noting(seat: Any, place: int, component: str, inputs: Any) -> Any:
         seen.append([tensor.shape for tensor in each_tensor(dict(inputs))])
-        prediction: torch.Tensor = forward(seat, component, inputs)
-        return prediction
+        return begin(seat, place, component, inputs)
 
-    stage.engine.forward = noting
+    stage.engine.begin = noting
     length = encoder_config(family).max_sequence_length
     real = stage.denoise(stage.join(), encodings, request).latents
     blank = stage.denoise(stage.join(), None, request, max_sequence_length=length).latents
     stage.close()
     assert blank.shape == real.shape
     half = len(seen) // 2
+    assert half
     if family != "qwen-image":  # whose texts are as long as they are
         assert seen[:half] == seen[half:]
     vae = build_stage("decode", family, VaeConfig())

@@ -82,8 +82,13 @@ def test_prometheus_sees_what_every_stage_has_counted(flux_app: Any) -> None:
         assert sums["relay_weights_bytes", stage] > 100_000
         assert sums["relay_peak_memory_bytes", stage] > sums["relay_weights_bytes", stage]
         assert sums["relay_cold_start_seconds", stage] > 0
-    # One stage, one rank and no budget for weights: nothing is ever sent or streamed.
-    never = {"relay_not_finite_total", "relay_sent_bytes_total", "relay_streamed_bytes_total"}
+    # One stage, one rank, no step cache and no budget for weights: nothing is ever sent, reused or streamed.
+    never = {
+        "relay_not_finite_total",
+        "relay_reused_forwards_total",
+        "relay_sent_bytes_total",
+        "relay_streamed_bytes_total",
+    }
     seen = {name.removesuffix("_count") for name, _ in sums}
     assert (set(COUNTERS) | set(GAUGES) | set(HISTOGRAMS)) - seen <= never
 

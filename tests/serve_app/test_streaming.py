@@ -97,7 +97,8 @@ def test_the_openai_client_sees_the_plain_pipelines_picture_form(
     assert [event.partial_image_index for event in partials] == [0, 1]
     for event in [*partials, completed]:
         told = (event.size, event.quality, event.background, event.output_format, event.index)
-        assert told == ("64x64", "auto", "opaque", "png", 0)
+        quality = "high" if event is completed else "auto"
+        assert told == ("64x64", quality, "opaque", "png", 0)
         assert abs(event.created_at - time.time()) < 60
     assert completed.usage.total_tokens == 0
     assert completed.seed == 7

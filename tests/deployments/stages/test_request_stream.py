@@ -1,6 +1,7 @@
 """Requests have a stream of their own: who waits for a copy of his own does not wait for another's forward."""
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -63,15 +64,20 @@ def test_what_a_request_waits_for_is_its_own(family: str, monkeypatch: pytest.Mo
     """Before its first forward, between any two, and after the last."""
     stage, others, waited = Stage(family), Forwards(), []
     engine = stage.denoising.engine
-    forward = engine.forward
+    begin = engine.begin
 
-    def watched(*args: Any) -> Any:
+    def watched(*args: Any) -> Callable[[], Any]:
         waited.append(not others.is_under_way)
-        output = forward(*args)
-        others.launch()
-        return output
+        wait = begin(*args)
 
-    monkeypatch.setattr(engine, "forward", watched)
+        def watched_wait() -> Any:
+            output = wait()
+            others.launch()
+            return output
+
+        return watched_wait
+
+    monkeypatch.setattr(engine, "begin", watched)
     others.launch()
     stage.draw()
     waited.append(not others.is_under_way)
@@ -86,19 +92,24 @@ def test_what_a_request_is_at_work_on_is_not_used_again_by_anothers_forward(
     """A prediction that its request lets go of while the GPU still reads it: the next forward has other memory."""
     stage = Stage("flux")
     engine = stage.denoising.engine
-    forward = engine.forward
+    begin = engine.begin
 
-    def lets_go(*args: Any) -> tuple[torch.Tensor]:
-        [prediction] = forward(*args)
-        time.sleep(0.05)  # until the engine has let go of it
-        used = prediction.clone()
-        del prediction
-        with torch.cuda.stream(torch.cuda.default_stream()):
-            torch.empty(1, device="cuda")
-        return (used,)
+    def lets_go(*args: Any) -> Callable[[], tuple[torch.Tensor]]:
+        wait = begin(*args)
+
+        def wait_and_let_go() -> tuple[torch.Tensor]:
+            [prediction] = wait()
+            time.sleep(0.05)  # until the engine has let go of it
+            used = prediction.clone()
+            del prediction
+            with torch.cuda.stream(torch.cuda.default_stream()):
+                torch.empty(1, device="cuda")
+            return (used,)
+
+        return wait_and_let_go
 
     expected = stage.draw()
-    monkeypatch.setattr(engine, "forward", lets_go)
+    monkeypatch.setattr(engine, "begin", lets_go)
     assert torch.equal(stage.draw(), expected)
     stage.denoising.close()
 
