@@ -26,9 +26,6 @@ HEAD_NODE = {"node:__internal_head__": 0.001}
 HEALTH_CHECKS = {"health_check_period_s": 2.0, "health_check_timeout_s": 10.0}
 """Three that fail make an unhealthy replica: 6 s after it said so, half a minute after it hung."""
 
-SESSION_ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
-"""Of a replica that is full, or gone, its sessions alone go to others."""
-
 METRICS_INTERVAL_S = 1.0
 LOOK_BACK_S = 5.0
 """Serve's own 10 and 30 s would see a burst of short requests when it is over."""
@@ -40,7 +37,6 @@ def plan_serve_options(
     graceful_shutdown_timeout_s: float,
     num_shards: int = 1,
     reports_load: bool = False,
-    has_sessions: bool = False,
     preload: list[str] | None = None,
 ) -> dict[str, Any]:
     """Keyword arguments of `Deployment.options` for one stage.
@@ -51,7 +47,6 @@ def plan_serve_options(
     Args:
         graceful_shutdown_timeout_s: how long a replica that is no longer wanted may work on its last requests.
         reports_load: whether the replicas say how busy they are (autoscaling.py), or Serve counts requests.
-        has_sessions: whether calls of one `session_id` go to one replica, while it has room.
         preload: what a fork server imports for them (preload.py).
     """
     options: dict[str, Any] = {
@@ -64,7 +59,6 @@ def plan_serve_options(
             "runtime_env": stage_environment(resources) | ({PRELOAD_FIELD: preload} if preload else {}),
         },
         **_plan_replicas(resources, reports_load),
-        **({"request_router_config": {"request_router_class": SESSION_ROUTER}} if has_sessions else {}),
     }
     if num_shards == 1 and resources.label_selector:
         options["ray_actor_options"]["label_selector"] = resources.label_selector

@@ -216,11 +216,6 @@ class StageConfig(MemoryConfig, ResourceConfig):
         return False
 
     @property
-    def has_sessions(self) -> bool:
-        """Whether calls of one session are to go to one replica."""
-        return False
-
-    @property
     def num_threads(self) -> int:
         """CPU threads of one torch operation. What Ray reserves is what is used, so stages do not fight."""
         return self.torch_threads or max(1, int(self.num_cpus))
@@ -264,11 +259,6 @@ class EncoderConfig(SpreadConfig):
         description="prompts that wait, encoded as one batch, where they have as many tokens; 1: each alone; "
         "None: 8, with compile 1",
     )
-
-    @property
-    def has_sessions(self) -> bool:
-        """Equal prompts are one: so what a replica has encoded, or is encoding, none of the others encodes."""
-        return True
 
     @property
     def batch_size(self) -> int:

@@ -9,7 +9,6 @@ Beside it, StreamOptions say what the caller wants to hear on the way: Progress,
 is to be decoded for each partial picture.
 """
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -29,11 +28,6 @@ class Prompt:
     negative_text: str | None
     is_guided: bool
     """Whether a negative (or empty) prompt is to be encoded as well."""
-
-    @property
-    def session_id(self) -> str:
-        """Equal for equal texts, in every process: Serve's, by which they go to one replica of the encoder."""
-        return hashlib.sha256(repr((self.text, self.negative_text)).encode()).hexdigest()
 
 
 @dataclass(frozen=True, order=True)

@@ -224,7 +224,7 @@ class SharedInputs:
     def current(self) -> Inputs:
         if self._current is None:
             request, pictures = self._request, self._pictures
-            encoder = self._stages.encoder.options(session_id=request.prompt.session_id)
+            encoder = self._stages.encoder
             if pictures is None:
                 conditioning = encoder.encode.remote(request)
                 prepared: Any = NOTHING_PREPARED

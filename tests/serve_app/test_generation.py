@@ -74,10 +74,6 @@ class Calls:
 class EncodeHandle(Calls):
     encode = property(lambda self: self)
 
-    def options(self, *, session_id: str) -> "EncodeHandle":
-        self.session_id = session_id
-        return self
-
     def remote(self, prompt: Prompt) -> str:
         self.start(prompt)
         return f"conditioning {len(self.arguments)}"
@@ -220,19 +216,6 @@ def test_every_prompt_of_a_request_is_encoded_once_for_all_its_pictures() -> Non
     news(encoder, transformer, DecodeHandle(), requests=requests)
     assert [request.prompt for request in encoder.arguments] == [REQUEST.prompt, dog]
     assert transformer.arguments == ["conditioning 1", "conditioning 1", "conditioning 2"]
-
-
-def test_equal_texts_are_one_session_of_the_encoder() -> None:
-    """By which they go to the same replica, whatever else is asked for."""
-
-    def session_id(request: GenerationRequest) -> str:
-        encoder = EncodeHandle()
-        news(encoder, DenoiseHandle(), DecodeHandle(), requests=[request])
-        return encoder.session_id
-
-    others = [replace(REQUEST, prompt=Prompt(text, None, False)) for text in ("a dog", "\ud800")]
-    assert session_id(REQUEST) == session_id(replace(REQUEST, seed=1, width=128))
-    assert len({session_id(request) for request in (REQUEST, *others)}) == 3
 
 
 def test_partial_pictures_are_told_in_order_before_the_picture() -> None:

@@ -1,7 +1,6 @@
 """Several replicas of every stage.
 
-The pictures of a request are spread over those of the transformer, on one device by turns; a prompt is encoded by
-one of the encoder's; tiles of a large picture are decoded by all of the VAE's.
+The pictures of a request are spread over those of the transformer, on one device by turns; tiles of a large picture are decoded by all of the VAE's.
 """
 
 import asyncio
@@ -9,7 +8,6 @@ import base64
 import io
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,7 +23,7 @@ from deployments.checkpoints.geometry import with_geometry
 from deployments.config import EncoderConfig, ModelConfig, StageConfig, TransformerConfig, VaeConfig
 from deployments.encoder import Encoder
 from deployments.request import DecodeArguments, GenerationRequest, Prompt
-from deployments.stats import EncoderStats, TransformerStats, VaeStats
+from deployments.stats import TransformerStats, VaeStats
 from deployments.transformer import Transformer
 from deployments.vae import Vae
 from deployments.warm_up import WarmUp
@@ -58,7 +56,7 @@ def app(flux_app: App) -> Iterator[App]:
     warm_up = WarmUp(plan_warm_up(MODEL, LimitsConfig()), TEXT_TOKENS)
 
     def stage(deployment: type, config: StageConfig) -> Any:
-        options = plan_serve_options(config, graceful_shutdown_timeout_s=5.0, has_sessions=config.has_sessions)
+        options = plan_serve_options(config, graceful_shutdown_timeout_s=5.0)
         return serve.deployment(deployment).options(**options).bind(MODEL, config, warm_up)
 
     stages = [
@@ -135,22 +133,6 @@ def test_replicas_on_one_device_have_their_weights_there_by_turns(app: App) -> N
         assert memory.turns is not None
         assert memory.turns.num_turns >= 2  # the first was for warming up
         assert memory.turns.arriving_s > 0
-
-
-def test_what_one_encoder_has_encoded_the_other_does_not(app: App) -> None:
-    def counts() -> list[EncoderStats]:
-        return both(app, "Encoder", lambda stats: stats.pid)
-
-    before = sum(stats.num_forwards for stats in counts())
-    for prompt in ("a lamp", "a boat", "a lamp", "a boat", "a lamp", "a boat"):
-        draw(app, prompt)
-    assert sum(stats.num_forwards for stats in counts()) - before == 2
-    threads = [threading.Thread(target=draw, args=(app, "many boats")) for _ in range(10)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sum(stats.num_forwards for stats in counts()) - before == 3
 
 
 LATENTS = DecodeArguments.of(torch.randn(1, 16, 96, 96, generator=torch.Generator().manual_seed(0)))
