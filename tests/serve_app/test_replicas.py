@@ -1,7 +1,7 @@
 """Several replicas of every stage.
 
-The pictures of a request are spread over those of the transformer, on one device by turns; tiles of a large picture
-are decoded by all of the VAE's.
+The pictures of a request are spread over those of the transformer, on one device by turns; tiles of a large
+picture are decoded by all of the VAE's.
 """
 
 import asyncio
