@@ -127,7 +127,9 @@ class Engine:
         ]
 
         def wait() -> Any:
-            output = under_way.pop().result()  # which no frame of a traceback holds, as in StepQueue.forward
+            output = (
+                under_way.pop().result()
+            )  # a failed future in a frame of a traceback would keep its payload alive
             if accelerator.is_accelerator(self._device):
                 tree_map_only(torch.Tensor, accelerator.use_here, output)
             return output

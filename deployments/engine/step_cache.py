@@ -105,11 +105,13 @@ class StepCache:
     def _history(self, component: str, latents: Any) -> "_History":
         """Of this pass of guidance: the n-th call of a step, of so many samples."""
         assert self._config is not None
+        assert self._criterion is not None
         tensors = tree_leaves(latents)
         key = component, next(self._calls), tuple(tensor.shape for tensor in tensors)
         if key not in self._histories:
             order = 0 if component.startswith(_CONTROLNET) else self._config.order
-            self._histories[key] = _History(order, (order + 1) * sum(tensor.nbytes for tensor in tensors))
+            num_kept = order + 1 + (0 if self._histories else self._criterion.num_kept)
+            self._histories[key] = _History(order, num_kept * sum(tensor.nbytes for tensor in tensors))
             self._tell_kept_bytes()
         return self._histories[key]
 
@@ -165,6 +167,8 @@ def _weighted(tensors: Sequence[torch.Tensor], weights: Sequence[float]) -> torc
 class _EveryNth:
     """TaylorSeer's: of every `interval` steps after the first ones, the last computes."""
 
+    num_kept = 0
+
     def __init__(self, interval: int, first_steps: int) -> None:
         self._interval, self._first_steps = interval, first_steps
 
@@ -187,6 +191,9 @@ class _ByChange:
 
     Of the first pass of a step, for all of them.
     """
+
+    num_kept = 2
+    """Tensors as large as the latents: those of the last step, and its prediction."""
 
     def __init__(self, threshold: float) -> None:
         self._threshold = threshold

@@ -146,11 +146,6 @@ class StepQueue:
         """
         return self._submit(Forward(seat, payload, signature, tokens, at_most, model))
 
-    def forward(self, seat: Seat, payload: Any, **of_forward: Any) -> Any:
-        """The result of `submit`. Blocks."""
-        # Held by a variable here, a failed future would keep this frame and its payload alive in a cycle.
-        return self.submit(seat, payload, **of_forward).result()
-
     def cancel(self, seat: Seat) -> None:
         """Let its open forwards, and any later one, raise `Cancelled`. What flies lands, and is dropped."""
         with self._changed:

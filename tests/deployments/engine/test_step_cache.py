@@ -165,6 +165,12 @@ def test_what_will_be_kept_is_told_in_the_first_step() -> None:
     assert kept == [3 * 4 * 24] * 2  # bytes of three predictions, for each pass once
 
 
+def test_so_is_what_easy_cache_compares_with() -> None:
+    kept: list[int] = []
+    loop(StepCache(StepCacheConfig(kind="easy_cache"), model(), kept.append), passes=2)
+    assert kept == [(2 + 2) * 4 * 24, 2 * 4 * 24]
+
+
 def test_a_controlnets_residuals_are_kept_once() -> None:
     kept: list[int] = []
     loop(StepCache(StepCacheConfig(), model(), kept.append), component="controlnet")

@@ -49,6 +49,11 @@ class Clock:
         return self.now
 
 
+def forward(queue: StepQueue, seat: Seat, payload: Any, **of_forward: Any) -> Any:
+    """Its result. Blocks."""
+    return queue.submit(seat, payload, **of_forward).result()
+
+
 class Rig:
     """A step queue, and what requests and rank 0 do with it. Nothing here blocks for longer than `SOON_S`."""
 
@@ -66,7 +71,7 @@ class Rig:
 
     def send(self, seat: Seat, payload: Any, signature: Any = "x", tokens: int = 1) -> Future[Any]:
         """Forward from a thread; return when the queue has it."""
-        sent = in_thread(self.queue.forward, seat, payload, signature=signature, tokens=tokens)
+        sent = in_thread(forward, self.queue, seat, payload, signature=signature, tokens=tokens)
         self.until(lambda: seat.state in (SeatState.WAITING, SeatState.FLYING) or sent.done())
         return sent
 
@@ -434,7 +439,7 @@ def test_a_request_that_alternates_is_not_awaited_where_it_was_last(build_rig):
 
 def run_request(rig: Rig, seat: Seat, signatures: Iterable[Any]) -> None:
     for signature in signatures:
-        rig.queue.forward(seat, "p", signature=signature, tokens=1)
+        rig.queue.submit(seat, "p", signature=signature, tokens=1).result()
     rig.queue.leave(seat)
 
 
@@ -641,7 +646,7 @@ def test_a_failed_forward_does_not_keep_its_payload_alive(build_rig):
         payload = Payload()
         reference = weakref.ref(payload)
         with suppress(MemoryError):
-            rig.queue.forward(seat, payload, signature="x", tokens=1)
+            rig.queue.submit(seat, payload, signature="x", tokens=1).result()
         return reference
 
     rig = build_rig()
@@ -703,7 +708,7 @@ def test_forty_requests_with_errors_and_cancellations_neither_hang_nor_mix(build
             payload = f"{name}, step {step}"
             signature, tokens = habits[step % 2], 1 + name % 3
             try:
-                result = rig.queue.forward(seat, payload, signature=signature, tokens=tokens)
+                result = rig.queue.submit(seat, payload, signature=signature, tokens=tokens).result()
             except (Cancelled, MemoryError) as error:
                 rig.queue.leave(seat)
                 return type(error).__name__
@@ -804,7 +809,7 @@ def test_load_falls_when_a_seat_is_left(build_rig: Callable[..., Rig]) -> None:
 def test_no_more_forwards_fly_as_one_than_fit_the_memory() -> None:
     rig = Rig()
     for i, seat in enumerate(rig.seats(5)):
-        in_thread(rig.queue.forward, seat, i, signature="x", tokens=1, at_most=2)
+        in_thread(forward, rig.queue, seat, i, signature="x", tokens=1, at_most=2)
     rig.until(lambda: rig.queue.stats().num_waiting == 5)
     sizes = []
     for _ in range(3):
