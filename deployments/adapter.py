@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field
 
 from cluster.config import Config
 
@@ -19,7 +19,8 @@ class AdapterConfig(Config):
     """One LoRA adapter."""
 
     source: str = Field(
-        min_length=1, description="a .safetensors file, a folder that has one, or a hub id, in any of the layouts "
+        min_length=1,
+        description="a .safetensors file, a folder that has one, or a hub id, in any of the layouts "
         "that diffusers reads (its own, PEFT's, kohya's, …)",
     )
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")

@@ -68,8 +68,8 @@ class ModelConfig(Config):
     )
     adapters_folder: str | None = Field(
         None,
-        description="a folder that is watched: NAME.safetensors, or a folder NAME with one, is adapter NAME; every "
-        "node must see it",
+        description="a folder that is watched: NAME.safetensors, or a folder NAME with one, is adapter NAME; "
+        "every node must see it",
     )
     warm_up: tuple[str, ...] = Field(
         (),
@@ -192,7 +192,9 @@ class ModelConfig(Config):
     def _check_adapters(cls, adapters: dict[str, AdapterConfig]) -> dict[str, AdapterConfig]:
         for name in adapters:
             if not ADAPTER_NAME.fullmatch(name):
-                raise ValueError(f"an adapter's name has letters, digits, dots, dashes and underscores, got {name!r}")
+                raise ValueError(
+                    f"an adapter's name has letters, digits, dots, dashes and underscores, got {name!r}"
+                )
         return adapters
 
     @field_validator("warm_up")
@@ -287,8 +289,8 @@ class EncoderConfig(SpreadConfig):
 
     @property
     def batch_size(self) -> int:
-        """A compiled encoder would be compiled once more for every number of prompts. On a CPU a batch takes about as
-        long as its prompts one by one, and they would come to the denoiser at once, which had nothing to do before.
+        """A compiled encoder would be compiled once more for every number of prompts. On a CPU a batch takes about
+        as long as its prompts one by one, and keeps the denoiser idle until they come all at once.
         """
         return self.max_batch_size or (8 if self.num_gpus and self.compile is None else 1)
 

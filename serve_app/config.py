@@ -64,8 +64,8 @@ class AppConfig(Config):
         if self.model.takes_adapters:
             if self.transformer.tensor_parallel > 1:
                 raise ValueError(
-                    "transformer.tensor_parallel: adapters have no parts for ranks that have parts of a layer: use "
-                    "context_parallel, or shards"
+                    "transformer.tensor_parallel: adapters have no parts for ranks that have parts of a layer: "
+                    "use context_parallel, or shards"
                 )
             if self.transformer.trace:
                 raise ValueError("transformer.trace: a traced graph knows no adapters: use compile: blocks")

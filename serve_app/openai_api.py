@@ -9,8 +9,8 @@ from pydantic_core import PydanticCustomError
 from deployments.request import CallKind, InputPictures, StreamOptions
 from deployments.step_cache import Quality, StepCacheConfig
 from deployments.video_format import find_format
-from serve_app.lora import MAX_ADAPTERS, LoraBody
 from serve_app.input_pictures import DATA_URL_FORM, read_picture, read_pictures
+from serve_app.lora import MAX_ADAPTERS, LoraBody
 
 MAX_N = 10
 """Pictures of one request, as OpenAI allows."""
@@ -56,8 +56,8 @@ class GenerationBody(BaseModel):
         None, description="beyond OpenAI; goes before `quality`: which steps reuse predictions of earlier ones"
     )
 
-    lora: tuple[LoraBody, ...] = Field(
-        (), max_length=MAX_ADAPTERS, description="beyond OpenAI: adapters, whose effects add up"
+    lora: list[LoraBody] = Field(
+        [], max_length=MAX_ADAPTERS, description="beyond OpenAI: adapters, whose effects add up"
     )
 
     @property

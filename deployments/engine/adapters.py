@@ -2,8 +2,8 @@
 
     layer(x) + Σ scale · ratio · up(down(x))        https://arxiv.org/abs/2106.09685
 
-Layers keep their weights as they are, stored however config says; while a forward with adapters runs, hooks add the
-terms of its samples. So requests with different adapters, several or none fly as one.
+Layers keep their weights as they are, stored however config says; while a forward with adapters runs, hooks add
+the terms of its samples. So requests with different adapters, several or none fly as one.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -85,7 +85,7 @@ class AdapterLayers:
         Args:
             models: by component name.
             foreign: by component name, modules whose weights other ranks have.
-            is_compiled: whether parts of them are: graphs know nothing of adapters, so forwards with some run eager.
+            is_compiled: whether parts of them are: graphs know no adapters, so forwards with some run eager.
         """
         self._models, self._foreign, self._device = models, foreign, device
         self._is_compiled = is_compiled

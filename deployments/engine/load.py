@@ -156,9 +156,7 @@ def load_rank(
         models = {name: shard.model for name, shard in shards.items()}
         keeper = Keeper(models, config, denoisers.device, config.device_map, share=share)
         foreign = {name: shards[name].foreign_names(skeleton) for name, skeleton in denoisers.skeletons.items()}
-        adapters = AdapterLayers(
-            models, denoisers.device, foreign=foreign, is_compiled=config.compile is not None
-        )
+        adapters = AdapterLayers(models, denoisers.device, foreign=foreign, is_compiled=config.compile is not None)
         return LoadedRank(shards, keeper, adapters)
 
 

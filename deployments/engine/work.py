@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Protocol
 
-from deployments.engine.cut import Boundary, Output
 from deployments.engine.adapters import Applied, Rows
+from deployments.engine.cut import Boundary, Output
 from deployments.engine.merge import Inputs, Mergers, num_samples
 from deployments.engine.outline import Holder, Outliner, only_shapes
 

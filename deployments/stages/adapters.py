@@ -1,7 +1,7 @@
 """Reads LoRA adapters with diffusers' own loaders, and keeps those that requests use.
 
 The pipeline's `load_lora_weights` runs over models without weights, so that whatever layout it knows is read, and
-PEFT's layers tell what there is for which layer. Those tensors alone are kept; the models that serve stay as they are.
+PEFT's layers tell what there is for which layer. Those tensors are kept; the models that serve stay as they are.
 """
 
 import copy
@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from deployments.adapter import Adapter, ScaledAdapter
+from deployments.checkpoints.adapter_file import fetch_adapter
 from deployments.checkpoints.components import ModelIndex, component_names
 from deployments.checkpoints.packages import import_class
 from deployments.engine.adapters import NO_ADAPTERS, AdapterLayers, AdapterWeights, Applied, LowRank
@@ -68,20 +69,21 @@ class AdapterReader:
         pipe = copy.copy(self._pipe)
         hollow = {name: _hollow(self._skeleton(name), self._dtype) for name in self._component_names()}
         vars(pipe).update(hollow)
+        load, options = pipe.load_lora_weights, {"adapter_name": PEFT_NAME, "low_cpu_mem_usage": True}
         try:
-            load = pipe.load_lora_weights
-            source = str(Path(adapter.source).expanduser())
-            named = {"adapter_name": PEFT_NAME, "revision": adapter.revision, "low_cpu_mem_usage": True}
-            load(source, weight_name=adapter.weight_name, **named)
+            file = fetch_adapter(adapter.source, revision=adapter.revision, weight_name=adapter.weight_name)
+            load(str(file), **options)
             if adapter.source_2 is not None:
-                load(str(Path(adapter.source_2).expanduser()), **named, load_into_transformer_2=True)
+                load(str(fetch_adapter(adapter.source_2)), **options, load_into_transformer_2=True)
         except Exception as error:  # converters raise what they like of what they do not know
-            raise WrongField(f"adapter {adapter.name!r} cannot be read: {describe_cause(error)}", "lora") from error
+            raise WrongField(
+                f"adapter {adapter.name!r} cannot be read: {describe_cause(error)}", "lora"
+            ) from error
         weights = {name: dict(self._layers(adapter, name, model)) for name, model in hollow.items()}
         if not any(weights.values()):
             raise WrongField(
-                f"adapter {adapter.name!r} has nothing for any layer of {type(self._pipe).__name__}: it was made for "
-                "another model",
+                f"adapter {adapter.name!r} has nothing for any layer of {type(self._pipe).__name__}: it was made "
+                "for another model",
                 "lora",
             )
         return {name: layers for name, layers in weights.items() if layers}
@@ -104,23 +106,21 @@ class AdapterReader:
         return self._skeletons[name]
 
     def _layers(self, adapter: Adapter, component: str, model: nn.Module) -> Iterator[tuple[str, LowRank]]:
-        from peft.tuners.lora import LoraLayer
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        for name, layer in model.named_modules():
-            if not isinstance(layer, BaseTunerLayer):
+        layers: Iterator[tuple[str, Any]] = model.named_modules()
+        for name, layer in layers:
+            if not hasattr(layer, "base_layer"):  # PEFT's wrappers all have one
                 continue
             where = f"adapter {adapter.name!r}, {component}.{name}"
-            if not isinstance(layer, LoraLayer) or PEFT_NAME not in layer.lora_A:
-                kind = type(layer).__module__.split(".")[-2]
-                raise WrongField(f"{where} is of kind {kind}: only LoRA's layers are served", "lora")
-            if layer.use_dora.get(PEFT_NAME) or layer.lora_magnitude_vector:
-                raise WrongField(f"{where} is a DoRA's, which depends on the layer's weights: use LoRA", "lora")
+            if PEFT_NAME not in getattr(layer, "lora_A", ()):
+                raise WrongField(f"{where} is a {type(layer).__name__}: only LoRA's terms are served", "lora")
             down, up = layer.lora_A[PEFT_NAME], layer.lora_B[PEFT_NAME]
             here = (down.weight.shape[1], up.weight.shape[0])
-            there = self._skeleton(component).get_submodule(name).weight.shape[1::-1]
-            if here != tuple(there):
-                raise WrongField(f"{where} maps {here[0]} to {here[1]}, and the model's {there[0]} to {there[1]}", "lora")
+            own: Any = self._skeleton(component).get_submodule(name)
+            there = tuple(own.weight.shape[1::-1])
+            if here != there:
+                raise WrongField(
+                    f"{where} maps {here[0]} to {here[1]}, and the model's {there[0]} to {there[1]}", "lora"
+                )
             bias = None if up.bias is None else up.bias.detach()
             yield name, LowRank(down.weight.detach(), up.weight.detach(), bias, layer.scaling[PEFT_NAME])
 
@@ -188,8 +188,7 @@ class AdapterStore:
         """Around a request: loads what is not there, on all ranks. Blocks. Raises WrongField."""
         held: list[_Entry] = []
         try:
-            for each in adapters:
-                held.append(self._take(each.adapter))
+            held.extend(self._take(each.adapter) for each in adapters)
             yield _applied(held, adapters)
         finally:
             with self._changed:

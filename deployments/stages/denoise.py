@@ -179,7 +179,8 @@ class Denoising:
         """With rank 0 alone; the other ranks tell of themselves."""
         ring = self.engine.stats()
         rank_0 = rank_stats(0, self._denoisers, self.loaded, ring)
-        return TransformerStats(self.engine.queue.stats(), (rank_0,), ring.occupied_s or 0.0)
+        adapters = () if self.adapters is None else tuple(self.adapters.names)
+        return TransformerStats(self.engine.queue.stats(), (rank_0,), adapters, ring.occupied_s or 0.0)
 
     def close(self) -> None:
         """An orderly end."""

@@ -62,7 +62,9 @@ def write_adapter(model: ModelConfig, folder: Path, seed: int) -> Path:
         if isinstance(layer, nn.Linear) and "blocks." in name:
             down = torch.randn(RANK, layer.in_features, generator=generator) / layer.in_features**0.5
             weights[f"{component}.{name}.lora_A.weight"] = down
-            weights[f"{component}.{name}.lora_B.weight"] = torch.randn(layer.out_features, RANK, generator=generator) / 10
+            weights[f"{component}.{name}.lora_B.weight"] = (
+                torch.randn(layer.out_features, RANK, generator=generator) / 10
+            )
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"adapter-{seed}.safetensors"
     save_file(weights, file)
@@ -91,7 +93,12 @@ async def _ask(handle: Any, concurrency: int, seeds: Sequence[int], steps: int, 
 
     async def client() -> None:
         for seed in waiting:
-            fields = {"prompt": f"prompt {seed}", "seed": seed, "num_inference_steps": steps, "lora": WAYS[way](seed)}
+            fields = {
+                "prompt": f"prompt {seed}",
+                "seed": seed,
+                "num_inference_steps": steps,
+                "lora": WAYS[way](seed),
+            }
             await handle.generate.remote(**fields)
 
     await asyncio.gather(*(client() for _ in range(concurrency)))
@@ -99,10 +106,13 @@ async def _ask(handle: Any, concurrency: int, seeds: Sequence[int], steps: int, 
 
 def _config(name: str, folder: Path) -> AppConfig:
     model = bench_model(name, folder)
-    files = {f"adapter-{seed}": write_adapter(model, folder / f"{name}-lora", seed) for seed in range(NUM_ADAPTERS)}
+    files = {
+        f"adapter-{seed}": write_adapter(model, folder / f"{name}-lora", seed) for seed in range(NUM_ADAPTERS)
+    }
     return parse_app_config(
         {
-            "model": model.model_dump() | {"adapters": {key: {"source": str(file)} for key, file in files.items()}},
+            "model": model.model_dump()
+            | {"adapters": {key: {"source": str(file)} for key, file in files.items()}},
             "encoder": {"num_cpus": 0.1, "torch_threads": 1, "max_sequence_length": 16},
             "transformer": {"num_cpus": 0.1, "torch_threads": 1},
             "vae": {"num_cpus": 0.1, "torch_threads": 1},

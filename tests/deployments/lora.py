@@ -1,5 +1,7 @@
 """LoRA adapters with random weights, written by PEFT and diffusers as trainers write them."""
 
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,17 @@ def write_lora(folder: Path, checkpoint: Path, *, seed: int, rank: int = 4, text
             layers[f"{name}_lora_layers"] = _add(getattr(pipe, name), r".*(q_proj|v_proj|fc1)", rank)
     type(pipe).save_lora_weights(folder, **layers)
     return folder
+
+
+def load_with(checkpoint: Path, adapters: Mapping[str, Path]) -> Any:
+    """The plain pipeline, these loaded by PEFT."""
+    pipe: Any = DiffusionPipeline.from_pretrained(checkpoint)
+    pipe.set_progress_bar_config(disable=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")
+        for name, source in adapters.items():
+            pipe.load_lora_weights(source, adapter_name=name)
+    return pipe
 
 
 def _add(model: Any, layers: str, rank: int) -> dict[str, torch.Tensor]:
