@@ -6,7 +6,7 @@ Layers keep their weights as they are, stored however config says; while a forwa
 the terms of its samples. So requests with different adapters, several or none fly as one.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -25,6 +25,8 @@ _CONVOLUTIONS: Mapping[int, Callable[..., torch.Tensor]] = {
 Applied = tuple[tuple[int, float], ...]
 """(slot, scale) of each adapter of a request."""
 NO_ADAPTERS: Applied = ()
+_MAX_KEPT = 64
+"""Compositions of batches."""
 
 
 class Rows(NamedTuple):
@@ -51,6 +53,8 @@ class LowRank:
         return self.down.nbytes + self.up.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
     def to(self, device: torch.device) -> "LowRank":
+        if self.down.device == device:
+            return self
         bias = None if self.bias is None else self.bias.to(device)
         return replace(self, down=self.down.to(device), up=self.up.to(device), bias=bias)
 
@@ -90,6 +94,8 @@ class AdapterLayers:
         self._models, self._foreign, self._device = models, foreign, device
         self._is_compiled = is_compiled
         self._weights: dict[int, dict[str, dict[str, LowRank]]] = {}
+        self._hooks: dict[Hashable, dict[str, _Added]] = {}
+        """By component and rows: what fills a batch changes less often than forwards come."""
 
     @property
     def num_bytes(self) -> int:
@@ -97,6 +103,7 @@ class AdapterLayers:
 
     def load(self, slot: int, weights: AdapterWeights) -> int:
         """Bytes of what is kept of it here: the layers of this process."""
+        self._hooks = {}
         self._weights[slot] = {
             component: {
                 name: layer.to(self._device)
@@ -111,6 +118,7 @@ class AdapterLayers:
     def unload(self, slot: int) -> None:
         """No forward that names it is left."""
         self._weights.pop(slot, None)
+        self._hooks = {}
 
     def _bytes_of(self, slot: int) -> int:
         return sum(layer.nbytes for layers in self._weights[slot].values() for layer in layers.values())
@@ -118,30 +126,34 @@ class AdapterLayers:
     @contextmanager
     def applied(self, component: str, rows: Sequence[Rows]) -> Iterator[None]:
         """Around one forward of that model, of so many samples."""
-        spans = _spans(rows)
-        if not spans:
+        hooks = self._added(component, tuple(rows))
+        if not hooks:
             yield
             return
-        model, hooks = self._models[component], []
-        num_samples = sum(each.num_samples for each in rows)
-        for name, terms in self._terms(component, spans).items():
-            hooks.append(model.get_submodule(name).register_forward_hook(_adding(name, terms, num_samples)))
+        model = self._models[component]
+        handles = [model.get_submodule(name).register_forward_hook(hook) for name, hook in hooks.items()]
         try:
             # imports dynamo: not for nothing
             with torch.compiler.set_stance("force_eager") if self._is_compiled else nullcontext():
                 yield
         finally:
-            for hook in hooks:
-                hook.remove()
+            for handle in handles:
+                handle.remove()
 
-    def _terms(self, component: str, spans: Sequence["_Span"]) -> "dict[str, list[_Term]]":
+    def _added(self, component: str, rows: tuple[Rows, ...]) -> "dict[str, _Added]":
         """By the layer's name. A slot may be empty again where its request was cancelled."""
-        terms: dict[str, list[_Term]] = {}
-        for start, end, adapters in spans:
-            for slot, scale in adapters:
-                for name, layer in self._weights.get(slot, {}).get(component, {}).items():
-                    terms.setdefault(name, []).append(_Term(start, end, layer, scale))
-        return terms
+        kept = self._hooks
+        if (component, rows) not in kept:
+            terms: dict[str, list[_Term]] = {}
+            for start, end, adapters in _spans(rows):
+                for slot, scale in adapters:
+                    for name, layer in self._weights.get(slot, {}).get(component, {}).items():
+                        terms.setdefault(name, []).append(_Term(start, end, layer, scale))
+            num_samples = sum(each.num_samples for each in rows)
+            if len(kept) >= _MAX_KEPT:
+                kept.clear()
+            kept[component, rows] = {name: _Added(name, of, num_samples) for name, of in terms.items()}
+        return kept[component, rows]
 
 
 class _Span(NamedTuple):
@@ -172,27 +184,62 @@ def _spans(rows: Sequence[Rows]) -> list[_Span]:
     return spans
 
 
-def _adding(name: str, terms: Sequence[_Term], num_samples: int) -> Callable[..., torch.Tensor]:
-    """A forward hook."""
+class _Added:
+    """A forward hook of one layer: adds the terms of a batch of so many samples."""
 
-    def add(layer: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        x = args[0]
-        for start, end, low_rank, scale in terms:
-            here = low_rank if low_rank.down.device == x.device else low_rank.to(x.device)
-            if (start, end) == (0, num_samples):
-                output += here.term(layer, x, scale).to(output.dtype)
-                continue
-            if len(x) % num_samples:
-                raise RuntimeError(
-                    f"{name} runs on {len(x)} rows for {num_samples} samples with different adapters: they cannot "
-                    "be told apart"
-                )
-            each = len(x) // num_samples  # a video's frames may lie in the batch, sample after sample
+    def __init__(self, name: str, terms: Sequence[_Term], num_samples: int) -> None:
+        self._name, self._terms, self._num_samples = name, terms, num_samples
+        self._is_for_all = all((term.start, term.end) == (0, num_samples) for term in terms)
+        self._is_linear = all(term.layer.down.ndim == 2 and term.layer.bias is None for term in terms)
+        self._of_sample = [[term for term in terms if term.start <= i < term.end] for i in range(num_samples)]
+
+    def __call__(self, layer: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        x, num = args[0], self._num_samples
+        if self._is_for_all:
+            for _, _, low_rank, scale in self._terms:
+                output += low_rank.to(x.device).term(layer, x, scale).to(output.dtype)
+            return output
+        if len(x) % num:
+            raise RuntimeError(
+                f"{self._name} runs on {len(x)} rows for {num} samples with different adapters: they cannot be "
+                "told apart"
+            )
+        if self._is_linear:
+            output += self._linear(x).to(output.dtype)
+            return output
+        each = len(x) // num  # a video's frames may lie in the batch, sample after sample
+        for start, end, low_rank, scale in self._terms:
             own = slice(start * each, end * each)
-            output[own] += here.term(layer, x[own], scale).to(output.dtype)
+            output[own] += low_rank.to(x.device).term(layer, x[own], scale).to(output.dtype)
         return output
 
-    return add
+    def _linear(self, x: torch.Tensor) -> torch.Tensor:
+        """What is added to a linear layer's whole output, [B, …, out], by two products of all samples at once.
+
+        One adapter for each sample, all of one rank, is the common case; fewer ranks are filled up with zeros.
+        """
+        first, of_sample = self._terms[0].layer, self._of_sample
+        ranks = [sum(len(term.layer.down) for term in own) for own in of_sample]
+        rows = x.to(first.down.dtype).reshape(self._num_samples, -1, x.shape[-1])
+        if len(set(ranks)) == 1 and all(len(own) == 1 for own in of_sample):
+            down = torch.stack([own[0].layer.down for own in of_sample]).to(x.device)
+            up = torch.stack([own[0].layer.up for own in of_sample]).to(x.device)
+            factors = [own[0].layer.ratio * own[0].scale for own in of_sample]
+            hidden = rows @ down.mT
+            if len(set(factors)) == 1:
+                hidden *= factors[0]
+            else:
+                hidden *= torch.tensor(factors, dtype=hidden.dtype).to(x.device)[:, None, None]
+            return (hidden @ up.mT).reshape(*x.shape[:-1], -1)
+        down = first.down.new_zeros(len(ranks), max(ranks), first.down.shape[1])
+        up = first.up.new_zeros(len(ranks), first.up.shape[0], max(ranks))
+        for i, own in enumerate(of_sample):
+            end = 0
+            for _, _, low_rank, scale in own:
+                start, end = end, end + len(low_rank.down)
+                down[i, start:end] = low_rank.down
+                torch.mul(low_rank.up, low_rank.ratio * scale, out=up[i, :, start:end])
+        return (rows @ down.mT.to(x.device) @ up.mT.to(x.device)).reshape(*x.shape[:-1], -1)
 
 
 def _is_within(name: str, modules: Sequence[str]) -> bool:
