@@ -28,6 +28,8 @@ class Prompt:
     negative_text: str | None
     is_guided: bool
     """Whether a negative (or empty) prompt is to be encoded as well."""
+    is_weighted: bool = False
+    """Whether `(word)1.3` weighs, and texts may be longer than their encoders read at once."""
 
 
 @dataclass(frozen=True, order=True)
@@ -71,6 +73,8 @@ class GenerationRequest:
     """The tier that was asked for; None: none, but a step cache of the request's own."""
     step_cache: StepCacheConfig | None = None
     """None: every step computes its predictions."""
+    scheduler: str | None = None
+    """One of `model.schedulers`; None: the checkpoint's own."""
 
     @property
     def size(self) -> MediaSize:
@@ -98,12 +102,24 @@ lists and dicts, beside plain values."""
 
 
 @dataclass(frozen=True)
+class Encoded:
+    """What the encode stage makes of a request."""
+
+    encodings: Encodings
+    """Tensors are on the CPU."""
+    warnings: tuple[str, ...]
+    """Of texts that are not read to their end."""
+
+
+@dataclass(frozen=True)
 class Conditioning:
     """The encoder's answer."""
 
     encodings: Encodings
     """Tensors are on the CPU."""
     encode_ms: float
+    warnings: tuple[str, ...] = ()
+    """Of texts that are not read to their end."""
 
 
 Posterior = tuple[Literal["parameters", "latent"], Any, bool]
@@ -224,6 +240,8 @@ class Denoised:
     """From the arrival in the replica to the start of the loop."""
     denoise_ms: float
     forwards: ForwardCounts
+    warnings: tuple[str, ...] = ()
+    """The encoder's."""
 
 
 @dataclass(frozen=True)

@@ -129,6 +129,7 @@ class Transformer(StageReplica):
             queue_ms=news.queue_ms,
             denoise_ms=news.denoise_ms,
             forwards=news.forwards,
+            warnings=conditioning.warnings,
         )
         yield arguments
 

@@ -89,6 +89,10 @@ class ModelCard(BaseModel):
     tiers: dict[Quality, StepCacheConfig | None] = Field(
         description="what a request's `quality` stands for; null: every step computes"
     )
+    schedulers: tuple[str, ...] = Field(
+        description="that a request may ask for, the default first; none: that of the checkpoint alone"
+    )
+    prompt_weighting: bool = Field(description="whether `(word)1.3` weighs and long prompts are read to their end")
     defaults: ModelDefaults
     limits: ModelLimits
 
@@ -119,6 +123,8 @@ def model_card(model: ModelConfig, created: int, limits: LimitsConfig) -> ModelC
             if (family.media, kind) in PATHS
         },
         tiers={quality: model.step_cache_of(quality) for quality in get_args(Quality)},
+        schedulers=model.scheduler_names,
+        prompt_weighting=model.prompt_weighting,
         defaults=ModelDefaults(
             **defaults[family.call.kind] | {"fps": own.fps if is_video else None},
             size=f"{size.width}x{size.height}",

@@ -162,7 +162,7 @@ def _add_videos(api: FastAPI, relay: Relay) -> None:
             "X-Forwards": f"{forwards.computed}/{forwards.asked}",
         }
         if picture.warnings:
-            headers["X-Warnings"] = "; ".join(picture.warnings)
+            headers["X-Warnings"] = _header("; ".join(picture.warnings))
         return Response(picture.media.data, media_type=picture.media.media_type, headers=headers)
 
 
@@ -229,6 +229,11 @@ def _max_body_bytes(relay: Relay) -> tuple[int, dict[str, int]]:
 
 def _image_data(picture: Picture) -> ImageData:
     return ImageData(b64_json=base64.b64encode(picture.media.data).decode(), **picture.facts)
+
+
+def _header(text: str) -> str:
+    """A header holds ASCII alone: other characters of a prompt are written as in JSON."""
+    return text.encode("ascii", "backslashreplace").decode()
 
 
 async def _answer_error(request: Request, error: Exception) -> JSONResponse:
