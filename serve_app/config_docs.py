@@ -1,6 +1,7 @@
 """The page that explains every config key, written from the config classes themselves."""
 
 import json
+import re
 from collections.abc import Container, Iterator
 from types import NoneType
 from typing import Any, get_args
@@ -56,12 +57,21 @@ def _rows(part: type[BaseModel], prefix: str = "", leave_out: Container[str] = (
         else:
             default = "required" if field.default is PydanticUndefined else f"`{_yaml(field.default)}`"
             yield f"| `{prefix}{name}` | {_values(field)} | {default} | {field.description or ''} |"
+            for entry in _entry_classes(field):
+                yield from _rows(entry, f"{prefix}{name}[].")
 
 
 def _config_class(field: FieldInfo) -> type[BaseModel] | None:
     """The config class that a field holds, if it does or may."""
     kind = _without_none(field.annotation)
     return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+
+
+def _entry_classes(field: FieldInfo) -> Iterator[type[BaseModel]]:
+    """Those of a list's entries."""
+    for kind in get_args(field.annotation):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield kind
 
 
 def _without_none(annotation: Any) -> Any:
@@ -74,7 +84,7 @@ def _without_none(annotation: Any) -> Any:
 
 def _values(field: FieldInfo) -> str:
     kind = _without_none(field.annotation)
-    name = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+    name = kind.__name__ if isinstance(kind, type) else re.sub(r"\b(\w+\.)+", "", str(kind))
     if name.startswith("Literal["):
         name = name[8:-1].replace("'", "")
     limits = [f"{sign} {limit}" for sign, limit in _limits(field)]

@@ -42,18 +42,14 @@ def same(one: Encoded, other: Encoded) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num", [1, 8, 40, 90])
-def test_a_last_word_that_changes_nothing_is_told_and_none_that_changes_all(family: str, num: int) -> None:
+def test_a_last_word_that_changes_nothing_is_told_and_one_that_somebody_reads_is_not(family: str) -> None:
     """Texts that differ in it alone are the oracle: no limit, template or tokenizer is named."""
     stage, request = load(family, cache_mib=0)
-    one, other = (encoded(stage, asking(request, WORDS * num + word)) for word in ("zebra", "wagon"))
-    if same(one, other):
-        assert any("zebra" in warning for warning in one.warnings)
-        assert any("wagon" in warning for warning in other.warnings)
-    for warning in one.warnings:
-        assert warning.startswith("prompt: ")
-        if not same(one, other):
-            assert warning.endswith("reads all") or "; " in one.warnings[0]
+    for num in (1, 6, 30, 120):
+        one, other = (encoded(stage, asking(request, WORDS * num + word)) for word in ("zebra", "wagon"))
+        is_lost = same(one, other)
+        assert bool(one.warnings) >= is_lost, num
+        assert all(warning.endswith("reads all") != is_lost for warning in one.warnings), (num, one.warnings)
 
 
 @pytest.mark.slow
