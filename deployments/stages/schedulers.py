@@ -24,9 +24,7 @@ def _build(own: Any, config: SchedulerConfig) -> Any:
         raise CannotServe(f"{where}: {config.class_name} has no option {', '.join(sorted(unknown))}")
     try:
         scheduler = scheduler_class.from_config(own.config, **config.options)
-    except (
-        Exception
-    ) as error:  # schedulers, and what stands for one whose package is missing, raise what they like
+    except Exception as error:  # what stands for one whose package is missing raises too
         raise CannotServe(f"{where}: {describe_cause(error)}") from error
     if _reads(scheduler) != _reads(own):
         raise CannotServe(
