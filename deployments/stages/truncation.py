@@ -44,12 +44,15 @@ class TokenizerWatch:
 
     def _watched(self, pipe: Any) -> Iterator[tuple[str, Any]]:
         for name, part in pipe.components.items():
-            if name.startswith("tokenizer") and part is not None:
-                yield name, self._watch(part, _architecture(pipe, name))
-            elif name.startswith("processor") and hasattr(part, "tokenizer"):
+            if part is None or not name.startswith(("tokenizer", "processor")):
+                continue
+            encoder = _architecture(pipe, name)
+            if hasattr(part, "tokenizer"):
                 processor = _twin(part)
-                vars(processor)["tokenizer"] = self._watch(part.tokenizer, _architecture(pipe, name))
+                vars(processor)["tokenizer"] = self._watch(part.tokenizer, encoder)
                 yield name, processor
+            elif hasattr(part, "_encode_plus"):
+                yield name, self._watch(part, encoder)
 
     def _watch(self, tokenizer: Any, encoder: str) -> Any:
         """A shallow copy: chat templates and processors call a tokenizer through its methods."""

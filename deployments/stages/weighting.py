@@ -70,7 +70,10 @@ class PromptWeighting:
     def _read(self, pipe: Any, prompt: str, negative: str | None) -> Any:
         text = self._written("prompt", prompt)
         other = None if negative is None else self._written("negative_prompt", negative)
-        return self._reader(pipe, device=self._device)(text, negative_prompt=other)
+        try:
+            return self._reader(pipe, device=self._device)(text, negative_prompt=other)
+        except (AssertionError, LookupError) as error:  # of brackets around nothing
+            raise _unreadable("prompt", error) from error
 
     def _written(self, field: str, text: str) -> str:
         """As compel takes it. Raises WrongField."""
@@ -78,12 +81,16 @@ class PromptWeighting:
         try:
             self._parse(text)
         except Exception as error:  # parsers raise what they like
-            raise WrongField(
-                f"{field}: its weights cannot be read ({describe_cause(error)}): write (words)1.3, word++ or "
-                "word--, and \\( or \\) for a bracket of the text, or ask with prompt_weighting: false",
-                field,
-            ) from error
+            raise _unreadable(field, error) from error
         return text
+
+
+def _unreadable(field: str, error: Exception) -> WrongField:
+    return WrongField(
+        f"{field}: its weights cannot be read ({describe_cause(error)}): write (words)1.3, word++ or word--, and "
+        "\\( or \\) for a bracket of the text, or ask with prompt_weighting: false",
+        field,
+    )
 
 
 def as_compel_writes(text: str) -> str:

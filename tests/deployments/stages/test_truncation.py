@@ -14,7 +14,7 @@ from deployments.stages.tensors import each_tensor
 from deployments.stages.truncation import Reading, TokenizerWatch, truncation_warnings
 from tests.deployments.stages.test_encoder_forwards import READING, load
 
-QUICK = ("flux", "sd35", "qwen-image", "z-image", "ltx-video", "wan", "flux2-klein", "flux3", "hunyuan-image")
+QUICK = ("flux", "sd35", "qwen-image", "wan", "flux2-klein", "flux3")
 """Without --thorough."""
 WORDS = "a tin robot and a paper moon under an old oak by the sea, "
 
@@ -44,24 +44,28 @@ def same(one: Encoded, other: Encoded) -> bool:
 @pytest.mark.slow
 def test_a_last_word_that_changes_nothing_is_told_and_one_that_somebody_reads_is_not(family: str) -> None:
     """Texts that differ in it alone are the oracle: no limit, template or tokenizer is named."""
-    stage, request = load(family, cache_mib=0)
-    for num in (1, 6, 30, 120):
+    stage, request = load(family, cache_mib=0, max_sequence_length=96)
+    for num in (1, 12, 120):
         one, other = (encoded(stage, asking(request, WORDS * num + word)) for word in ("zebra", "wagon"))
         is_lost = same(one, other)
         assert bool(one.warnings) >= is_lost, num
         assert all(warning.endswith("reads all") != is_lost for warning in one.warnings), (num, one.warnings)
+        if is_lost:
+            break
 
 
 @pytest.mark.slow
 def test_without_what_was_cut_off_the_text_is_the_same() -> None:
     stage, request = load("sd15")
-    long = encoded(stage, asking(request, WORDS * 8))
+    text = "a b c d e " * 20 + "zebra"  # a token each, so that the cut is between two words
+    long = encoded(stage, asking(request, text))
     [warning] = long.warnings
-    assert warning.startswith("prompt: CLIP reads 77 tokens; ")
-    tail = warning.split('"')[1].rstrip("…")
-    begin = (WORDS * 8).rindex(tail[:40])
-    short = encoded(stage, asking(request, (WORDS * 8)[: (WORDS * 8).index(tail)]))
-    assert (begin >= 0, short.warnings) == (True, ())
+    begin, tail, _ = warning.split('"')
+    assert begin.startswith("prompt: CLIP reads 77 tokens; ")
+    tail = tail.removesuffix("…")
+    short = encoded(stage, asking(request, " ".join(text.split()[:75])))
+    assert text.split()[75:][: len(tail.split()) - 1] == tail.split()[:-1]
+    assert short.warnings == ()
     assert same(long, short)
 
 
@@ -88,7 +92,7 @@ def test_it_is_told_again_of_what_was_kept() -> None:
 @pytest.mark.slow
 def test_prompts_that_wait_are_each_told_of_their_own() -> None:
     stage, request = load("sd15", cache_mib=0)
-    texts = ["a cat", WORDS * 9 + "zebra", "a dog", WORDS * 9 + "wagon", WORDS * 9 + "zebra"]
+    texts = ["a cat", WORDS * 2 + "zebra", "a dog", WORDS * 2 + "wagon", WORDS * 2 + "zebra"]
     made: list[Any] = stage.encode_together([(asking(request, text), None) for text in texts])
     assert [len(each.warnings) for each in made] == [0, 1, 0, 1, 1]
     assert "zebra" in made[1].warnings[0]
