@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import json
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -59,7 +60,8 @@ EDIT_EVENTS: dict[int | str, dict[str, Any]] = {
 VIDEO: dict[int | str, dict[str, Any]] = {
     200: {
         "content": {"video/mp4": {}},
-        "description": "MP4; more in the headers X-Seed, X-Forwards (computed/asked), X-Warnings, Server-Timing",
+        "description": "MP4; more in the headers X-Seed, X-Forwards (computed/asked), X-Warnings (a JSON list), "
+        "Server-Timing",
     }
 }
 ELSEWHERE = {
@@ -162,7 +164,7 @@ def _add_videos(api: FastAPI, relay: Relay) -> None:
             "X-Forwards": f"{forwards.computed}/{forwards.asked}",
         }
         if picture.warnings:
-            headers["X-Warnings"] = _header("; ".join(picture.warnings))
+            headers["X-Warnings"] = json.dumps(picture.warnings)  # in ASCII, whatever the prompt
         return Response(picture.media.data, media_type=picture.media.media_type, headers=headers)
 
 
@@ -229,11 +231,6 @@ def _max_body_bytes(relay: Relay) -> tuple[int, dict[str, int]]:
 
 def _image_data(picture: Picture) -> ImageData:
     return ImageData(b64_json=base64.b64encode(picture.media.data).decode(), **picture.facts)
-
-
-def _header(text: str) -> str:
-    """A header holds ASCII alone: other characters of a prompt are written as in JSON."""
-    return text.encode("ascii", "backslashreplace").decode()
 
 
 async def _answer_error(request: Request, error: Exception) -> JSONResponse:

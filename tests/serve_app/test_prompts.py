@@ -38,11 +38,10 @@ def test_it_is_told_in_the_last_event_of_a_stream(sd15_app: Any) -> None:
 
 
 def test_it_is_told_in_a_videos_header_whatever_its_script(wan_app: Any) -> None:
-    answer = wan_app.client.post("/v1/videos/sync", json={"prompt": "a red cat, " * 60 + "猫"}).raise_for_status()
-    told = answer.headers["X-Warnings"]
+    answer = wan_app.client.post("/v1/videos/sync", json={"prompt": "猫; " * 200}).raise_for_status()
+    [told] = json.loads(answer.headers["X-Warnings"])
     assert told.startswith("prompt: UMT5 reads 64 tokens; ")
-    assert told.isascii()
-    assert "\\u732b" in told or told.endswith('…"')
+    assert "猫; 猫" in told
 
 
 def test_a_scheduler_is_chosen_by_name_and_draws_as_in_plain_diffusers(
