@@ -51,10 +51,10 @@ def read_index(folder: Path) -> ModelIndex:
 def with_own_scheduler(model: ModelConfig) -> ModelConfig:
     """The same, and which scheduler its checkpoint has, where that can be read here. Raises as `read_settings`."""
     try:
-        entry = read_index(fetch_configs(model.layout, revision=model.revision)).get("scheduler")
+        index = read_index(fetch_configs(model.layout, revision=model.revision))
     except FileNotFoundError:
         return model
-    return model.with_own_scheduler(entry[1]) if _is_component(entry) and entry[1] else model
+    return model.with_own_scheduler(index["scheduler"][1]) if "scheduler" in component_names(index) else model
 
 
 def stage_components(index: ModelIndex, family: Family, stage: Stage) -> frozenset[str]:

@@ -64,7 +64,7 @@ class TokenizerWatch:
         ask = type(tokenizer)._encode_plus
         made = ask(tokenizer, *args, **kwargs)
         text, strategy = kwargs.get("text"), kwargs.get("truncation_strategy")
-        texts = [text] if isinstance(text, str) else text
+        texts: Any = [text] if isinstance(text, str) else text
         limit = (
             kwargs.get("max_length")
             if getattr(strategy, "value", "do_not_truncate") != "do_not_truncate"
