@@ -64,14 +64,10 @@ class TokenizerWatch:
         ask = type(tokenizer)._encode_plus
         made = ask(tokenizer, *args, **kwargs)
         text, strategy = kwargs.get("text"), kwargs.get("truncation_strategy")
-        texts: Any = [text] if isinstance(text, str) else text
-        limit = (
-            kwargs.get("max_length")
-            if getattr(strategy, "value", "do_not_truncate") != "do_not_truncate"
-            else None
-        )
-        encodings = getattr(made, "encodings", None)
-        if encodings is not None:
+        is_cutting = getattr(strategy, "value", "do_not_truncate") != "do_not_truncate"
+        limit = kwargs.get("max_length") if is_cutting else None
+        texts = [text] if isinstance(text, str) else text if isinstance(text, list) else []
+        if (encodings := getattr(made, "encodings", None)) is not None:
             pairs = zip(texts, encodings, strict=False)
             self._readings += [_reading(encoder, *pair, limit) for pair in pairs if isinstance(pair[0], str)]
         elif isinstance(text, str) and limit is not None:  # of those in Python, which do not tell
@@ -85,9 +81,7 @@ class TokenizerWatch:
         """
         readings, self._readings = self._readings, []
         length = arguments.get("max_sequence_length")
-        if isinstance(length, int) and length == max(
-            (t.shape[1] for t in each_tensor(made) if t.ndim == 3), default=0
-        ):
+        if length is not None and length in [each.shape[1] for each in each_tensor(made) if each.ndim == 3]:
             readings = [self._cut_later(reading, length) for reading in readings]
         by_text: dict[tuple[str, str], Reading] = {}
         for reading in readings:  # most pipelines ask again, for the whole text, to log what is cut off
