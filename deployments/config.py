@@ -13,6 +13,7 @@ from deployments.adapter import ADAPTER_NAME, AdapterConfig
 from deployments.families import FAMILIES, Call, Defaults, Family, Geometry
 from deployments.memory.config import OFF, Dtype, MemoryConfig, TilingConfig
 from deployments.request import CallKind, MediaSize
+from deployments.schedulers import SchedulerConfig
 from deployments.step_cache import NO_TIERS, Quality, StepCacheConfig, TiersConfig
 
 WARM_UP_SIZE = re.compile(r"(\d{1,5}x\d{1,5})(?:x(\d{1,5}))?")
@@ -71,6 +72,16 @@ class ModelConfig(Config):
         description="a folder that is watched: NAME.safetensors, or a folder NAME with one, is adapter NAME; "
         "every node must see it",
     )
+    schedulers: tuple[SchedulerConfig, ...] = Field(
+        (),
+        description="that requests may ask for beside the checkpoint's own: [UniPCMultistepScheduler, {name: "
+        "karras, class_name: DPMSolverMultistepScheduler, options: {use_karras_sigmas: true}}]",
+    )
+    prompt_weighting: bool = Field(
+        False,
+        description="prompts are read by compel, for CLIP alone: (word)1.3, word++ and (word:1.3) weigh, long "
+        "ones are read to their end; a request may decline. Needs latent-relay[weighting]",
+    )
     warm_up: tuple[str, ...] = Field(
         (),
         description="sizes that every stage runs through before it is ready, so that no user waits for compiling: "
@@ -82,6 +93,7 @@ class ModelConfig(Config):
     _derived_family: Family | None = PrivateAttr(None)
     _kinds: tuple[CallKind, ...] | None = PrivateAttr(None)
     """Of call, which this checkpoint can do, where its family can do more."""
+    _own_scheduler: str | None = PrivateAttr(None)
 
     @property
     def architecture(self) -> Family:
@@ -127,6 +139,23 @@ class ModelConfig(Config):
     def step_cache_of(self, quality: Quality) -> StepCacheConfig | None:
         """What is said here, and the architecture's own where nothing is; None: every step computes."""
         return self.tiers.step_cache(quality) or self.architecture.tiers.step_cache(quality)
+
+    @property
+    def scheduler_names(self) -> tuple[str, ...]:
+        """That a request may ask for: the checkpoint's own first, where it is known, which is the default."""
+        own = () if self._own_scheduler is None else (self._own_scheduler,)
+        return tuple(dict.fromkeys((*own, *(each.asked_as for each in self.schedulers))))
+
+    @property
+    def own_scheduler(self) -> str | None:
+        """Class of the checkpoint's; None until `with_own_scheduler` (checkpoints/components.py) has read it."""
+        return self._own_scheduler
+
+    def with_own_scheduler(self, class_name: str) -> Self:
+        """A copy that knows it."""
+        copy = self.model_copy()
+        copy._own_scheduler = class_name
+        return copy
 
     @property
     def geometry(self) -> Geometry:
@@ -196,6 +225,14 @@ class ModelConfig(Config):
                     f"an adapter's name has letters, digits, dots, dashes and underscores, got {name!r}"
                 )
         return adapters
+
+    @field_validator("schedulers")
+    @classmethod
+    def _check_schedulers(cls, schedulers: tuple[SchedulerConfig, ...]) -> tuple[SchedulerConfig, ...]:
+        names = [each.asked_as for each in schedulers]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"two are called {twice!r}: give one of them another name")
+        return schedulers
 
     @field_validator("warm_up")
     @classmethod

@@ -11,7 +11,7 @@ from deployments.config import EncoderConfig, ModelConfig
 from deployments.lane import BatchLane
 from deployments.refusal import raised_in
 from deployments.replica import StageReplica
-from deployments.request import Conditioning, Encodings, GenerationRequest, InputPictures, num_bytes
+from deployments.request import Conditioning, Encoded, GenerationRequest, InputPictures, num_bytes
 from deployments.stages import load_stage
 from deployments.stats import EncoderStats
 from deployments.warm_up import NO_WARM_UP, WarmUp
@@ -28,7 +28,7 @@ class Encoder(StageReplica):
     def __init__(self, model: ModelConfig, config: EncoderConfig, warm_up: WarmUp = NO_WARM_UP) -> None:
         super().__init__()
         began = time.perf_counter()
-        self._lane = BatchLane[Asked, Encodings]("encode", self._encode, config.batch_size)
+        self._lane = BatchLane[Asked, Encoded]("encode", self._encode, config.batch_size)
         self._stage = load_stage("encode", model, config)
         self._lane.run_first(self._stage.warm_up, warm_up)
         self._num_cache_hits = self._answered_bytes = 0
@@ -47,20 +47,20 @@ class Encoder(StageReplica):
         """
         start = time.perf_counter()
         with raised_in("encode"), self._metrics.request():
-            encodings = await asyncio.to_thread(self._stage.recall, request, pictures)
-            self._num_cache_hits += encodings is not None
-            if encodings is None:
-                encodings = await self._lane.ask((request, pictures))
-            self._answered_bytes += num_bytes(encodings)
-        return Conditioning(encodings, (time.perf_counter() - start) * 1e3)
+            encoded = await asyncio.to_thread(self._stage.recall, request, pictures)
+            self._num_cache_hits += encoded is not None
+            if encoded is None:
+                encoded = await self._lane.ask((request, pictures))
+            self._answered_bytes += num_bytes(encoded.encodings)
+        return Conditioning(encoded.encodings, (time.perf_counter() - start) * 1e3, encoded.warnings)
 
-    def _encode(self, asked: Sequence[Asked]) -> Sequence[Encodings | Exception]:
+    def _encode(self, asked: Sequence[Asked]) -> Sequence[Encoded | Exception]:
         """In the lane."""
-        encodings = self.guarded(self._stage.encode_together)(asked)
-        for outcome in encodings:
+        outcomes = self.guarded(self._stage.encode_together)(asked)
+        for outcome in outcomes:
             if isinstance(outcome, Exception):
                 self._exit_if_device_lost(outcome)
-        return encodings
+        return outcomes
 
     @property
     def _num_hits(self) -> int:

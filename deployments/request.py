@@ -29,6 +29,8 @@ class Prompt:
     negative_text: str | None
     is_guided: bool
     """Whether a negative (or empty) prompt is to be encoded as well."""
+    is_weighted: bool = False
+    """Whether `(word)1.3` weighs, and texts may be longer than their encoders read at once."""
 
 
 @dataclass(frozen=True, order=True)
@@ -74,6 +76,8 @@ class GenerationRequest:
     """None: every step computes its predictions."""
     adapters: tuple[ScaledAdapter, ...] = ()
     """LoRA's, whose terms add up."""
+    scheduler: str | None = None
+    """One of `model.schedulers`; None: the checkpoint's own."""
 
     @property
     def size(self) -> MediaSize:
@@ -101,12 +105,24 @@ lists and dicts, beside plain values."""
 
 
 @dataclass(frozen=True)
+class Encoded:
+    """What the encode stage makes of a request."""
+
+    encodings: Encodings
+    """Tensors are on the CPU."""
+    warnings: tuple[str, ...]
+    """Of texts that are not read to their end."""
+
+
+@dataclass(frozen=True)
 class Conditioning:
     """The encoder's answer."""
 
     encodings: Encodings
     """Tensors are on the CPU."""
     encode_ms: float
+    warnings: tuple[str, ...] = ()
+    """Of texts that are not read to their end."""
 
 
 Posterior = tuple[Literal["parameters", "latent"], Any, bool]
@@ -227,6 +243,8 @@ class Denoised:
     """From the arrival in the replica to the start of the loop."""
     denoise_ms: float
     forwards: ForwardCounts
+    warnings: tuple[str, ...] = ()
+    """The encoder's."""
 
 
 @dataclass(frozen=True)

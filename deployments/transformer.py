@@ -131,6 +131,7 @@ class Transformer(StageReplica):
             queue_ms=news.queue_ms,
             denoise_ms=news.denoise_ms,
             forwards=news.forwards,
+            warnings=conditioning.warnings,
         )
         yield arguments
 

@@ -69,4 +69,4 @@ def default_prompt(model: ModelConfig, call: Call) -> Prompt:
     defaults = model.defaults_of(call)
     negative = defaults.negative_prompt
     is_guided = call.is_guided(defaults.guidance_scale, defaults.true_cfg_scale, negative is not None)
-    return Prompt("", negative if is_guided else None, is_guided)
+    return Prompt("", negative if is_guided else None, is_guided, model.prompt_weighting)

@@ -18,6 +18,7 @@ def check_defaults(model: ModelConfig, limits: LimitsConfig) -> None:
         size = model.default_size
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    _check_schedulers(model)
     given = model.defaults.model_dump(exclude_none=True, exclude={"width", "height", "strength"})
     fields: dict[str, Any] = {
         "num_inference_steps": model.request_defaults.num_inference_steps,
@@ -36,6 +37,15 @@ def check_defaults(model: ModelConfig, limits: LimitsConfig) -> None:
         judge.requests({"prompt": "-"} | _blank_pictures(family.call, size.num_frames) | fields | given)
     except BadRequest as error:
         raise ConfigError(f"model.defaults, or the family's where it says nothing: {error}") from error
+
+
+def _check_schedulers(model: ModelConfig) -> None:
+    """Raises ConfigError where a request could not tell one from the checkpoint's own."""
+    for each in model.schedulers:
+        if each.asked_as == model.own_scheduler and (each.options or each.class_name != each.asked_as):
+            raise ConfigError(
+                f"model.schedulers: {each.asked_as} is what the checkpoint's own is called: set `name` to another"
+            )
 
 
 def plan_warm_up(model: ModelConfig, limits: LimitsConfig) -> tuple[GenerationRequest, ...]:

@@ -1,6 +1,7 @@
 """The page that explains every config key, written from the config classes themselves."""
 
 import json
+import re
 from collections.abc import Container, Iterator
 from types import NoneType
 from typing import Any, get_args, get_origin
@@ -48,17 +49,17 @@ def _rows(part: type[BaseModel], prefix: str = "", leave_out: Container[str] = (
     for name, field in part.model_fields.items():
         if name in leave_out:
             continue
-        nested, named = _config_class(field), _named_class(field)
-        if named is not None:
-            yield f"| `{prefix}{name}` | by name | `{{}}` | {field.description} |"
-            yield from _rows(named, f"{prefix}{name}.NAME.")
-        elif nested is not None:
+        nested = _config_class(field)
+        if nested is not None:
             if field.default is None:
                 yield f"| `{prefix}{name}` | {field.description} | off | {_summary(nested)} |"
             yield from _rows(nested, f"{prefix}{name}.")
         else:
             default = "required" if field.default is PydanticUndefined else f"`{_yaml(field.default)}`"
             yield f"| `{prefix}{name}` | {_values(field)} | {default} | {field.description or ''} |"
+            for entry in _entry_classes(field):
+                place = ".NAME" if get_origin(field.annotation) is dict else "[]"
+                yield from _rows(entry, f"{prefix}{name}{place}.")
 
 
 def _config_class(field: FieldInfo) -> type[BaseModel] | None:
@@ -67,10 +68,11 @@ def _config_class(field: FieldInfo) -> type[BaseModel] | None:
     return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
 
-def _named_class(field: FieldInfo) -> type[BaseModel] | None:
-    """The config class of a dict's values."""
-    kinds = get_args(field.annotation) if get_origin(field.annotation) is dict else ()
-    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+def _entry_classes(field: FieldInfo) -> Iterator[type[BaseModel]]:
+    """Those of a list's entries, or a dict's values."""
+    for kind in get_args(field.annotation):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield kind
 
 
 def _without_none(annotation: Any) -> Any:
@@ -83,7 +85,7 @@ def _without_none(annotation: Any) -> Any:
 
 def _values(field: FieldInfo) -> str:
     kind = _without_none(field.annotation)
-    name = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+    name = kind.__name__ if isinstance(kind, type) else re.sub(r"\b(\w+\.)+", "", str(kind))
     if name.startswith("Literal["):
         name = name[8:-1].replace("'", "")
     limits = [f"{sign} {limit}" for sign, limit in _limits(field)]

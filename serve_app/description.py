@@ -80,6 +80,9 @@ def _body_schema(
     fields["prompt"] |= {"maxLength": limits.max_prompt_characters, "pattern": r"\S"}
     _narrow(fields["negative_prompt"], maxLength=limits.max_prompt_characters)
     _narrow(fields["num_inference_steps"], maximum=limits.max_num_inference_steps)
+    _narrow(fields["scheduler"], enum=list(model.schedulers))
+    if not model.prompt_weighting:
+        _narrow(fields["prompt_weighting"], enum=[False])
     fields["model"] |= {"examples": [model.id]}
     sizes = "|".join(("auto", *limits.sizes))
     fields["size"]["pattern"] = f"^({sizes})$" if limits.sizes else _sizes(limits.size_multiple, limits.max_pixels)

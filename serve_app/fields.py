@@ -27,7 +27,7 @@ ELSEWHERE_CALLED: Mapping[str, str | tuple[str, ...]] = {
     **dict.fromkeys(("output_quality", "jpeg_quality"), "output_compression"),
     **dict.fromkeys(("text", "input"), "prompt"),
     **dict.fromkeys(("generator", "manual_seed", "random_seed"), "seed"),
-    **dict.fromkeys(("scheduler", "sampler", "sampler_name"), "the scheduler is the checkpoint's"),
+    **dict.fromkeys(("sampler", "sampler_name", "sampling_method", "scheduler_name"), "scheduler"),
     **dict.fromkeys(("image", "images", "image[]", "init_image", "init_images", "input_image"), _PICTURE),
     **dict.fromkeys(
         ("image_url", "image_urls", "reference_image", "reference_images", "input_reference"), _PICTURE

@@ -3,7 +3,7 @@
 from huggingface_hub import constants
 
 from deployments.adapter import find_missing
-from deployments.checkpoints.components import Stage
+from deployments.checkpoints.components import Stage, with_own_scheduler
 from deployments.checkpoints.geometry import with_geometry
 from deployments.checkpoints.integrity import find_offload_faults, find_stage_faults
 from deployments.checkpoints.source import is_tiny, local_folder, with_family
@@ -15,9 +15,10 @@ STAGES: dict[str, Stage] = {"encoder": "encode", "transformer": "denoise", "vae"
 
 
 def resolve_family(config: AppConfig) -> AppConfig:
-    """The same, the model's family as said or as the checkpoint says, and its sizes. Raises ConfigError."""
+    """The same, the model's family as said or as the checkpoint says, its sizes and its scheduler. Raises
+    ConfigError."""
     try:
-        return config.model_copy(update={"model": with_geometry(with_family(config.model))})
+        return config.model_copy(update={"model": with_own_scheduler(with_geometry(with_family(config.model)))})
     except (ValueError, OSError) as error:
         raise ConfigError(f"model.checkpoint: {error}") from error
 

@@ -69,6 +69,10 @@ def generate_command(
     lora: Annotated[
         list[str] | None, typer.Option(help="NAME or NAME=SCALE of an adapter; several: say it again")
     ] = None,
+    prompt_weighting: Annotated[
+        bool | None, typer.Option(help="whether (word)1.3 weighs; where the model can")
+    ] = None,
+    scheduler: Annotated[str | None, typer.Option(help="one of the model's `schedulers`; its own")] = None,
     seed: Annotated[int | None, typer.Option(help="random if left out")] = None,
     num_frames: Annotated[int | None, typer.Option(help="of a video; the model's default")] = None,
     seconds: Annotated[float | None, typer.Option(help="of a video, in place of frames")] = None,

@@ -77,7 +77,7 @@ class Picture:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What was asked for and could have no effect."""
-        return step_cache_warnings(self.request, self.denoised.forwards)
+        return (*self.denoised.warnings, *step_cache_warnings(self.request, self.denoised.forwards))
 
     @property
     def timings_ms(self) -> dict[str, float]:

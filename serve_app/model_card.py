@@ -101,6 +101,10 @@ class ModelCard(BaseModel):
     )
     adapters: tuple[AdapterCard, ...] = Field(description="that a request may name in `lora`, or behind the id")
     parent: str | None = Field(description="of an adapter that is chosen by its id: the model's")
+    schedulers: tuple[str, ...] = Field(
+        description="that a request may ask for, the default first; none: that of the checkpoint alone"
+    )
+    prompt_weighting: bool = Field(description="whether `(word)1.3` weighs and long prompts are read to their end")
     defaults: ModelDefaults
     limits: ModelLimits
 
@@ -143,6 +147,8 @@ def model_card(
         ),
         parent=None,
         tiers={quality: model.step_cache_of(quality) for quality in get_args(Quality)},
+        schedulers=model.scheduler_names,
+        prompt_weighting=model.prompt_weighting,
         defaults=ModelDefaults(
             **defaults[family.call.kind] | {"fps": own.fps if is_video else None},
             size=f"{size.width}x{size.height}",

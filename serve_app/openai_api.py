@@ -59,6 +59,14 @@ class GenerationBody(BaseModel):
     lora: list[LoraBody] = Field(
         [], max_length=MAX_ADAPTERS, description="beyond OpenAI: adapters, whose effects add up"
     )
+    prompt_weighting: bool | None = Field(
+        None,
+        description="beyond OpenAI; whether `(word)1.3` weighs and long prompts are read to their end, where the "
+        "model can; left out: where it can",
+    )
+    scheduler: str | None = Field(
+        None, min_length=1, description="beyond OpenAI; one of those that /v1/models lists; left out: the first"
+    )
 
     @property
     def call_kind(self) -> CallKind:
@@ -225,7 +233,9 @@ class Drawn(BaseModel):
     seed: int
     timings_ms: TimingsMs
     forwards: Forwards
-    warnings: list[str] = Field(description="what was asked for and could have no effect")
+    warnings: list[str] = Field(
+        description="what was asked for and could have no effect, such as the end of a long prompt"
+    )
 
 
 class ImageData(Drawn):

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import json
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -59,7 +60,8 @@ EDIT_EVENTS: dict[int | str, dict[str, Any]] = {
 VIDEO: dict[int | str, dict[str, Any]] = {
     200: {
         "content": {"video/mp4": {}},
-        "description": "MP4; more in the headers X-Seed, X-Forwards (computed/asked), X-Warnings, Server-Timing",
+        "description": "MP4; more in the headers X-Seed, X-Forwards (computed/asked), X-Warnings (a JSON list), "
+        "Server-Timing",
     }
 }
 ELSEWHERE = {
@@ -162,7 +164,7 @@ def _add_videos(api: FastAPI, relay: Relay) -> None:
             "X-Forwards": f"{forwards.computed}/{forwards.asked}",
         }
         if picture.warnings:
-            headers["X-Warnings"] = "; ".join(picture.warnings)
+            headers["X-Warnings"] = json.dumps(picture.warnings)  # in ASCII, whatever the prompt
         return Response(picture.media.data, media_type=picture.media.media_type, headers=headers)
 
 

@@ -176,7 +176,7 @@ class Validator:
         is_guided = call.is_guided(guidance_scale, true_cfg_scale, negative is not None)
         steps = self._steps(body.num_inference_steps, defaults)
         return {
-            "prompt": Prompt(body.prompt, negative if is_guided else None, is_guided),
+            "prompt": Prompt(body.prompt, negative if is_guided else None, is_guided, self._is_weighted(body)),
             "width": width,
             "height": height,
             "num_frames": 1,
@@ -192,6 +192,7 @@ class Validator:
             "guidance_scale_2": _guidance_scale_2(body, call, defaults),
             **self._step_cache(body),
             "adapters": choose_adapters(self.catalog, adapter, body.lora),
+            "scheduler": self._scheduler(body),
         } | own
 
     def _picture_size(self, body: GenerationBody, call: Call) -> MediaSize | None:
@@ -229,6 +230,26 @@ class Validator:
             return {"quality": None, "step_cache": body.step_cache}
         quality: Quality = body.quality if body.quality in ("medium", "low") else "high"
         return {"quality": quality, "step_cache": self._model.step_cache_of(quality)}
+
+    def _is_weighted(self, body: GenerationBody) -> bool:
+        can = self._model.prompt_weighting
+        if body.prompt_weighting and not can:
+            raise BadRequest(
+                "prompt_weighting: this model reads prompts as they are: leave it out, or set "
+                "model.prompt_weighting in its config",
+                "prompt_weighting",
+            )
+        return can if body.prompt_weighting is None else body.prompt_weighting
+
+    def _scheduler(self, body: GenerationBody) -> str | None:
+        """None: the checkpoint's own."""
+        asked, names = body.scheduler, self._model.scheduler_names
+        if asked in (None, self._model.own_scheduler):
+            return None
+        if asked not in names:
+            known = ", ".join(names) or "none but the checkpoint's own, which is the default"
+            raise BadRequest(f"scheduler: {quoted(asked)} is not among this model's: {known}", "scheduler")
+        return asked
 
     def _guidance(self, body: GenerationBody, call: Call, defaults: Defaults) -> tuple[float | None, float | None]:
         """(guidance_scale, true_cfg_scale); a field that this kind of call does not know is refused."""

@@ -161,6 +161,7 @@ def start_app(serve_url: str) -> Iterator[Callable[..., App]]:
                 | {
                     "about": "Knows nothing.",
                     "examples": ["a cat", "a dog"],
+                    "schedulers": ["DDIMScheduler"] if tiny == "sd15" else [],
                     "defaults": {"width": 64, "height": 64, "num_inference_steps": 4}
                     | ({"num_frames": 5} if of.media == "video" else {}),
                 },

@@ -48,6 +48,15 @@ def read_index(folder: Path) -> ModelIndex:
     return read_settings(folder / MODEL_INDEX)
 
 
+def with_own_scheduler(model: ModelConfig) -> ModelConfig:
+    """The same, and which scheduler its checkpoint has, where that can be read here. Raises as `read_settings`."""
+    try:
+        index = read_index(fetch_configs(model.layout, revision=model.revision))
+    except FileNotFoundError:
+        return model
+    return model.with_own_scheduler(index["scheduler"][1]) if "scheduler" in component_names(index) else model
+
+
 def stage_components(index: ModelIndex, family: Family, stage: Stage) -> frozenset[str]:
     """Names of the components that `stage` needs."""
     light = weightless(index)

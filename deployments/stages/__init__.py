@@ -2,9 +2,9 @@
 
 Read in this order: imports, preload, pipeline (one stage's components of a checkpoint), stub, call (the
 pipeline's own, of which each stage does its part), encoding_methods, modular (pipelines made of blocks), decodes
-(where a call ends), lockstep, encoder_forwards, encode, pictures, denoise, blank, trial (a call with zeros),
-steps, draws, follow (on the other ranks), tiles, decode, finite, media; then derive (what a pipeline without an
-entry tells of itself).
+(where a call ends), lockstep, encoder_forwards, truncation, weighting, encode, pictures, schedulers, denoise,
+blank, trial (a call with zeros), steps, draws, follow (on the other ranks), tiles, decode, finite, media; then
+derive (what a pipeline without an entry tells of itself).
 Importing this package imports no torch; `load_stage` does, when a replica calls it.
 """
 

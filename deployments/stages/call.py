@@ -8,7 +8,7 @@ denoise  answers both, and runs until the VAEs have been asked to decode all: wi
 import copy
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from inspect import signature
 from typing import Any, NamedTuple
@@ -20,12 +20,14 @@ from diffusers import ModularPipeline
 from deployments.families import Call
 from deployments.refusal import WrongField, describe_cause
 from deployments.request import CallKind, DecodeArguments, Encodings, GenerationRequest
+from deployments.schedulers import SchedulerConfig
 from deployments.stages.decodes import Decodes
 from deployments.stages.draws import Draws
 from deployments.stages.encoding_methods import Method, encoding_names, replace_encoding
 from deployments.stages.modular import call_names, set_guidance
 from deployments.stages.pictures import blank_pictures, picture_arguments
 from deployments.stages.posterior import ChangedVae, Encode, blank
+from deployments.stages.schedulers import build_schedulers
 from deployments.stages.steps import AfterStep, watch_steps
 from deployments.stages.stub import Reached
 from deployments.stages.tensors import shapes_only, without_shapes
@@ -38,24 +40,31 @@ CONNECTORS = "connectors"
 Pictures = Mapping[str, Any]
 """`image`, a list, `mask_image`, `control_image` and `video`, a list: pictures.py opens them."""
 NO_PICTURES: Pictures = {}
+NO_SCHEDULERS: Mapping[str, Any] = {}
 
 
 class PipelineCalls:
     """All kinds of call of one checkpoint."""
 
     def __init__(
-        self, pipe: Any, calls: Mapping[CallKind, Call], place: Callable[[Any], Any] = lambda value: value
+        self,
+        pipe: Any,
+        calls: Mapping[CallKind, Call],
+        place: Callable[[Any], Any] = lambda value: value,
+        schedulers: Sequence[SchedulerConfig] = (),
     ) -> None:
         """
         Args:
             pipe: the checkpoint's own pipeline, of whose components the others are made.
             place: as PipelineCall's.
+            schedulers: that requests may ask for. Raises CannotServe.
         """
         first, *others = calls.values()
-        self._calls = {first.kind: PipelineCall(pipe, first, place)}
+        built = build_schedulers(pipe, schedulers)
+        self._calls = {first.kind: PipelineCall(pipe, first, place, built)}
         for call in others:
             try:
-                self._calls[call.kind] = PipelineCall(related_pipeline(pipe, call), call, place)
+                self._calls[call.kind] = PipelineCall(related_pipeline(pipe, call), call, place, built)
             except Exception as error:  # constructors raise what they like
                 log.warning("no %s is made of these components: %s", call.pipeline_class, describe_cause(error))
 
@@ -76,9 +85,19 @@ class PipelineCall:
     in themselves). So every scheduler and guidance mode of diffusers works, and the result is the pipeline's.
     """
 
-    def __init__(self, pipe: Any, call: Call, place: Callable[[Any], Any] = lambda value: value) -> None:
-        """place: puts what the encode stage kept where this stage computes, each time it is asked for."""
-        self._pipe, self._place = pipe, place
+    def __init__(
+        self,
+        pipe: Any,
+        call: Call,
+        place: Callable[[Any], Any] = lambda value: value,
+        schedulers: Mapping[str, Any] = NO_SCHEDULERS,
+    ) -> None:
+        """
+        Args:
+            place: puts what the encode stage kept where this stage computes, each time it is asked for.
+            schedulers: in place of the pipeline's own, by what requests call them.
+        """
+        self._pipe, self._place, self._schedulers = pipe, place, schedulers
         self.asked = call
         encoders = {name for name in pipe.components if name.startswith("text_encoder")}
         encoders |= {"image_encoder", CONNECTORS}
@@ -87,6 +106,10 @@ class PipelineCall:
 
     def __str__(self) -> str:
         return f"{type(self._pipe).__name__} with {type(self._pipe.scheduler).__name__}"
+
+    def describe(self, request: GenerationRequest) -> str:
+        """Which pipeline and scheduler draw it."""
+        return f"{type(self._pipe).__name__} with {request.scheduler or type(self._pipe.scheduler).__name__}"
 
     def kept(self, method: str, value: Any) -> Any:
         """What is kept of what an encoding method returned: of what connectors alone read, the shapes."""
@@ -107,7 +130,7 @@ class PipelineCall:
             replace: (name, encoding method of the pipeline) -> what is called in its place.
             encoders: what stands for text encoders, by name.
         """
-        pipe = self._copy(blank(self._pipe.vae))
+        pipe = self._copy(request, blank(self._pipe.vae))
         vars(pipe).update(encoders)
         replace_encoding(pipe, self._methods, replace)
         with suppress(Reached):
@@ -117,7 +140,7 @@ class PipelineCall:
         self, request: GenerationRequest, encodings: Encodings, pictures: Pictures, encode: Encode
     ) -> None:
         """Up to the first forward of a denoiser. encode: what is called in place of `vae.encode`."""
-        pipe = self._copy(encode)
+        pipe = self._copy(request, encode)
         self._replay(pipe, encodings)
         with suppress(Reached):
             self._run(pipe, request, pictures, None)
@@ -143,7 +166,7 @@ class PipelineCall:
             pictures: that go in.
             draws: for schedulers that are given no generator.
         """
-        pipe = self._copy(encode or blank(self._pipe.vae))
+        pipe = self._copy(request, encode or blank(self._pipe.vae))
         vars(pipe).update(components)
         if encodings is not None:
             self._replay(pipe, encodings)
@@ -164,7 +187,7 @@ class PipelineCall:
 
         components: denoisers that predict nothing and cost nothing.
         """
-        pipe = self._copy(encode or blank(self._pipe.vae))
+        pipe = self._copy(request, encode or blank(self._pipe.vae))
         vars(pipe).update(components)
         self._replay(pipe, encodings)
         vars(pipe.scheduler)["step"] = lambda *_, **__: _Step(latents, latents)
@@ -174,11 +197,14 @@ class PipelineCall:
         """Of the request's size, as many as it needs."""
         return blank_pictures(self.asked, request.size)
 
-    def _copy(self, encode: Encode) -> Any:
+    def _copy(self, request: GenerationRequest, encode: Encode) -> Any:
         """encode: in place of the VAE's."""
         pipe = copy.copy(self._pipe)
+        own = {name: getattr(self._pipe, name) for name in self._stateful}
+        if request.scheduler is not None:
+            own["scheduler"] = self._schedulers[request.scheduler]
         # Not by setattr, which would write each into the pipeline's config.
-        vars(pipe).update({name: copy.deepcopy(getattr(self._pipe, name)) for name in self._stateful})
+        vars(pipe).update({name: copy.deepcopy(part) for name, part in own.items()})
         vars(pipe)["vae"] = ChangedVae(self._pipe.vae, encode=encode)
         return pipe
 

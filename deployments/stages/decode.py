@@ -77,7 +77,7 @@ class Decoding:
                 set_tiles(vae, config.tiling)
                 own.append(f"tiling: {config.tiling.tile_size or 'as the VAE has it'}")
             self.keeper = Keeper(loaded_models(self._pipe), config, self._device, own=own, share=share)
-        self._calls = PipelineCalls(self._pipe, self._family.calls)
+        self._calls = PipelineCalls(self._pipe, self._family.calls, schedulers=model.schedulers)
         self._ask_peer: AskPeer | None = None
         self._num_tiles_away = 0
         self._foresee: DecodeForesight | None = None

@@ -87,11 +87,12 @@ class Denoising:
             vae.dtype = resolve_dtype(model.vae_dtype or config.dtype)
         # Not once for the whole request: many a pipeline joins what it gets, and has no more need of it.
         place = partial(to_device, device=self._denoisers.device, dtype=self._denoisers.dtype)
-        self._calls = PipelineCalls(pipe, self._family.calls, place)
+        self._calls = PipelineCalls(pipe, self._family.calls, place, model.schedulers)
         self._zeros = Zeros(self._denoisers.skeletons)
         self._blank = BlankTexts(folder, index, self._denoisers.dtype)
         self._trial = Trial(self._calls, pipe, self._blank, model, self._denoisers)
-        self._draws_noise = self._trial.start()
+        self._drawing = self._trial.start()
+        """Schedulers that draw noise by themselves, as requests ask for them."""
         self.pending_kinds = self._trial.takes_pending() if config.runs_passes_at_once else frozenset()
         """Of call, whose forwards may be under way before the pipeline needs the one before."""
         self.finite = FiniteCheck()
@@ -233,7 +234,9 @@ class Denoising:
                     encodings,
                     encode=encode,
                     pictures=opened,
-                    draws=Draws(request.seed, self._denoisers.device) if self._draws_noise else None,
+                    draws=Draws(request.seed, self._denoisers.device)
+                    if request.scheduler in self._drawing
+                    else None,
                     after_step=self._after_step(
                         cache, request, encodings, posteriors, opened, on_step, num_partial_images, on_partial
                     ),
@@ -245,7 +248,7 @@ class Denoising:
                     raise
                 if field == "image" and pictures is not None:
                     field = pictures.field
-                message = f"{call} does not take this {field}: {describe_cause(error)}"
+                message = f"{call.describe(request)} does not take this {field}: {describe_cause(error)}"
                 raise WrongField(message, field) from error
             on_forwards(cache.counts)
             for tensor in each_tensor(arguments.values):
@@ -305,7 +308,7 @@ class Denoising:
 
     def _explain(self, request: GenerationRequest) -> str:
         """Why latents are no numbers."""
-        call, steps = self._calls.of(request), request.num_inference_steps
+        call, steps = self._calls.of(request).describe(request), request.num_inference_steps
         what = f"the latents are NaN or infinite after {steps} steps of {call}"
         if not self._trial.is_finite(request):
             return (

@@ -20,7 +20,7 @@ from deployments.memory.on_demand import turn_to_load
 from deployments.memory.share import take_share
 from deployments.memory.spread import spread_models
 from deployments.refusal import CannotServe, NotFinite, OutOfShare, WrongField, describe_cause
-from deployments.request import Encodings, GenerationRequest, InputPictures, num_bytes
+from deployments.request import Encoded, Encodings, GenerationRequest, InputPictures, num_bytes
 from deployments.stages.adapters import AdapterReader, AdapterStore, recall_adapters, using_adapters
 from deployments.stages.blank import LEAST_TOKENS
 from deployments.stages.call import CONNECTORS, Pictures, PipelineCalls
@@ -32,6 +32,8 @@ from deployments.stages.lockstep import Ask, run_in_step
 from deployments.stages.pictures import open_pictures
 from deployments.stages.pipeline import load_pipeline, loaded_models
 from deployments.stages.tensors import each_tensor, map_tensors, to_cpu, without_shapes
+from deployments.stages.truncation import Reading, TokenizerWatch, truncation_warnings
+from deployments.stages.weighting import PromptWeighting
 from deployments.warm_up import WarmUp, default_request, tried_size
 
 log = logging.getLogger("ray.serve")
@@ -68,13 +70,14 @@ class TextEncoding:
             if config.device_map is not None:
                 spread_models(models, config)
             self.keeper = Keeper(models, config, self._device, config.device_map, share=share)
-        self._calls = PipelineCalls(self._pipe, self._family.calls)
+        self._calls = PipelineCalls(self._pipe, self._family.calls, schedulers=model.schedulers)
         layers = AdapterLayers(models, self._device, is_compiled=config.compile is not None)
         self._models, self._forwards = models, EncoderForwards(self.keeper.naming, layers)
         self.adapters: AdapterStore | None = None
         if model.takes_adapters:
             reader = AdapterReader(self._pipe, folder, index, resolve_dtype(config.dtype))
             self.adapters = AdapterStore(reader, layers, list(models), int(config.adapter_cache_mib * 2**20))
+        self._weighting = PromptWeighting(self._pipe, self._device) if model.prompt_weighting else None
         if config.compile is None and not config.moves_weights:  # else it would cost what a request costs
             self._try(model, sorted(left_out(index)))
             self._forget_counts()
@@ -115,8 +118,9 @@ class TextEncoding:
             self._encode_alone(request, pictures, self.cache, self._max_sequence_length)
         self._forget_counts()
 
-    def recall(self, request: GenerationRequest, pictures: InputPictures | None = None) -> Encodings | None:
-        """What `encode` returns, if no text encoder need run for it. Thread-safe; takes a millisecond or so."""
+    def recall(self, request: GenerationRequest, pictures: InputPictures | None = None) -> Encoded | None:
+        """What `encode_together` returns, if no text encoder need run for it. Thread-safe; takes a millisecond or
+        so."""
 
         def answer(name: str, _method: Method, key: Hashable, _args: Any, _kwargs: Any) -> Any:
             value = self.cache.get(key)
@@ -135,15 +139,16 @@ class TextEncoding:
 
     def encode(self, request: GenerationRequest, pictures: InputPictures | None = None) -> Encodings:
         """What the pipeline's encoding methods return for a request, on the CPU. Raises NotFinite, WrongField."""
-        return _raised(self.encode_together([(request, pictures)]))
+        return _raised(self.encode_together([(request, pictures)])).encodings
 
     def encode_together(
         self, asked: Sequence[tuple[GenerationRequest, InputPictures | None]]
-    ) -> list[Encodings | Exception]:
-        """For each what `encode` returns or raises. Forwards of one shape are merged; equal ones run once."""
+    ) -> list[Encoded | Exception]:
+        """For each what `encode` returns, and warnings, or what it raises. Forwards of one shape are merged; equal
+        ones run once."""
         made, length = Together(self.cache), self._max_sequence_length
 
-        def encode(request: GenerationRequest, pictures: InputPictures | None, ask: Ask) -> Encodings:
+        def encode(request: GenerationRequest, pictures: InputPictures | None, ask: Ask) -> Encoded:
             opened = open_pictures(pictures, request.size)
             try:
                 return self._encode(request, opened, made, length, ask)
@@ -184,7 +189,7 @@ class TextEncoding:
         _raised(self._in_step([partial(self._encode, request, pictures, Together(cache), length)]))
 
     @torch.no_grad()
-    def _in_step(self, calls: Sequence[Callable[[Ask], Encodings]]) -> list[Encodings | Exception]:
+    def _in_step(self, calls: Sequence[Callable[[Ask], Encoded]]) -> list[Encoded | Exception]:
         """Text encoders run in this thread, all else of each call in one of its own."""
 
         def answer(questions: Sequence[EncoderForward | None]) -> list[Any]:
@@ -200,8 +205,9 @@ class TextEncoding:
     @torch.no_grad()
     def _encode(
         self, request: GenerationRequest, pictures: Pictures, made: Together, length: int | None, ask: Ask
-    ) -> Encodings:
+    ) -> Encoded:
         call, recalls, is_shared = self._calls.of(request), True, True
+        watch = TokenizerWatch(self._pipe, request.prompt)
 
         def answer(name: str, method: Method, key: Hashable, args: Any, kwargs: Any) -> Any:
             nonlocal is_shared
@@ -211,20 +217,26 @@ class TextEncoding:
                     raise _NotCached
                 self.num_forwards += 1
                 is_shared = False
+                if self._weighting is not None and request.prompt.is_weighted:
+                    method = self._weighting.weighed(method)
                 with made.making(key):
                     value = to_cpu(method(*args, **kwargs))
                     for tensor in each_tensor(value):
                         self.finite.check(tensor, partial(self._explain, name))
                     kept = call.kept(name, value)
-                    made.put(key, kept, num_bytes(kept))
+                    readings = watch.take(kwargs, value)
+                    made.put(key, (kept, readings), num_bytes(kept))
+                    return value, readings
             return value
 
         with self.keeper.naming(), using_adapters(self.adapters, request.adapters) as adapters:
             encoders = stand_ins(self._models, ask, adapters)
+            if not request.prompt.is_weighted:  # else all is read
+                encoders |= watch.components
             with suppress(_NotCached):
-                encodings = self._run(request, pictures, encoders, answer, length, adapters)
+                encoded = self._run(request, pictures, encoders, answer, length, adapters)
                 self.num_shared += is_shared
-                return encodings
+                return encoded
             recalls = False  # what the connectors read was kept without its values
             return self._run(request, pictures, encoders, answer, length, adapters)
 
@@ -236,14 +248,16 @@ class TextEncoding:
         answer: Callable[..., Any],
         max_sequence_length: int | None,
         adapters: Applied,
-    ) -> Encodings:
-        """encoders: what stands for text encoders, by name.
-        answer: (name of an encoding method, the method, its call's key, its arguments) -> CPU tensors.
+    ) -> Encoded:
+        """encoders: what stands for text encoders and tokenizers, by name.
+        answer: (name of an encoding method, the method, its call's key, its arguments) -> (CPU tensors, what was
+            read where not all was).
 
         What else fails in the pipeline's call fails in the denoise stage too, which knows what to say of it.
         """
         call = self._calls.of(request)
         made: list[tuple[str, Any]] = []
+        read: list[Reading] = []
         keys: list[Hashable] = []
         failed: list[Exception] = []
 
@@ -251,14 +265,15 @@ class TextEncoding:
             def encode(*args: Any, **kwargs: Any) -> Any:
                 follows = name == CONNECTORS  # what it reads is a GiB, and follows from what was encoded before
                 given: tuple[Any, Any] = ((), {}) if follows else (args, kwargs)
-                key = call_key(f"{request.kind} {name}", *given)
-                keys.append((key, adapters, tuple(keys) if follows else ()))
+                asked = f"{request.kind} {name}{' weighted' * request.prompt.is_weighted}"
+                keys.append((call_key(asked, *given), adapters, tuple(keys) if follows else ()))
                 try:
-                    value = answer(name, method, keys[-1], args, kwargs)
+                    value, readings = answer(name, method, keys[-1], args, kwargs)
                 except Exception as error:
                     failed.append(error)
                     raise
                 made.append((name, call.kept(name, value)))
+                read.extend(readings)
                 # The rest of the call expects it there.
                 return map_tensors(lambda one: one if one.is_meta else one.to(self._device), without_shapes(value))
 
@@ -270,14 +285,14 @@ class TextEncoding:
             if error in failed:
                 raise
             log.debug("%s fails behind its text encoders: %s", call, error)
-        return tuple(made)
+        return Encoded(tuple(made), truncation_warnings(request.prompt, read))
 
     def _explain(self, name: str) -> str:
         advice = dtype_advice("encoder.dtype", resolve_dtype(self._config.dtype))
         return f"what {name} of {type(self._pipe).__name__} returned is NaN or infinite: {advice}"
 
 
-def _raised(outcomes: Sequence[Encodings | Exception]) -> Encodings:
+def _raised(outcomes: Sequence[Encoded | Exception]) -> Encoded:
     """The only one."""
     [outcome] = outcomes
     if isinstance(outcome, Exception):

@@ -49,9 +49,11 @@ class Trial:
         self._calls, self._pipe, self._blank, self._model, self._denoisers = calls, pipe, blank, model, denoisers
         self._zeros = Zeros(denoisers.skeletons)
         self._usual = default_request(model, tried_size(model.geometry))
+        self._names = [each.asked_as for each in model.schedulers]
 
-    def start(self) -> bool:
-        """A request by the defaults, of a small size. Returns whether the scheduler draws noise by itself.
+    def start(self) -> frozenset[str | None]:
+        """A request by the defaults, of a small size, by every scheduler: the checkpoint's own is None. Returns
+        which of them draw noise by themselves.
 
         Raises CannotServe.
         """
@@ -70,6 +72,25 @@ class Trial:
                 "setting, such as boundary_ratio?",
                 self._usual_call,
                 " and ".join(sorted(idle)),
+            )
+        drawing = {name for name in self._names if self._draws_with(name)}
+        return frozenset(drawing | {None} if draws.were_taken else drawing)
+
+    def _draws_with(self, scheduler: str) -> bool:
+        """Whether this scheduler draws noise by itself. Raises CannotServe."""
+        request = replace(self._usual, scheduler=scheduler)
+        draws = Draws(request.seed, CPU)
+        try:
+            made = self._run(request, draws)
+        except Exception as error:  # as in `start`
+            raise CannotServe(
+                f"model.schedulers, {scheduler}: {type(self._pipe).__name__} cannot run with it: "
+                f"{describe_cause(error)}. Leave it out"
+            ) from error
+        if not all(bool(tensor.isfinite().all()) for tensor in each_tensor(made.values)):
+            raise CannotServe(
+                f"model.schedulers, {scheduler}: the latents are NaN or infinite after "
+                f"{request.num_inference_steps} steps, whatever the model predicts: leave it out"
             )
         return draws.were_taken
 
@@ -161,6 +182,7 @@ class Trial:
         fields = {
             "num_inference_steps": replace(request, num_inference_steps=usual.num_inference_steps),
             "strength": replace(request, strength=request.strength and 1.0),
+            "scheduler": replace(request, scheduler=None),
             "guidance_scale_2": replace(request, guidance_scale_2=None),
             "num_frames": replace(request, num_frames=usual.num_frames),
             "size": replace(request, width=usual.width, height=usual.height),

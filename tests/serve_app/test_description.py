@@ -25,7 +25,8 @@ DEFAULTS = DefaultsConfig(width=64, height=64, num_inference_steps=2, num_frames
 
 
 def build(family: str) -> Relay:
-    model = ModelConfig(name="m", checkpoint=f"tiny://{family}", family=family, defaults=DEFAULTS)
+    offered = {"defaults": DEFAULTS, "schedulers": ["DDIMScheduler"], "prompt_weighting": family == "sdxl"}
+    model = ModelConfig(name="m", checkpoint=f"tiny://{family}", family=family, **offered)
     return Relay(with_geometry(model), LIMITS, None, None, None)
 
 
@@ -80,6 +81,11 @@ ANY: list[dict[str, Any]] = [
     {"seed": 2**63 - 1},
     {"seed": 2**63},
     {"seed": 1.5},
+    {"scheduler": "DDIMScheduler"},
+    {"scheduler": "DDPMScheduler"},
+    {"scheduler": None},
+    {"prompt_weighting": True},
+    {"prompt_weighting": False},
     {"user": "somebody"},
     {"user": 1},
     {"colour": "red"},
