@@ -1,6 +1,7 @@
 """What clients may want to know of a served model before they ask for a picture."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Literal, get_args
 
 from pydantic import BaseModel, Field
@@ -116,7 +117,10 @@ class ModelCard(BaseModel):
 
 
 def model_card(
-    model: ModelConfig, created: int, limits: LimitsConfig, adapters: Mapping[str, AdapterConfig]
+    model: ModelConfig,
+    created: int,
+    limits: LimitsConfig,
+    adapters: Mapping[str, AdapterConfig] = MappingProxyType({}),
 ) -> ModelCard:
     """What its config, its checkpoint and its family say, in this order. adapters: those that there are now."""
     family, own, size, geometry = model.architecture, model.request_defaults, model.default_size, model.geometry

@@ -12,6 +12,7 @@ from cluster.message import Message, pack, unpack
 from deployments.checkpoints.source import fetch_checkpoint
 from deployments.checkpoints.tiny.names import TINY_FAMILIES, TINY_MODULES
 from deployments.config import TransformerConfig
+from deployments.engine.adapters import AdapterLayers
 from deployments.engine.blocks import NO_CHAINS, block_names, shape_only_inputs
 from deployments.engine.load import LoadedRank
 from deployments.engine.merge import build_mergers
@@ -94,7 +95,9 @@ def run_chain(shards: list[Shard], forward: Recorded) -> Any:
     """As the ranks do it, with everything that crosses on the wire."""
     name = forward.component
     mergers = build_mergers({name: forward.model})
-    ranks = [LoadedRank({name: shard}, Keeper({}, TransformerConfig(), CPU)) for shard in shards]
+    ranks = [
+        LoadedRank({name: shard}, Keeper({}, TransformerConfig(), CPU), AdapterLayers({}, CPU)) for shard in shards
+    ]
     leader = Leader(ranks[0], mergers, Outliner(), {name: shape_only_inputs(forward.model)})
     crossed: Any = leader.run(name, [forward.inputs], ())
     for rank in ranks[1:]:

@@ -16,6 +16,7 @@ from cluster.ring import Ring
 from cluster.transport import GroupTransport, join_store, open_store
 from deployments.checkpoints.source import fetch_checkpoint
 from deployments.config import EncoderConfig, ModelConfig, TransformerConfig
+from deployments.engine.adapters import AdapterLayers
 from deployments.engine.engine import Engine
 from deployments.engine.load import LoadedRank, load_rank, open_denoisers
 from deployments.engine.merge import Merger, Mergers, build_mergers
@@ -239,7 +240,10 @@ def test_each_request_gets_all_that_the_model_returns(open_engine: Open, name: s
         load_shard(model_class, folder, "transformer", blocks=blocks, dtype=torch.float32)
         for blocks in [(0, 1), (1, 3)]
     ]
-    parts = [LoadedRank({"transformer": shard}, Keeper({}, TransformerConfig(), CPU)) for shard in shards]
+    parts = [
+        LoadedRank({"transformer": shard}, Keeper({}, TransformerConfig(), CPU), AdapterLayers({}, CPU))
+        for shard in shards
+    ]
     mergers = build_mergers({"transformer": recorded[0][0].model})
     engine = open_engine(parts, mergers=mergers, batch_wait_ms=1000)
     begin = threading.Barrier(len(recorded))

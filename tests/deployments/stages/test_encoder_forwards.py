@@ -12,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from deployments.checkpoints.geometry import with_geometry
 from deployments.checkpoints.source import with_family
 from deployments.config import EncoderConfig, ModelConfig
+from deployments.engine.adapters import AdapterLayers
 from deployments.request import Encodings, GenerationRequest, Prompt
 from deployments.stages.encode import TextEncoding
 from deployments.stages.encoder_forwards import EncoderForward, EncoderForwards
@@ -121,7 +122,7 @@ def forwards(model: nn.Module, *ids: list[int], **inputs: Any) -> list[EncoderFo
 
 
 def run(asked: list[EncoderForward]) -> tuple[list[Any], dict[int, int]]:
-    runner = EncoderForwards(nullcontext)
+    runner = EncoderForwards(nullcontext, AdapterLayers({}, torch.device("cpu")))
     return runner.run(asked), dict(runner.batch_sizes)
 
 
