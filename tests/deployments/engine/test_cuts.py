@@ -12,7 +12,7 @@ from cluster.message import Message, pack, unpack
 from deployments.checkpoints.source import fetch_checkpoint
 from deployments.checkpoints.tiny.names import TINY_FAMILIES, TINY_MODULES
 from deployments.config import TransformerConfig
-from deployments.engine.adapters import AdapterLayers
+from deployments.engine.adapters import NO_ADAPTERS, AdapterLayers
 from deployments.engine.blocks import NO_CHAINS, block_names, shape_only_inputs
 from deployments.engine.load import LoadedRank
 from deployments.engine.merge import build_mergers
@@ -99,7 +99,7 @@ def run_chain(shards: list[Shard], forward: Recorded) -> Any:
         LoadedRank({name: shard}, Keeper({}, TransformerConfig(), CPU), AdapterLayers({}, CPU)) for shard in shards
     ]
     leader = Leader(ranks[0], mergers, Outliner(), {name: shape_only_inputs(forward.model)})
-    crossed: Any = leader.run(name, [forward.inputs], ())
+    crossed: Any = leader.run(name, [forward.inputs], (), (NO_ADAPTERS,))
     for rank in ranks[1:]:
         crossed = Follower(rank, mergers, Holder(CPU)).run(over_the_wire(crossed))
     return crossed

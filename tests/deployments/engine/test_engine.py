@@ -121,7 +121,7 @@ class Part:
         self.asked: list[tuple[str, int]] = []
         """For which of the models, and how many forwards as one."""
 
-    def run(self, component: str, inputs: Any, boundary: Any = None) -> Any:
+    def run(self, component: str, inputs: Any, boundary: Any = None, rows: Any = ()) -> Any:
         self.asked.append((component, len(inputs["hidden_states"])))
         self.seen.append(weakref.ref(inputs["embeds"]))
         time.sleep(inputs.get("sleep_s", 0.0))
