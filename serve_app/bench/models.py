@@ -14,8 +14,8 @@ from deployments.warm_up import default_request
 
 
 def bench_model(name: str, folder: Path) -> ModelConfig:
-    """name: "tiny", the tiny FLUX at 64 x 64; "100M", one of so many parameters at 256 x 256; "VAE", the tiny one but
-    for its VAE, a quarter as wide as the published one; or a checkpoint."""
+    """name: "tiny", the tiny FLUX at 64 x 64; "100M", one of so many parameters at 256 x 256; "VAE", with a
+    VAE of a quarter of the published widths; or a checkpoint."""
     checkpoint, size = name, None
     if name == "tiny":
         checkpoint, size = "tiny://flux", 64
