@@ -41,7 +41,11 @@ def run(*, model: str, size: int, tile: int, num_rounds: int, json_file: Path | 
     """
     with tempfile.TemporaryDirectory() as folder, private_serve(), Progress() as progress:
         served = bench_model(model, Path(folder))
-        handles = [_serve(served, tile, num_replicas) for num_replicas in REPLICAS]
+        targets = [
+            serve.RunTarget(_application(served, tile, number), name=f"tiles over {number}", route_prefix=None)
+            for number in REPLICAS
+        ]
+        handles: Sequence[Any] = serve.run_many(targets)
         request = replace(bench_request(served, 1), width=size, height=size)
         rng = torch.Generator().manual_seed(0)
         side = size // PIXELS_PER_LATENT
@@ -57,7 +61,7 @@ def run(*, model: str, size: int, tile: int, num_rounds: int, json_file: Path | 
     report("one tiled decode over replicas of the VAE", _rows(size, tile, times, files), json_file)
 
 
-def _serve(model: ModelConfig, tile: int, num_replicas: int) -> Any:
+def _application(model: ModelConfig, tile: int, num_replicas: int) -> serve.Application:
     config = VaeConfig.model_validate(
         {
             "num_cpus": 0.1,
@@ -68,7 +72,7 @@ def _serve(model: ModelConfig, tile: int, num_replicas: int) -> Any:
         }
     )
     vae = serve.deployment(Vae).options(**plan_serve_options(config, graceful_shutdown_timeout_s=5.0))
-    return serve.run(vae.bind(model, config), name=f"tiles over {num_replicas}", route_prefix=None)
+    return vae.bind(model, config)
 
 
 def _rows(size: int, tile: int, times: Sequence[Sequence[float]], files: Sequence[bytes]) -> list[Row]:
