@@ -26,6 +26,8 @@ HEAD_NODE = {"node:__internal_head__": 0.001}
 HEALTH_CHECKS = {"health_check_period_s": 2.0, "health_check_timeout_s": 10.0}
 """Three that fail make an unhealthy replica: 6 s after it said so, half a minute after it hung."""
 
+SESSION_ROUTER = "cluster.session_router.SessionRouter"
+
 METRICS_INTERVAL_S = 1.0
 LOOK_BACK_S = 5.0
 """Serve's own 10 and 30 s would see a burst of short requests when it is over."""
@@ -37,6 +39,7 @@ def plan_serve_options(
     graceful_shutdown_timeout_s: float,
     num_shards: int = 1,
     reports_load: bool = False,
+    has_sessions: bool = False,
     preload: list[str] | None = None,
 ) -> dict[str, Any]:
     """Keyword arguments of `Deployment.options` for one stage.
@@ -47,6 +50,7 @@ def plan_serve_options(
     Args:
         graceful_shutdown_timeout_s: how long a replica that is no longer wanted may work on its last requests.
         reports_load: whether the replicas say how busy they are (autoscaling.py), or Serve counts requests.
+        has_sessions: whether calls of one `session_id` are to meet in one replica, while it has room.
         preload: what a fork server imports for them (preload.py).
     """
     options: dict[str, Any] = {
@@ -60,6 +64,8 @@ def plan_serve_options(
         },
         **_plan_replicas(resources, reports_load),
     }
+    if has_sessions and resources.max_replicas > 1:
+        options["request_router_config"] = {"request_router_class": SESSION_ROUTER}
     if num_shards == 1 and resources.label_selector:
         options["ray_actor_options"]["label_selector"] = resources.label_selector
     if num_shards > 1:

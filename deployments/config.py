@@ -276,6 +276,11 @@ class StageConfig(MemoryConfig, ResourceConfig):
         return False
 
     @property
+    def has_sessions(self) -> bool:
+        """Whether requests that have much in common are to meet in one replica."""
+        return False
+
+    @property
     def num_threads(self) -> int:
         """CPU threads of one torch operation. What Ray reserves is what is used, so stages do not fight."""
         return self.torch_threads or max(1, int(self.num_cpus))
@@ -323,6 +328,11 @@ class EncoderConfig(SpreadConfig):
         description="prompts that wait, encoded as one batch, where they have as many tokens; 1: each alone; "
         "None: 8 on a GPU, on the CPU or with compile 1",
     )
+
+    @property
+    def has_sessions(self) -> bool:
+        """What a replica has encoded, or is encoding, none of the others encodes."""
+        return True
 
     @property
     def batch_size(self) -> int:

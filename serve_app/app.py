@@ -58,6 +58,7 @@ def compose_app(config: AppConfig) -> Application:
             graceful_shutdown_timeout_s=timeout_s,
             num_shards=stage_config.num_ranks,
             reports_load=stage_config.reports_load,
+            has_sessions=stage_config.has_sessions,
             preload=plan_preload(model, stage_config),
         )
         return serve.deployment(deployment).options(**options).bind(model, stage_config, warm_up)

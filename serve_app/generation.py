@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from deployments.encoder_session import encoder_session
 from deployments.request import (
     NO_NEWS,
     NOTHING_PREPARED,
@@ -162,7 +163,10 @@ async def _draw(
     tell: Callable[[Event], None],
 ) -> None:
     given = None if pictures is None else reference(pictures)  # one for all calls
-    prompts = {request.prompt: SharedInputs(stages, request, given) for request in requests}
+    prompts = {
+        request.prompt: SharedInputs(stages, request, given, encoder_session(request, pictures))
+        for request in requests
+    }
 
     async def picture(index: int, request: GenerationRequest) -> None:
         inputs = prompts[request.prompt]
@@ -215,16 +219,17 @@ class Inputs:
 class SharedInputs:
     """Asked for once, passed on un-awaited, and asked for again when they are lost."""
 
-    def __init__(self, stages: Stages, request: GenerationRequest, pictures: Any) -> None:
-        """pictures: a reference to those that go in, or None."""
+    def __init__(self, stages: Stages, request: GenerationRequest, pictures: Any, session_id: str) -> None:
+        """pictures: a reference to those that go in, or None. session_id: of the encoder."""
         self._stages, self._request, self._pictures = stages, request, pictures
+        self._session_id = session_id
         self._current: Inputs | None = None
 
     @property
     def current(self) -> Inputs:
         if self._current is None:
             request, pictures = self._request, self._pictures
-            encoder = self._stages.encoder
+            encoder = self._stages.encoder.options(session_id=self._session_id)
             if pictures is None:
                 conditioning = encoder.encode.remote(request)
                 prepared: Any = NOTHING_PREPARED

@@ -22,6 +22,7 @@ RAY_FILES = {
     "cluster/peers.py",
     "cluster/preload.py",
     "cluster/replica_port.py",
+    "cluster/session_router.py",
     "cluster/shard_group.py",
     "cluster/termination.py",
     "serve_app/app.py",

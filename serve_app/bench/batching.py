@@ -35,19 +35,19 @@ NUM_IN_TURN = 8
 def run(*, loads: Mapping[str, tuple[int, int]], concurrencies: Sequence[int], json_file: Path | None) -> None:
     """loads: by model ("tiny" or "100M"), requests in all and steps per request.
 
-    Rows of `model` (or its text encoders), `concurrency`, `merging`, `requests_per_s`, `p50_s`, `p99_s`."""
+    Rows of `model` (or its text encoders), `concurrency`, `merging`, `requests_per_s`, `speedup` over merging off,
+    `p50_s`, `p99_s`."""
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder, Progress() as progress, private_serve():
         task = progress.add_task("batching", total=len(loads) * len(concurrencies))
         for model, load in loads.items():
             with _serving(model, Path(folder)) as handles:
                 for concurrency in concurrencies:
-                    rows += [{"model": model, **row} for row in _measure(handles, concurrency, *load)]
+                    rows += _measure(model, handles, concurrency, *load)
                     progress.advance(task)
             config = bench_model(model, Path(folder))
-            rows += [
-                row for concurrency in concurrencies for row in _measure_prompts(config, concurrency, load[0])
-            ]
+            for concurrency in concurrencies:
+                rows += _measure_prompts(config, concurrency, load[0])
     report("requests per second, merging forwards of concurrent requests", rows, json_file)
 
 
@@ -66,7 +66,9 @@ def _serving(model: str, folder: Path) -> Iterator[dict[str, Any]]:
         serve.delete(way)
 
 
-def _measure(handles: Mapping[str, Any], concurrency: int, num_requests: int, steps: int) -> Iterator[Row]:
+def _measure(
+    model: str, handles: Mapping[str, Any], concurrency: int, num_requests: int, steps: int
+) -> Iterator[Row]:
     """A row for each way. They take turns, so that a drifting machine is fair to all."""
     times: dict[str, list[float]] = {way: [] for way in handles}
     elapsed_s = dict.fromkeys(handles, 0.0)
@@ -77,11 +79,20 @@ def _measure(handles: Mapping[str, Any], concurrency: int, num_requests: int, st
             start = time.perf_counter()
             times[way] += asyncio.run(_ask(handle, concurrency, range(first, first + NUM_IN_TURN), steps))
             elapsed_s[way] += time.perf_counter() - start
+    yield from _rows(model, concurrency, times, elapsed_s)
+
+
+def _rows(
+    model: str, concurrency: int, times: Mapping[str, Sequence[float]], elapsed_s: Mapping[str, float]
+) -> Iterator[Row]:
+    rates = {way: len(of) / elapsed_s[way] for way, of in times.items()}
     for way, of in times.items():
         yield {
+            "model": model,
             "concurrency": concurrency,
             "merging": way,
-            "requests_per_s": len(of) / elapsed_s[way],
+            "requests_per_s": rates[way],
+            "speedup": rates[way] / rates["off"],
             "p50_s": statistics.median(of),
             "p99_s": sorted(of)[min(len(of) - 1, round(0.99 * len(of)))],
         }
@@ -108,6 +119,7 @@ def _measure_prompts(model: ModelConfig, concurrency: int, num_prompts: int) -> 
     request = bench_request(model, 1)
     sizes = {"on": concurrency, "off": 1}
     times: dict[str, list[float]] = {way: [] for way in sizes}
+    elapsed_s = dict.fromkeys(sizes, 0.0)
     for first in range(-concurrency, num_prompts, concurrency):
         asked = [
             (replace(request, prompt=replace(request.prompt, text=f"prompt {first + i}")), None)
@@ -115,19 +127,14 @@ def _measure_prompts(model: ModelConfig, concurrency: int, num_prompts: int) -> 
         ]
         for way, size in sizes.items():
             start = time.perf_counter()
+            done_s: list[float] = []
             for begin in range(0, concurrency, size):
                 stage.encode_together(asked[begin : begin + size])
-                if first >= 0:  # the first are to warm up
-                    times[way] += [time.perf_counter() - start] * size
-    for way, of in times.items():
-        yield {
-            "model": f"{model.name}, text encoders",
-            "concurrency": concurrency,
-            "merging": way,
-            "requests_per_s": len(of) / sum(max(of[i : i + concurrency]) for i in range(0, len(of), concurrency)),
-            "p50_s": statistics.median(of),
-            "p99_s": sorted(of)[min(len(of) - 1, round(0.99 * len(of)))],
-        }
+                done_s += [time.perf_counter() - start] * size
+            if first >= 0:  # the first are to warm up
+                times[way] += done_s
+                elapsed_s[way] += done_s[-1]
+    yield from _rows(f"{model.name}, text encoders", concurrency, times, elapsed_s)
 
 
 def _config(model: str, folder: Path, max_batch_size: int) -> AppConfig:

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 
 from deployments.checkpoints.geometry import with_geometry
 from deployments.checkpoints.source import fetch_checkpoint, with_family
@@ -14,12 +14,15 @@ from deployments.warm_up import default_request
 
 
 def bench_model(name: str, folder: Path) -> ModelConfig:
-    """name: "tiny", the tiny FLUX at 64 x 64; "100M", one of so many parameters at 256 x 256; or a checkpoint."""
+    """name: "tiny", the tiny FLUX at 64 x 64; "100M", one of so many parameters at 256 x 256; "VAE", with a
+    VAE of a quarter of the published widths; or a checkpoint."""
     checkpoint, size = name, None
     if name == "tiny":
         checkpoint, size = "tiny://flux", 64
     elif name == "100M":
         checkpoint, size = str(_write_medium_flux(folder / name)), 256
+    elif name == "VAE":
+        checkpoint, size = str(_write_flux_with_medium_vae(folder / name)), 256
     defaults = {"width": size, "height": size}
     model = ModelConfig.model_validate({"name": name, "checkpoint": checkpoint, "defaults": defaults})
     return with_geometry(with_family(model))
@@ -48,5 +51,14 @@ def _write_medium_flux(folder: Path) -> Path:
             "axes_dims_rope": (16, 24, 24),
         }
         tiny.transformer = FluxTransformer2DModel.from_config(settings)
+        tiny.save_pretrained(folder)
+    return folder
+
+
+def _write_flux_with_medium_vae(folder: Path) -> Path:
+    if not folder.exists():
+        tiny = FluxPipeline.from_pretrained(fetch_checkpoint("tiny://flux", ()))
+        widths = {"block_out_channels": (32, 64, 128, 128), "layers_per_block": 2, "norm_num_groups": 32}
+        tiny.vae = AutoencoderKL.from_config(dict(tiny.vae.config) | widths)
         tiny.save_pretrained(folder)
     return folder

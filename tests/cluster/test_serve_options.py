@@ -6,20 +6,24 @@ import pytest
 from ray import serve
 from ray._raylet import RAY_NODE_ACCELERATOR_TYPE_KEY
 from ray.runtime_env import RuntimeEnv
-from ray.serve.config import AutoscalingConfig
+from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
 from cluster.autoscaling import load_policy
 from cluster.preload import PreloadPlugin
 from cluster.resources import ACCELERATOR_LABEL, ResourceConfig
 from cluster.serve_options import GPU_ENV, STAGE_ENV, plan_serve_options
+from cluster.session_router import SessionRouter
 
 
-def plan(num_shards: int = 1, *, reports_load: bool = False, **resources: Any) -> dict[str, Any]:
+def plan(
+    num_shards: int = 1, *, reports_load: bool = False, has_sessions: bool = False, **resources: Any
+) -> dict[str, Any]:
     return plan_serve_options(
         ResourceConfig(**resources),
         graceful_shutdown_timeout_s=90.0,
         num_shards=num_shards,
         reports_load=reports_load,
+        has_sessions=has_sessions,
     )
 
 
@@ -54,6 +58,13 @@ def test_requests_are_counted_unless_the_replicas_report_their_load() -> None:
     reported = AutoscalingConfig(**plan(max_replicas=2, reports_load=True)["autoscaling_config"])
     assert counted.policy.is_default_policy_function()
     assert reported.policy.get_policy().__qualname__ == load_policy.__qualname__
+
+
+def test_calls_of_one_session_go_to_one_replica_where_that_is_asked_for() -> None:
+    assert "request_router_config" not in plan(max_replicas=2)
+    assert "request_router_config" not in plan(has_sessions=True)  # one is always the same
+    router = RequestRouterConfig(**plan(has_sessions=True, max_replicas=2)["request_router_config"])
+    assert router.get_request_router_class().__name__ == SessionRouter.__name__
 
 
 def test_a_burst_is_noticed_within_seconds() -> None:
@@ -109,7 +120,7 @@ def test_who_asks_for_no_gpu_sees_none() -> None:
         plan(),
         plan(min_replicas=0, max_replicas=2),
         plan(num_shards=2, num_gpus=0.5),
-        plan(num_shards=2, num_gpus=1, max_replicas=3, reports_load=True),
+        plan(num_shards=2, num_gpus=1, max_replicas=3, reports_load=True, has_sessions=True),
         plan(num_gpus=1, accelerator_type="H100"),
         plan(num_shards=2, num_gpus=1, labels={"zone": "!b"}),
     ],

@@ -74,6 +74,10 @@ class Calls:
 class EncodeHandle(Calls):
     encode = property(lambda self: self)
 
+    def options(self, *, session_id: str) -> "EncodeHandle":
+        self.session_id = session_id
+        return self
+
     def remote(self, prompt: Prompt) -> str:
         self.start(prompt)
         return f"conditioning {len(self.arguments)}"
@@ -216,6 +220,18 @@ def test_every_prompt_of_a_request_is_encoded_once_for_all_its_pictures() -> Non
     news(encoder, transformer, DecodeHandle(), requests=requests)
     assert [request.prompt for request in encoder.arguments] == [REQUEST.prompt, dog]
     assert transformer.arguments == ["conditioning 1", "conditioning 1", "conditioning 2"]
+
+
+def test_the_encoder_is_told_which_prompts_are_the_same() -> None:
+    """By which they meet in one replica."""
+
+    def session_id(request: GenerationRequest) -> str:
+        encoder = EncodeHandle()
+        news(encoder, DenoiseHandle(), DecodeHandle(), requests=[request])
+        return encoder.session_id
+
+    other = replace(REQUEST, prompt=Prompt("a dog", None, False))
+    assert session_id(REQUEST) == session_id(replace(REQUEST, seed=1)) != session_id(other)
 
 
 def test_partial_pictures_are_told_in_order_before_the_picture() -> None:

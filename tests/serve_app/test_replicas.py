@@ -1,7 +1,7 @@
 """Several replicas of every stage.
 
-The pictures of a request are spread over those of the transformer, on one device by turns; tiles of a large
-picture are decoded by all of the VAE's.
+The pictures of a request are spread over those of the transformer, on one device by turns; a prompt is encoded by
+one of the encoder's; tiles of a large picture are decoded by all of the VAE's.
 """
 
 import asyncio
@@ -11,6 +11,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from deployments.checkpoints.geometry import with_geometry
 from deployments.config import EncoderConfig, ModelConfig, StageConfig, TransformerConfig, VaeConfig
 from deployments.encoder import Encoder
 from deployments.request import DecodeArguments, GenerationRequest, Prompt
-from deployments.stats import TransformerStats, VaeStats
+from deployments.stats import EncoderStats, TransformerStats, VaeStats
 from deployments.transformer import Transformer
 from deployments.vae import Vae
 from deployments.warm_up import WarmUp
@@ -57,7 +58,7 @@ def app(flux_app: App) -> Iterator[App]:
     warm_up = WarmUp(plan_warm_up(MODEL, LimitsConfig()), TEXT_TOKENS)
 
     def stage(deployment: type, config: StageConfig) -> Any:
-        options = plan_serve_options(config, graceful_shutdown_timeout_s=5.0)
+        options = plan_serve_options(config, graceful_shutdown_timeout_s=5.0, has_sessions=config.has_sessions)
         return serve.deployment(deployment).options(**options).bind(MODEL, config, warm_up)
 
     stages = [
@@ -134,6 +135,31 @@ def test_replicas_on_one_device_have_their_weights_there_by_turns(app: App) -> N
         assert memory.turns is not None
         assert memory.turns.num_turns >= 2  # the first was for warming up
         assert memory.turns.arriving_s > 0
+
+
+def encoders(app: App) -> list[EncoderStats]:
+    return both(app, "Encoder", lambda stats: stats.pid)
+
+
+def test_what_one_encoder_has_encoded_the_other_does_not(app: App) -> None:
+    before = sum(stats.num_forwards for stats in encoders(app))
+    for prompt in ("a lamp", "a boat", "a lamp", "a boat", "a lamp", "a boat"):
+        draw(app, prompt)
+    assert sum(stats.num_forwards for stats in encoders(app)) - before == 2
+    with ThreadPoolExecutor(10) as threads:
+        list(threads.map(lambda _: draw(app, "many boats"), range(10)))
+    app.handle.generate.remote(prompt=["a pond", "a lamp", "a pond", "a boat"]).result()
+    assert sum(stats.num_forwards for stats in encoders(app)) - before == 4
+
+
+def test_a_prompt_whose_encoder_is_killed_is_encoded_by_the_other(app: App) -> None:
+    before = {stats.pid: stats.num_forwards for stats in encoders(app)}
+    picture = draw(app, "a lighthouse")
+    [own] = [stats.pid for stats in encoders(app) if stats.num_forwards > before[stats.pid]]
+    with ThreadPoolExecutor(6) as threads:
+        drawn = threads.map(lambda i: draw(app, ("a lighthouse", f"a rock {i}")[i % 2]), range(6))
+        os.kill(own, signal.SIGKILL)
+        assert all(np.array_equal(other, picture) for other in list(drawn)[::2])
 
 
 LATENTS = DecodeArguments.of(torch.randn(1, 16, 96, 96, generator=torch.Generator().manual_seed(0)))

@@ -35,7 +35,7 @@ def app(serve_url: str) -> Iterator[App]:
                     "defaults": {"width": 64, "height": 64, "num_inference_steps": 4},
                 },
                 "encoder": RESOURCES | {"max_sequence_length": 64},
-                "transformer": RESOURCES | {"context_parallel": 2},
+                "transformer": RESOURCES | {"shards": 2, "context_parallel": 2},
                 "vae": RESOURCES,
                 "ingress": {"num_replicas": 1},
             }
@@ -52,17 +52,20 @@ def ranks(app: App) -> tuple[Any, ...]:
     return tuple(app.deployment("Transformer").stats.remote().result().ranks)
 
 
-def test_both_ranks_compute_every_micro_batch_and_hold_all_weights(app: App) -> None:
+def test_both_ranks_of_a_shard_compute_every_micro_batch_and_hold_its_weights(app: App) -> None:
     assert draw(app).status_code == 200
-    one, other = ranks(app)
-    assert one.num_micro_batches == other.num_micro_batches > 0
-    assert one.memory.weights_bytes == other.memory.weights_bytes
-    assert one.blocks == other.blocks
-    assert one.pid != other.pid
+    all_ranks = ranks(app)
+    assert len({rank.pid for rank in all_ranks}) == 4
+    assert len({rank.num_micro_batches for rank in all_ranks}) == 1
+    for one, other in (all_ranks[:2], all_ranks[2:]):
+        assert one.num_micro_batches > 0
+        assert one.memory.weights_bytes == other.memory.weights_bytes
+        assert one.blocks == other.blocks
+    assert all_ranks[0].blocks != all_ranks[2].blocks
 
 
-@pytest.mark.parametrize("lost", [0, 1])
-def test_a_request_survives_the_death_of_either_rank(app: App, lost: int) -> None:
+@pytest.mark.parametrize("lost", [0, 1, 2, 3])
+def test_a_request_survives_the_death_of_any_rank(app: App, lost: int) -> None:
     """The replica goes with it; the ingress asks its successor, and the picture is the same."""
     before, pids = draw(app), {rank.pid for rank in ranks(app)}
     answers: list[httpx.Response] = []
