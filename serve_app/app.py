@@ -9,14 +9,14 @@ from ray.serve.exceptions import RayServeException
 
 from cluster.nodes import is_alone
 from cluster.serve_options import HEAD_NODE, HEALTH_CHECKS, plan_serve_options
-from deployments.config import StageConfig
+from deployments.config import ModelConfig, StageConfig
 from deployments.encoder import Encoder
 from deployments.stages.preload import plan_preload
 from deployments.transformer import Transformer
 from deployments.vae import Vae
 from deployments.warm_up import WarmUp
-from serve_app.config import AppConfig, ConfigError, parse_app_config
-from serve_app.config_check import check_defaults, plan_warm_up
+from serve_app.config import AppConfig, ConfigError, ServedModelConfig, deployed_name, parse_app_config
+from serve_app.config_check import check_requests, plan_warm_up
 from serve_app.files import check_files, resolve_family
 from serve_app.ingress import Ingress
 from serve_app.room import check_room
@@ -40,35 +40,40 @@ def build_app(args: AppConfig | Mapping[str, Any]) -> Application:
 
 
 def compose_app(config: AppConfig) -> Application:
-    """The four deployments of one served checkpoint.
+    """The ingress, and three deployments of each served model.
 
     Raises ConfigError, also if files are not whole, or the cluster has too few CPUs or GPUs or too small ones.
     """
     config = resolve_family(config)
-    model, timeout_s = config.model.with_vae_dtype(config.vae.dtype), config.limits.request_timeout_s
-    check_defaults(model, config.limits)
+    check_requests(config)
     if is_alone():
         check_files(config)
     check_room(config)
-    warm_up = WarmUp(plan_warm_up(model, config.limits), config.encoder.max_sequence_length)
+    models = []
+    for served in config.served:
+        with config.naming(served):
+            models.append(_bind(served, config))
+    return build_ingress(config).bind(config.limits, *models)
+
+
+def _bind(served: ServedModelConfig, config: AppConfig) -> tuple[ModelConfig, tuple[Application, ...]]:
+    """What the ingress is told of one model."""
+    model = served.model.with_vae_dtype(served.vae.dtype)
+    warm_up = WarmUp(plan_warm_up(model, config.limits), served.encoder.max_sequence_length)
+    suffix = "" if config.is_one else f"_{deployed_name(served.name)}"
 
     def stage(deployment: type, stage_config: StageConfig) -> Application:
         options = plan_serve_options(
             stage_config,
-            graceful_shutdown_timeout_s=timeout_s,
+            graceful_shutdown_timeout_s=config.limits.request_timeout_s,
             num_shards=stage_config.num_ranks,
             reports_load=stage_config.reports_load,
             preload=plan_preload(model, stage_config),
         )
-        return serve.deployment(deployment).options(**options).bind(model, stage_config, warm_up)
+        named = serve.deployment(deployment).options(name=deployment.__name__ + suffix, **options)
+        return named.bind(model, stage_config, warm_up)
 
-    return build_ingress(config).bind(
-        model,
-        config.limits,
-        stage(Encoder, config.encoder),
-        stage(Transformer, config.transformer),
-        stage(Vae, config.vae),
-    )
+    return model, (stage(Encoder, served.encoder), stage(Transformer, served.transformer), stage(Vae, served.vae))
 
 
 def build_ingress(config: AppConfig) -> Deployment:
@@ -88,5 +93,5 @@ def build_ingress(config: AppConfig) -> Deployment:
 
 
 def build_validator(config: AppConfig) -> Validator:
-    """What this app's ingress will judge requests by."""
-    return Validator(resolve_family(config).model, config.limits)
+    """What this app's ingress will judge requests for the first model by."""
+    return Validator(resolve_family(config).served[0].model, config.limits)

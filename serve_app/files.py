@@ -7,16 +7,24 @@ from deployments.checkpoints.geometry import with_geometry
 from deployments.checkpoints.integrity import find_offload_faults, find_stage_faults
 from deployments.checkpoints.source import is_tiny, local_folder, with_family
 from deployments.config import ModelConfig
-from serve_app.config import AppConfig, ConfigError
+from serve_app.config import AppConfig, ConfigError, ServedModelConfig
 
 STAGES: dict[str, Stage] = {"encoder": "encode", "transformer": "denoise", "vae": "decode"}
 """By their names in a config."""
 
 
 def resolve_family(config: AppConfig) -> AppConfig:
-    """The same, the model's family as said or as the checkpoint says, and its sizes. Raises ConfigError."""
+    """The same, each model's family as said or as its checkpoint says, and its sizes. Raises ConfigError."""
+    models = []
+    for served in config.served:
+        with config.naming(served):
+            models.append(_resolved(served))
+    return config.serving(models)
+
+
+def _resolved(served: ServedModelConfig) -> ServedModelConfig:
     try:
-        return config.model_copy(update={"model": with_geometry(with_family(config.model))})
+        return served.model_copy(update={"model": with_geometry(with_family(served.model))})
     except (ValueError, OSError) as error:
         raise ConfigError(f"model.checkpoint: {error}") from error
 
@@ -26,13 +34,25 @@ def check_files(config: AppConfig) -> None:
 
     What is still to be downloaded, each replica checks once it has it. Raises ConfigError, a line for each fault.
     """
+    found = []
+    for served in config.served:
+        try:
+            with config.naming(served):
+                _check_files(served)
+        except ConfigError as error:
+            found.append(str(error))
+    if found:
+        raise ConfigError("\n".join(found))
+
+
+def _check_files(served: ServedModelConfig) -> None:
     faults: dict[str, None] = {}
     for name, stage in STAGES.items():
-        stage_config = config.stages[name]
+        stage_config = served.stages[name]
         faults |= dict.fromkeys(find_offload_faults(stage, stage_config))
         try:
-            if _is_here(config.model):
-                faults |= dict.fromkeys(find_stage_faults(config.model, stage, stage_config))
+            if _is_here(served.model):
+                faults |= dict.fromkeys(find_stage_faults(served.model, stage, stage_config))
         except (ValueError, OSError) as error:
             faults[f"model.checkpoint: {error}"] = None
     if faults:

@@ -317,6 +317,11 @@ class StageHealth(BaseModel):
     stages: dict[str, str] = Field(description='"ok"; "asleep", until a request comes; or what is wrong')
 
 
+class ModelsHealth(BaseModel):
+    ok: bool = Field(description="of all models")
+    models: dict[str, StageHealth] = Field(description="by name")
+
+
 class ErrorDetail(BaseModel):
     message: str
     type: str

@@ -21,7 +21,15 @@ from deployments.plan.propose import propose
 from deployments.plan.report import plan_as_json, print_plan
 from deployments.plan.sizes import default_size, largest
 from deployments.request import MediaSize
-from serve_app.config import APP_NAME, IMPORT_PATH, AppConfig, ConfigError, LimitsConfig, load_app_config
+from serve_app.config import (
+    APP_NAME,
+    IMPORT_PATH,
+    AppConfig,
+    ConfigError,
+    LimitsConfig,
+    ServedModelConfig,
+    load_app_config,
+)
 from serve_app.files import resolve_family
 
 WIDTH = 110
@@ -56,17 +64,20 @@ def plan_command(
     try:
         inventory = parse_gpus(gpus) if gpus else ()
         app = _resolved(_app_config(config, model), configs_dir)
-        sizes = _sizes(size, app.model)
+        [served] = app.served
+        sizes = _sizes(size, served.model)
         measured = None if profile is None else read_profile(profile)
-        sizes_of = _sizes_of(app.model, configs_dir, sizes)
-        stages = StageConfigs(app.encoder, app.transformer, app.vae)
+        sizes_of = _sizes_of(served.model, configs_dir, sizes)
+        stages = _stages(served)
         if config is None:
             if not inventory:
                 raise ConfigError("a config is proposed for GPUs: say which by --gpus, such as 2x16GiB")
-            app = app.model_copy(update={"limits": _limits(sizes), "model": _drawing(app.model, largest(sizes))})
+            limited = app.model_copy(update={"limits": _limits(sizes)})
+            served = served.model_copy(update={"model": _drawing(served.model, largest(sizes))})
+            app = limited.serving([served])
             stages = propose(sizes_of, inventory, None if measured is None else measured.at(largest(sizes)))
         planned = plan(
-            app.model.name,
+            served.name,
             stages,
             sizes_of(stages),
             inventory,
@@ -99,13 +110,13 @@ def profile_command(
     steps: Annotated[int, typer.Option(min=2, help="denoising steps to measure")] = 4,
 ) -> None:
     """Measure encode, every block and decode on this machine, for `relay plan --profile`. Loads the weights."""
-    app = resolve_family(load_app_config(config))
-    sizes = _sizes(size, app.model)
-    stages = StageConfigs(app.encoder, app.transformer, app.vae)
+    [served] = resolve_family(load_app_config(config)).served
+    sizes = _sizes(size, served.model)
+    stages = _stages(served)
     measure = importlib.import_module("deployments.plan.measure").measure
     machine = importlib.import_module("cluster.machine").describe_machine()
-    times = measure(app.model, stages, sizes, num_steps=steps)
-    write_profile(Profile(machine, app.model.checkpoint, times), out)
+    times = measure(served.model, stages, sizes, num_steps=steps)
+    write_profile(Profile(machine, served.model.checkpoint, times), out)
     for name, found in times.items():
         forwards = " and ".join(
             f"{of.num_forwards} forwards of {len(of.blocks_s)} blocks" for of in found.denoisers.values()
@@ -121,10 +132,15 @@ def _resolved(app: AppConfig, configs_dir: Path | None) -> AppConfig:
     """With what the checkpoint's configs say, or those in this folder."""
     if configs_dir is None:
         return resolve_family(app)
-    said = app.model.model_dump(include={"checkpoint", "config", "components"})
-    there = app.model.model_copy(update={"checkpoint": str(configs_dir), "config": None, "components": {}})
-    found = resolve_family(app.model_copy(update={"model": there})).model
-    return app.model_copy(update={"model": found.model_copy(update=said)})
+    [served] = app.served
+    said = served.model.model_dump(include={"checkpoint", "config", "components"})
+    there = served.model.model_copy(update={"checkpoint": str(configs_dir), "config": None, "components": {}})
+    [found] = resolve_family(app.serving([served.model_copy(update={"model": there})])).served
+    return app.serving([served.model_copy(update={"model": found.model.model_copy(update=said)})])
+
+
+def _stages(served: ServedModelConfig) -> StageConfigs:
+    return StageConfigs(served.encoder, served.transformer, served.vae)
 
 
 def _app_config(path: Path | None, model: str | None) -> AppConfig:
@@ -177,7 +193,7 @@ def _drawing(model: ModelConfig, size: MediaSize) -> ModelConfig:
 
 
 def _admitted(app: AppConfig) -> Admitted:
-    limits, own = app.limits, app.model.geometry.sizes
+    limits, own = app.limits, app.served[0].model.geometry.sizes
     most = max((width * height for width, height in own), default=limits.max_pixels)
     return Admitted(limits.max_concurrent_requests, min(limits.max_pixels, most), limits.max_num_frames)
 
@@ -193,9 +209,10 @@ def _sizes_of(model: ModelConfig, configs_dir: Path | None, sizes: tuple[MediaSi
 
 def _render(app: AppConfig, stages: StageConfigs, gpus: str) -> str:
     """A Serve YAML file."""
+    [served] = app.served
     args = {
-        "model": app.model.model_dump(
-            exclude_defaults=True, mode="json", exclude={"family"} if app.model.has_derived_family else None
+        "model": served.model.model_dump(
+            exclude_defaults=True, mode="json", exclude={"family"} if served.model.has_derived_family else None
         ),
         "encoder": stages.encoder.model_dump(exclude_defaults=True, mode="json"),
         "transformer": stages.transformer.model_dump(exclude_defaults=True, mode="json"),
@@ -208,9 +225,9 @@ def _render(app: AppConfig, stages: StageConfigs, gpus: str) -> str:
         "import_path": IMPORT_PATH,
         "args": args,
     }
-    served = {
+    file = {
         "proxy_location": "EveryNode",
         "http_options": {"host": "0.0.0.0", "port": 8000},
         "applications": [application],
     }
-    return f"# Planned for {gpus} by `relay plan`.\n" + yaml.safe_dump(served, sort_keys=False)
+    return f"# Planned for {gpus} by `relay plan`.\n" + yaml.safe_dump(file, sort_keys=False)

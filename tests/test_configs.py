@@ -77,7 +77,8 @@ sys.addaudithook(refuse)
 for path in Path("configs").glob("*.yaml"):
     ServeDeploySchema.model_validate(yaml.safe_load(path.read_text()))
     config = load_app_config(path)
-    if config.model.family is None and "://" not in config.model.checkpoint:
+    model = config.served[0].model
+    if model.family is None and "://" not in model.checkpoint:
         continue
     build_app(config)
     assert build_validator(config).requests({"prompt": "a cat"}), path
@@ -107,12 +108,14 @@ def test_a_gpu_config_fits_the_cards_it_is_for(name: str, gpus: str) -> None:
     """A request by the defaults included, from the published architecture."""
     folder = PUBLISHED / next(folder for key, folder in FOLDERS.items() if name.startswith(key))
     config = load_app_config(ROOT / "configs" / name)
-    if config.model.family is None:
-        config = config.model_copy(update={"model": config.model.model_copy(update={"checkpoint": str(folder)})})
-    config = resolve_family(config)
-    stages = StageConfigs(config.encoder, config.transformer, config.vae)
-    description = Description(config.model, folder)
-    sizes = description.sizes(*stages.by_stage().values(), (default_size(config.model),))
+    [served] = config.served
+    if served.model.family is None:
+        local = served.model.model_copy(update={"checkpoint": str(folder)})
+        config = config.serving([served.model_copy(update={"model": local})])
+    [served] = resolve_family(config).served
+    stages = StageConfigs(served.encoder, served.transformer, served.vae)
+    description = Description(served.model, folder)
+    sizes = description.sizes(*stages.by_stage().values(), (default_size(served.model),))
     assert not place(demands_of(stages, sizes), parse_gpus(gpus)).shortfalls()
 
 
@@ -217,7 +220,7 @@ def test_of_several_applications_the_one_that_serves_a_checkpoint_is_meant(tmp_p
     other = {"name": "shop", "import_path": "shop:app"}
     path = tmp_path / "x.yaml"
     path.write_text(yaml.safe_dump({"applications": [other, ours]}))
-    assert load_app_config(path).model.checkpoint == MODEL["checkpoint"]
+    assert load_app_config(path).served[0].model.checkpoint == MODEL["checkpoint"]
     path.write_text(yaml.safe_dump({"applications": [ours, ours | {"name": "second"}]}))
     with pytest.raises(ConfigError, match="got relay, second; write the one that is meant into a file of its own"):
         load_app_config(path)
