@@ -8,7 +8,7 @@ from ray.serve import Application, Deployment
 from ray.serve.exceptions import RayServeException
 
 from cluster.nodes import is_alone
-from cluster.serve_options import HEAD_NODE, HEALTH_CHECKS, plan_serve_options
+from cluster.serve_options import HEAD_NODE, HEALTH_CHECKS, Sleeping, plan_serve_options
 from deployments.config import ModelConfig, StageConfig
 from deployments.encoder import Encoder
 from deployments.stages.preload import plan_preload
@@ -56,11 +56,19 @@ def compose_app(config: AppConfig) -> Application:
     return build_ingress(config).bind(config.limits, *models)
 
 
-def _bind(served: ServedModelConfig, config: AppConfig) -> tuple[ModelConfig, tuple[Application, ...]]:
-    """What the ingress is told of one model."""
+def _bind(
+    served: ServedModelConfig, config: AppConfig
+) -> tuple[ModelConfig, tuple[Application, ...], tuple[str, ...]]:
+    """What the ingress is told of one model: itself, its stages, and which of them may sleep."""
     model = served.model.with_vae_dtype(served.vae.dtype)
     warm_up = WarmUp(plan_warm_up(model, config.limits), served.encoder.max_sequence_length)
     suffix = "" if config.is_one else f"_{deployed_name(served.name)}"
+    sleepers = tuple(name for name, stage in served.stages.items() if not stage.min_replicas)
+    sleeping = Sleeping(
+        served.name,
+        tuple(name.capitalize() + suffix for name in sleepers),
+        starts_asleep=served.name != config.served[0].name,
+    )
 
     def stage(deployment: type, stage_config: StageConfig) -> Application:
         options = plan_serve_options(
@@ -69,11 +77,13 @@ def _bind(served: ServedModelConfig, config: AppConfig) -> tuple[ModelConfig, tu
             num_shards=stage_config.num_ranks,
             reports_load=stage_config.reports_load,
             preload=plan_preload(model, stage_config),
+            sleeping=sleeping,
         )
         named = serve.deployment(deployment).options(name=deployment.__name__ + suffix, **options)
         return named.bind(model, stage_config, warm_up)
 
-    return model, (stage(Encoder, served.encoder), stage(Transformer, served.transformer), stage(Vae, served.vae))
+    stages = stage(Encoder, served.encoder), stage(Transformer, served.transformer), stage(Vae, served.vae)
+    return model, stages, sleepers
 
 
 def build_ingress(config: AppConfig) -> Deployment:

@@ -21,12 +21,16 @@ from serve_app.routes import build_api
 class Ingress(DrainOnSigterm):
     """The served models as Serve sees them."""
 
-    def __init__(self, limits: LimitsConfig, *models: tuple[ModelConfig, tuple[Any, Any, Any]]) -> None:
-        """models: each with the handles of its encoder, its transformer and its VAE."""
+    def __init__(
+        self, limits: LimitsConfig, *models: tuple[ModelConfig, tuple[Any, Any, Any], tuple[str, ...]]
+    ) -> None:
+        """models: each with the handles of its encoder, transformer and VAE, and which of them may sleep."""
         self.drain_on_sigterm()
         self._admission = Admission(limits.max_concurrent_requests)
-        self._models = Models([Relay(model, limits, *stages, self._admission) for model, stages in models])
-        for _, stages in models:
+        self._models = Models(
+            [Relay(model, limits, *stages, self._admission, sleepers) for model, stages, sleepers in models]
+        )
+        for _, stages, _ in models:
             for stage in stages:
                 stage.options()  # connects it; the first call would stop the event loop while Serve is silent
 

@@ -200,6 +200,7 @@ class VideoBody(GenerationBody):
 class TimingsMs(BaseModel):
     """Where one picture's time went, in milliseconds. Beyond OpenAI."""
 
+    wake: float = Field(0.0, description="until a model that slept was awake")
     encode: float
     prepare: float = Field(0.0, description="of pictures that go in")
     queue: float

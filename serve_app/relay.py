@@ -1,7 +1,7 @@
 """What an ingress does with a request for one model once it is judged, and what it knows of the model's stages."""
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Collection
 from contextlib import aclosing
 from dataclasses import asdict
 from functools import cached_property
@@ -19,6 +19,7 @@ from serve_app.model_card import ModelCard, model_card
 from serve_app.replicas import no_statuses, stage_health, stage_statuses
 from serve_app.suspects import Suspects
 from serve_app.validation import Validator
+from serve_app.waking import Waking
 
 
 class Relay:
@@ -32,12 +33,19 @@ class Relay:
         transformer: Any,
         vae: Any,
         admission: Admission | None = None,
+        sleepers: Collection[str] = (),
     ) -> None:
-        """admission: what other models of the same ingress share; None: there are none."""
+        """
+        Args:
+            admission: what other models of the same ingress share; None: there are none.
+            sleepers: names of the stages that may sleep.
+        """
         follow_ray_to_loopback()
         self._admission = admission or Admission(limits.max_concurrent_requests)
         self._model, self._limits = model, limits
-        self._stages = Stages(encoder, transformer, vae, Suspects(model.name))
+        stages = {"encoder": encoder, "transformer": transformer, "vae": vae}
+        waking = Waking(model.name, [stages[name] for name in sleepers]) if sleepers else None
+        self._stages = Stages(**stages, suspects=Suspects(model.name), waking=waking)
         self.validator = Validator(model, limits)
         self._created = int(time.time())
         self._metrics = StageMetrics(stage="ingress", rank=0, model=model.name)
