@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from functools import cache
 
 import ray
-from ray._raylet import GcsClient
+from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.autoscaler.v2.sdk import get_cluster_resource_state
 
 LOOK_EVERY_S = 0.5

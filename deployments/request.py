@@ -71,6 +71,8 @@ class GenerationRequest:
     """The tier that was asked for; None: none, but a step cache of the request's own."""
     step_cache: StepCacheConfig | None = None
     """None: every step computes its predictions."""
+    model: str | None = None
+    """The served model that is asked; None: the one that its stages have, where they have one alone."""
 
     @property
     def size(self) -> MediaSize:

@@ -68,6 +68,12 @@ class ServedModelConfig(Config):
         """By their names here, in the order in which a request meets them."""
         return {"encoder": self.encoder, "transformer": self.transformer, "vae": self.vae}
 
+    @property
+    def holders(self) -> dict[str, str]:
+        """By stage the name of the model whose it is: this one's, or the one that it is shared with."""
+        shared = {"encoder": self.encoder.shared_with, "transformer": None, "vae": self.vae.shared_with}
+        return {stage: holder or self.name for stage, holder in shared.items()}
+
 
 class AppConfig(Config):
     """One application: one served model, or several behind one ingress, and the limits of a request."""
@@ -90,12 +96,22 @@ class AppConfig(Config):
 
     @property
     def served(self) -> tuple[ServedModelConfig, ...]:
-        """Whichever way they were said. The first is meant by a request that names none."""
+        """Whichever way they were said, a stage that is shared as its holder says. A request that names none means
+        the first."""
         if self.model is None:
-            return self.models
+            return tuple(map(self._with_shared, self.models))
         stages = {"encoder": self.encoder, "transformer": self.transformer, "vae": self.vae}
         said = {name: stage for name, stage in stages.items() if stage is not None}
         return (ServedModelConfig.model_validate({"model": self.model, **said}),)
+
+    def _with_shared(self, served: ServedModelConfig) -> ServedModelConfig:
+        said = {of.name: of for of in self.models}
+        shared = {stage: holder for stage, holder in served.holders.items() if holder != served.name}
+        held = {
+            stage: said[holder].stages[stage].model_copy(update={"shared_with": holder})
+            for stage, holder in shared.items()
+        }
+        return served.model_copy(update=held)
 
     def serving(self, models: Sequence[ServedModelConfig]) -> Self:
         """The same application of these instead, as many."""
@@ -132,7 +148,30 @@ class AppConfig(Config):
                     f"models.{i}.model.name: {self.models[i].name!r} is taken: names must differ in letters, "
                     "digits, - or _"
                 )
+        check_shared(self.models or self.served)
         return self
+
+
+def check_shared(models: Sequence[ServedModelConfig]) -> None:
+    """Raises ValueError where a stage cannot be shared as it is said, whatever the checkpoints hold."""
+    said = {served.name: served for served in models}
+    for i, served in enumerate(models):
+        for stage, holder in served.holders.items():
+            if holder == served.name:
+                continue
+            place = f"models.{i}.{stage}.shared_with"
+            more = served.stages[stage].model_fields_set - {"shared_with"}
+            if holder not in said:
+                raise ValueError(f"{place}: {holder!r} is none of the models: {', '.join(said)}")
+            if said[holder].holders[stage] != holder:
+                raise ValueError(f"{place}: {holder!r} has none of its own: name {said[holder].holders[stage]!r}")
+            if more:
+                raise ValueError(f"{place}: {holder!r} says how it runs: leave out {', '.join(sorted(more))}")
+            if not said[holder].stages[stage].min_replicas:
+                raise ValueError(
+                    f"{place}: what several models share does not sleep: set min_replicas of {holder!r}'s {stage} "
+                    "to 1 or more"
+                )
 
 
 def deployed_name(name: str) -> str:

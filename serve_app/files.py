@@ -1,10 +1,13 @@
 """What the checkpoint's files say, and whether they are whole: asked where they lie, before anything starts."""
 
+from collections.abc import Mapping
+
 from huggingface_hub import constants
 
 from deployments.checkpoints.components import Stage
 from deployments.checkpoints.geometry import with_geometry
 from deployments.checkpoints.integrity import find_offload_faults, find_stage_faults
+from deployments.checkpoints.sharing import check_same
 from deployments.checkpoints.source import is_tiny, local_folder, with_family
 from deployments.config import ModelConfig
 from serve_app.config import AppConfig, ConfigError, ServedModelConfig
@@ -35,10 +38,12 @@ def check_files(config: AppConfig) -> None:
     What is still to be downloaded, each replica checks once it has it. Raises ConfigError, a line for each fault.
     """
     found = []
+    models = {served.name: served.model for served in config.served}
     for served in config.served:
         try:
             with config.naming(served):
                 _check_files(served)
+                _check_shared(served, models)
         except ConfigError as error:
             found.append(str(error))
     if found:
@@ -57,6 +62,17 @@ def _check_files(served: ServedModelConfig) -> None:
             faults[f"model.checkpoint: {error}"] = None
     if faults:
         raise ConfigError("\n".join(faults))
+
+
+def _check_shared(served: ServedModelConfig, models: Mapping[str, ModelConfig]) -> None:
+    """Raises ConfigError where a stage is shared by checkpoints that differ in it."""
+    for name, holder in served.holders.items():
+        if holder == served.name or not (_is_here(served.model) and _is_here(models[holder])):
+            continue
+        try:
+            check_same(models[holder], served.model, STAGES[name], served.stages[name].dtype)
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"{name}.shared_with: {error}; give it one of its own") from error
 
 
 def _is_here(model: ModelConfig) -> bool:

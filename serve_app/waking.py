@@ -62,7 +62,8 @@ class Waking:
                 is_open = True
                 while not answers.done():
                     await asyncio.wait([answers], timeout=LASTING_S)
-                    if is_open and not answers.done() and await asyncio.to_thread(self._unplaced.lasting):
+                    lacking = await asyncio.to_thread(self._unplaced.lasting)
+                    if lacking and is_open and not answers.done():
                         log.info("model %r finds no room: requests for others that may sleep wait", self._name)
                         await stack.enter_async_context(self._entry.held())
                         is_open = False
