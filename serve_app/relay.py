@@ -105,7 +105,10 @@ class Relay:
     async def status(self) -> dict[str, Any]:
         """What every replica of every stage tells of itself, and Serve of them; as last seen."""
         seen = await self._statuses.get() or Sight(no_statuses(self._stages.by_name), 0.0)
-        stages = {name: asdict(of) for name, of in seen.answer.items()}
+        handles = self._stages.by_name
+        stages = {
+            name: {"deployment": handles[name].deployment_name, **asdict(of)} for name, of in seen.answer.items()
+        }
         return {
             "model": self.name,
             "num_in_progress": self._metrics.num_in_flight,
