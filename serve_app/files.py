@@ -16,6 +16,11 @@ STAGES: dict[str, Stage] = {"encoder": "encode", "transformer": "denoise", "vae"
 """By their names in a config."""
 
 
+def shared_stages(served: ServedModelConfig) -> tuple[Stage, ...]:
+    """Those that are another model's."""
+    return tuple(STAGES[name] for name, holder in served.holders.items() if holder != served.name)
+
+
 def resolve_family(config: AppConfig) -> AppConfig:
     """The same, each model's family as said or as its checkpoint says, and its sizes. Raises ConfigError."""
     models = []
@@ -56,7 +61,7 @@ def _check_files(served: ServedModelConfig) -> None:
         stage_config = served.stages[name]
         faults |= dict.fromkeys(find_offload_faults(stage, stage_config))
         try:
-            if _is_here(served.model):
+            if is_here(served.model):
                 faults |= dict.fromkeys(find_stage_faults(served.model, stage, stage_config))
         except (ValueError, OSError) as error:
             faults[f"model.checkpoint: {error}"] = None
@@ -67,7 +72,7 @@ def _check_files(served: ServedModelConfig) -> None:
 def _check_shared(served: ServedModelConfig, models: Mapping[str, ModelConfig]) -> None:
     """Raises ConfigError where a stage is shared by checkpoints that differ in it."""
     for name, holder in served.holders.items():
-        if holder == served.name or not (_is_here(served.model) and _is_here(models[holder])):
+        if holder == served.name or not (is_here(served.model) and is_here(models[holder])):
             continue
         try:
             check_same(models[holder], served.model, STAGES[name], served.stages[name].dtype)
@@ -75,7 +80,7 @@ def _check_shared(served: ServedModelConfig, models: Mapping[str, ModelConfig]) 
             raise ConfigError(f"{name}.shared_with: {error}; give it one of its own") from error
 
 
-def _is_here(model: ModelConfig) -> bool:
+def is_here(model: ModelConfig) -> bool:
     """Whether nothing is still to come: a folder, or a hub id of which the hub's cache must have all."""
     is_folder = local_folder(model.layout, model.revision) is not None
     return is_folder or (constants.HF_HUB_OFFLINE and not is_tiny(model.layout))

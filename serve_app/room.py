@@ -10,9 +10,11 @@ from cluster.nodes import cluster_gpus, cluster_nodes, is_connected, may_grow, r
 from deployments.plan.cpu_room import find_cpu_lack
 from deployments.plan.plan import StageConfigs
 from deployments.plan.room import Lack, find_lack
+from deployments.plan.several import ModelNeeds, place_beside
 from deployments.plan.sizes import ModelSizes, default_size
 from deployments.request import MediaSize
 from serve_app.config import AppConfig, ConfigError, ServedModelConfig
+from serve_app.files import shared_stages
 
 log = logging.getLogger("ray.serve")
 
@@ -29,24 +31,29 @@ def check_room(config: AppConfig) -> None:
         name if config.is_one else f"{served.name} {name}": stage
         for served in config.served
         for name, stage in served.stages.items()
+        if served.holders[name] == served.name
     }
     _judge("CPUs", find_cpu_lack(stages, ingress_cpus, cluster_nodes()))
     if not any(stage.num_gpus for stage in stages.values()):
         return
     gpus = cluster_gpus()
+    needs = {served.name: _needs(served, gpus) for served in config.served}
+    beside = place_beside(list(needs.values()), gpus)
     for served in config.served:
+        of = needs[served.name]
         with config.naming(served):
-            _judge_gpus(served, gpus)
+            _judge("GPUs", find_lack(of.stages, of.sizes, gpus, shared=of.shared, beside=beside[served.name]))
 
 
-def _judge_gpus(served: ServedModelConfig, gpus: tuple[Gpu, ...]) -> None:
+def _needs(served: ServedModelConfig, gpus: tuple[Gpu, ...]) -> ModelNeeds:
     sizes = None
     if gpus and all(gpu.memory_bytes for gpu in gpus):
         try:
             sizes = run_apart(describe, served, default_size(served.model))
         except RayError as error:  # what cannot be planned may still run
             log.warning("memory was not planned: %s", error)
-    _judge("GPUs", find_lack(StageConfigs(served.encoder, served.transformer, served.vae), sizes, gpus))
+    stages = StageConfigs(served.encoder, served.transformer, served.vae)
+    return ModelNeeds(served.name, stages, sizes, shared_stages(served))
 
 
 def _judge(what: str, lack: Lack) -> None:
