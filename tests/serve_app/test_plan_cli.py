@@ -79,6 +79,20 @@ def test_a_proposed_config_draws_what_was_planned_for_and_can_be_served(
     assert str(config.served[0].model.default_size) == size
 
 
+@pytest.mark.parametrize(("gpus", "fewest"), [("1x4GiB", 1), ("1x3GiB", 0)])
+def test_of_several_models_what_is_the_same_is_shared_and_they_sleep_where_there_is_no_room_for_all(
+    tmp_path: Path, gpus: str, fewest: int
+) -> None:
+    out = tmp_path / "x.yaml"
+    models = ("--model", "tiny://flux", "--model", "tiny://flux-kontext")
+    assert relay("plan", *models, "--gpus", gpus, "--out", out).count("it fits") == len(models) // 2
+    flux, kontext = load_app_config(out).served
+    assert kontext.holders == {"encoder": "flux", "transformer": "flux-kontext", "vae": "flux"}
+    assert (flux.encoder.min_replicas, flux.vae.min_replicas) == (1, 1)
+    assert (flux.transformer.min_replicas, kontext.transformer.min_replicas) == (fewest, fewest)
+    assert relay("plan", out, "--gpus", gpus).count("it fits") == len(models) // 2
+
+
 def write_config(path: Path, model: str) -> Path:
     """Which says nothing but its name."""
     said = (CONFIG % 0).replace("tiny://flux", f"tiny://{model}").splitlines()
