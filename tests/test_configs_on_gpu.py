@@ -23,7 +23,7 @@ CONFIGS = sorted(
     path
     for path in (Path(__file__).parent.parent / "configs").glob("*.yaml")
     for served in load_app_config(path).served
-    if served.encoder.num_gpus and served.model.family
+    if load_app_config(path).is_one and served.encoder.num_gpus and served.model.family
 )
 """Those of the families: other pipelines have no technique of their own in their configs."""
 TINY_GIB = 1e-4
