@@ -34,11 +34,14 @@ class Relay:
         vae: Any,
         admission: Admission | None = None,
         sleepers: Collection[str] = (),
+        *,
+        takes_turns: bool = False,
     ) -> None:
         """
         Args:
             admission: what other models of the same ingress share; None: there are none.
             sleepers: names of the stages that may sleep.
+            takes_turns: whether other models may have their room meanwhile.
         """
         follow_ray_to_loopback()
         self._admission = admission or Admission(limits.max_concurrent_requests)
@@ -49,7 +52,8 @@ class Relay:
         self.validator = Validator(model, limits)
         self._created = int(time.time())
         self._metrics = StageMetrics(stage="ingress", rank=0, model=model.name)
-        self._health = LastSeen(lambda: stage_health(self._stages.by_name))
+        turns = sleepers if takes_turns else ()
+        self._health = LastSeen(lambda: stage_health(self._stages.by_name, turns))
         self._statuses = LastSeen(lambda: stage_statuses(self._stages.by_name))
         export_regularly(self._metrics.export_requests)
 

@@ -23,7 +23,9 @@ RAY_FILES = {
     "cluster/preload.py",
     "cluster/replica_port.py",
     "cluster/shard_group.py",
+    "cluster/sleeping.py",
     "cluster/termination.py",
+    "cluster/unplaced.py",
     "serve_app/app.py",
     "serve_app/local.py",
     "serve_app/losses.py",
@@ -31,6 +33,7 @@ RAY_FILES = {
     "serve_app/room.py",
     "serve_app/server.py",
     "serve_app/streams.py",
+    "serve_app/waking.py",
 }
 """Who may import ray, besides the benchmarks: an upgrade of Ray touches these."""
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
