@@ -1,5 +1,6 @@
 """Resources of a stage as Ray Serve deployment options. Pure: imports no Ray, so it plans anywhere."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from cluster.resources import ResourceConfig
@@ -31,6 +32,22 @@ SESSION_ROUTER = "cluster.session_router.SessionRouter"
 METRICS_INTERVAL_S = 1.0
 LOOK_BACK_S = 5.0
 """Serve's own 10 and 30 s would see a burst of short requests when it is over."""
+SLEEPER_LOOK_BACK_S = 2.0
+"""Of a stage that may have to make room: so long after its last request it still seems to have some."""
+
+
+@dataclass(frozen=True)
+class Sleeping:
+    """How a stage that may have no replica goes about it: with all others of its model that may."""
+
+    model: str = ""
+    stages: tuple[str, ...] = ()
+    """Names of their deployments."""
+    starts_asleep: bool = False
+    """Not loaded before it is asked."""
+
+
+NOT_TOGETHER = Sleeping()
 
 
 def plan_serve_options(
@@ -41,6 +58,7 @@ def plan_serve_options(
     reports_load: bool = False,
     has_sessions: bool = False,
     preload: list[str] | None = None,
+    sleeping: Sleeping = NOT_TOGETHER,
 ) -> dict[str, Any]:
     """Keyword arguments of `Deployment.options` for one stage.
 
@@ -52,6 +70,7 @@ def plan_serve_options(
         reports_load: whether the replicas say how busy they are (autoscaling.py), or Serve counts requests.
         has_sessions: whether calls of one `session_id` are to meet in one replica, while it has room.
         preload: what a fork server imports for them (preload.py).
+        sleeping: of a stage that may have no replica (sleeping.py).
     """
     options: dict[str, Any] = {
         "max_ongoing_requests": resources.max_ongoing_requests,
@@ -62,7 +81,7 @@ def plan_serve_options(
             "num_gpus": resources.num_gpus,
             "runtime_env": stage_environment(resources) | ({PRELOAD_FIELD: preload} if preload else {}),
         },
-        **_plan_replicas(resources, reports_load),
+        **_plan_replicas(resources, reports_load, sleeping),
     }
     if has_sessions and resources.max_replicas > 1:
         options["request_router_config"] = {"request_router_class": SESSION_ROUTER}
@@ -84,7 +103,7 @@ def stage_environment(resources: ResourceConfig) -> dict[str, Any]:
     return {"env_vars": STAGE_ENV | (GPU_ENV if resources.num_gpus else NO_GPU_ENV)}
 
 
-def _plan_replicas(resources: ResourceConfig, reports_load: bool) -> dict[str, Any]:
+def _plan_replicas(resources: ResourceConfig, reports_load: bool, sleeping: Sleeping) -> dict[str, Any]:
     if resources.min_replicas == resources.max_replicas:
         return {"num_replicas": resources.min_replicas}
     autoscaling: dict[str, Any] = {
@@ -97,6 +116,28 @@ def _plan_replicas(resources: ResourceConfig, reports_load: bool) -> dict[str, A
         "metrics_interval_s": METRICS_INTERVAL_S,
         "look_back_period_s": LOOK_BACK_S,
     }
-    if reports_load:
+    if not resources.min_replicas:
+        autoscaling |= _plan_sleep(resources, reports_load, sleeping)
+    elif reports_load:
         autoscaling["policy"] = {"policy_function": "cluster.autoscaling:load_policy"}
     return {"num_replicas": "auto", "autoscaling_config": autoscaling}
+
+
+def _plan_sleep(resources: ResourceConfig, reports_load: bool, sleeping: Sleeping) -> dict[str, Any]:
+    """The policy keeps the delays, for it alone knows when a stage must go before its time."""
+    taken = {"CPU": resources.num_cpus, "GPU": resources.num_gpus}
+    return {
+        "initial_replicas": 0 if sleeping.starts_asleep else 1,
+        "downscale_delay_s": 0.0,
+        "look_back_period_s": SLEEPER_LOOK_BACK_S,
+        "policy": {
+            "policy_function": "cluster.sleeping:SleepPolicy",
+            "policy_kwargs": {
+                "model": sleeping.model,
+                "stages": list(sleeping.stages),
+                "resources": [name for name, amount in taken.items() if amount],
+                "reports_load": reports_load,
+                "downscale_delay_s": resources.downscale_delay_s,
+            },
+        },
+    }

@@ -318,6 +318,11 @@ class SpreadConfig(StageConfig):
 class EncoderConfig(SpreadConfig):
     """The text encoders."""
 
+    shared_with: str | None = Field(
+        None,
+        description="name of another served model whose encoder this is, too, for its text encoders are the same; "
+        "then nothing else is said here",
+    )
     cache_mib: float = Field(512.0, ge=0, description="embeddings kept per replica, in MiB; 0: none")
     max_sequence_length: int | None = Field(
         None, ge=1, le=1024, description="text tokens per prompt; None: the family's"
@@ -457,6 +462,11 @@ class VaeConfig(StageConfig):
             raise ValueError("offload.use_stream fetches nothing ahead in a VAE layer by layer: set level: block")
         return self
 
+    shared_with: str | None = Field(
+        None,
+        description="name of another served model whose VAE this is, too, for it is the same; then nothing else "
+        "is said here",
+    )
     cache_mib: float = Field(
         64.0, ge=0, description="what it made of pictures that go in, kept per replica, in MiB; 0: none"
     )

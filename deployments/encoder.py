@@ -3,6 +3,7 @@
 import asyncio
 import os
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from deployments.warm_up import NO_WARM_UP, WarmUp
 
 if TYPE_CHECKING:
     from deployments.memory.keeper import Keeper
+    from deployments.stages.encode import TextEncoding
 
 Asked = tuple[GenerationRequest, InputPictures | None]
 
@@ -25,12 +27,23 @@ Asked = tuple[GenerationRequest, InputPictures | None]
 class Encoder(StageReplica):
     """Serves `encode`. What waits is encoded together; one thread at a time: tokenizers are not thread-safe."""
 
-    def __init__(self, model: ModelConfig, config: EncoderConfig, warm_up: WarmUp = NO_WARM_UP) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: EncoderConfig,
+        warm_up: WarmUp = NO_WARM_UP,
+        sharing: Sequence[tuple[ModelConfig, WarmUp]] = (),
+    ) -> None:
+        """sharing: other models that have the same text encoders, each with its warm-up."""
         super().__init__()
         began = time.perf_counter()
         self._lane = BatchLane[Asked, Encoded]("encode", self._encode, config.batch_size)
         self._stage = load_stage("encode", model, config)
-        self._lane.run_first(self._stage.warm_up, warm_up)
+        self._stages: dict[str | None, TextEncoding] = {model.name: self._stage}
+        for other, _ in sharing:
+            self._stages[other.name] = load_stage("encode", other, config, (model, self._stage))
+        for name, warm_up_of in ((model.name, warm_up), *((other.name, of) for other, of in sharing)):
+            self._lane.run_first(self._stages[name].warm_up, warm_up_of)
         self._num_cache_hits = self._answered_bytes = 0
         self._metrics = StageMetrics(stage="encode", rank=0, model=model.name)
         self._cold_start_s = time.perf_counter() - began
@@ -47,36 +60,52 @@ class Encoder(StageReplica):
         """
         start = time.perf_counter()
         with raised_in("encode"), self._metrics.request():
-            encoded = await asyncio.to_thread(self._stage.recall, request, pictures)
+            encoded = await asyncio.to_thread(self._stage_of(request).recall, request, pictures)
             self._num_cache_hits += encoded is not None
             if encoded is None:
                 encoded = await self._lane.ask((request, pictures))
             self._answered_bytes += num_bytes(encoded.encodings)
         return Conditioning(encoded.encodings, (time.perf_counter() - start) * 1e3, encoded.warnings)
 
+    def _stage_of(self, request: GenerationRequest) -> "TextEncoding":
+        return self._stages.get(request.model, self._stage)
+
     def _encode(self, asked: Sequence[Asked]) -> Sequence[Encoded | Exception]:
-        """In the lane."""
-        outcomes = self.guarded(self._stage.encode_together)(asked)
-        for outcome in outcomes:
+        """In the lane; one model's after another's."""
+        made: dict[int, Encoded | Exception] = {}
+        for stage in self._stages.values():
+            mine = [i for i, (request, _) in enumerate(asked) if self._stage_of(request) is stage]
+            if mine:
+                outcomes = self.guarded(stage.encode_together)([asked[i] for i in mine])
+                made |= dict(zip(mine, outcomes, strict=True))
+        for outcome in made.values():
             if isinstance(outcome, Exception):
                 self._exit_if_device_lost(outcome)
-        return outcomes
+        return [made[i] for i in range(len(asked))]
 
     @property
     def _num_hits(self) -> int:
-        return self._num_cache_hits + self._stage.num_shared
+        return self._num_cache_hits + sum(stage.num_shared for stage in self._stages.values())
+
+    @property
+    def _num_forwards(self) -> int:
+        return sum(stage.num_forwards for stage in self._stages.values())
+
+    @property
+    def _batch_sizes(self) -> dict[int, int]:
+        return dict(sum((Counter(stage.batch_sizes) for stage in self._stages.values()), Counter()))
 
     def _export(self) -> None:
         self._metrics.export_requests()
-        self._metrics.export_batch_sizes(dict(self._stage.batch_sizes))
+        self._metrics.export_batch_sizes(self._batch_sizes)
         self._metrics.export(
             {
-                "relay_forwards_total": self._stage.num_forwards,
+                "relay_forwards_total": self._num_forwards,
                 "relay_cache_hits_total": self._num_hits,
                 "relay_queue_wait_seconds_total": self._lane.queue_wait_s,
                 "relay_answered_bytes_total": self._answered_bytes,
                 "relay_cached_bytes": self._stage.cache.num_bytes,
-                "relay_not_finite_total": self._stage.finite.num_refused,
+                "relay_not_finite_total": sum(of.finite.num_refused for of in self._stages.values()),
                 "relay_cold_start_seconds": self._cold_start_s,
                 **self._stage.keeper.stats().metrics(),
             }
@@ -90,9 +119,9 @@ class Encoder(StageReplica):
             os.getpid(),
             self._stage.keeper.stats(),
             self._metrics.num_in_flight,
-            self._stage.num_forwards,
+            self._num_forwards,
             self._num_hits,
-            dict(self._stage.batch_sizes),
+            self._batch_sizes,
             num_cached=len(self._stage.cache),
             cached_bytes=self._stage.cache.num_bytes,
         )

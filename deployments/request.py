@@ -78,6 +78,8 @@ class GenerationRequest:
     """LoRA's, whose terms add up."""
     scheduler: str | None = None
     """One of `model.schedulers`; None: the checkpoint's own."""
+    model: str | None = None
+    """The served model that is asked; None: the one that its stages have, where they have one alone."""
 
     @property
     def size(self) -> MediaSize:

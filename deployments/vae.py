@@ -7,6 +7,7 @@ import asyncio
 import hashlib
 import os
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from cluster.metrics import StageMetrics, export_regularly
@@ -31,6 +32,7 @@ from deployments.warm_up import NO_WARM_UP, WarmUp
 
 if TYPE_CHECKING:
     from deployments.memory.keeper import Keeper
+    from deployments.stages.decode import Decoding
 
 TILES_AT_ONCE = 2
 """That a replica has of others: while it decodes one, the next is on its way."""
@@ -44,7 +46,14 @@ class Vae(StageReplica):
     A picture waits for at most one partial picture, the one that is being decoded.
     """
 
-    def __init__(self, model: ModelConfig, config: VaeConfig, warm_up: WarmUp = NO_WARM_UP) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: VaeConfig,
+        warm_up: WarmUp = NO_WARM_UP,
+        sharing: Sequence[tuple[ModelConfig, WarmUp]] = (),
+    ) -> None:
+        """sharing: other models that have the same VAE, each with its warm-up."""
         super().__init__()
         began = time.perf_counter()
         self._lane = Lane("decode")
@@ -55,10 +64,15 @@ class Vae(StageReplica):
         self._version = hashlib.sha256((model.model_dump_json() + config.model_dump_json()).encode()).hexdigest()
         self._num_tiles_here = self._num_tiles = 0
         self._stage = load_stage("decode", model, config)
-        self._lane.run_first(self._stage.warm_up, warm_up)
+        self._stages: dict[str | None, Decoding] = {model.name: self._stage}
+        for other, _ in sharing:
+            self._stages[other.name] = load_stage("decode", other, config, (model, self._stage))
+        for name, warm_up_of in ((model.name, warm_up), *((other.name, of) for other, of in sharing)):
+            self._lane.run_first(self._stages[name].warm_up, warm_up_of)
         if config.spreads_tiles:
             self._peers = Peers("decode_tile", timeout_s=TILE_TIMEOUT_S)
-            self._stage.spread_tiles(self._ask_peer, TILES_AT_ONCE * (config.max_replicas - 1))
+            for stage in self._stages.values():
+                stage.spread_tiles(self._ask_peer, TILES_AT_ONCE * (config.max_replicas - 1))
         self._num_decoded = self._answered_bytes = 0
         self._metrics = StageMetrics(stage="decode", rank=0, model=model.name)
         self._cold_start_s = time.perf_counter() - began
@@ -70,7 +84,10 @@ class Vae(StageReplica):
 
     async def check(self, request: GenerationRequest) -> None:
         """Raises NeverFits if the picture or video could never be decoded here. Beside what is being decoded."""
-        await asyncio.to_thread(self._stage.check, request)
+        await asyncio.to_thread(self._stage_of(request).check, request)
+
+    def _stage_of(self, request: GenerationRequest) -> "Decoding":
+        return self._stages.get(request.model, self._stage)
 
     async def prepare(
         self, conditioning: Conditioning, request: GenerationRequest, pictures: InputPictures
@@ -79,7 +96,7 @@ class Vae(StageReplica):
         start = time.perf_counter()
         with raised_in("prepare"), self._metrics.request():
             posteriors = await self._lane.run(
-                self.guarded(self._stage.prepare), conditioning.encodings, request, pictures
+                self.guarded(self._stage_of(request).prepare), conditioning.encodings, request, pictures
             )
             self._answered_bytes += num_bytes(posteriors)
         return Prepared(posteriors, (time.perf_counter() - start) * 1e3)
@@ -134,7 +151,9 @@ class Vae(StageReplica):
 
     async def _decode(self, arguments: DecodeArguments, request: GenerationRequest) -> Media:
         start = time.perf_counter()
-        data, media_type = await self._lane.run(self.guarded(self._stage.decode_media), arguments, request)
+        data, media_type = await self._lane.run(
+            self.guarded(self._stage_of(request).decode_media), arguments, request
+        )
         return Media(data, media_type, (time.perf_counter() - start) * 1e3)
 
     def _export(self) -> None:
@@ -143,7 +162,7 @@ class Vae(StageReplica):
             {
                 "relay_queue_wait_seconds_total": self._lane.queue_wait_s,
                 "relay_answered_bytes_total": self._answered_bytes,
-                "relay_not_finite_total": self._stage.finite.num_refused,
+                "relay_not_finite_total": sum(of.finite.num_refused for of in self._stages.values()),
                 "relay_cold_start_seconds": self._cold_start_s,
                 **self._stage.keeper.stats().metrics(),
             }

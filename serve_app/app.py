@@ -1,26 +1,28 @@
 """Config to Serve application."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from ray import serve
 from ray.serve import Application, Deployment
 from ray.serve.exceptions import RayServeException
 
 from cluster.nodes import is_alone
-from cluster.serve_options import HEAD_NODE, HEALTH_CHECKS, plan_serve_options
-from deployments.config import StageConfig
+from cluster.serve_options import HEAD_NODE, HEALTH_CHECKS, Sleeping, plan_serve_options
+from deployments.config import ModelConfig
 from deployments.encoder import Encoder
 from deployments.stages.preload import plan_preload
 from deployments.transformer import Transformer
 from deployments.vae import Vae
 from deployments.warm_up import WarmUp
-from serve_app.config import AppConfig, ConfigError, parse_app_config
-from serve_app.config_check import check_defaults, plan_warm_up
+from serve_app.config import AppConfig, ConfigError, ServedModelConfig, deployed_name, parse_app_config
+from serve_app.config_check import check_requests, plan_warm_up
 from serve_app.files import check_files, resolve_family
 from serve_app.ingress import Ingress
 from serve_app.room import check_room
 from serve_app.validation import Validator
+
+DEPLOYMENTS: Mapping[str, type] = {"encoder": Encoder, "transformer": Transformer, "vae": Vae}
 
 
 class Refused(RayServeException, ConfigError):  # type: ignore[misc]
@@ -40,36 +42,75 @@ def build_app(args: AppConfig | Mapping[str, Any]) -> Application:
 
 
 def compose_app(config: AppConfig) -> Application:
-    """The four deployments of one served checkpoint.
+    """The ingress, and three deployments of each served model, or less of one that shares some with another.
 
     Raises ConfigError, also if files are not whole, or the cluster has too few CPUs or GPUs or too small ones.
     """
     config = resolve_family(config)
-    model, timeout_s = config.model.with_vae_dtype(config.vae.dtype), config.limits.request_timeout_s
-    check_defaults(model, config.limits)
+    check_requests(config)
     if is_alone():
         check_files(config)
     check_room(config)
-    warm_up = WarmUp(plan_warm_up(model, config.limits), config.encoder.max_sequence_length)
+    return build_ingress(config).bind(config.limits, *_bind(config))
 
-    def stage(deployment: type, stage_config: StageConfig) -> Application:
-        options = plan_serve_options(
-            stage_config,
-            graceful_shutdown_timeout_s=timeout_s,
-            num_shards=stage_config.num_ranks,
-            reports_load=stage_config.reports_load,
-            has_sessions=stage_config.has_sessions,
-            preload=plan_preload(model, stage_config),
+
+class ToldModel(NamedTuple):
+    """What the ingress is told of one served model."""
+
+    model: ModelConfig
+    stages: tuple[Application, ...]
+    sleepers: tuple[str, ...]
+    """Names of the stages that may sleep."""
+
+
+def _bind(config: AppConfig) -> list[ToldModel]:
+    """Every stage once, whichever models share it."""
+    models = {served.name: served.model.with_vae_dtype(served.vae.dtype) for served in config.served}
+    warm_ups: dict[str, WarmUp] = {}
+    for served in config.served:
+        with config.naming(served):
+            planned = plan_warm_up(models[served.name], config.limits)
+            warm_ups[served.name] = WarmUp(planned, served.encoder.max_sequence_length)
+    bound = {}
+    for served in config.served:
+        for stage in (stage for stage, holder in served.holders.items() if holder == served.name):
+            sharing = [of.name for of in config.served if of.holders[stage] == served.name]
+            others = [(models[name], warm_ups[name]) for name in sharing if name != served.name]
+            deployment = _deployment(served, stage, config, models[served.name])
+            arguments = (models[served.name], served.stages[stage], warm_ups[served.name])
+            bound[served.name, stage] = deployment.bind(*arguments, *([others] if others else []))
+    return [
+        ToldModel(
+            models[served.name],
+            tuple(bound[holder, stage] for stage, holder in served.holders.items()),
+            _sleepers(served),
         )
-        return serve.deployment(deployment).options(**options).bind(model, stage_config, warm_up)
+        for served in config.served
+    ]
 
-    return build_ingress(config).bind(
-        model,
-        config.limits,
-        stage(Encoder, config.encoder),
-        stage(Transformer, config.transformer),
-        stage(Vae, config.vae),
+
+def _deployment(served: ServedModelConfig, stage: str, config: AppConfig, model: ModelConfig) -> Deployment:
+    stage_config = served.stages[stage]
+    suffix = "" if config.is_one else f"_{deployed_name(served.name)}"
+    options = plan_serve_options(
+        stage_config,
+        graceful_shutdown_timeout_s=config.limits.request_timeout_s,
+        num_shards=stage_config.num_ranks,
+        reports_load=stage_config.reports_load,
+        has_sessions=stage_config.has_sessions,
+        preload=plan_preload(model, stage_config),
+        sleeping=Sleeping(
+            served.name,
+            tuple(DEPLOYMENTS[name].__name__ + suffix for name in _sleepers(served)),
+            starts_asleep=served.name != config.served[0].name,
+        ),
     )
+    deployment = DEPLOYMENTS[stage]
+    return serve.deployment(deployment).options(name=deployment.__name__ + suffix, **options)
+
+
+def _sleepers(served: ServedModelConfig) -> tuple[str, ...]:
+    return tuple(name for name, stage in served.stages.items() if not stage.min_replicas)
 
 
 def build_ingress(config: AppConfig) -> Deployment:
@@ -89,5 +130,5 @@ def build_ingress(config: AppConfig) -> Deployment:
 
 
 def build_validator(config: AppConfig) -> Validator:
-    """What this app's ingress will judge requests by."""
-    return Validator(resolve_family(config).model, config.limits)
+    """What this app's ingress will judge requests for the first model by."""
+    return Validator(resolve_family(config).served[0].model, config.limits)

@@ -19,7 +19,7 @@ from serve_app.generate_cli import generate_command
 from serve_app.plan_cli import plan_command, profile_command
 from serve_app.ray_environment import RAY_ENVIRONMENT
 from serve_app.serve_cli import serve_command
-from serve_app.status import NoStatus, fetch_status, status_table, watch_status
+from serve_app.status import NoStatus, fetch_status, render_status, watch_status
 
 cli = typer.Typer(
     pretty_exceptions_enable=False,
@@ -105,7 +105,7 @@ def status(
     elif as_json:
         terminal.print_json(data=fetch_status(url))
     else:
-        terminal.print(status_table(fetch_status(url)))
+        terminal.print(render_status(fetch_status(url)))
 
 
 @cli.command()

@@ -1,6 +1,8 @@
 """The whole of what a YAML file may say under `args:`."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -49,15 +51,17 @@ class IngressConfig(Config):
     )
 
 
-class AppConfig(Config):
-    """One served checkpoint: the model, its three stages, and the limits of a request."""
+class ServedModelConfig(Config):
+    """One served checkpoint: the model and its three stages."""
 
     model: ModelConfig
     encoder: EncoderConfig = EncoderConfig()
     transformer: TransformerConfig = TransformerConfig()
     vae: VaeConfig = VaeConfig()
-    ingress: IngressConfig = IngressConfig()
-    limits: LimitsConfig = LimitsConfig()
+
+    @property
+    def name(self) -> str:
+        return self.model.name
 
     @model_validator(mode="after")
     def _check_adapters(self) -> Self:
@@ -75,6 +79,116 @@ class AppConfig(Config):
     def stages(self) -> dict[str, StageConfig]:
         """By their names here, in the order in which a request meets them."""
         return {"encoder": self.encoder, "transformer": self.transformer, "vae": self.vae}
+
+    @property
+    def holders(self) -> dict[str, str]:
+        """By stage the name of the model whose it is: this one's, or the one that it is shared with."""
+        shared = {"encoder": self.encoder.shared_with, "transformer": None, "vae": self.vae.shared_with}
+        return {stage: holder or self.name for stage, holder in shared.items()}
+
+
+class AppConfig(Config):
+    """One application: one served model, or several behind one ingress, and the limits of a request."""
+
+    model: ModelConfig | None = None
+    encoder: EncoderConfig | None = None
+    transformer: TransformerConfig | None = None
+    vae: VaeConfig | None = None
+    models: tuple[ServedModelConfig, ...] = Field(
+        (),
+        description="several served models in place of one: a list, each with a `model`, `encoder`, `transformer` "
+        "and `vae` of its own",
+    )
+    ingress: IngressConfig = IngressConfig()
+    limits: LimitsConfig = LimitsConfig()
+
+    @property
+    def is_one(self) -> bool:
+        return len(self.served) == 1
+
+    @property
+    def served(self) -> tuple[ServedModelConfig, ...]:
+        """Whichever way they were said, a stage that is shared as its holder says. A request that names none means
+        the first."""
+        if self.model is None:
+            return tuple(map(self._with_shared, self.models))
+        stages = {"encoder": self.encoder, "transformer": self.transformer, "vae": self.vae}
+        said = {name: stage for name, stage in stages.items() if stage is not None}
+        return (ServedModelConfig.model_validate({"model": self.model, **said}),)
+
+    def _with_shared(self, served: ServedModelConfig) -> ServedModelConfig:
+        said = {of.name: of for of in self.models}
+        shared = {stage: holder for stage, holder in served.holders.items() if holder != served.name}
+        held = {
+            stage: said[holder].stages[stage].model_copy(update={"shared_with": holder})
+            for stage, holder in shared.items()
+        }
+        return served.model_copy(update=held)
+
+    def serving(self, models: Sequence[ServedModelConfig]) -> Self:
+        """The same application of these instead, as many."""
+        if self.model is None:
+            return self.model_copy(update={"models": tuple(models)})
+        [only] = models
+        return self.model_copy(update={"model": only.model, **only.stages})
+
+    @contextmanager
+    def naming(self, served: ServedModelConfig) -> Iterator[None]:
+        """A ConfigError in it says whose mistakes they are, where there are several models."""
+        try:
+            yield
+        except ConfigError as error:
+            if self.is_one:
+                raise
+            lines = [f"model {served.name!r}: {line}" for line in str(error).splitlines()]
+            raise ConfigError("\n".join(lines)) from error
+
+    @model_validator(mode="after")
+    def _check_models(self) -> Self:
+        if self.model is None and not self.models:
+            raise ValueError("model is missing: say which checkpoint is served, or several under models")
+        if self.models:
+            twice = [
+                name for name in ("model", "encoder", "transformer", "vae") if getattr(self, name) is not None
+            ]
+            if twice:
+                raise ValueError(f"{twice[0]} stands beside models: say it in an entry of models")
+        names = [deployed_name(served.name) for served in self.models]
+        for i, name in enumerate(names):
+            if name in names[:i]:
+                raise ValueError(
+                    f"models.{i}.model.name: {self.models[i].name!r} is taken: names must differ in letters, "
+                    "digits, - or _"
+                )
+        check_shared(self.models or self.served)
+        return self
+
+
+def check_shared(models: Sequence[ServedModelConfig]) -> None:
+    """Raises ValueError where a stage cannot be shared as it is said, whatever the checkpoints hold."""
+    said = {served.name: served for served in models}
+    for i, served in enumerate(models):
+        for stage, holder in served.holders.items():
+            if holder == served.name:
+                continue
+            place = f"models.{i}.{stage}.shared_with"
+            more = served.stages[stage].model_fields_set - {"shared_with"}
+            if holder not in said:
+                raise ValueError(f"{place}: {holder!r} is none of the models: {', '.join(said)}")
+            if said[holder].holders[stage] != holder:
+                raise ValueError(f"{place}: {holder!r} has none of its own: name {said[holder].holders[stage]!r}")
+            if more:
+                raise ValueError(f"{place}: {holder!r} says how it runs: leave out {', '.join(sorted(more))}")
+            if not said[holder].stages[stage].min_replicas:
+                raise ValueError(
+                    f"{place}: what several models share does not sleep: set min_replicas of {holder!r}'s {stage} "
+                    "to 1 or more"
+                )
+
+
+def deployed_name(name: str) -> str:
+    """What of a model's name can be part of a deployment's, and so of files' names."""
+    return re.sub(r"[^A-Za-z0-9_-]", "-", name)
 
 
 class ConfigError(ValueError):

@@ -5,11 +5,18 @@ from typing import Any
 from deployments.config import WARM_UP_SIZE, DefaultsConfig, ModelConfig
 from deployments.families import Call
 from deployments.request import GenerationRequest
-from serve_app.config import ConfigError, LimitsConfig
+from serve_app.config import AppConfig, ConfigError, LimitsConfig
 from serve_app.errors import BadRequest
 from serve_app.input_pictures import blank_png
 from serve_app.input_videos import blank_video
 from serve_app.validation import Validator
+
+
+def check_requests(config: AppConfig) -> None:
+    """What each served model lets people ask for without saying it. Raises ConfigError."""
+    for served in config.served:
+        with config.naming(served):
+            check_defaults(served.model, config.limits)
 
 
 def check_defaults(model: ModelConfig, limits: LimitsConfig) -> None:

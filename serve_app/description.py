@@ -5,7 +5,7 @@ longer sides that make no more pixels are taken as well; likewise seconds times 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -55,20 +55,36 @@ _STRENGTH: Schema = {
 
 
 def describe_body(
-    api: FastAPI, path: str, kind: type[GenerationBody], model: ModelCard, *media_types: str
+    api: FastAPI, path: str, kind: type[GenerationBody], models: Sequence[ModelCard], *media_types: str
 ) -> None:
-    """After FastAPI's own description, which would make floats of large integers."""
-    calls = {kind: call for kind, call in model.calls.items() if call.path == path}
-    content = {
-        media: {"schema": _body_schema(kind, model, calls, is_form="form" in media)} for media in media_types
-    }
+    """After FastAPI's own description, which would make floats of large integers.
+
+    models: that are asked at this path; the first is meant where none is named.
+    """
+    content = {}
+    for media in media_types:
+        is_form = "form" in media
+        schemas = [_body_schema(kind, model, path, is_form=is_form) for model in models]
+        names = [model.id for model in models]
+        content[media] = {"schema": schemas[0] if len(schemas) == 1 else _one_of(schemas, names, is_form=is_form)}
     api.openapi()["paths"][path]["post"]["requestBody"] = {"required": True, "content": content}
 
 
-def _body_schema(
-    kind: type[GenerationBody], model: ModelCard, calls: Mapping[CallKind, CallCard], *, is_form: bool
-) -> Schema:
+def _one_of(schemas: Sequence[Schema], names: Sequence[str], *, is_form: bool) -> Schema:
+    """Each model's own, which the name chooses; without one the first."""
+    definitions: Schema = {}
+    for i, (schema, name) in enumerate(zip(schemas, names, strict=True)):
+        definitions |= schema.pop("$defs", {})
+        field: Schema = {"type": "string", "enum": [name], "title": "Model"}
+        schema["title"] += f" for {name}"
+        schema["properties"]["model"] = field if i or is_form else _with_null(field)
+        schema["required"] += ["model"] if i else []
+    return {"$defs": definitions, "oneOf": [*schemas]}
+
+
+def _body_schema(kind: type[GenerationBody], model: ModelCard, path: str, *, is_form: bool) -> Schema:
     """What is taken of such a body: the class's own schema, within the model's limits. A form has no nulls."""
+    calls = {kind: call for kind, call in model.calls.items() if call.path == path}
     schema = kind.model_json_schema()
     fields, limits = schema["properties"], model.limits
     for name in ("guidance_scale", "true_cfg_scale", "strength"):

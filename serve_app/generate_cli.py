@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from serve_app.config import AppConfig, ConfigError, load_app_config
 from serve_app.files import resolve_family
+from serve_app.model_names import find_name
 from serve_app.validation import Validator
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def generate_command(
     num_inference_steps: Annotated[
         int | None, typer.Option("--steps", help="denoising steps; the model's default")
     ] = None,
+    model: Annotated[str | None, typer.Option(help="which, where several are served; the first")] = None,
     guidance_scale: Scale = None,
     guidance_scale_2: Annotated[float | None, typer.Option(help="of a second expert; as the first's")] = None,
     true_cfg_scale: Scale = None,
@@ -98,7 +100,7 @@ def _generate(options: dict[str, Any]) -> None:
     if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # `nohup` has it ignored
         signal.signal(signal.SIGHUP, lambda number, _frame: sys.exit(128 + number))
     with importlib.import_module(LOCAL).app_handle(app_config) as handle:
-        media = handle.model.remote().result().media
+        media = handle.model.remote(options.get("model")).result().media
         out, chosen = choose_file(out, media)
         picture = _watch(handle, read_files(options, media) | chosen)
     out.write_bytes(picture.media.data)
@@ -119,7 +121,9 @@ def _read_lora(text: str) -> dict[str, Any]:
 def _check(fields: Mapping[str, Any], out: Path | None, app_config: AppConfig | None) -> None:
     """Refuses at once what would be refused once an app is started. Raises ConfigError, or BadRequest."""
     if app_config is not None:
-        validator = Validator(resolve_family(app_config).model, app_config.limits)
+        served = {each.name: each.model for each in resolve_family(app_config).served}
+        name = next(iter(served)) if "model" not in fields else find_name(fields["model"], served)
+        validator = Validator(served[name], app_config.limits)
         media = validator.family.media
         validator.requests(read_files(fields, media) | choose_file(out, media)[1])
     elif not importlib.import_module(LOCAL).is_running():

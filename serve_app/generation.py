@@ -6,7 +6,7 @@ again from that stage (losses.py).
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from deployments.encoder_session import encoder_session
@@ -29,19 +29,27 @@ from serve_app.losses import StageLost, naming, repeat_when_lost
 from serve_app.partials import PartialImage, Partials
 from serve_app.streams import reference, reference_stream
 from serve_app.suspects import Suspects
+from serve_app.waking import Waking
 
 
 class Stages:
     """Serve handles of the three deployments, who may be what kills them, and the sizes known to fit the VAE."""
 
-    def __init__(self, encoder: Any, transformer: Any, vae: Any, suspects: Suspects) -> None:
+    def __init__(
+        self, encoder: Any, transformer: Any, vae: Any, suspects: Suspects, waking: Waking | None = None
+    ) -> None:
+        """waking: where some of them may sleep."""
         self.encoder, self.transformer, self.vae = encoder, transformer, vae
-        self.suspects = suspects
+        self.suspects, self._waking = suspects, waking
         self._decodable: set[MediaSize] = set()
 
     @property
     def by_name(self) -> dict[str, Any]:
         return {"encoder": self.encoder, "transformer": self.transformer, "vae": self.vae}
+
+    async def wake(self) -> float:
+        """Milliseconds until all of them were awake."""
+        return 0.0 if self._waking is None else await self._waking.wake()
 
     async def refuse_early(self, request: GenerationRequest) -> None:
         """Raises BadRequest for what the VAE could never decode, not after the whole denoise but beside it."""
@@ -64,6 +72,8 @@ class Picture:
     media: Media
     request: GenerationRequest
     denoised: Denoised
+    wake_ms: float = 0.0
+    """That the request waited for its model, which slept."""
 
     @property
     def seed(self) -> int:
@@ -84,6 +94,7 @@ class Picture:
     def timings_ms(self) -> dict[str, float]:
         """Milliseconds per stage."""
         times = {
+            "wake": self.wake_ms,
             "encode": self.denoised.encode_ms,
             "prepare": self.denoised.prepare_ms,
             "queue": self.denoised.queue_ms,
@@ -170,12 +181,15 @@ async def _draw(
 
     async def picture(index: int, request: GenerationRequest) -> None:
         inputs = prompts[request.prompt]
-        await _picture(stages, inputs, request, options, lambda news: tell(Event(index, news)))
+        finished = await _picture(stages, inputs, request, options, lambda news: tell(Event(index, news)))
+        tell(Event(index, replace(finished, wake_ms=wake_ms)))
 
-    tasks = [asyncio.create_task(picture(i, request)) for i, request in enumerate(requests)]
-    tasks.append(asyncio.create_task(stages.refuse_early(requests[0])))
+    tasks: list[asyncio.Task[None]] = []
     try:
         async with asyncio.timeout(timeout_s):
+            wake_ms = await stages.wake()
+            tasks += [asyncio.create_task(picture(i, request)) for i, request in enumerate(requests)]
+            tasks.append(asyncio.create_task(stages.refuse_early(requests[0])))
             await asyncio.gather(*tasks)
     except TimeoutError as error:
         raise DeadlineExceeded(f"not done within request_timeout_s ({timeout_s:g} s)") from error
@@ -251,7 +265,7 @@ async def _picture(
     request: GenerationRequest,
     options: StreamOptions,
     tell: Callable[[News], None],
-) -> None:
+) -> Picture:
     reached: tuple[Denoised, Any] | None = None
     partials = Partials(stages.vae, request, tell)
     size_param = _size_param(request)
@@ -276,10 +290,9 @@ async def _picture(
         reached = None
 
     try:
-        picture = await repeat_when_lost(go_on, stages.suspects)
+        return await repeat_when_lost(go_on, stages.suspects)
     finally:
         partials.drop()
-    tell(picture)
 
 
 async def _denoise(

@@ -213,6 +213,7 @@ class VideoBody(GenerationBody):
 class TimingsMs(BaseModel):
     """Where one picture's time went, in milliseconds. Beyond OpenAI."""
 
+    wake: float = Field(0.0, description="until a model that slept was awake")
     encode: float
     prepare: float = Field(0.0, description="of pictures that go in")
     queue: float
@@ -330,6 +331,11 @@ class EditCompletedEvent(AnyCompletedEvent):
 class StageHealth(BaseModel):
     ok: bool
     stages: dict[str, str] = Field(description='"ok"; "asleep", until a request comes; or what is wrong')
+
+
+class ModelsHealth(BaseModel):
+    ok: bool = Field(description="of all models")
+    models: dict[str, StageHealth] = Field(description="by name")
 
 
 class ErrorDetail(BaseModel):

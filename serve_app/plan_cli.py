@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,16 +14,23 @@ from rich.console import Console
 
 from cluster.inventory import parse_gpus
 from deployments.config import ModelConfig
-from deployments.plan.advice import Admitted
 from deployments.plan.picture import draw_placement
-from deployments.plan.plan import SizesOf, StageConfigs, plan
+from deployments.plan.plan import Plan, SizesOf, StageConfigs
 from deployments.plan.profile import Profile, read_profile, write_profile
-from deployments.plan.propose import propose
 from deployments.plan.report import plan_as_json, print_plan
-from deployments.plan.sizes import default_size, largest
+from deployments.plan.sizes import default_size
 from deployments.request import MediaSize
-from serve_app.config import APP_NAME, IMPORT_PATH, AppConfig, ConfigError, LimitsConfig, load_app_config
+from serve_app.config import (
+    APP_NAME,
+    IMPORT_PATH,
+    AppConfig,
+    ConfigError,
+    ServedModelConfig,
+    deployed_name,
+    load_app_config,
+)
 from serve_app.files import resolve_family
+from serve_app.planning import plan_app, propose_app, stages_of
 
 WIDTH = 110
 """Columns of a plan that goes into a file or a pipe."""
@@ -34,7 +42,10 @@ SizeOption = Annotated[
     list[str] | None,
     typer.Option("--size", help='"1024x1024", of a video "832x480x81"; several times; the defaults'),
 ]
-ModelOption = Annotated[str | None, typer.Option("--model", help="a checkpoint to propose a config for")]
+ModelOption = Annotated[
+    list[str] | None,
+    typer.Option("--model", help="a checkpoint to propose a config for; several: for one server of all"),
+]
 
 
 def plan_command(
@@ -56,40 +67,41 @@ def plan_command(
     try:
         inventory = parse_gpus(gpus) if gpus else ()
         app = _resolved(_app_config(config, model), configs_dir)
-        sizes = _sizes(size, app.model)
+        sizes = {served.name: _sizes(size, served.model) for served in app.served}
         measured = None if profile is None else read_profile(profile)
-        sizes_of = _sizes_of(app.model, configs_dir, sizes)
-        stages = StageConfigs(app.encoder, app.transformer, app.vae)
+        sizes_of = {served.name: _sizes_of(served.model, configs_dir, sizes[served.name]) for served in app.served}
         if config is None:
             if not inventory:
                 raise ConfigError("a config is proposed for GPUs: say which by --gpus, such as 2x16GiB")
-            app = app.model_copy(update={"limits": _limits(sizes), "model": _drawing(app.model, largest(sizes))})
-            stages = propose(sizes_of, inventory, None if measured is None else measured.at(largest(sizes)))
-        planned = plan(
-            app.model.name,
-            stages,
-            sizes_of(stages),
-            inventory,
-            profile=measured,
-            admitted=_admitted(app),
-        )
+            app = propose_app(app, sizes, sizes_of, inventory, measured)
+        plans = plan_app(app, sizes_of, inventory, measured)
     except (ValueError, KeyError) as error:
         raise ConfigError(str(error.args[0] if error.args else error)) from error
-    print_plan(planned, Console(width=None if sys.stdout.isatty() else WIDTH))
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    for planned in plans:
+        print_plan(planned, console)
     if json_file is not None:
-        json_file.write_text(json.dumps(plan_as_json(planned), indent=1) + "\n")
+        told = [plan_as_json(planned) for planned in plans]
+        json_file.write_text(json.dumps(told[0] if len(told) == 1 else told, indent=1) + "\n")
     if svg_file is not None:
-        if not inventory:
-            raise ConfigError("a picture shows GPUs: say which by --gpus")
-        svg_file.write_text(draw_placement(planned))
+        _draw(plans, svg_file)
     if config is None:
-        text = _render(app, stages, gpus)
+        text = _render(app, gpus)
         if out is None:
             print(text, end="")
         else:
             out.write_text(text)
-    if planned.shortfalls:
+    if any(planned.shortfalls for planned in plans):
         raise typer.Exit(1)
+
+
+def _draw(plans: Sequence[Plan], file: Path) -> None:
+    """Of several models a file each: `plan.svg` becomes `plan-NAME.svg`."""
+    if not plans[0].placement.gpus:
+        raise ConfigError("a picture shows GPUs: say which by --gpus")
+    for planned in plans:
+        name = file.name if len(plans) == 1 else f"{file.stem}-{deployed_name(planned.name)}{file.suffix}"
+        file.with_name(name).write_text(draw_placement(planned))
 
 
 def profile_command(
@@ -99,13 +111,16 @@ def profile_command(
     steps: Annotated[int, typer.Option(min=2, help="denoising steps to measure")] = 4,
 ) -> None:
     """Measure encode, every block and decode on this machine, for `relay plan --profile`. Loads the weights."""
-    app = resolve_family(load_app_config(config))
-    sizes = _sizes(size, app.model)
-    stages = StageConfigs(app.encoder, app.transformer, app.vae)
+    models = resolve_family(load_app_config(config)).served
+    if len(models) > 1:
+        raise ConfigError(f"{config} serves several models: write the one that is meant into a file of its own")
+    [served] = models
+    sizes = _sizes(size, served.model)
+    stages = stages_of(served)
     measure = importlib.import_module("deployments.plan.measure").measure
     machine = importlib.import_module("cluster.machine").describe_machine()
-    times = measure(app.model, stages, sizes, num_steps=steps)
-    write_profile(Profile(machine, app.model.checkpoint, times), out)
+    times = measure(served.model, stages, sizes, num_steps=steps)
+    write_profile(Profile(machine, served.model.checkpoint, times), out)
     for name, found in times.items():
         forwards = " and ".join(
             f"{of.num_forwards} forwards of {len(of.blocks_s)} blocks" for of in found.denoisers.values()
@@ -121,21 +136,30 @@ def _resolved(app: AppConfig, configs_dir: Path | None) -> AppConfig:
     """With what the checkpoint's configs say, or those in this folder."""
     if configs_dir is None:
         return resolve_family(app)
-    said = app.model.model_dump(include={"checkpoint", "config", "components"})
-    there = app.model.model_copy(update={"checkpoint": str(configs_dir), "config": None, "components": {}})
-    found = resolve_family(app.model_copy(update={"model": there})).model
-    return app.model_copy(update={"model": found.model_copy(update=said)})
+    if not app.is_one:
+        raise ConfigError("--configs is one checkpoint's folder: plan one model")
+    [served] = app.served
+    said = served.model.model_dump(include={"checkpoint", "config", "components"})
+    there = served.model.model_copy(update={"checkpoint": str(configs_dir), "config": None, "components": {}})
+    [found] = resolve_family(app.serving([served.model_copy(update={"model": there})])).served
+    return app.serving([served.model_copy(update={"model": found.model.model_copy(update=said)})])
 
 
-def _app_config(path: Path | None, model: str | None) -> AppConfig:
-    if path is not None and model is not None:
+def _app_config(path: Path | None, checkpoints: list[str] | None) -> AppConfig:
+    if path is not None and checkpoints:
         raise ConfigError("a config names its model: leave out --model, or the config")
     if path is not None:
         return load_app_config(path)
-    if model is None:
+    if not checkpoints:
         raise ConfigError("nothing to plan: name a config, or a checkpoint by --model")
-    name = re.sub(r"[^a-z0-9]+", "-", model.rpartition("/")[2].lower()).strip("-")
-    return AppConfig(model=ModelConfig(name=name, checkpoint=model))
+    models = [ModelConfig(name=_name(checkpoint), checkpoint=checkpoint) for checkpoint in checkpoints]
+    if len(models) == 1:
+        return AppConfig(model=models[0])
+    return AppConfig(models=tuple(ServedModelConfig(model=model) for model in models))
+
+
+def _name(checkpoint: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", checkpoint.rpartition("/")[2].lower()).strip("-")
 
 
 def _sizes(asked: list[str] | None, model: ModelConfig) -> tuple[MediaSize, ...]:
@@ -161,27 +185,6 @@ def _sizes(asked: list[str] | None, model: ModelConfig) -> tuple[MediaSize, ...]
     return tuple(found)
 
 
-def _limits(sizes: tuple[MediaSize, ...]) -> LimitsConfig:
-    """No request that is larger than what is planned for."""
-    most = largest(sizes)
-    return LimitsConfig(max_pixels=most.width * most.height, max_num_frames=most.num_frames)
-
-
-def _drawing(model: ModelConfig, size: MediaSize) -> ModelConfig:
-    """By default what was planned for: the limits may admit no more."""
-    if size == model.default_size:
-        return model
-    num_frames = size.num_frames if model.architecture.media == "video" else None
-    said = {"width": size.width, "height": size.height, "num_frames": num_frames}
-    return model.model_copy(update={"defaults": model.defaults.model_copy(update=said)})
-
-
-def _admitted(app: AppConfig) -> Admitted:
-    limits, own = app.limits, app.model.geometry.sizes
-    most = max((width * height for width, height in own), default=limits.max_pixels)
-    return Admitted(limits.max_concurrent_requests, min(limits.max_pixels, most), limits.max_num_frames)
-
-
 def _sizes_of(model: ModelConfig, configs_dir: Path | None, sizes: tuple[MediaSize, ...]) -> SizesOf:
     description = importlib.import_module("deployments.plan.describe").Description(model, configs_dir)
 
@@ -191,26 +194,30 @@ def _sizes_of(model: ModelConfig, configs_dir: Path | None, sizes: tuple[MediaSi
     return sizes_of
 
 
-def _render(app: AppConfig, stages: StageConfigs, gpus: str) -> str:
+def _render(app: AppConfig, gpus: str) -> str:
     """A Serve YAML file."""
-    args = {
-        "model": app.model.model_dump(
-            exclude_defaults=True, mode="json", exclude={"family"} if app.model.has_derived_family else None
-        ),
-        "encoder": stages.encoder.model_dump(exclude_defaults=True, mode="json"),
-        "transformer": stages.transformer.model_dump(exclude_defaults=True, mode="json"),
-        "vae": stages.vae.model_dump(exclude_defaults=True, mode="json"),
-        "limits": app.limits.model_dump(exclude_defaults=True, mode="json"),
-    }
+    models = [_render_model(served) for served in app.served]
+    limits = {"limits": app.limits.model_dump(exclude_defaults=True, mode="json")}
     application = {
         "name": APP_NAME,
         "route_prefix": "/",
         "import_path": IMPORT_PATH,
-        "args": args,
+        "args": (models[0] if app.is_one else {"models": models}) | limits,
     }
-    served = {
+    file = {
         "proxy_location": "EveryNode",
         "http_options": {"host": "0.0.0.0", "port": 8000},
         "applications": [application],
     }
-    return f"# Planned for {gpus} by `relay plan`.\n" + yaml.safe_dump(served, sort_keys=False)
+    return f"# Planned for {gpus} by `relay plan`.\n" + yaml.safe_dump(file, sort_keys=False)
+
+
+def _render_model(served: ServedModelConfig) -> dict[str, Any]:
+    derived = {"family"} if served.model.has_derived_family else None
+    stages = {
+        name: {"shared_with": holder}
+        if (holder := served.holders[name]) != served.name
+        else stage.model_dump(exclude_defaults=True, mode="json")
+        for name, stage in served.stages.items()
+    }
+    return {"model": served.model.model_dump(exclude_defaults=True, mode="json", exclude=derived), **stages}

@@ -1,23 +1,25 @@
-"""What an ingress does with a request once it is judged, and what it knows of its stages."""
+"""What an ingress does with a request for one model once it is judged, and what it knows of the model's stages."""
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Collection
 from contextlib import aclosing
 from dataclasses import asdict
+from functools import cached_property
 from typing import Any
 
 from cluster.metrics import StageMetrics, export_regularly
 from cluster.replica_port import follow_ray_to_loopback
 from deployments.config import ModelConfig
 from deployments.request import NO_NEWS, GenerationRequest, InputPictures, StreamOptions
+from serve_app.admission import Admission
 from serve_app.config import LimitsConfig
-from serve_app.errors import Overloaded
 from serve_app.generation import Event, Picture, Stages, generate
 from serve_app.last_seen import LastSeen, Sight
 from serve_app.model_card import ModelCard, model_card
 from serve_app.replicas import no_statuses, stage_health, stage_statuses
 from serve_app.suspects import Suspects
 from serve_app.validation import Validator
+from serve_app.waking import Waking
 
 
 class Relay:
@@ -30,14 +32,28 @@ class Relay:
         encoder: Any,
         transformer: Any,
         vae: Any,
+        admission: Admission | None = None,
+        sleepers: Collection[str] = (),
+        *,
+        takes_turns: bool = False,
     ) -> None:
+        """
+        Args:
+            admission: what other models of the same ingress share; None: there are none.
+            sleepers: names of the stages that may sleep.
+            takes_turns: whether other models may have their room meanwhile.
+        """
         follow_ray_to_loopback()
+        self._admission = admission or Admission(limits.max_concurrent_requests)
         self._model, self._limits = model, limits
-        self._stages = Stages(encoder, transformer, vae, Suspects(model.name))
+        stages = {"encoder": encoder, "transformer": transformer, "vae": vae}
+        waking = Waking(model.name, [stages[name] for name in sleepers]) if sleepers else None
+        self._stages = Stages(**stages, suspects=Suspects(model.name), waking=waking)
         self.validator = Validator(model, limits)
         self._created = int(time.time())
         self._metrics = StageMetrics(stage="ingress", rank=0, model=model.name)
-        self._health = LastSeen(lambda: stage_health(self._stages.by_name))
+        turns = sleepers if takes_turns else ()
+        self._health = LastSeen(lambda: stage_health(self._stages.by_name, turns))
         self._statuses = LastSeen(lambda: stage_statuses(self._stages.by_name))
         export_regularly(self._metrics.export_requests)
 
@@ -62,10 +78,7 @@ class Relay:
         heartbeat_s: float | None = None,
     ) -> AsyncGenerator[Event | None, None]:
         """What happens until all pictures are there, as `generate` tells it. Raises a RelayError."""
-        limit = self._limits.max_concurrent_requests
-        if self._metrics.num_in_flight >= limit:
-            raise Overloaded(f"{self._metrics.num_in_flight} requests are in progress; the limit is {limit}")
-        with self._metrics.request():
+        with self._admission.request(), self._metrics.request():
             timeout_s = self._limits.request_timeout_s
             news = generate(
                 self._stages, requests, options, pictures, timeout_s=timeout_s, heartbeat_s=heartbeat_s
@@ -74,13 +87,19 @@ class Relay:
                 async for event in events:
                     yield event
 
+    @property
+    def name(self) -> str:
+        """What clients put into `model`."""
+        return self._model.name
+
     def model(self) -> ModelCard:
         """What clients may want to know before they ask for a picture."""
         return model_card(self._model, self._created, self._limits, self.validator.catalog.entries())
 
-    async def num_in_progress(self) -> int:
-        """Requests that this ingress has taken up and not answered."""
-        return self._metrics.num_in_flight
+    @cached_property
+    def paths(self) -> frozenset[str]:
+        """Where this model is asked."""
+        return frozenset(call.path for call in self.model().calls.values())
 
     async def health(self) -> Sight[dict[str, str]]:
         """Per stage one of replicas.SERVING, or why it cannot serve now; as last seen."""
@@ -90,11 +109,13 @@ class Relay:
     async def status(self) -> dict[str, Any]:
         """What every replica of every stage tells of itself, and Serve of them; as last seen."""
         seen = await self._statuses.get() or Sight(no_statuses(self._stages.by_name), 0.0)
-        stages = {name: asdict(of) for name, of in seen.answer.items()}
-        in_progress = self._metrics.num_in_flight
+        handles = self._stages.by_name
+        stages = {
+            name: {"deployment": handles[name].deployment_name, **asdict(of)} for name, of in seen.answer.items()
+        }
         return {
-            "model": self._model.name,
-            "num_in_progress": in_progress,
+            "model": self.name,
+            "num_in_progress": self._metrics.num_in_flight,
             "age_s": round(seen.age_s, 3),
             **stages,
         }

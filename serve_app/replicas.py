@@ -1,9 +1,9 @@
 """What Serve and every replica of a stage tell of it. Nothing here raises: what is amiss is told."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ray import serve
@@ -44,6 +44,8 @@ class Told:
     state: str
     message: str = ""
     num_replicas: Mapping[str, int] = field(default_factory=dict)
+    takes_turns: bool = False
+    """With stages of other models, in room that not all have at once: so it may wait for it."""
 
     @property
     def at_rest(self) -> str | None:
@@ -52,7 +54,7 @@ class Told:
         if self.state in (DeploymentStatus.HEALTHY, DeploymentStatus.DOWNSCALING):
             return None if there - {ReplicaState.STOPPING} else ASLEEP
         wakes = self.state == DeploymentStatus.UPSCALING and ReplicaState.RUNNING not in there
-        return WAKING if wakes and not self.message else None
+        return WAKING if wakes and (self.takes_turns or not self.message) else None
 
 
 async def stage_statuses(stages: Mapping[str, DeploymentHandle]) -> dict[str, StageStatus]:
@@ -80,13 +82,13 @@ def _stage_status(told: Told, answers: list[Any]) -> StageStatus:
     )
 
 
-async def stage_health(stages: Mapping[str, DeploymentHandle]) -> dict[str, str]:
-    """By the same names one of SERVING, or why the stage cannot serve now."""
-    told = await _in_thread(_ask_serve, stages)
+async def stage_health(stages: Mapping[str, DeploymentHandle], turns: Collection[str] = ()) -> dict[str, str]:
+    """By the same names one of SERVING, or why the stage cannot serve now. turns: which take turns with others."""
+    told = await _in_thread(_ask_serve, stages, turns)
     found = await asyncio.gather(*(_health(told[name], handle) for name, handle in stages.items()))
     if all(state in SERVING for state in found):
         return dict(zip(stages, found, strict=True))
-    now = await _in_thread(_ask_serve, stages)  # a stage may have fallen asleep since
+    now = await _in_thread(_ask_serve, stages, turns)  # a stage may have fallen asleep since
     return {
         name: state if state in SERVING else now[name].at_rest or _with_message(state, now[name].message)
         for name, state in zip(stages, found, strict=True)
@@ -115,13 +117,16 @@ def _with_message(state: str, message: str) -> str:
     return f"{state}: {message}" if message else state
 
 
-def _ask_serve(stages: Mapping[str, DeploymentHandle]) -> dict[str, Told]:
+def _ask_serve(stages: Mapping[str, DeploymentHandle], turns: Collection[str] = ()) -> dict[str, Told]:
     try:
         applications = serve.status().applications
     except Exception as error:  # whatever it is, Serve tells nothing now
         unheard = Told(UNKNOWN, _last_line(f"Serve's controller does not answer: {type(error).__name__}: {error}"))
         return dict.fromkeys(stages, unheard)
-    return {name: _told(applications.get(handle.app_name), handle) for name, handle in stages.items()}
+    return {
+        name: replace(_told(applications.get(handle.app_name), handle), takes_turns=name in turns)
+        for name, handle in stages.items()
+    }
 
 
 def _told(application: Any, handle: DeploymentHandle) -> Told:

@@ -5,13 +5,16 @@ import logging
 
 from ray.exceptions import RayError
 
+from cluster.inventory import Gpu
 from cluster.nodes import cluster_gpus, cluster_nodes, is_connected, may_grow, run_apart
 from deployments.plan.cpu_room import find_cpu_lack
 from deployments.plan.plan import StageConfigs
 from deployments.plan.room import Lack, find_lack
+from deployments.plan.several import ModelNeeds, place_beside
 from deployments.plan.sizes import ModelSizes, default_size
 from deployments.request import MediaSize
-from serve_app.config import AppConfig, ConfigError
+from serve_app.config import AppConfig, ConfigError, ServedModelConfig
+from serve_app.files import shared_stages
 
 log = logging.getLogger("ray.serve")
 
@@ -24,18 +27,33 @@ def check_room(config: AppConfig) -> None:
     if not is_connected():
         return
     ingress_cpus = config.ingress.num_replicas * config.ingress.num_cpus
-    _judge("CPUs", find_cpu_lack(config.stages, ingress_cpus, cluster_nodes()))
-    stages = StageConfigs(config.encoder, config.transformer, config.vae)
-    if not any(stage.num_gpus for stage in config.stages.values()):
+    stages = {
+        name if config.is_one else f"{served.name} {name}": stage
+        for served in config.served
+        for name, stage in served.stages.items()
+        if served.holders[name] == served.name
+    }
+    _judge("CPUs", find_cpu_lack(stages, ingress_cpus, cluster_nodes()))
+    if not any(stage.num_gpus for stage in stages.values()):
         return
     gpus = cluster_gpus()
+    needs = {served.name: _needs(served, gpus) for served in config.served}
+    beside = place_beside(list(needs.values()), gpus)
+    for served in config.served:
+        of = needs[served.name]
+        with config.naming(served):
+            _judge("GPUs", find_lack(of.stages, of.sizes, gpus, shared=of.shared, beside=beside[served.name]))
+
+
+def _needs(served: ServedModelConfig, gpus: tuple[Gpu, ...]) -> ModelNeeds:
     sizes = None
     if gpus and all(gpu.memory_bytes for gpu in gpus):
         try:
-            sizes = run_apart(describe, config, default_size(config.model))
+            sizes = run_apart(describe, served, default_size(served.model))
         except RayError as error:  # what cannot be planned may still run
             log.warning("memory was not planned: %s", error)
-    _judge("GPUs", find_lack(stages, sizes, gpus))
+    stages = StageConfigs(served.encoder, served.transformer, served.vae)
+    return ModelNeeds(served.name, stages, sizes, shared_stages(served))
 
 
 def _judge(what: str, lack: Lack) -> None:
@@ -47,7 +65,7 @@ def _judge(what: str, lack: Lack) -> None:
         raise ConfigError("\n".join(lack.surely))
 
 
-def describe(config: AppConfig, size: MediaSize) -> ModelSizes:
+def describe(config: ServedModelConfig, size: MediaSize) -> ModelSizes:
     """On the meta device, so in a process that may import torch."""
     description = importlib.import_module("deployments.plan.describe").Description(config.model)
     sizes: ModelSizes = description.sizes(config.encoder, config.transformer, config.vae, (size,))

@@ -1,4 +1,4 @@
-"""HTTP in OpenAI's shapes, over a Relay."""
+"""HTTP in OpenAI's shapes, over the served models."""
 
 import asyncio
 import base64
@@ -21,19 +21,21 @@ from serve_app.fields import parse_body
 from serve_app.generation import Picture
 from serve_app.head import HeadIsGet
 from serve_app.input_videos import JUDGING_VIDEOS
-from serve_app.model_card import EDITS, GENERATIONS, VIDEOS, ModelCard, ModelList
+from serve_app.model_card import EDITS, GENERATIONS, VIDEOS, ModelCard, ModelLimits, ModelList
+from serve_app.models import Models
 from serve_app.openai_api import (
     EditBody,
     ErrorResponse,
+    GenerationBody,
     ImageBody,
     ImageData,
     ImagesResponse,
+    ModelsHealth,
     StageHealth,
     VideoBody,
 )
 from serve_app.page import add_pages
 from serve_app.relay import Relay
-from serve_app.replicas import SERVING
 from serve_app.sse import HEARTBEAT_S, answer_with_events
 from serve_app.trace_ids import TraceIds
 from serve_app.validation import Judged
@@ -74,7 +76,7 @@ WITHOUT_V1 = ("/images/generations", "/videos/sync", "/videos", "/models", "/sta
 """Where a client ends up whose base URL is the server's own."""
 
 
-def build_api(relay: Relay) -> FastAPI:
+def build_api(models: Models) -> FastAPI:
     """The HTTP application of one ingress replica."""
     api = FastAPI(
         title="Latent Relay",
@@ -85,42 +87,42 @@ def build_api(relay: Relay) -> FastAPI:
     api.add_exception_handler(Exception, _answer_error)
     api.add_middleware(HeadIsGet)
     api.add_middleware(TraceIds)
-    most, most_with_pictures = _max_body_bytes(relay)
+    most, most_with_pictures = _max_body_bytes(models)
     api.add_middleware(BodyLimit, max_bytes=most, max_bytes_of=most_with_pictures)
     for kind in (RelayError, HTTPException):
         api.add_exception_handler(kind, _answer_error)
-    _add_images(api, relay)
-    _add_videos(api, relay)
-    _add_facts(api, relay)
+    _add_images(api, models)
+    _add_videos(api, models)
+    _add_facts(api, models)
     add_pages(api)
-    _describe(api, relay.model())
+    _describe(api, models)
     return api
 
 
-def _add_images(api: FastAPI, relay: Relay) -> None:
-    served = {call.path for call in relay.model().calls.values()}
-
+def _add_images(api: FastAPI, models: Models) -> None:
     @api.post(
         GENERATIONS,
         response_model=ImagesResponse,
         responses=ERRORS | EVENTS,
-        include_in_schema=GENERATIONS in served,
+        include_in_schema=models.is_asked_at(GENERATIONS),
         summary="Make pictures; with `stream`, tell what happens on the way",
     )
     async def images(request: Request) -> ImagesResponse | EventSourceResponse:
         body = parse_body(ImageBody, await read_json(request), is_json=True)
+        relay = models.find(body.model, GENERATIONS)
         return await _answer_images(request, relay, body, relay.validator.judge(body))
 
     @api.post(
         EDITS,
         response_model=ImagesResponse,
         responses=ERRORS | EDIT_EVENTS,
-        include_in_schema=EDITS in served,
+        include_in_schema=models.is_asked_at(EDITS),
         summary="Make pictures of pictures; with `stream`, tell what happens on the way",
     )
     async def edits(request: Request) -> ImagesResponse | EventSourceResponse:
-        fields, is_form = await _read_with_pictures(request, relay)
+        fields, is_form = await _read_with_pictures(request, models)
         body = parse_body(EditBody, fields, is_json=not is_form)
+        relay = models.find(body.model, EDITS)
         return await _answer_images(request, relay, body, await asyncio.to_thread(relay.validator.judge, body))
 
 
@@ -141,17 +143,18 @@ async def _answer_images(
     )
 
 
-def _add_videos(api: FastAPI, relay: Relay) -> None:
+def _add_videos(api: FastAPI, models: Models) -> None:
     @api.post(
         VIDEOS,
         responses=ERRORS | VIDEO,
         response_class=Response,
-        include_in_schema=relay.model().media == "video",
+        include_in_schema=models.is_asked_at(VIDEOS),
         summary="Make a video and wait for it",
     )
     async def video(request: Request) -> Response:
-        fields, is_form = await _read_with_pictures(request, relay)
+        fields, is_form = await _read_with_pictures(request, models)
         body = parse_body(VideoBody, fields, is_json=not is_form)
+        relay = models.find(body.model, VIDEOS)
         has_video = body.pictures is not None and body.pictures.video is not None
         judging = JUDGING_VIDEOS if has_video else None
         judged = await asyncio.get_running_loop().run_in_executor(judging, relay.validator.judge, body)
@@ -168,64 +171,72 @@ def _add_videos(api: FastAPI, relay: Relay) -> None:
         return Response(picture.media.data, media_type=picture.media.media_type, headers=headers)
 
 
-def _add_facts(api: FastAPI, relay: Relay) -> None:
+def _add_facts(api: FastAPI, models: Models) -> None:
     """What there is to know without asking for a picture."""
+    health_of = StageHealth if models.is_one else ModelsHealth
 
     @api.get("/v1/models", summary="What is served")
-    async def models() -> ModelList:
-        return ModelList(data=relay.model().with_adapters())
+    async def list_models() -> ModelList:
+        return ModelList(data=[card for relay in models for card in relay.model().with_adapters()])
 
     @api.get("/v1/models/{name:path}", responses={404: ERRORS[404]}, summary="One served model")
     async def one_model(name: str) -> ModelCard:
+        relay = models.find(name)
         relay.validator.check_model(name)
         return next(card for card in relay.model().with_adapters() if card.id == name)
 
     @api.get(
         "/health",
-        response_model=StageHealth,
-        responses={503: {"model": StageHealth}},
+        response_model=health_of,
+        responses={503: {"model": health_of}},
         summary="Can every stage serve?",
     )
     async def health() -> JSONResponse:
-        seen = await relay.health()
-        is_ok = all(state in SERVING for state in seen.answer.values())
-        body = StageHealth(ok=is_ok, stages=seen.answer).model_dump()
+        seen = await models.health()
+        is_ok = seen.answer["ok"]
         headers = {"Age": str(int(seen.age_s))} | ({} if is_ok else {"Retry-After": "5"})
-        return JSONResponse(body, 200 if is_ok else 503, headers=headers)
+        return JSONResponse(seen.answer, 200 if is_ok else 503, headers=headers)
 
-    @api.get("/v1/status", summary="Replicas, queues, memory and work per stage, and how old that is")
+    @api.get("/v1/status", summary="Replicas, queues, memory and work per model and stage, and how old that is")
     async def status() -> dict[str, Any]:
-        return await relay.status()
+        return await models.status()
 
 
-def _describe(api: FastAPI, model: ModelCard) -> None:
+def _describe(api: FastAPI, models: Models) -> None:
     drop_422(api)
-    served = {call.path for call in model.calls.values()}
-    if GENERATIONS in served:
-        describe_body(api, GENERATIONS, ImageBody, model, "application/json")
-    if EDITS in served:
-        describe_body(api, EDITS, EditBody, model, "application/json", "multipart/form-data")
-    if VIDEOS in served:
-        describe_body(api, VIDEOS, VideoBody, model, "application/json", "multipart/form-data")
+    both = ("application/json", "multipart/form-data")
+    kinds: tuple[tuple[str, type[GenerationBody], tuple[str, ...]], ...] = (
+        (GENERATIONS, ImageBody, both[:1]),
+        (EDITS, EditBody, both),
+        (VIDEOS, VideoBody, both),
+    )
+    for path, kind, media_types in kinds:
+        cards = [relay.model() for relay in models if path in relay.paths]
+        if cards:
+            describe_body(api, path, kind, cards, *media_types)
     describe_events(api)
 
 
-async def _read_with_pictures(request: Request, relay: Relay) -> tuple[Mapping[str, Any], bool]:
+async def _read_with_pictures(request: Request, models: Models) -> tuple[Mapping[str, Any], bool]:
     """As read_json_or_form does; a text may be a data URL."""
-    limits = relay.model().limits
-    return await read_json_or_form(request, max_text_bytes=2 * max(limits.max_image_bytes, limits.max_video_bytes))
+    most = max(max(limits.max_image_bytes, limits.max_video_bytes) for limits in _limits(models))
+    return await read_json_or_form(request, max_text_bytes=2 * most)
 
 
-def _max_body_bytes(relay: Relay) -> tuple[int, dict[str, int]]:
+def _limits(models: Models) -> list[ModelLimits]:
+    return [relay.model().limits for relay in models]
+
+
+def _max_body_bytes(models: Models) -> tuple[int, dict[str, int]]:
     """Two prompts, of each of whose characters JSON may make 12 bytes, and ample room for the rest; and by path,
-    with pictures or a video, of each 3 of whose bytes a data URL makes 4."""
-    model = relay.model()
-    texts = 2**18 + 2 * 12 * model.limits.max_prompt_characters
+    with pictures or a video, of each 3 of whose bytes a data URL makes 4. What any model takes may come."""
+    texts = 2**18 + 2 * 12 * max(limits.max_prompt_characters for limits in _limits(models))
     files: dict[str, int] = {}
-    for kind, call in model.calls.items():
-        num = call.max_images + (kind == "inpaint") + call.needs_control
-        most = num * (2**10 + model.limits.max_image_bytes) + call.takes_video * model.limits.max_video_bytes
-        files[call.path] = max(most, files.get(call.path, 0))
+    for model in (relay.model() for relay in models):
+        for kind, call in model.calls.items():
+            num = call.max_images + (kind == "inpaint") + call.needs_control
+            most = num * (2**10 + model.limits.max_image_bytes) + call.takes_video * model.limits.max_video_bytes
+            files[call.path] = max(most, files.get(call.path, 0))
     return texts, {path: texts + most * 4 // 3 for path, most in files.items() if most}
 
 

@@ -19,7 +19,7 @@ from serve_app.config import (
     parse_app_config,
     read_serve_file,
 )
-from serve_app.config_check import check_defaults
+from serve_app.config_check import check_requests
 from serve_app.files import check_files, resolve_family
 from serve_app.port import find_port_fault
 from serve_app.tls import find_tls_fault
@@ -56,7 +56,7 @@ def serve_command(
         mistakes += [fault for fault in faults if fault is not None]
     if mistakes:
         raise ConfigError("\n".join(mistakes))
-    names = {name: app.model.name for name, app in apps.items()}
+    names = {name: " and ".join(served.name for served in app.served) for name, app in apps.items()}
     raise typer.Exit(importlib.import_module(SERVER).run_server(deployment, names, address=address, grace_s=grace))
 
 
@@ -87,7 +87,7 @@ def _check_app(args: Any, source: str, *, is_local: bool) -> AppConfig:
     app = parse_app_config(args, source=source)
     try:
         app = resolve_family(app)
-        check_defaults(app.model, app.limits)
+        check_requests(app)
         if is_local:
             check_files(app)
     except ConfigError as error:

@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 from rich import box
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Column, Table
 from rich.text import Text
@@ -65,13 +65,26 @@ def watch_status(url: str, console: Console, *, every_s: float = 1.0) -> None:
 
 def _now(url: str) -> RenderableType:
     try:
-        return status_table(fetch_status(url))
+        return render_status(fetch_status(url))
     except NoStatus as error:
         return Text(str(error), style="red")
 
 
-def status_table(status: Json) -> Table:
-    """One row per process of every stage. Narrow: 80 columns break no word of it."""
+def render_status(status: Json) -> RenderableType:
+    """A table for every model."""
+    if "models" not in status:
+        return status_table(status)
+    holders: dict[str, str] = {}
+    tables = [status_table(of, holders) for of in status["models"].values()]
+    return Group(f"{status['num_in_progress']} requests in progress", *tables)
+
+
+def status_table(status: Json, holders: dict[str, str] | None = None) -> Table:
+    """One row per process of every stage. Narrow: 80 columns break no word of it.
+
+    holders: by deployment the model in whose table it is already; filled in.
+    """
+    holders = {} if holders is None else holders
     table = Table(
         *(Column(name, no_wrap=name in {"stage", "active", "waiting", "weights", "peak"}) for name in COLUMNS),
         box=box.MINIMAL_HEAVY_HEAD,
@@ -84,6 +97,10 @@ def status_table(status: Json) -> Table:
     )
     for name, rows_of in (("encoder", _encoder), ("transformer", _transformer), ("vae", _vae)):
         stage = status[name]
+        holder = holders.setdefault(stage.get("deployment", name), status["model"])
+        if holder != status["model"]:
+            table.add_row(name, f"that of {holder}", *("",) * 5)
+            continue
         head = (name, _count(stage["num_replicas"], stage["state"]))
         rows = [row for replica in stage["replicas"] for row in rows_of(replica)] or [("",) * 5]
         for i, row in enumerate(rows):

@@ -190,6 +190,7 @@ class Validator:
             "strength": _strength(body, defaults, steps),
             "control_scale": _control_scale(body, defaults),
             "guidance_scale_2": _guidance_scale_2(body, call, defaults),
+            "model": self._model.name,
             **self._step_cache(body),
             "adapters": choose_adapters(self.catalog, adapter, body.lora),
             "scheduler": self._scheduler(body),

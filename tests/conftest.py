@@ -174,7 +174,7 @@ def start_app(serve_url: str) -> Iterator[Callable[..., App]]:
         )
         config = resolve_family(config)
         handle = serve.run(build_app(config), name=name, route_prefix=f"/{name}")
-        apps.append(App(serve_url, name, handle, config.model))
+        apps.append(App(serve_url, name, handle, config.served[0].model))
         return apps[-1]
 
     yield start
@@ -214,9 +214,9 @@ def start_ingress(flux_app: App) -> Iterator[Callable[..., App]]:
         config = resolve_family(
             AppConfig(model=model, limits=LimitsConfig(**limits), ingress=IngressConfig(num_replicas=1))
         )
-        app = build_ingress(config).bind(config.model, config.limits, *stages)
+        app = build_ingress(config).bind(config.limits, (config.served[0].model, tuple(stages), ()))
         handle = serve.run(app, name=name, route_prefix=f"/{name}")
-        apps.append(App(flux_app.url.rpartition("/")[0], name, handle, config.model))
+        apps.append(App(flux_app.url.rpartition("/")[0], name, handle, config.served[0].model))
         return apps[-1]
 
     yield start

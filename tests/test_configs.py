@@ -15,13 +15,17 @@ import pytest
 import yaml
 
 from cluster.inventory import parse_gpus
+from deployments.checkpoints.geometry import with_geometry
+from deployments.checkpoints.source import with_family
 from deployments.plan.describe import Description
 from deployments.plan.place import place
 from deployments.plan.plan import StageConfigs, demands_of
+from deployments.plan.several import ModelNeeds, place_beside
 from deployments.plan.sizes import default_size
-from serve_app.app import build_validator, resolve_family
+from serve_app.app import build_validator
 from serve_app.config import ConfigError, load_app_config, parse_app_config, read_serve_file
 from serve_app.config_docs import render_config_docs
+from serve_app.files import shared_stages
 from tests.relay_server import left_over
 from tests.thorough import usually
 
@@ -77,7 +81,8 @@ sys.addaudithook(refuse)
 for path in Path("configs").glob("*.yaml"):
     ServeDeploySchema.model_validate(yaml.safe_load(path.read_text()))
     config = load_app_config(path)
-    if config.model.family is None and "://" not in config.model.checkpoint:
+    models = [served.model for served in config.served]
+    if any(model.family is None and "://" not in model.checkpoint for model in models):
         continue
     build_app(config)
     assert build_validator(config).requests({"prompt": "a cat"}), path
@@ -105,15 +110,22 @@ def test_every_config_is_in_the_readme() -> None:
 @pytest.mark.parametrize(("name", "gpus"), usually(gpu_configs(), lambda row: row[0] in QUICK))
 def test_a_gpu_config_fits_the_cards_it_is_for(name: str, gpus: str) -> None:
     """A request by the defaults included, from the published architecture."""
-    folder = PUBLISHED / next(folder for key, folder in FOLDERS.items() if name.startswith(key))
     config = load_app_config(ROOT / "configs" / name)
-    if config.model.family is None:
-        config = config.model_copy(update={"model": config.model.model_copy(update={"checkpoint": str(folder)})})
-    config = resolve_family(config)
-    stages = StageConfigs(config.encoder, config.transformer, config.vae)
-    description = Description(config.model, folder)
-    sizes = description.sizes(*stages.by_stage().values(), (default_size(config.model),))
-    assert not place(demands_of(stages, sizes), parse_gpus(gpus)).shortfalls()
+    needs = []
+    for served in config.served:
+        key = name if config.is_one else served.name.replace("-", "_")
+        folder = PUBLISHED / next(folder for of, folder in FOLDERS.items() if key.startswith(of))
+        local = served.model
+        if local.family is None:
+            local = local.model_copy(update={"checkpoint": str(folder)})
+        model = with_geometry(with_family(local))
+        stages = StageConfigs(served.encoder, served.transformer, served.vae)
+        sizes = Description(model, folder).sizes(*stages.by_stage().values(), (default_size(model),))
+        needs.append(ModelNeeds(served.name, stages, sizes, shared_stages(served)))
+    beside = place_beside(needs, parse_gpus(gpus))
+    for of in needs:
+        demands = {stage: d for stage, d in demands_of(of.stages, of.sizes).items() if stage not in of.shared}
+        assert not place(demands, parse_gpus(gpus), beside=beside[of.name]).shortfalls()
 
 
 @pytest.mark.slow
@@ -217,7 +229,7 @@ def test_of_several_applications_the_one_that_serves_a_checkpoint_is_meant(tmp_p
     other = {"name": "shop", "import_path": "shop:app"}
     path = tmp_path / "x.yaml"
     path.write_text(yaml.safe_dump({"applications": [other, ours]}))
-    assert load_app_config(path).model.checkpoint == MODEL["checkpoint"]
+    assert load_app_config(path).served[0].model.checkpoint == MODEL["checkpoint"]
     path.write_text(yaml.safe_dump({"applications": [ours, ours | {"name": "second"}]}))
     with pytest.raises(ConfigError, match="got relay, second; write the one that is meant into a file of its own"):
         load_app_config(path)

@@ -22,7 +22,8 @@ pytestmark = [
 CONFIGS = sorted(
     path
     for path in (Path(__file__).parent.parent / "configs").glob("*.yaml")
-    if load_app_config(path).encoder.num_gpus and load_app_config(path).model.family
+    for served in load_app_config(path).served
+    if load_app_config(path).is_one and served.encoder.num_gpus and served.model.family
 )
 """Those of the families: other pipelines have no technique of their own in their configs."""
 TINY_GIB = 1e-4
@@ -42,7 +43,7 @@ def tiny(config: StageConfig, **settings: Any) -> StageConfig:
 
 def draw(path: Path, **settings: Any) -> tuple[Any, torch.Tensor, Any]:
     """Embeddings, latents and frames."""
-    app = load_app_config(path)
+    [app] = load_app_config(path).served
     assert app.model.family is not None
     name = EXPERTS if path.stem.startswith("wan22") else app.model.family
     model, request = tiny_model(name), replace(build_request(name), num_inference_steps=3)

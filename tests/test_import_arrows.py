@@ -24,7 +24,9 @@ RAY_FILES = {
     "cluster/replica_port.py",
     "cluster/session_router.py",
     "cluster/shard_group.py",
+    "cluster/sleeping.py",
     "cluster/termination.py",
+    "cluster/unplaced.py",
     "serve_app/app.py",
     "serve_app/local.py",
     "serve_app/losses.py",
@@ -32,6 +34,7 @@ RAY_FILES = {
     "serve_app/room.py",
     "serve_app/server.py",
     "serve_app/streams.py",
+    "serve_app/waking.py",
 }
 """Who may import ray, besides the benchmarks: an upgrade of Ray touches these."""
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))

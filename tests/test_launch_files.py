@@ -127,7 +127,8 @@ def unplaced(app: AppConfig, types: Sequence[NodeType], *, nodes: str, replicas:
     offers = [copy.copy(kind.resources) for kind in types for _ in range(getattr(kind, nodes))]
     labels = [kind.labels for kind in types for _ in range(getattr(kind, nodes))]
     left_over: list[dict[str, float]] = []
-    for stage in (app.transformer, app.encoder, app.vae):
+    [served] = app.served
+    for stage in (served.transformer, served.encoder, served.vae):
         here = [i for i, of in enumerate(labels) if stage.label_selector.items() <= of.items()]
         left, offered = get_bin_pack_residual([offers[i] for i in here], bundles(stage) * getattr(stage, replicas))
         left_over += left
@@ -274,8 +275,8 @@ def test_every_worker_pod_has_a_limit_of_gpus_equal_to_its_request() -> None:
 
 
 def test_every_stage_selects_a_group_and_every_group_is_selected() -> None:
-    app = kubernetes_app()
-    selected = {stage.label_selector["stage"] for stage in (app.encoder, app.transformer, app.vae)}
+    [served] = kubernetes_app().served
+    selected = {stage.label_selector["stage"] for stage in served.stages.values()}
     groups = ray_service()["spec"]["rayClusterConfig"]["workerGroupSpecs"]
     assert selected == {group["labels"]["stage"] for group in groups} == {group["groupName"] for group in groups}
 

@@ -57,7 +57,8 @@ def advise(
         found.append(
             f"two shards of denoise {replica} lie on one GPU, which NCCL refuses: transformer.num_gpus above 0.5"
         )
-    if placement.has_room() and (order := blocked_by_order(demands, placement.gpus)) is not None:
+    order = blocked_by_order(demands, placement.gpus, placement.beside) if placement.has_room() else None
+    if order is not None:
         found.append(
             f"if Ray happens to start {', then '.join(order)}, some process finds no GPU, and waits for good: "
             "choose num_gpus so that all three stages' sum to 1 at most, or give one a GPU of its own"

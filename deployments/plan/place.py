@@ -41,9 +41,12 @@ class Process:
     num_gpus: float
     gpus: tuple[Gpu, ...]
     """None where there is no room, or no GPU is asked for."""
+    model: str = ""
+    """Whose it is, where that is another one than is planned."""
 
     def __str__(self) -> str:
-        return f"{self.stage} {self.replica}" + (f" rank {self.rank}" if self.stage == "denoise" else "")
+        of = f"{self.model} " if self.model else ""
+        return f"{of}{self.stage} {self.replica}" + (f" rank {self.rank}" if self.stage == "denoise" else "")
 
     def bytes_on(self, gpu: Gpu) -> int:
         """What it needs there; weights are spread evenly over several GPUs."""
@@ -58,9 +61,11 @@ class Placement:
 
     gpus: tuple[Gpu, ...]
     processes: tuple[Process, ...]
+    beside: tuple[Process, ...] = ()
+    """Of other models, which are there at the same time."""
 
     def on(self, gpu: Gpu) -> list[Process]:
-        return [process for process in self.processes if gpu in process.gpus]
+        return [process for process in (*self.beside, *self.processes) if gpu in process.gpus]
 
     def left(self, gpu: Gpu) -> float:
         """Of its shares, those that nobody has."""
@@ -130,13 +135,20 @@ class Placement:
         return found
 
 
-def place(demands: Mapping[Stage, Demand], gpus: Sequence[Gpu], order: Sequence[Stage] | None = None) -> Placement:
+def place(
+    demands: Mapping[Stage, Demand],
+    gpus: Sequence[Gpu],
+    order: Sequence[Stage] | None = None,
+    beside: Sequence[Process] = (),
+) -> Placement:
     """Every stage's fewest replicas, then as many more as there is room for, up to its most, round by round.
 
     Args:
         order: in which the stages come; None: what asks for most comes first.
+        beside: processes of other models that have their places.
     """
-    free = dict.fromkeys(gpus, 1.0)
+    others = Placement(tuple(gpus), (), tuple(beside))
+    free = {gpu: others.left(gpu) for gpu in gpus}
     processes: list[Process] = []
     order = order or sorted(demands, key=lambda stage: -demands[stage].num_gpus)
     counts = dict.fromkeys(order, 0)
@@ -157,17 +169,19 @@ def place(demands: Mapping[Stage, Demand], gpus: Sequence[Gpu], order: Sequence[
                     counts[stage] += 1
                     grown = True
     ordered = sorted(processes, key=lambda process: (STAGES.index(process.stage), process.replica, process.rank))
-    return Placement(tuple(gpus), tuple(ordered))
+    return Placement(tuple(gpus), tuple(ordered), tuple(beside))
 
 
-def blocked_by_order(demands: Mapping[Stage, Demand], gpus: Sequence[Gpu]) -> tuple[Stage, ...] | None:
+def blocked_by_order(
+    demands: Mapping[Stage, Demand], gpus: Sequence[Gpu], beside: Sequence[Process] = ()
+) -> tuple[Stage, ...] | None:
     """An order of start in which some process finds no place, though in another all do; None if there is none.
 
     Ray starts the stages of an app at once, and packs shares of a GPU: two small stages that are meant to lie on
     two GPUs may come first, fill up one, and leave a shard group no room, for good.
     """
     return next(
-        (order for order in permutations(demands) if not place(demands, gpus, order).has_room()),
+        (order for order in permutations(demands) if not place(demands, gpus, order, beside).has_room()),
         None,
     )
 

@@ -1,12 +1,12 @@
 """What an app that is about to start lacks on the GPUs that are there: surely, or perhaps."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from cluster.inventory import Gpu
 from deployments.checkpoints.components import Stage
 from deployments.memory.limit import plan_limit
-from deployments.plan.place import Demand, Placement, gib, place, share_for
+from deployments.plan.place import Demand, Placement, Process, gib, place, share_for
 from deployments.plan.plan import StageConfigs
 from deployments.plan.sizes import ModelSizes, RankSizes
 
@@ -21,12 +21,46 @@ class Lack:
     """Further replicas have none, or it is close: working memory and what CUDA takes are estimates."""
 
 
-def find_lack(stages: StageConfigs, sizes: ModelSizes | None, gpus: Sequence[Gpu]) -> Lack:
-    """sizes: None where the GPUs' memory is not known; then shares and shard groups are all that is looked at.
+def find_lack(
+    stages: StageConfigs,
+    sizes: ModelSizes | None,
+    gpus: Sequence[Gpu],
+    *,
+    shared: Collection[Stage] = (),
+    beside: Sequence[Process] = (),
+) -> Lack:
+    """A stage that chooses its nodes by labels is left out: only Ray knows where it may go.
 
-    A stage that chooses its nodes by labels is left out: only Ray knows where it may go.
+    Args:
+        sizes: None where the GPUs' memory is not known; then shares and shard groups are all that is looked at.
+        shared: stages that are another model's.
+        beside: processes of other models that are there at the same time.
     """
-    demands = {
+    demands = room_demands(stages, sizes, shared)
+    one = {stage: replace(d, min_replicas=1, max_replicas=1) for stage, d in demands.items()}
+    first = place(one, gpus, beside=beside)
+    if not first.has_room():
+        return Lack((_no_room(demands, first),), ())
+    whole = place(demands, gpus, beside=beside)
+    missing = {f"{process.stage} {process.replica}" for process in whole.processes if not process.gpus}
+    few = [f"no room for {', '.join(sorted(missing))}: {_in_words(gpus)}"] if missing else []
+    if sizes is None:
+        return Lack((), tuple(few))
+    if stages.encoder.device_map or stages.transformer.device_map:  # too much for GPUs goes to the CPU and to disk
+        return Lack((), (*few, *_too_heavy(first)))
+    largest = max(gpu.memory_bytes for gpu in gpus)  # only Ray knows which of several sizes it will choose
+    large = {gpu: replace(gpu, memory_bytes=largest) for gpu in gpus}
+    others = [replace(process, gpus=tuple(large[gpu] for gpu in process.gpus)) for process in beside]
+    best = place(one, list(large.values()), beside=others)
+    surely = (*_too_heavy(best), *_over_limit(stages, best))
+    return Lack(surely, (*few, *(() if surely else first.shortfalls())))
+
+
+def room_demands(
+    stages: StageConfigs, sizes: ModelSizes | None, shared: Collection[Stage] = ()
+) -> dict[Stage, Demand]:
+    """What the stages that must have a GPU ask for, each its fewest replicas. sizes, shared: as of find_lack."""
+    return {
         stage: Demand(
             (RankSizes(0, 0, 0),) * config.num_ranks
             if sizes is None or config.device == "cpu"
@@ -36,23 +70,8 @@ def find_lack(stages: StageConfigs, sizes: ModelSizes | None, gpus: Sequence[Gpu
             max(1, config.min_replicas),
         )
         for stage, config in stages.by_stage().items()
-        if config.num_gpus and not config.label_selector
+        if config.num_gpus and not config.label_selector and stage not in shared
     }
-    one = {stage: replace(d, min_replicas=1, max_replicas=1) for stage, d in demands.items()}
-    first = place(one, gpus)
-    if not first.has_room():
-        return Lack((_no_room(demands, first),), ())
-    whole = place(demands, gpus)
-    missing = {f"{process.stage} {process.replica}" for process in whole.processes if not process.gpus}
-    few = [f"no room for {', '.join(sorted(missing))}: {_in_words(gpus)}"] if missing else []
-    if sizes is None:
-        return Lack((), tuple(few))
-    if stages.encoder.device_map or stages.transformer.device_map:  # too much for GPUs goes to the CPU and to disk
-        return Lack((), (*few, *_too_heavy(first)))
-    largest = max(gpu.memory_bytes for gpu in gpus)  # only Ray knows which of several sizes it will choose
-    best = place(one, [replace(gpu, memory_bytes=largest) for gpu in gpus])
-    surely = (*_too_heavy(best), *_over_limit(stages, best))
-    return Lack(surely, (*few, *(() if surely else first.shortfalls())))
 
 
 def _no_room(demands: Mapping[Stage, Demand], placement: Placement) -> str:

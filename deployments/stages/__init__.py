@@ -34,7 +34,13 @@ STAGES = {
 
 
 @overload
-def load_stage(stage: Literal["encode"], model: ModelConfig, config: EncoderConfig) -> "TextEncoding": ...
+def load_stage(
+    stage: Literal["encode"],
+    model: ModelConfig,
+    config: EncoderConfig,
+    holder: "tuple[ModelConfig, TextEncoding] | None" = None,
+    /,
+) -> "TextEncoding": ...
 @overload
 def load_stage(
     stage: Literal["denoise"], model: ModelConfig, config: TransformerConfig, listening: socket | None = None, /
@@ -49,7 +55,13 @@ def load_stage(
     /,
 ) -> "Following": ...
 @overload
-def load_stage(stage: Literal["decode"], model: ModelConfig, config: VaeConfig) -> "Decoding": ...
+def load_stage(
+    stage: Literal["decode"],
+    model: ModelConfig,
+    config: VaeConfig,
+    holder: "tuple[ModelConfig, Decoding] | None" = None,
+    /,
+) -> "Decoding": ...
 
 
 def load_stage(stage: str, model: ModelConfig, config: StageConfig, *args: Any) -> Any:

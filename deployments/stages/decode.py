@@ -11,6 +11,7 @@ import torch
 
 from deployments.checkpoints.components import fetch_stage, stage_components
 from deployments.checkpoints.geometry import with_geometry
+from deployments.checkpoints.sharing import NotTheSame, check_same
 from deployments.config import ModelConfig, VaeConfig
 from deployments.device import resolve_device, resolve_dtype
 from deployments.embedding_cache import EmbeddingCache
@@ -48,35 +49,41 @@ log = logging.getLogger("ray.serve")
 class Decoding:
     """The checkpoint's VAE, and what makes a video's sound."""
 
-    def __init__(self, model: ModelConfig, config: VaeConfig) -> None:
+    def __init__(
+        self, model: ModelConfig, config: VaeConfig, holder: "tuple[ModelConfig, Decoding] | None" = None
+    ) -> None:
+        """holder: another checkpoint that has the same VAE, and has loaded it. Raises NotTheSame."""
         torch.set_num_threads(config.num_threads)
         model = with_geometry(model)
         self._family, self._geometry = model.architecture, model.geometry
         self.finite = FiniteCheck()
-        self.cache = EmbeddingCache(int(config.cache_mib * 2**20))
+        self.cache: EmbeddingCache = (
+            EmbeddingCache(int(config.cache_mib * 2**20)) if holder is None else holder[1].cache
+        )
         self.num_encoded = 0
         """Pictures that went in and were not in the cache."""
         folder, index = fetch_stage(model, "decode", config.dtype)
         keep = stage_components(index, self._family, "decode")
-        self._device = resolve_device(config)
-        share = take_share(config, self._device)
-        with turn_to_load(config, self._device), share.naming():
-            self._pipe = load_pipeline(folder, index, keep, config, variant=model.variant)
-            vae = self._pipe.vae
-            self._sound_dtype = resolve_dtype(config.dtype)
-            dtype = self._family.vae_dtype(config.dtype, vae.config)
-            self._dtype = resolve_dtype(dtype)
-            if dtype != config.dtype:
-                config = config.model_copy(update={"dtype": dtype})
-                vae.to(self._dtype)
-            own = []
-            if config.slicing:
-                vae.enable_slicing()
-                own.append("slicing")
-            if config.tiling is not None:
-                set_tiles(vae, config.tiling)
-                own.append(f"tiling: {config.tiling.tile_size or 'as the VAE has it'}")
-            self.keeper = Keeper(loaded_models(self._pipe), config, self._device, own=own, share=share)
+        self._device, self._sound_dtype = resolve_device(config), resolve_dtype(config.dtype)
+        if holder is None:
+            share = take_share(config, self._device)
+            with turn_to_load(config, self._device), share.naming():
+                self._pipe = load_pipeline(folder, index, keep, config, variant=model.variant)
+                said, config = config, self._with_dtype(config)
+                if config.dtype != said.dtype:
+                    self._pipe.vae.to(self._dtype)
+                own = _set_up(self._pipe.vae, config)
+                self.keeper = Keeper(loaded_models(self._pipe), config, self._device, own=own, share=share)
+        else:
+            check_same(holder[0], model, "decode", config.dtype)
+            self.keeper, held = holder[1].keeper, loaded_models(holder[1]._pipe)
+            self._pipe = load_pipeline(folder, index, keep, config, variant=model.variant, held=held)
+            config = self._with_dtype(config)
+            if self._dtype != holder[1]._dtype:
+                raise NotTheSame(
+                    f"{model.name!r} needs its VAE in {self._dtype}, and that of {holder[0].name!r} is in "
+                    f"{holder[1]._dtype}: set vae.dtype to float32"
+                )
         self._calls = PipelineCalls(self._pipe, self._family.calls, schedulers=model.schedulers)
         self._ask_peer: AskPeer | None = None
         self._num_tiles_away = 0
@@ -86,6 +93,12 @@ class Decoding:
             self._foresee = DecodeForesight(classes, folder, config, self._geometry)
         if config.compile is None and not config.moves_weights:  # else it would cost what a request costs
             self._try()
+
+    def _with_dtype(self, config: VaeConfig) -> VaeConfig:
+        """The same, in the dtype that the VAE needs."""
+        dtype = self._family.vae_dtype(config.dtype, self._pipe.vae.config)
+        self._dtype: torch.dtype = resolve_dtype(dtype)
+        return config.model_copy(update={"dtype": dtype})
 
     def spread_tiles(self, ask_peer: AskPeer, num_away: int) -> None:
         """From now on, where the VAE's tiles know nothing of each other. num_away: in other replicas at once."""
@@ -265,3 +278,15 @@ class Decoding:
             fps=request.fps,
         )
         return data, MEDIA_TYPES[request.output_format]
+
+
+def _set_up(vae: Any, config: VaeConfig) -> list[str]:
+    """What diffusers' VAEs have of their own against large pictures; the names of it."""
+    own = []
+    if config.slicing:
+        vae.enable_slicing()
+        own.append("slicing")
+    if config.tiling is not None:
+        set_tiles(vae, config.tiling)
+        own.append(f"tiling: {config.tiling.tile_size or 'as the VAE has it'}")
+    return own

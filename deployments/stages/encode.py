@@ -11,6 +11,7 @@ import torch
 
 from deployments.checkpoints.components import fetch_stage, left_out, stage_components
 from deployments.checkpoints.geometry import with_geometry
+from deployments.checkpoints.sharing import check_same
 from deployments.config import EncoderConfig, ModelConfig
 from deployments.device import resolve_device, resolve_dtype
 from deployments.embedding_cache import EmbeddingCache, Together
@@ -49,12 +50,17 @@ class TextEncoding:
     Not thread-safe but for `recall`: tokenizers keep their padding state.
     """
 
-    def __init__(self, model: ModelConfig, config: EncoderConfig) -> None:
+    def __init__(
+        self, model: ModelConfig, config: EncoderConfig, holder: "tuple[ModelConfig, TextEncoding] | None" = None
+    ) -> None:
+        """holder: another checkpoint that has the same text encoders, and has loaded them. Raises NotTheSame."""
         torch.set_num_threads(config.num_threads)
         model = with_geometry(model)
         self._model, self._family, self._config = model, model.architecture, config
         self.finite = FiniteCheck()
-        self.cache = EmbeddingCache(int(config.cache_mib * 2**20))
+        self.cache: EmbeddingCache = (
+            EmbeddingCache(int(config.cache_mib * 2**20)) if holder is None else holder[1].cache
+        )
         self.num_forwards = 0
         """Calls of encoding methods that requests needed and the cache did not have."""
         self.num_shared = 0
@@ -63,16 +69,22 @@ class TextEncoding:
         folder, index = fetch_stage(model, "encode", config.dtype)
         keep = stage_components(index, self._family, "encode")
         self._device = resolve_device(config)
-        share = take_share(config, self._device)
-        with turn_to_load(config, self._device), share.naming():
-            self._pipe = load_pipeline(folder, index, keep, config, variant=model.variant)
-            models = loaded_models(self._pipe)
-            if config.device_map is not None:
-                spread_models(models, config)
-            self.keeper = Keeper(models, config, self._device, config.device_map, share=share)
+        if holder is None:
+            share = take_share(config, self._device)
+            with turn_to_load(config, self._device), share.naming():
+                self._pipe = load_pipeline(folder, index, keep, config, variant=model.variant)
+                models = loaded_models(self._pipe)
+                if config.device_map is not None:
+                    spread_models(models, config)
+                self.keeper = Keeper(models, config, self._device, config.device_map, share=share)
+        else:
+            check_same(holder[0], model, "encode", config.dtype)
+            models, self.keeper = holder[1]._models, holder[1].keeper
+            self._pipe = load_pipeline(folder, index, keep, config, variant=model.variant, held=models)
         self._calls = PipelineCalls(self._pipe, self._family.calls, schedulers=model.schedulers)
         layers = AdapterLayers(models, self._device, is_compiled=config.compile is not None)
-        self._models, self._forwards = models, EncoderForwards(self.keeper.naming, layers)
+        self._models: dict[str, torch.nn.Module] = models
+        self._forwards = EncoderForwards(self.keeper.naming, layers)
         self.adapters: AdapterStore | None = None
         if model.takes_adapters:
             reader = AdapterReader(self._pipe, folder, index, resolve_dtype(config.dtype))
@@ -265,7 +277,8 @@ class TextEncoding:
             def encode(*args: Any, **kwargs: Any) -> Any:
                 follows = name == CONNECTORS  # what it reads is a GiB, and follows from what was encoded before
                 given: tuple[Any, Any] = ((), {}) if follows else (args, kwargs)
-                asked = f"{request.kind} {name}{' weighted' * request.prompt.is_weighted}"
+                # models that share have one cache
+                asked = f"{self._model.name} {request.kind} {name}{' weighted' * request.prompt.is_weighted}"
                 keys.append((call_key(asked, *given), adapters, tuple(keys) if follows else ()))
                 try:
                     value, readings = answer(name, method, keys[-1], args, kwargs)

@@ -1,6 +1,6 @@
 """A diffusers pipeline of which only some components are loaded."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from inspect import Parameter, signature
 from pathlib import Path
@@ -32,12 +32,20 @@ _ENCODERS = ("text_encoder", "image_encoder", "connectors")
 
 
 def load_pipeline(
-    folder: Path, index: ModelIndex, keep: frozenset[str], config: StageConfig, *, variant: str | None
+    folder: Path,
+    index: ModelIndex,
+    keep: frozenset[str],
+    config: StageConfig,
+    *,
+    variant: str | None,
+    held: Mapping[str, nn.Module] | None = None,
 ) -> Any:
     """The checkpoint's own pipeline class with the components named in `keep`.
 
     In place of denoisers and VAEs that are not among them it has stubs that know their configs, and so it knows
     the sizes that it computes from them; all else is None, such as safety checkers, which no stage has.
+
+    held: those of its models that another checkpoint's pipeline has loaded, and that this one is to share.
     """
     for library in (diffusers_logging, transformers_logging):
         library.disable_progress_bar()
@@ -48,10 +56,12 @@ def load_pipeline(
         absent["requires_safety_checker"] = False
     names = sorted(name for name in keep if name.startswith(_ENCODERS) or name in DECODERS)
     quantized: dict[str, Any] = {}
-    if config.quantization is not None and names:
+    if config.quantization is not None and names and held is None:
         quantized = plan_stage_quantization(config.quantization, config.dtype, index, names)
     models = {
         name: _load_model(folder / name, index[name], resolve_dtype(config.dtype), variant, quantized.get(name))
+        if held is None
+        else held[name]
         for name in names
     }
     processors = {n: load_processor(folder / n, index[n][1]) for n in sorted(keep) if is_processor(index[n])}

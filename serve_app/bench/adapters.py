@@ -16,7 +16,7 @@ from rich.progress import Progress
 from safetensors.torch import save_file
 from torch import nn
 
-from deployments.config import ModelConfig
+from deployments.config import ModelConfig, TransformerConfig
 from deployments.engine.load import open_denoisers
 from serve_app.app import build_app
 from serve_app.bench.models import bench_model
@@ -54,7 +54,7 @@ def run(*, loads: Mapping[str, tuple[int, int]], concurrencies: Sequence[int], j
 
 def write_adapter(model: ModelConfig, folder: Path, seed: int) -> Path:
     """Random weights for every linear layer in the blocks of its denoiser."""
-    config = AppConfig(model=model).transformer
+    config = TransformerConfig()
     [(component, skeleton)] = open_denoisers(model, config).skeletons.items()
     generator = torch.Generator().manual_seed(seed)
     weights: dict[str, torch.Tensor] = {}

@@ -55,7 +55,7 @@ def run(config_file: Path, *, port: int, num_requests: int, json_file: Path | No
         }
         for way, ms in times.items()
     ]
-    report(f"latency of one request, {config.model.checkpoint}", rows, json_file)
+    report(f"latency of one request, {config.served[0].model.checkpoint}", rows, json_file)
 
 
 @contextmanager

@@ -19,12 +19,13 @@ class PlainPipeline:
     """The checkpoint's pipeline in this process, prompt to PNG, by the same defaults as the served app."""
 
     def __init__(self, config: AppConfig) -> None:
-        torch.set_num_threads(config.transformer.num_threads)
+        [served] = config.served
+        model, encoder, transformer = served.model, served.encoder, served.transformer
+        torch.set_num_threads(transformer.num_threads)
         self._validator = build_validator(config)
-        self._max_sequence_length = config.encoder.max_sequence_length
-        model = config.model
+        self._max_sequence_length = encoder.max_sequence_length
         folder = fetch_checkpoint(model.checkpoint, (), revision=model.revision, variant=model.variant)
-        dtype, device = resolve_dtype(config.transformer.dtype), resolve_device(config.transformer)
+        dtype, device = resolve_dtype(transformer.dtype), resolve_device(transformer)
         self._pipe: Any = DiffusionPipeline.from_pretrained(folder, dtype=dtype, variant=model.variant).to(device)
         self._pipe.set_progress_bar_config(disable=True)
 

@@ -15,6 +15,7 @@ from serve_app import body_limit
 from serve_app.config import LimitsConfig
 from serve_app.errors import MAX_QUOTED_CHARACTERS
 from serve_app.input_pictures import blank_png
+from serve_app.models import Models
 from serve_app.relay import Relay
 from serve_app.routes import build_api
 
@@ -26,7 +27,7 @@ HALF = '"half a cat \\ud83d"'
 def build(family: str) -> FastAPI:
     defaults = DefaultsConfig(width=64, height=64, num_inference_steps=2)
     model = ModelConfig(name="m", checkpoint=f"tiny://{family}", family=family, defaults=defaults)
-    return build_api(Relay(with_geometry(model), LimitsConfig(), None, None, None))
+    return build_api(Models([Relay(with_geometry(model), LimitsConfig(), None, None, None)]))
 
 
 IMAGES, VIDEOS = build("flux"), build("wan")

@@ -14,6 +14,7 @@ from serve_app.errors import BadRequest
 from serve_app.fields import parse_body
 from serve_app.input_pictures import blank_png
 from serve_app.input_videos import blank_video
+from serve_app.models import Models
 from serve_app.openai_api import EditBody, ImageBody, VideoBody
 from serve_app.relay import Relay
 from serve_app.routes import build_api
@@ -24,14 +25,14 @@ LIMITS = LimitsConfig(
 DEFAULTS = DefaultsConfig(width=64, height=64, num_inference_steps=2, num_frames=5)
 
 
-def build(family: str) -> Relay:
+def build(family: str, name: str = "m") -> Relay:
     offered = {"defaults": DEFAULTS, "schedulers": ["DDIMScheduler"], "prompt_weighting": family == "sdxl"}
-    model = ModelConfig(name="m", checkpoint=f"tiny://{family}", family=family, **offered)
+    model = ModelConfig(name=name, checkpoint=f"tiny://{family}", family=family, **offered)
     return Relay(with_geometry(model), LIMITS, None, None, None)
 
 
-def description(relay: Relay) -> dict[str, Any]:
-    return build_api(relay).openapi()
+def description(*relays: Relay) -> dict[str, Any]:
+    return build_api(Models(relays)).openapi()
 
 
 def described(api: dict[str, Any], path: str, content_type: str = "application/json") -> Any:

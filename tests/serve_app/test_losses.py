@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from serve_app import losses, suspects
+from serve_app import losses, node_lock
 from serve_app.errors import StageFailed
 from serve_app.losses import LOSSES_ALONE, LOSSES_TOGETHER, StageLost, repeat_when_lost
 from serve_app.suspects import Suspects
@@ -53,7 +53,7 @@ class Stage:
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(losses, "FIRST_BACKOFF_S", 0.001)
     monkeypatch.setattr(losses, "MAX_BACKOFF_S", 0.001)
-    monkeypatch.setattr(suspects, "PERIOD_S", 0.001)
+    monkeypatch.setattr(node_lock, "PERIOD_S", 0.001)
 
 
 INNOCENTS = [f"innocent {i}" for i in range(NUM_INNOCENT)]

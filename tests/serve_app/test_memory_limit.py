@@ -31,7 +31,9 @@ VAE_GIB = 2e6 / 2**30
 def ingress_over(flux_app: App, name: str, stages: Sequence[Any]) -> Iterator[App]:
     """An application of its own on the server of `flux_app`."""
     ingress = serve.deployment(serve.ingress()(Ingress)).options(ray_actor_options={"num_cpus": 0})
-    handle = serve.run(ingress.bind(MODEL, LimitsConfig(), *stages), name=name, route_prefix=f"/{name}")
+    handle = serve.run(
+        ingress.bind(LimitsConfig(), (MODEL, tuple(stages), ())), name=name, route_prefix=f"/{name}"
+    )
     app = App(flux_app.url.rpartition("/")[0], name, handle, MODEL)
     yield app
     app.client.close()

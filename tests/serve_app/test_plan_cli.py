@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from deployments.plan.profile import read_profile
 from serve_app.cli import cli
 from serve_app.config import ConfigError, load_app_config
-from serve_app.config_check import check_defaults
+from serve_app.config_check import check_requests
 from serve_app.files import resolve_family
 from tests.thorough import usually
 
@@ -58,9 +58,7 @@ def test_a_proposed_config_is_served_as_it_was_planned(tmp_path: Path) -> None:
     planned = json.loads(files["--json"].read_text())
     assert planned["fits"]
     assert [process["num_gpus"] for process in planned["processes"]] == [
-        config.encoder.num_gpus,
-        config.transformer.num_gpus,
-        config.vae.num_gpus,
+        stage.num_gpus for stage in config.served[0].stages.values()
     ]
     ElementTree.parse(files["--svg"])
     again = relay("plan", files["--out"], "--gpus", "1x4GiB")
@@ -77,8 +75,22 @@ def test_a_proposed_config_draws_what_was_planned_for_and_can_be_served(
     out = tmp_path / "x.yaml"
     relay("plan", "--model", f"tiny://{model}", "--gpus", "1x4GiB", "--size", size, "--out", out)
     config = resolve_family(load_app_config(out))
-    check_defaults(config.model, config.limits)
-    assert str(config.model.default_size) == size
+    check_requests(config)
+    assert str(config.served[0].model.default_size) == size
+
+
+@pytest.mark.parametrize(("gpus", "fewest"), [("1x4GiB", 1), ("1x3GiB", 0)])
+def test_of_several_models_what_is_the_same_is_shared_and_they_sleep_where_there_is_no_room_for_all(
+    tmp_path: Path, gpus: str, fewest: int
+) -> None:
+    out = tmp_path / "x.yaml"
+    models = ("--model", "tiny://flux", "--model", "tiny://flux-kontext")
+    assert relay("plan", *models, "--gpus", gpus, "--out", out).count("it fits") == len(models) // 2
+    flux, kontext = load_app_config(out).served
+    assert kontext.holders == {"encoder": "flux", "transformer": "flux-kontext", "vae": "flux"}
+    assert (flux.encoder.min_replicas, flux.vae.min_replicas) == (1, 1)
+    assert (flux.transformer.min_replicas, kontext.transformer.min_replicas) == (fewest, fewest)
+    assert relay("plan", out, "--gpus", gpus).count("it fits") == len(models) // 2
 
 
 def write_config(path: Path, model: str) -> Path:

@@ -67,7 +67,9 @@ def app(flux_app: App) -> Iterator[App]:
         stage(Vae, VaeConfig(**TWO, tiling=64)),
     ]
     ingress = serve.deployment(serve.ingress()(Ingress)).options(ray_actor_options={"num_cpus": 0})
-    handle = serve.run(ingress.bind(MODEL, LimitsConfig(), *stages), name="replicas", route_prefix="/replicas")
+    handle = serve.run(
+        ingress.bind(LimitsConfig(), (MODEL, tuple(stages), ())), name="replicas", route_prefix="/replicas"
+    )
     served = App(flux_app.url.rpartition("/")[0], "replicas", handle, MODEL)
     yield served
     served.client.close()

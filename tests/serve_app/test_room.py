@@ -46,8 +46,8 @@ def test_the_driver_tells_a_little_more_than_torch() -> None:
 
 
 def test_what_is_planned_is_the_config_itself() -> None:
-    sizes = describe(config(shards=2, dtype="bfloat16"), MediaSize(64, 64))
-    whole = describe(config(dtype="bfloat16"), MediaSize(64, 64))
+    sizes = describe(config(shards=2, dtype="bfloat16").served[0], MediaSize(64, 64))
+    whole = describe(config(dtype="bfloat16").served[0], MediaSize(64, 64))
     assert len(sizes.denoise.ranks) == 2
     assert sum(rank.weights_bytes for rank in sizes.denoise.ranks) == (
         whole.denoise.ranks[0].weights_bytes + whole.denoisers[0].head_bytes

@@ -42,7 +42,7 @@ def app(serve_url: str) -> Iterator[App]:
         )
     )
     handle = serve.run(build_app(config), name="shared", route_prefix="/shared")
-    app = App(serve_url, "shared", handle, config.model)
+    app = App(serve_url, "shared", handle, config.served[0].model)
     yield app
     app.client.close()
     serve.delete("shared")

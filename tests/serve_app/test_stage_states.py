@@ -22,6 +22,7 @@ TOO_MANY_CPUS = 'Resources required for each replica: {"CPU": 64.0}, total resou
         (Told("DOWNSCALING", "", {"RUNNING": 1, "STOPPING": 1}), None),
         (Told("UPSCALING", "", {"RUNNING": 1, "STARTING": 1}), None),
         (Told("UPSCALING", TOO_MANY_CPUS, {"STARTING": 1}), None),
+        (Told("UPSCALING", TOO_MANY_CPUS, {"STARTING": 1}, takes_turns=True), WAKING),
         (Told("UPDATING", "", {"STARTING": 1}), None),
         (Told("UNHEALTHY", "", {}), None),
         (Told("DEPLOY_FAILED", "", {}), None),

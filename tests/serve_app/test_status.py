@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from serve_app.status import COLUMNS, NoStatus, fetch_status, is_loopback, status_table
+from serve_app.status import COLUMNS, NoStatus, fetch_status, is_loopback, render_status, status_table
 
 MEMORY = {
     "weights_bytes": {"cuda float16": 2**31, "cpu float32": 2**29},
@@ -84,6 +84,19 @@ def test_what_serve_says_of_a_stage_is_told() -> None:
 def test_what_is_old_tells_its_age() -> None:
     assert status_table(STATUS).title == "flux: 7 requests in progress"
     assert str(status_table(STATUS | {"age_s": 8.2}).title).endswith("; the stages as of 8 s ago")
+
+
+def test_every_model_has_a_table_and_a_shared_stage_its_rows_in_one() -> None:
+    other = STATUS | {"model": "kontext", "vae": STATUS["vae"] | {"deployment": "Vae_kontext"}}
+    status = {"num_in_progress": 14, "age_s": 0.4, "models": {"flux": STATUS, "kontext": other}}
+    console = Console(width=200, file=io.StringIO(), record=True)
+    console.print(render_status(status))
+    text = console.export_text()
+    assert [line.split(":")[0] for line in text.splitlines() if "requests" in line and ":" in line] == [
+        "flux",
+        "kontext",
+    ]
+    assert (text.count("that of flux"), text.count("40 decoded"), text.count("blocks 0-18")) == (2, 2, 1)
 
 
 def test_a_server_that_is_away_is_one_line() -> None:
