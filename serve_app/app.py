@@ -15,6 +15,8 @@ from deployments.stages.preload import plan_preload
 from deployments.transformer import Transformer
 from deployments.vae import Vae
 from deployments.warm_up import WarmUp
+from serve_app.auth.counter import build_counter
+from serve_app.auth.proxies import check_listening
 from serve_app.config import AppConfig, ConfigError, parse_app_config
 from serve_app.config_check import check_defaults, plan_warm_up
 from serve_app.files import check_files, resolve_family
@@ -45,6 +47,10 @@ def compose_app(config: AppConfig) -> Application:
     Raises ConfigError, also if files are not whole, or the cluster has too few CPUs or GPUs or too small ones.
     """
     config = resolve_family(config)
+    try:
+        check_listening(config.access)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     model, timeout_s = config.model.with_vae_dtype(config.vae.dtype), config.limits.request_timeout_s
     check_defaults(model, config.limits)
     if is_alone():
@@ -68,7 +74,15 @@ def compose_app(config: AppConfig) -> Application:
         stage(Encoder, config.encoder),
         stage(Transformer, config.transformer),
         stage(Vae, config.vae),
+        **bind_access(config),
     )
+
+
+def bind_access(config: AppConfig) -> dict[str, Any]:
+    """What the ingress is to be bound to besides: who may ask, and what counts for all ingresses what they use."""
+    auth = config.auth
+    counter = None if auth is None else build_counter(auth, _ingress_options(config))
+    return {"access": config.access, "key_counter": counter}
 
 
 def build_ingress(config: AppConfig) -> Deployment:
@@ -80,11 +94,13 @@ def build_ingress(config: AppConfig) -> Deployment:
         **HEALTH_CHECKS,
         max_surge_percent=100,  # on a redeploy the old ones serve until the new ones can: they need no GPU
         graceful_shutdown_timeout_s=config.limits.request_timeout_s,
-        ray_actor_options={
-            "num_cpus": config.ingress.num_cpus,
-            "resources": HEAD_NODE if config.ingress.on_head else {},
-        },
+        ray_actor_options=_ingress_options(config),
     )
+
+
+def _ingress_options(config: AppConfig) -> dict[str, Any]:
+    resources = HEAD_NODE if config.ingress.on_head else {}
+    return {"num_cpus": config.ingress.num_cpus, "resources": resources}
 
 
 def build_validator(config: AppConfig) -> Validator:

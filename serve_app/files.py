@@ -7,6 +7,8 @@ from deployments.checkpoints.geometry import with_geometry
 from deployments.checkpoints.integrity import find_offload_faults, find_stage_faults
 from deployments.checkpoints.source import is_tiny, local_folder, with_family
 from deployments.config import ModelConfig
+from serve_app.auth.config import AuthConfig
+from serve_app.auth.keys import KeyFault, read_keys
 from serve_app.config import AppConfig, ConfigError
 
 STAGES: dict[str, Stage] = {"encoder": "encode", "transformer": "denoise", "vae": "decode"}
@@ -26,7 +28,7 @@ def check_files(config: AppConfig) -> None:
 
     What is still to be downloaded, each replica checks once it has it. Raises ConfigError, a line for each fault.
     """
-    faults: dict[str, None] = {}
+    faults = dict.fromkeys(find_key_faults(config.auth))
     for name, stage in STAGES.items():
         stage_config = config.stages[name]
         faults |= dict.fromkeys(find_offload_faults(stage, stage_config))
@@ -37,6 +39,16 @@ def check_files(config: AppConfig) -> None:
             faults[f"model.checkpoint: {error}"] = None
     if faults:
         raise ConfigError("\n".join(faults))
+
+
+def find_key_faults(auth: AuthConfig | None) -> list[str]:
+    """Of the file of keys."""
+    try:
+        if auth is not None:
+            read_keys(auth.keys_path)
+    except (KeyFault, FileNotFoundError) as error:
+        return [f"auth.keys_file: {line}" for line in str(error).splitlines()]
+    return []
 
 
 def _is_here(model: ModelConfig) -> bool:

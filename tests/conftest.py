@@ -25,7 +25,8 @@ from ray.serve.schema import TracingConfig
 from deployments.checkpoints.source import fetch_checkpoint, with_family
 from deployments.config import ModelConfig
 from deployments.families import Family
-from serve_app.app import build_app, build_ingress, resolve_family
+from serve_app.app import bind_access, build_app, build_ingress, resolve_family
+from serve_app.auth.config import AuthConfig, CorsConfig
 from serve_app.config import AppConfig, IngressConfig, LimitsConfig, parse_app_config
 from tests.pretend_cuda.collect import Groups
 from tests.pretend_cuda.items import Pretended
@@ -197,6 +198,9 @@ def start_ingress(flux_app: App) -> Iterator[Callable[..., App]]:
         family: str = "flux",
         stages_of: App = flux_app,
         vae: str | Application = "Vae",
+        num_replicas: int = 1,
+        auth: AuthConfig | None = None,
+        cors: CorsConfig | None = None,
         **limits: Any,
     ) -> App:
         model = ModelConfig.model_validate(
@@ -211,9 +215,15 @@ def start_ingress(flux_app: App) -> Iterator[Callable[..., App]]:
             for stage in ("Encoder", "Transformer", vae)
         ]
         config = resolve_family(
-            AppConfig(model=model, limits=LimitsConfig(**limits), ingress=IngressConfig(num_replicas=1))
+            AppConfig(
+                model=model,
+                limits=LimitsConfig(**limits),
+                ingress=IngressConfig(num_replicas=num_replicas),
+                auth=auth,
+                cors=cors,
+            )
         )
-        app = build_ingress(config).bind(config.model, config.limits, *stages)
+        app = build_ingress(config).bind(config.model, config.limits, *stages, **bind_access(config))
         handle = serve.run(app, name=name, route_prefix=f"/{name}")
         apps.append(App(flux_app.url.rpartition("/")[0], name, handle, config.model))
         return apps[-1]
