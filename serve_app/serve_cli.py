@@ -56,7 +56,7 @@ def serve_command(
     given = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
     deployment, more = check_schema(config, raw, given)
     mistakes += more
-    if deployment is not None:
+    if deployment is not None and not more:
         host = None if deployment.proxy_location == "Disabled" else deployment.http_options.host
         fault = find_listening_fault(host, [app.access for app in apps.values()])
         mistakes += [] if fault is None else [fault]

@@ -27,7 +27,9 @@ from deployments.config import ModelConfig
 from deployments.families import Family
 from serve_app.app import bind_access, build_app, build_ingress, resolve_family
 from serve_app.auth.config import AuthConfig, CorsConfig
+from serve_app.auth.keys import write_keys
 from serve_app.config import AppConfig, IngressConfig, LimitsConfig, parse_app_config
+from tests.keyed_app import ORIGIN, KeyedApp, make_keys
 from tests.pretend_cuda.collect import Groups
 from tests.pretend_cuda.items import Pretended
 from tests.tiny_models import family_of
@@ -249,6 +251,16 @@ def narrow_app(start_ingress: Callable[..., App]) -> App:
 def hasty_app(start_ingress: Callable[..., App]) -> App:
     """Waits for a second."""
     return start_ingress("hasty", request_timeout_s=1.0, max_num_inference_steps=ENDLESS)
+
+
+@pytest.fixture(scope="session")
+def keyed_app(start_ingress: Callable[..., App], tmp_path_factory: pytest.TempPathFactory) -> KeyedApp:
+    """Asks for keys."""
+    file, (secrets, keys) = tmp_path_factory.mktemp("keys") / "keys.yaml", make_keys()
+    write_keys(file, keys)
+    auth, cors = AuthConfig(keys_file=str(file)), CorsConfig(origins=(ORIGIN,))
+    app = start_ingress("keyed", num_replicas=2, auth=auth, cors=cors, max_num_inference_steps=ENDLESS)
+    return KeyedApp(app, file, secrets)
 
 
 @pytest.fixture(scope="session")

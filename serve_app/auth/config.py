@@ -31,7 +31,7 @@ class AuthConfig(Config):
 
     def usage_path(self, app_name: str) -> Path:
         """Each application counts for itself."""
-        beside = self.keys_path.with_name(f"{self.keys_path.stem}.{app_name}.usage.json")
+        beside = self.keys_path.with_name(f"{self.keys_path.stem}.{app_name.replace('/', '_')}.usage.json")
         return beside if self.usage_file is None else Path(self.usage_file).expanduser()
 
 
