@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from fastapi.sse import EventSourceResponse
 from starlette.exceptions import HTTPException
 
-from serve_app.auth.middleware import charge
+from serve_app.auth.middleware import charge, charged
 from serve_app.bodies import read_json, read_json_or_form
 from serve_app.body_limit import BodyLimit
 from serve_app.description import EDIT_EVENT, EVENT, describe_body, describe_events, drop_422
@@ -131,7 +131,7 @@ async def _answer_images(
     await charge(request, judged.requests)
     if body.stream:
         events = relay.events(judged.requests, judged.options, pictures=judged.pictures, heartbeat_s=HEARTBEAT_S)
-        return await while_connected(request, answer_with_events(events, first))
+        return await while_connected(request, answer_with_events(charged(request, events), first))
     pictures = await while_connected(request, relay.run(judged.requests, judged.pictures))
     return ImagesResponse(
         created=int(time.time()),

@@ -29,7 +29,7 @@ from serve_app.app import bind_access, build_app, build_ingress, resolve_family
 from serve_app.auth.config import AuthConfig, CorsConfig
 from serve_app.auth.keys import write_keys
 from serve_app.config import AppConfig, IngressConfig, LimitsConfig, parse_app_config
-from tests.keyed_app import ORIGIN, KeyedApp, make_keys
+from tests.keyed_app import ENDLESS, ORIGIN, KeyedApp, make_keys
 from tests.pretend_cuda.collect import Groups
 from tests.pretend_cuda.items import Pretended
 from tests.tiny_models import family_of
@@ -38,8 +38,6 @@ torch.set_num_threads(1)
 TEXT_TOKENS = 64
 """Of the prompt, here and there: FLUX would pad to 512."""
 PATIENCE_S = 60.0
-ENDLESS = 100_000
-"""Steps; no request of so many ends within a test."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -259,7 +257,8 @@ def keyed_app(start_ingress: Callable[..., App], tmp_path_factory: pytest.TempPa
     file, (secrets, keys) = tmp_path_factory.mktemp("keys") / "keys.yaml", make_keys()
     write_keys(file, keys)
     auth, cors = AuthConfig(keys_file=str(file)), CorsConfig(origins=(ORIGIN,))
-    app = start_ingress("keyed", num_replicas=2, auth=auth, cors=cors, max_num_inference_steps=ENDLESS)
+    limits = {"max_num_inference_steps": ENDLESS, "request_timeout_s": 10.0}
+    app = start_ingress("keyed", num_replicas=2, auth=auth, cors=cors, **limits)
     return KeyedApp(app, file, secrets)
 
 

@@ -11,6 +11,8 @@ from serve_app.auth.keys import ApiKey, KeyLimits, new_key
 if TYPE_CHECKING:
     from tests.conftest import App
 
+ENDLESS = 100_000
+"""Steps; no request of so many ends within a test."""
 PICTURE = 64 * 64 * 4 / 1e6
 """Megapixel-steps of one by the defaults."""
 LIMITS = {
@@ -19,6 +21,7 @@ LIMITS = {
     "alone": KeyLimits(max_concurrent_requests=1),
     "poor": KeyLimits(budget_megapixel_steps=3 * PICTURE, budget_period="month"),
     "poorer": KeyLimits(budget_megapixel_steps=4 * PICTURE, budget_period="month"),
+    "hasty": KeyLimits(budget_megapixel_steps=1.5 * 64 * 64 * ENDLESS / 1e6, budget_period="month"),
     "revoked": KeyLimits(),
     "address": KeyLimits(),
     "lost": KeyLimits(requests_per_minute=1),

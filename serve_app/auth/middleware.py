@@ -5,8 +5,9 @@ nothing of what is drawn: `/health` for load balancers, and the pages, which ask
 """
 
 import logging
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any, TypeVar
 
 from fastapi import FastAPI
 from starlette._utils import get_route_path
@@ -26,6 +27,8 @@ from serve_app.errors import ClientLeft, RelayError, StageFailed, Unauthorized
 
 log = logging.getLogger("ray.serve")
 
+T = TypeVar("T")
+
 OPEN_PATHS = frozenset(("", "/", "/docs", "/openapi.json", "/health"))
 """They need no key. All others do, those that are added later included."""
 TOLD_HEADERS = ("Retry-After", "Server-Timing", "X-Forwards", "X-Request-ID", "X-Seed", "X-Warnings")
@@ -37,6 +40,8 @@ _WRONG_KEY = "the key is none of this server's, or was revoked: ask who runs it 
 def add_access(api: FastAPI, cors: CorsConfig | None, keys: "Keys | None") -> None:
     """After all other middleware: the last that is added is met first. A preflight of CORS has no key."""
     api.add_middleware(KeyMiddleware, keys=keys)
+    if keys is not None:
+        _describe(api)
     if cors is not None:
         api.add_middleware(
             CORSMiddleware,
@@ -47,11 +52,40 @@ def add_access(api: FastAPI, cors: CorsConfig | None, keys: "Keys | None") -> No
         )
 
 
+def _describe(api: FastAPI) -> None:
+    """In OpenAPI's terms."""
+    described = api.openapi()
+    described.setdefault("components", {})["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    described["security"] = [{"key": []}]
+    for path in OPEN_PATHS & described["paths"].keys():
+        for operation in described["paths"][path].values():
+            operation["security"] = []
+
+
 async def charge(request: HTTPConnection, requests: Sequence[GenerationRequest]) -> None:
     """Takes off the key's budget what is asked for, before it is drawn. Raises OverBudget."""
-    admission: Admission | None = getattr(request.state, "admission", None)
+    admission = _admission(request)
     if admission is not None:
         await admission.charge(sum(each.megapixel_steps for each in requests))
+
+
+async def charged(request: HTTPConnection, events: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
+    """The same events. If they end by an error, which HTTP's status does not tell any more, what was charged is
+    given back."""
+    admission = _admission(request)
+    async with aclosing(events):
+        try:
+            async for event in events:
+                yield event
+        except Exception:
+            if admission is not None:
+                admission.give_back()
+            raise
+
+
+def _admission(request: HTTPConnection) -> Admission | None:
+    found: Admission | None = getattr(request.state, "admission", None)
+    return found
 
 
 class Keys:

@@ -153,6 +153,25 @@ def test_what_is_refused_as_wrong_costs_nothing(keyed_app: KeyedApp) -> None:
     assert keyed_app.ask("poorer").status_code == 429
 
 
+def test_what_fails_in_a_stream_that_had_begun_is_given_back(keyed_app: KeyedApp) -> None:
+    """It takes longer than this ingress waits."""
+    body = CAT | {"num_inference_steps": ENDLESS, "stream": True, "progress": True}
+    answer = keyed_app.ask("hasty", json=body)
+    assert '"code": "deadline_exceeded"' in answer.text.partition("event: error")[2]
+    headers = {"Authorization": f"Bearer {keyed_app.secrets['hasty']}"}
+    with keyed_app.app.client.stream("POST", GENERATIONS, json=body, headers=headers) as again:
+        assert again.status_code == 200
+    assert keyed_app.ask("hasty", json=body).status_code == 429  # for who left has paid
+
+
+def test_the_description_says_that_a_key_is_needed(keyed_app: KeyedApp, flux_app: App) -> None:
+    described = keyed_app.ask(None, "GET", "/openapi.json").json()
+    scheme = {"key": {"type": "http", "scheme": "bearer"}}
+    assert (described["security"], described["components"]["securitySchemes"]) == ([{"key": []}], scheme)
+    assert described["paths"]["/health"]["get"]["security"] == []
+    assert "security" not in flux_app.client.get("/openapi.json").json()
+
+
 def test_a_key_that_is_revoked_opens_nothing_without_a_restart(keyed_app: KeyedApp) -> None:
     assert keyed_app.ask("revoked", "GET", "/v1/models").status_code == 200
     write_keys(keyed_app.file, [key for key in read_keys(keyed_app.file) if key.name != "revoked"])
