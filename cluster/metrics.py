@@ -6,8 +6,6 @@ a micro-batch takes `rate(relay_compute_seconds_total) / rate(relay_micro_batche
 Of histograms use buckets and counts only: Ray (2.60) fills `_sum` with the middles of the buckets.
 """
 
-import logging
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +13,7 @@ from queue import Empty, SimpleQueue
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
-log = logging.getLogger("ray.serve")
+from cluster.repeat import repeat
 
 EXPORT_PERIOD_S = 5.0
 LABELS = ("stage", "rank", "model")
@@ -141,13 +139,4 @@ class StageMetrics:
 
 def export_regularly(export: Callable[[], None], period_s: float = EXPORT_PERIOD_S) -> None:
     """Calls it every few seconds, in a thread that ends with the process. What it raises is logged."""
-
-    def loop() -> None:
-        pause = threading.Event()
-        while not pause.wait(period_s):
-            try:
-                export()
-            except Exception:  # a rank that does not answer now may the next time
-                log.exception("metrics were not exported; the next try follows in %g s", period_s)
-
-    threading.Thread(target=loop, name="metrics", daemon=True).start()
+    repeat(export, period_s, name="the export of metrics")

@@ -85,6 +85,11 @@ class GenerationRequest:
     def size(self) -> MediaSize:
         return MediaSize(self.width, self.height, self.num_frames)
 
+    @property
+    def megapixel_steps(self) -> float:
+        """What it costs: pixels times frames times steps, in millions."""
+        return self.width * self.height * self.num_frames * self.num_inference_steps / 10**6
+
 
 @dataclass(frozen=True)
 class InputPictures:

@@ -15,6 +15,8 @@ from deployments.stages.preload import plan_preload
 from deployments.transformer import Transformer
 from deployments.vae import Vae
 from deployments.warm_up import WarmUp
+from serve_app.auth.counter import build_counter
+from serve_app.auth.proxies import check_listening
 from serve_app.config import AppConfig, ConfigError, ServedModelConfig, deployed_name, parse_app_config
 from serve_app.config_check import check_requests, plan_warm_up
 from serve_app.files import check_files, resolve_family
@@ -47,11 +49,15 @@ def compose_app(config: AppConfig) -> Application:
     Raises ConfigError, also if files are not whole, or the cluster has too few CPUs or GPUs or too small ones.
     """
     config = resolve_family(config)
+    try:
+        check_listening(config.access)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     check_requests(config)
     if is_alone():
         check_files(config)
     check_room(config)
-    return build_ingress(config).bind(config.limits, *_bind(config))
+    return build_ingress(config).bind(config.limits, *_bind(config), **bind_access(config))
 
 
 class ToldModel(NamedTuple):
@@ -113,6 +119,13 @@ def _sleepers(served: ServedModelConfig) -> tuple[str, ...]:
     return tuple(name for name, stage in served.stages.items() if not stage.min_replicas)
 
 
+def bind_access(config: AppConfig) -> dict[str, Any]:
+    """What the ingress is to be bound to besides: who may ask, and what counts for all ingresses what they use."""
+    auth = config.auth
+    counter = None if auth is None else build_counter(auth, _ingress_options(config))
+    return {"access": config.access, "key_counter": counter}
+
+
 def build_ingress(config: AppConfig) -> Deployment:
     """What is to be bound to the three stages."""
     return serve.deployment(serve.ingress()(Ingress)).options(
@@ -122,11 +135,13 @@ def build_ingress(config: AppConfig) -> Deployment:
         **HEALTH_CHECKS,
         max_surge_percent=100,  # on a redeploy the old ones serve until the new ones can: they need no GPU
         graceful_shutdown_timeout_s=config.limits.request_timeout_s,
-        ray_actor_options={
-            "num_cpus": config.ingress.num_cpus,
-            "resources": HEAD_NODE if config.ingress.on_head else {},
-        },
+        ray_actor_options=_ingress_options(config),
     )
+
+
+def _ingress_options(config: AppConfig) -> dict[str, Any]:
+    resources = HEAD_NODE if config.ingress.on_head else {}
+    return {"num_cpus": config.ingress.num_cpus, "resources": resources}
 
 
 def build_validator(config: AppConfig) -> Validator:

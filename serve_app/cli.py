@@ -11,11 +11,13 @@ from rich.console import Console
 
 from deployments.checkpoints.tiny.names import TINY_MODULES
 from deployments.stages.imports import silence_imports
+from serve_app.auth.keys import KeyFault
 from serve_app.bench_cli import bench
 from serve_app.config import ConfigError
 from serve_app.config_docs import render_config_docs
 from serve_app.errors import RelayError
 from serve_app.generate_cli import generate_command
+from serve_app.key_cli import key
 from serve_app.plan_cli import plan_command, profile_command
 from serve_app.ray_environment import RAY_ENVIRONMENT
 from serve_app.serve_cli import serve_command
@@ -27,6 +29,7 @@ cli = typer.Typer(
     add_completion=False,
 )
 cli.add_typer(bench, name="bench")
+cli.add_typer(key, name="key")
 cli.command(name="generate")(generate_command)
 cli.command(name="plan")(plan_command)
 cli.command(name="profile")(profile_command)
@@ -45,7 +48,7 @@ def main() -> None:
     silence_imports()
     try:
         cli()
-    except (ConfigError, RelayError, NoStatus, FileExistsError, FileNotFoundError) as error:
+    except (ConfigError, RelayError, KeyFault, NoStatus, FileExistsError, FileNotFoundError) as error:
         message = error.message if isinstance(error, RelayError) else str(error)
         console.print(f"relay: {message}", style="red", highlight=False, soft_wrap=True)
         raise SystemExit(2) from error
@@ -97,15 +100,18 @@ def status(
     url: Annotated[str, typer.Option(help="of the running server")] = "http://127.0.0.1:8000",
     watch: Annotated[bool, typer.Option("--watch", help="go on until interrupted")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="everything, as GET /v1/status tells it")] = False,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="RELAY_API_KEY", show_envvar=True, help="where the server asks for one")
+    ] = None,
 ) -> None:
     """Replicas, queues, work and memory of every stage, at a glance."""
     terminal = Console()
     if watch:
-        watch_status(url, terminal)
+        watch_status(url, terminal, api_key)
     elif as_json:
-        terminal.print_json(data=fetch_status(url))
+        terminal.print_json(data=fetch_status(url, api_key))
     else:
-        terminal.print(render_status(fetch_status(url)))
+        terminal.print(render_status(fetch_status(url, api_key)))
 
 
 @cli.command()

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from cluster.config import Config, find_mistakes
 from deployments.config import EncoderConfig, ModelConfig, StageConfig, TransformerConfig, VaeConfig
+from serve_app.auth.config import Access, AuthConfig, CorsConfig
 
 APP_NAME = "relay"
 IMPORT_PATH = "serve_app.app:build_app"
@@ -101,6 +102,15 @@ class AppConfig(Config):
     )
     ingress: IngressConfig = IngressConfig()
     limits: LimitsConfig = LimitsConfig()
+    auth: AuthConfig | None = None
+    cors: CorsConfig | None = None
+    open: bool = Field(
+        False, description="let everybody in who reaches `http_options.host`: without `auth` it must be loopback"
+    )
+
+    @property
+    def access(self) -> Access:
+        return Access(self.auth, self.cors, self.open)
 
     @property
     def is_one(self) -> bool:

@@ -25,21 +25,27 @@ STAGES = "`encoder`, `transformer`, `vae`"
 
 def render_config_docs() -> str:
     """Markdown: a section per part of the config, a row per key; what all stages share comes once."""
-    sections = [INTRO]
+    sections = [INTRO, _section("`args`", AppConfig, leave_out=_parts())]
     for name, field in AppConfig.model_fields.items():
         part = _config_class(field)
-        if part is None:  # `models`, of which each has the sections above
+        if name == "models":  # each has the sections above
             sections.append(f"## `{name}`\n\n{field.description}\n")
+        if part is None:
             continue
         if name == "encoder":
             sections.append(_section(STAGES, StageConfig))
-        sections.append(_section(f"`{name}`", part, leave_out=issubclass(part, StageConfig)))
+        shared = StageConfig.model_fields if issubclass(part, StageConfig) else ()
+        sections.append(_section(f"`{name}`", part, leave_out=shared))
     return "\n".join(sections)
 
 
-def _section(title: str, part: type[BaseModel], *, leave_out: bool = False) -> str:
-    """leave_out: what every stage may be told."""
-    rows = "\n".join(_rows(part, leave_out=StageConfig.model_fields if leave_out else ()))
+def _parts() -> set[str]:
+    """Keys of an app that have a section of their own."""
+    return {"models"} | {name for name, field in AppConfig.model_fields.items() if _config_class(field) is not None}
+
+
+def _section(title: str, part: type[BaseModel], *, leave_out: Container[str] = ()) -> str:
+    rows = "\n".join(_rows(part, leave_out=leave_out))
     return f"## {title}\n\n{_summary(part)}\n\n| key | value | default | |\n|---|---|---|---|\n{rows}\n"
 
 

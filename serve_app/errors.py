@@ -3,8 +3,11 @@
 RelayError
 ├── BadCall           4xx  no such path or method, or a body that cannot be read
 ├── BadRequest        400  a field of the body is wrong; names it
+├── Unauthorized      401  no key, or none that opens; WWW-Authenticate
 ├── UnknownModel      404
 ├── Overloaded        429  too many requests are in progress; Retry-After
+├── OverLimit         429  more than the key may ask for; Retry-After says when it may again
+│   └── OverBudget    429  what the key may cost is used up; repeating it soon is in vain
 ├── ClientLeft        499  nobody is there to be answered: for the log
 ├── StageFailed       500  a stage raised; not worth repeating
 │   ├── OutOfMemory   500  a stage took more than its share of the GPU's memory
@@ -81,6 +84,15 @@ class BadRequest(RelayError):
     code = "invalid_value"
 
 
+class Unauthorized(RelayError):
+    status = 401
+    kind = "invalid_request_error"
+    code = "invalid_api_key"
+
+    def headers(self) -> dict[str, str]:
+        return {"WWW-Authenticate": "Bearer"}
+
+
 class UnknownModel(RelayError):
     status = 404
     kind = "invalid_request_error"
@@ -95,6 +107,28 @@ class Overloaded(RelayError):
     kind = "rate_limit_error"
     code = "overloaded"
     retry_after_s = 5
+
+
+class OverLimit(RelayError):
+    status = 429
+    kind = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, wait_s: int) -> None:
+        super().__init__(message)
+        self.args = (message, wait_s)
+        self.wait_s = wait_s
+
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": str(self.wait_s)}
+
+
+class OverBudget(OverLimit):
+    kind = "insufficient_quota"
+    code = "insufficient_quota"
+
+    def headers(self) -> dict[str, str]:
+        return super().headers() | {"x-should-retry": "false"}
 
 
 class ClientLeft(RelayError):

@@ -11,6 +11,8 @@ from deployments.checkpoints.integrity import find_offload_faults, find_stage_fa
 from deployments.checkpoints.sharing import check_same
 from deployments.checkpoints.source import is_tiny, local_folder, with_family
 from deployments.config import ModelConfig
+from serve_app.auth.config import AuthConfig
+from serve_app.auth.keys import KeyFault, read_keys
 from serve_app.config import AppConfig, ConfigError, ServedModelConfig
 
 STAGES: dict[str, Stage] = {"encoder": "encode", "transformer": "denoise", "vae": "decode"}
@@ -46,7 +48,7 @@ def check_files(config: AppConfig) -> None:
 
     What is still to be downloaded, each replica checks once it has it. Raises ConfigError, a line for each fault.
     """
-    found = []
+    found = find_key_faults(config.auth)
     models = {served.name: served.model for served in config.served}
     for served in config.served:
         try:
@@ -71,6 +73,16 @@ def _check_files(served: ServedModelConfig) -> None:
             faults[f"model.checkpoint: {error}"] = None
     if faults:
         raise ConfigError("\n".join(faults))
+
+
+def find_key_faults(auth: AuthConfig | None) -> list[str]:
+    """Of the file of keys."""
+    try:
+        if auth is not None:
+            read_keys(auth.keys_path)
+    except (KeyFault, FileNotFoundError) as error:
+        return [f"auth.keys_file: {line}" for line in str(error).splitlines()]
+    return []
 
 
 def _check_shared(served: ServedModelConfig, models: Mapping[str, ModelConfig]) -> None:

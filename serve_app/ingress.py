@@ -10,6 +10,9 @@ from fastapi import FastAPI
 from cluster.termination import DrainOnSigterm
 from deployments.config import ModelConfig
 from serve_app.admission import Admission
+from serve_app.auth.config import NOBODY_ELSE, Access
+from serve_app.auth.middleware import Keys, add_access
+from serve_app.auth.proxies import check_listening
 from serve_app.config import LimitsConfig
 from serve_app.generation import Event, Picture
 from serve_app.model_card import ModelCard
@@ -22,10 +25,21 @@ class Ingress(DrainOnSigterm):
     """The served models as Serve sees them."""
 
     def __init__(
-        self, limits: LimitsConfig, *models: tuple[ModelConfig, tuple[Any, Any, Any], tuple[str, ...]]
+        self,
+        limits: LimitsConfig,
+        *models: tuple[ModelConfig, tuple[Any, Any, Any], tuple[str, ...]],
+        access: Access = NOBODY_ELSE,
+        key_counter: Any = None,
     ) -> None:
-        """models: each with the handles of its encoder, transformer and VAE, and which of them may sleep."""
+        """
+        Args:
+            models: each with the handles of its encoder, transformer and VAE, and which of them may sleep.
+            key_counter: Serve's handle of it, where keys are asked for.
+        """
+        check_listening(access)
         self.drain_on_sigterm()
+        self._cors = access.cors
+        self._keys = None if access.auth is None else Keys(access.auth, key_counter)
         self._admission = Admission(limits.max_concurrent_requests)
         is_one = len(models) == 1
         self._models = Models(
@@ -40,7 +54,9 @@ class Ingress(DrainOnSigterm):
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve asks for the HTTP application once this replica is made."""
-        return build_api(self._models)
+        api = build_api(self._models)
+        add_access(api, self._cors, self._keys)
+        return api
 
     def model(self, name: str | None = None) -> ModelCard:
         """What may be asked of a model; of the first, where none is named. Raises UnknownModel."""

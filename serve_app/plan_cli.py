@@ -206,7 +206,7 @@ def _render(app: AppConfig, gpus: str) -> str:
     }
     file = {
         "proxy_location": "EveryNode",
-        "http_options": {"host": "0.0.0.0", "port": 8000},
+        "http_options": {"host": "127.0.0.1", "port": 8000},
         "applications": [application],
     }
     return f"# Planned for {gpus} by `relay plan`.\n" + yaml.safe_dump(file, sort_keys=False)

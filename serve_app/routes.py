@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse
 from fastapi.sse import EventSourceResponse
 from starlette.exceptions import HTTPException
 
+from serve_app.auth.middleware import charge, charged
 from serve_app.bodies import read_json, read_json_or_form
 from serve_app.body_limit import BodyLimit
 from serve_app.description import EDIT_EVENT, EVENT, describe_body, describe_events, drop_422
@@ -44,9 +45,10 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse, "description": text}
     for status, text in {
         400: "A field is wrong; `error.param` names it",
+        401: "No key, or none that opens, where this server asks for one",
         404: "Unknown model or adapter",
         413: "The body is too long",
-        429: "Too many requests in progress; see Retry-After",
+        429: "Too many requests in progress, or more than the key may ask for; see Retry-After",
         500: "A stage failed",
         503: "A stage cannot serve now; see Retry-After",
         504: "Not done within the deadline",
@@ -130,9 +132,10 @@ async def _answer_images(
     request: Request, relay: Relay, body: ImageBody, judged: Judged
 ) -> ImagesResponse | EventSourceResponse:
     first = judged.requests[0]
+    await charge(request, judged.requests)
     if body.stream:
         events = relay.events(judged.requests, judged.options, pictures=judged.pictures, heartbeat_s=HEARTBEAT_S)
-        return await while_connected(request, answer_with_events(events, first))
+        return await while_connected(request, answer_with_events(charged(request, events), first))
     pictures = await while_connected(request, relay.run(judged.requests, judged.pictures))
     return ImagesResponse(
         created=int(time.time()),
@@ -158,6 +161,7 @@ def _add_videos(api: FastAPI, models: Models) -> None:
         has_video = body.pictures is not None and body.pictures.video is not None
         judging = JUDGING_VIDEOS if has_video else None
         judged = await asyncio.get_running_loop().run_in_executor(judging, relay.validator.judge, body)
+        await charge(request, judged.requests)
         [picture] = await while_connected(request, relay.run(judged.requests, judged.pictures))
         timings = ", ".join(f"{stage};dur={ms}" for stage, ms in picture.timings_ms.items())
         forwards = picture.denoised.forwards

@@ -11,6 +11,7 @@ import typer
 from pydantic import ValidationError
 
 from cluster.config import describe_errors, without_unknown_keys
+from serve_app.auth.listening import find_listening_fault
 from serve_app.config import (
     IMPORT_PATH,
     AppConfig,
@@ -35,6 +36,9 @@ def serve_command(
     config: Annotated[Path, typer.Argument(help="Serve YAML, such as configs/quickstart.yaml")],
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="instead of http_options.port")] = None,
     host: Annotated[str | None, typer.Option(help="instead of http_options.host; 0.0.0.0: all addresses")] = None,
+    is_open: Annotated[
+        bool, typer.Option("--open", help="let everybody in who reaches it, where no key is asked for")
+    ] = False,
     grace: Annotated[
         float, typer.Option(min=0, help="seconds that running requests get when it is told to end")
     ] = 5.0,
@@ -46,10 +50,16 @@ def serve_command(
     sys.path.insert(0, "")  # other applications' import paths are looked up from here, as by `serve run`
     is_local = address == LOCAL
     raw = read_serve_file(config)
+    if is_open:
+        open_applications(config, raw)
     apps, mistakes = check_applications(config, raw, is_local=is_local)
     given = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
     deployment, more = check_schema(config, raw, given)
     mistakes += more
+    if deployment is not None and not more:
+        host = None if deployment.proxy_location == "Disabled" else deployment.http_options.host
+        fault = find_listening_fault(host, [app.access for app in apps.values()])
+        mistakes += [] if fault is None else [fault]
     if is_local and deployment is not None:
         http = deployment.http_options
         faults = (find_port_fault(http.host, http.port), find_tls_fault(http))
@@ -58,6 +68,14 @@ def serve_command(
         raise ConfigError("\n".join(mistakes))
     names = {name: " and ".join(served.name for served in app.served) for name, app in apps.items()}
     raise typer.Exit(importlib.import_module(SERVER).run_server(deployment, names, address=address, grace_s=grace))
+
+
+def open_applications(path: Path, raw: dict[str, Any]) -> None:
+    """Has each that serves a checkpoint say so."""
+    for application in find_our_applications(path, raw):
+        args = application.get("args") or {}
+        if isinstance(args, dict):
+            application["args"] = args | {"open": True}
 
 
 def check_applications(

@@ -24,16 +24,19 @@ class NoStatus(ConnectionError):
     """The server cannot be asked, or refuses to tell."""
 
 
-def fetch_status(url: str) -> Json:
+def fetch_status(url: str, api_key: str | None = None) -> Json:
     """`http://` may be left out of the url. Raises NoStatus."""
     url = (url if "://" in url else f"http://{url}").rstrip("/")
     try:
         asks_proxy = not is_loopback(url)  # which cannot know this machine's own addresses
-        answer = httpx.get(f"{url}/v1/status", timeout=30, trust_env=asks_proxy)
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        answer = httpx.get(f"{url}/v1/status", headers=headers, timeout=30, trust_env=asks_proxy)
     except httpx.InvalidURL as error:
         raise NoStatus(f"{url} is no address: {error}") from error
     except httpx.TransportError as error:
         raise NoStatus(f"{url} does not answer: {error}") from error
+    if answer.status_code == httpx.codes.UNAUTHORIZED:
+        raise NoStatus(f"{url} asks for a key: set RELAY_API_KEY to one that it knows")
     if answer.status_code != httpx.codes.OK:
         raise NoStatus(f"{url}/v1/status answers {answer.status_code}: {answer.text[:300]}")
     try:
@@ -52,20 +55,20 @@ def is_loopback(url: str) -> bool:
         return False
 
 
-def watch_status(url: str, console: Console, *, every_s: float = 1.0) -> None:
+def watch_status(url: str, console: Console, api_key: str | None = None, *, every_s: float = 1.0) -> None:
     """Until interrupted. A server that is away for a while is waited for."""
     with Live(console=console, auto_refresh=False) as live:
         try:
             while True:
-                live.update(_now(url), refresh=True)
+                live.update(_now(url, api_key), refresh=True)
                 time.sleep(every_s)
         except KeyboardInterrupt:
             pass
 
 
-def _now(url: str) -> RenderableType:
+def _now(url: str, api_key: str | None) -> RenderableType:
     try:
-        return render_status(fetch_status(url))
+        return render_status(fetch_status(url, api_key))
     except NoStatus as error:
         return Text(str(error), style="red")
 

@@ -25,8 +25,11 @@ from ray.serve.schema import TracingConfig
 from deployments.checkpoints.source import fetch_checkpoint, with_family
 from deployments.config import ModelConfig
 from deployments.families import Family
-from serve_app.app import build_app, build_ingress, resolve_family
+from serve_app.app import bind_access, build_app, build_ingress, resolve_family
+from serve_app.auth.config import AuthConfig, CorsConfig
+from serve_app.auth.keys import write_keys
 from serve_app.config import AppConfig, IngressConfig, LimitsConfig, parse_app_config
+from tests.keyed_app import ENDLESS, ORIGIN, KeyedApp, make_keys
 from tests.pretend_cuda.collect import Groups
 from tests.pretend_cuda.items import Pretended
 from tests.tiny_models import family_of
@@ -35,8 +38,6 @@ torch.set_num_threads(1)
 TEXT_TOKENS = 64
 """Of the prompt, here and there: FLUX would pad to 512."""
 PATIENCE_S = 60.0
-ENDLESS = 100_000
-"""Steps; no request of so many ends within a test."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -198,6 +199,9 @@ def start_ingress(flux_app: App) -> Iterator[Callable[..., App]]:
         family: str = "flux",
         stages_of: App = flux_app,
         vae: str | Application = "Vae",
+        num_replicas: int = 1,
+        auth: AuthConfig | None = None,
+        cors: CorsConfig | None = None,
         **limits: Any,
     ) -> App:
         model = ModelConfig.model_validate(
@@ -212,9 +216,16 @@ def start_ingress(flux_app: App) -> Iterator[Callable[..., App]]:
             for stage in ("Encoder", "Transformer", vae)
         ]
         config = resolve_family(
-            AppConfig(model=model, limits=LimitsConfig(**limits), ingress=IngressConfig(num_replicas=1))
+            AppConfig(
+                model=model,
+                limits=LimitsConfig(**limits),
+                ingress=IngressConfig(num_replicas=num_replicas),
+                auth=auth,
+                cors=cors,
+            )
         )
-        app = build_ingress(config).bind(config.limits, (config.served[0].model, tuple(stages), ()))
+        told = (config.served[0].model, tuple(stages), ())
+        app = build_ingress(config).bind(config.limits, told, **bind_access(config))
         handle = serve.run(app, name=name, route_prefix=f"/{name}")
         apps.append(App(flux_app.url.rpartition("/")[0], name, handle, config.served[0].model))
         return apps[-1]
@@ -240,6 +251,17 @@ def narrow_app(start_ingress: Callable[..., App]) -> App:
 def hasty_app(start_ingress: Callable[..., App]) -> App:
     """Waits for a second."""
     return start_ingress("hasty", request_timeout_s=1.0, max_num_inference_steps=ENDLESS)
+
+
+@pytest.fixture(scope="session")
+def keyed_app(start_ingress: Callable[..., App], tmp_path_factory: pytest.TempPathFactory) -> KeyedApp:
+    """Asks for keys."""
+    file, (secrets, keys) = tmp_path_factory.mktemp("keys") / "keys.yaml", make_keys()
+    write_keys(file, keys)
+    auth, cors = AuthConfig(keys_file=str(file)), CorsConfig(origins=(ORIGIN,))
+    limits = {"max_num_inference_steps": ENDLESS, "request_timeout_s": 10.0}
+    app = start_ingress("keyed", num_replicas=2, auth=auth, cors=cors, **limits)
+    return KeyedApp(app, file, secrets)
 
 
 @pytest.fixture(scope="session")

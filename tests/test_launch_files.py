@@ -306,7 +306,7 @@ def test_the_images_command_serves_the_quickstart_to_the_outside() -> None:
     """`--host` itself is tried in serve_app/test_serve_cli.py."""
     [command] = re.findall(r"^CMD (\[.*\])$", (LAUNCH / "Dockerfile").read_text(), re.MULTILINE)
     program, name, config, *options = json.loads(command)
-    assert (program, name, options) == ("relay", "serve", ["--host", "0.0.0.0"])
+    assert (program, name, options) == ("relay", "serve", ["--host", "0.0.0.0", "--open"])
     assert config == "configs/quickstart.yaml"
     assert (ROOT / config).exists()
 

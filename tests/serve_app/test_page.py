@@ -25,6 +25,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.wait import WebDriverWait
 
+from tests.keyed_app import KeyedApp
 from tests.pictures import video
 from tests.serve_app.pictures import file, half_mask, noise
 
@@ -368,3 +369,18 @@ def contrast(one: str, other: str) -> float:
     """1 to 21. Formula: WCAG 2, contrast ratio."""
     dark, light = sorted((luminance(one), luminance(other)))
     return (light + 0.05) / (dark + 0.05)
+
+
+def test_a_page_that_lacks_a_key_asks_for_one_and_keeps_it(page: Page, keyed_app: KeyedApp) -> None:
+    page.driver.get(f"{keyed_app.app.url}/")
+    for secret in ("relay-wrong", keyed_app.secrets["shop"]):
+        page.wait(lambda: page.one("#key-dialog").is_displayed())
+        page.type("#key", secret + Keys.ENTER)
+    page.wait(lambda: page.one("#model").text)
+    page.draw("a red circle", seed=7, num_inference_steps=4)
+    assert "seed 7" in page.one("#facts").text
+    assert "Bearer $RELAY_API_KEY" in page.one("#curl").text
+    assert keyed_app.secrets["shop"] not in page.one("body").text
+    page.open(f"{keyed_app.app.url}/")
+    assert not page.one("#key-dialog").is_displayed()
+    page.run("sessionStorage.clear()")

@@ -16,6 +16,7 @@ from serve_app.config import ConfigError
 from tests.relay_server import ENV, QUICKSTART, RELAY, ROOT, free_port, serving
 
 pytestmark = pytest.mark.slow
+OPEN_TO_ALL = "http_options.host 0.0.0.0: others would reach this server, and it asks for no key: under args, "
 
 
 def mistakes(config: Path, *options: str) -> list[str]:
@@ -145,6 +146,37 @@ def test_a_port_that_cannot_be_is_told(config: Path, port: int) -> None:
     assert mistakes(config) == [f"http_options.port must be between 1 and 65535, got {port}"]
 
 
+def test_without_keys_nobody_else_is_let_in(config: Path) -> None:
+    config.write_text(QUICKSTART)
+    [line] = mistakes(config, "--host", "0.0.0.0", "--port", str(free_port()))
+    assert line.startswith(OPEN_TO_ALL)
+    for host in ("  host: 0.0.0.0\n", ""):  # which is Serve's own default
+        config.write_text(QUICKSTART.replace("  host: 127.0.0.1\n", host))
+        [line] = mistakes(config, "--port", str(free_port()))
+        assert line.startswith(OPEN_TO_ALL)
+
+
+@pytest.mark.parametrize(
+    ("args", "options"), [("open: true", ()), ("auth: {keys_file: KEYS}", ()), ("cors: null", ("--open",))]
+)
+def test_with_keys_or_if_it_says_so_they_are(
+    config: Path, tmp_path: Path, args: str, options: tuple[str, ...]
+) -> None:
+    """Of two mistakes one is left: the port."""
+    (tmp_path / "keys.yaml").write_text("keys: []")
+    args = args.replace("KEYS", str(tmp_path / "keys.yaml"))
+    config.write_text(QUICKSTART.replace("args:\n", f"args:\n      {args}\n").replace("port: 8000", "port: 0"))
+    told = mistakes(config, "--host", "0.0.0.0", *options)
+    assert told == ["http_options.port must be between 1 and 65535, got 0"]
+
+
+def test_a_file_of_keys_that_is_not_there_is_told(config: Path, tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+    config.write_text(QUICKSTART.replace("args:\n", f"args:\n      auth: {{keys_file: {file}}}\n"))
+    [line] = mistakes(config)
+    assert line.endswith(f"auth.keys_file: {file} does not exist: `relay key create NAME --file {file}` makes it")
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
 def test_a_taken_port_is_told_with_its_holder(config: Path, host: str) -> None:
     config.write_text(QUICKSTART)
@@ -153,7 +185,7 @@ def test_a_taken_port_is_told_with_its_holder(config: Path, host: str) -> None:
         holder.bind((host, 0))
         holder.listen()
         port = holder.getsockname()[1]
-        [line] = mistakes(config, "--port", str(port), "--host", host)
+        [line] = mistakes(config, "--port", str(port), "--host", host, "--open")
     assert line.startswith(f"port {port} of {host} is taken by ")
     assert f"(pid {os.getpid()})" in line
 
