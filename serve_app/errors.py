@@ -4,6 +4,7 @@ RelayError
 ├── BadCall           4xx  no such path or method, or a body that cannot be read
 ├── BadRequest        400  a field of the body is wrong; names it
 ├── UnknownModel      404
+├── UnknownJob        404
 ├── Overloaded        429  too many requests are in progress; Retry-After
 ├── ClientLeft        499  nobody is there to be answered: for the log
 ├── StageFailed       500  a stage raised; not worth repeating
@@ -88,6 +89,12 @@ class UnknownModel(RelayError):
 
     def __init__(self, message: str, param: str | None = "model") -> None:
         super().__init__(message, param)
+
+
+class UnknownJob(RelayError):
+    status = 404
+    kind = "invalid_request_error"
+    code = "job_not_found"
 
 
 class Overloaded(RelayError):
