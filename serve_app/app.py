@@ -68,6 +68,7 @@ def compose_app(config: AppConfig) -> Application:
         stage(Encoder, config.encoder),
         stage(Transformer, config.transformer),
         stage(Vae, config.vae),
+        jobs=config.jobs,
     )
 
 

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from cluster.config import Config, find_mistakes
 from deployments.config import EncoderConfig, ModelConfig, StageConfig, TransformerConfig, VaeConfig
+from serve_app.jobs.config import DEFAULT_JOBS, JobsConfig
 
 APP_NAME = "relay"
 IMPORT_PATH = "serve_app.app:build_app"
@@ -58,6 +59,7 @@ class AppConfig(Config):
     vae: VaeConfig = VaeConfig()
     ingress: IngressConfig = IngressConfig()
     limits: LimitsConfig = LimitsConfig()
+    jobs: JobsConfig = DEFAULT_JOBS
 
     @property
     def stages(self) -> dict[str, StageConfig]:

@@ -58,7 +58,7 @@ def describe_body(
     api: FastAPI, path: str, kind: type[GenerationBody], model: ModelCard, *media_types: str
 ) -> None:
     """After FastAPI's own description, which would make floats of large integers."""
-    calls = {kind: call for kind, call in model.calls.items() if call.path == path}
+    calls = {kind: call for kind, call in model.calls.items() if call.path in (path, f"{path}/sync")}
     content = {
         media: {"schema": _body_schema(kind, model, calls, is_form="form" in media)} for media in media_types
     }
@@ -93,6 +93,12 @@ def _body_schema(
         schema["allOf"] = [
             _either({"stream": [True]}, {"partial_images": [0, None], "progress": [False, None]}),
             _either({"output_format": ["jpeg", "webp"]}, {"output_compression": [100, None]}),
+            {
+                "not": {
+                    "properties": {"stream": {"const": True}, "background": {"const": True}},
+                    "required": ["stream", "background"],
+                }
+            },
         ]
     for name in fields.keys() - set(schema["required"]):
         fields[name] = _without_null(fields[name]) if is_form else _with_null(fields[name])

@@ -7,8 +7,10 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from cluster.application import application_name
 from cluster.termination import DrainOnSigterm
 from serve_app.generation import Event, Picture
+from serve_app.jobs.config import DEFAULT_JOBS, JobsConfig
 from serve_app.relay import Relay
 from serve_app.routes import build_api
 
@@ -16,15 +18,16 @@ from serve_app.routes import build_api
 class Ingress(DrainOnSigterm, Relay):
     """A Relay as Serve sees it."""
 
-    def __init__(self, *args: Any) -> None:
+    def __init__(self, *args: Any, jobs: JobsConfig = DEFAULT_JOBS) -> None:
         self.drain_on_sigterm()
         super().__init__(*args)
+        self._jobs = jobs
         for stage in self._stages.by_name.values():
             stage.options()  # connects it; the first call would stop the event loop while Serve is silent
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve asks for the HTTP application once this replica is made."""
-        return build_api(self)
+        return build_api(self, self._jobs, application_name())
 
     async def generate(self, **fields: Any) -> list[Picture]:
         """For Python handles: the fields of the HTTP body in, pictures (or one video) out.

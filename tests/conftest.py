@@ -27,6 +27,7 @@ from deployments.config import ModelConfig
 from deployments.families import Family
 from serve_app.app import build_app, build_ingress, resolve_family
 from serve_app.config import AppConfig, IngressConfig, LimitsConfig, parse_app_config
+from serve_app.jobs.config import JobsConfig
 from tests.pretend_cuda.collect import Groups
 from tests.pretend_cuda.items import Pretended
 from tests.tiny_models import family_of
@@ -142,9 +143,10 @@ class App:
 
 
 @pytest.fixture(scope="session")
-def start_app(serve_url: str) -> Iterator[Callable[..., App]]:
+def start_app(serve_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., App]]:
     """Starts a tiny checkpoint once for every set of options."""
     apps: list[App] = []
+    jobs = tmp_path_factory.mktemp("jobs")
 
     @cache
     def start(tiny: str, *, shards: int = 1, num_gpus: float = 0, **limits: Any) -> App:
@@ -168,6 +170,7 @@ def start_app(serve_url: str) -> Iterator[Callable[..., App]]:
                 "transformer": resources | {"shards": shards},
                 "vae": resources,
                 "ingress": {"num_replicas": 1},
+                "jobs": {"database": f"sqlite:///{jobs / name}.db"},
                 "limits": {"max_pixels": 512 * 512, "max_num_inference_steps": 50, "max_num_frames": 33} | limits,
             }
         )
@@ -187,7 +190,7 @@ def flux_app(start_app: Callable[..., App]) -> App:
 
 
 @pytest.fixture(scope="session")
-def start_ingress(flux_app: App) -> Iterator[Callable[..., App]]:
+def start_ingress(flux_app: App, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., App]]:
     """Starts one more ingress, with limits of its own, over the stages of `flux_app`: seconds, not a minute."""
     apps: list[App] = []
 
@@ -197,6 +200,7 @@ def start_ingress(flux_app: App) -> Iterator[Callable[..., App]]:
         family: str = "flux",
         stages_of: App = flux_app,
         vae: str | Application = "Vae",
+        jobs: JobsConfig | None = None,
         **limits: Any,
     ) -> App:
         model = ModelConfig.model_validate(
@@ -213,7 +217,8 @@ def start_ingress(flux_app: App) -> Iterator[Callable[..., App]]:
         config = resolve_family(
             AppConfig(model=model, limits=LimitsConfig(**limits), ingress=IngressConfig(num_replicas=1))
         )
-        app = build_ingress(config).bind(config.model, config.limits, *stages)
+        own_jobs = JobsConfig(database=f"sqlite:///{tmp_path_factory.mktemp('jobs')}/jobs.db")
+        app = build_ingress(config).bind(config.model, config.limits, *stages, jobs=jobs or own_jobs)
         handle = serve.run(app, name=name, route_prefix=f"/{name}")
         apps.append(App(flux_app.url.rpartition("/")[0], name, handle, config.model))
         return apps[-1]
