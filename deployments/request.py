@@ -259,8 +259,11 @@ class Media:
     """An encoded picture or video."""
 
     data: bytes
+    """Empty where it was written to a target."""
     media_type: str
     decode_ms: float
+    num_written: int | None = None
+    """Bytes that were written to the target; None: it is in `data`."""
 
 
 def num_bytes(value: Any) -> int:

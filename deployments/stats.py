@@ -108,6 +108,8 @@ class VaeStats:
     num_decoded: int
     num_tiles: int
     """Decoded for other replicas."""
+    num_written: int
+    """Pictures and videos that it wrote where they are kept, and did not answer with."""
 
 
 @dataclass(frozen=True)

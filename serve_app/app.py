@@ -57,7 +57,7 @@ def compose_app(config: AppConfig) -> Application:
     if is_alone():
         check_files(config)
     check_room(config)
-    return build_ingress(config).bind(config.limits, *_bind(config), **bind_access(config))
+    return build_ingress(config).bind(config.limits, *_bind(config), jobs=config.jobs, **bind_access(config))
 
 
 class ToldModel(NamedTuple):

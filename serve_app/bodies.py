@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import parse_qsl
@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from serve_app.errors import BadRequest, quoted
+from serve_app.model_card import ModelLimits
 
 COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\x78\x9c": "deflate", b"\x78\xda": "deflate"}
 """First bytes that no UTF-8 text begins with, and of what (the last two: improbably)."""
@@ -22,6 +23,7 @@ FILES = {
     "mask": "mask",
     "control_image": "control_image",
     "input_reference": "input_reference",
+    "input_reference[image_url]": "input_reference",
 }
 """Of a form: the field that it is, by its name; OpenAI's client sends several as `image[]`."""
 SEVERAL = frozenset({"image"})
@@ -67,6 +69,12 @@ async def read_json_or_form(request: Request, *, max_text_bytes: int = 2**20) ->
     if any(name.startswith("{") for name in form):
         raise _not_called_json(kind)
     return dict(form), True
+
+
+async def read_with_files(request: Request, limits: Sequence[ModelLimits]) -> tuple[Mapping[str, Any], bool]:
+    """As read_json_or_form does; a text may be a data URL. limits: of all models that may be meant."""
+    most = max(max(each.max_image_bytes, each.max_video_bytes) for each in limits)
+    return await read_json_or_form(request, max_text_bytes=2 * most)
 
 
 class _WholeForm(MultiPartParser):

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from cluster.config import Config, find_mistakes
 from deployments.config import EncoderConfig, ModelConfig, StageConfig, TransformerConfig, VaeConfig
 from serve_app.auth.config import Access, AuthConfig, CorsConfig
+from serve_app.jobs.config import DEFAULT_JOBS, JobsConfig
 
 APP_NAME = "relay"
 IMPORT_PATH = "serve_app.app:build_app"
@@ -102,6 +103,7 @@ class AppConfig(Config):
     )
     ingress: IngressConfig = IngressConfig()
     limits: LimitsConfig = LimitsConfig()
+    jobs: JobsConfig = DEFAULT_JOBS
     auth: AuthConfig | None = None
     cors: CorsConfig | None = None
     open: bool = Field(

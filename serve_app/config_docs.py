@@ -41,7 +41,9 @@ def render_config_docs() -> str:
 
 def _parts() -> set[str]:
     """Keys of an app that have a section of their own."""
-    return {"models"} | {name for name, field in AppConfig.model_fields.items() if _config_class(field) is not None}
+    return {"models"} | {
+        name for name, field in AppConfig.model_fields.items() if _config_class(field) is not None
+    }
 
 
 def _section(title: str, part: type[BaseModel], *, leave_out: Container[str] = ()) -> str:

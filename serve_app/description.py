@@ -84,7 +84,7 @@ def _one_of(schemas: Sequence[Schema], names: Sequence[str], *, is_form: bool) -
 
 def _body_schema(kind: type[GenerationBody], model: ModelCard, path: str, *, is_form: bool) -> Schema:
     """What is taken of such a body: the class's own schema, within the model's limits. A form has no nulls."""
-    calls = {kind: call for kind, call in model.calls.items() if call.path == path}
+    calls = {kind: call for kind, call in model.calls.items() if call.path in (path, f"{path}/sync")}
     schema = kind.model_json_schema()
     fields, limits = schema["properties"], model.limits
     for name in ("guidance_scale", "true_cfg_scale", "strength"):
@@ -112,6 +112,12 @@ def _body_schema(kind: type[GenerationBody], model: ModelCard, path: str, *, is_
         schema["allOf"] = [
             _either({"stream": [True]}, {"partial_images": [0, None], "progress": [False, None]}),
             _either({"output_format": ["jpeg", "webp"]}, {"output_compression": [100, None]}),
+            {
+                "not": {
+                    "properties": {"stream": {"const": True}, "background": {"const": True}},
+                    "required": ["stream", "background"],
+                }
+            },
         ]
     for name in fields.keys() - set(schema["required"]):
         fields[name] = _without_null(fields[name]) if is_form else _with_null(fields[name])

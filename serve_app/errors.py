@@ -5,6 +5,7 @@ RelayError
 ├── BadRequest        400  a field of the body is wrong; names it
 ├── Unauthorized      401  no key, or none that opens; WWW-Authenticate
 ├── UnknownModel      404
+├── UnknownJob        404
 ├── Overloaded        429  too many requests are in progress; Retry-After
 ├── OverLimit         429  more than the key may ask for; Retry-After says when it may again
 │   └── OverBudget    429  what the key may cost is used up; repeating it soon is in vain
@@ -100,6 +101,12 @@ class UnknownModel(RelayError):
 
     def __init__(self, message: str, param: str | None = "model") -> None:
         super().__init__(message, param)
+
+
+class UnknownJob(RelayError):
+    status = 404
+    kind = "invalid_request_error"
+    code = "job_not_found"
 
 
 class Overloaded(RelayError):

@@ -4,13 +4,12 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from serve_app.errors import BadRequest, named, quoted
 from serve_app.input_pictures import MISREAD
-from serve_app.openai_api import GenerationBody
 
-Body = TypeVar("Body", bound=GenerationBody)
+Body = TypeVar("Body", bound=BaseModel)
 
 MAX_FIELD_CHARACTERS = 40
 _PICTURE = ("image", "input_reference", "pictures go in at /v1/images/edits")
@@ -52,7 +51,7 @@ def parse_body(kind: type[Body], fields: Mapping[str, Any], *, is_json: bool = F
     is_json: 5 is not to be written "5", as in a form.
     """
     try:
-        return kind.model_validate(fields, strict=is_json)
+        return kind.model_validate(fields, strict=is_json, context={"is_json": is_json})
     except ValidationError as error:
         raise _bad_request(error.errors(include_url=False)[0], sorted(kind.model_fields)) from error
 

@@ -131,6 +131,7 @@ async def generate(
     options: StreamOptions = NO_NEWS,
     pictures: InputPictures | None = None,
     *,
+    targets: Sequence[str] | None = None,
     timeout_s: float,
     heartbeat_s: float | None = None,
 ) -> AsyncGenerator[Event | None, None]:
@@ -140,6 +141,7 @@ async def generate(
     stops listening cancels them. Raises BadRequest, Unavailable, DeadlineExceeded or StageFailed.
 
     pictures: that go in.
+    targets: of each picture that comes out, the URL of the file that its decode is to write.
     """
     events: asyncio.Queue[Event | None] = asyncio.Queue()
 
@@ -147,7 +149,8 @@ async def generate(
         done.cancelled() or done.exception()  # seen: a caller that has left asks for it no more
         events.put_nowait(None)
 
-    drawing = asyncio.create_task(_draw(stages, requests, options, pictures, timeout_s, events.put_nowait))
+    told = events.put_nowait
+    drawing = asyncio.create_task(_draw(stages, requests, options, pictures, targets, timeout_s, told))
     drawing.add_done_callback(on_end)
     try:
         while True:
@@ -170,6 +173,7 @@ async def _draw(
     requests: Sequence[GenerationRequest],
     options: StreamOptions,
     pictures: InputPictures | None,
+    targets: Sequence[str] | None,
     timeout_s: float,
     tell: Callable[[Event], None],
 ) -> None:
@@ -180,8 +184,8 @@ async def _draw(
     }
 
     async def picture(index: int, request: GenerationRequest) -> None:
-        inputs = prompts[request.prompt]
-        finished = await _picture(stages, inputs, request, options, lambda news: tell(Event(index, news)))
+        inputs, target = prompts[request.prompt], None if targets is None else targets[index]
+        finished = await _picture(stages, inputs, request, options, target, lambda news: tell(Event(index, news)))
         tell(Event(index, replace(finished, wake_ms=wake_ms)))
 
     tasks: list[asyncio.Task[None]] = []
@@ -264,6 +268,7 @@ async def _picture(
     inputs: SharedInputs,
     request: GenerationRequest,
     options: StreamOptions,
+    target: str | None,
     tell: Callable[[News], None],
 ) -> Picture:
     reached: tuple[Denoised, Any] | None = None
@@ -282,7 +287,7 @@ async def _picture(
             num_steps = request.num_inference_steps
             tell(Progress(num_steps, num_steps, 0.0, "decode"))
         with naming("decode", param=size_param, if_input_lost=forget_latents):
-            media: Media = await stages.vae.decode.remote(latents, request)
+            media: Media = await stages.vae.decode.remote(latents, request, target)
         return Picture(media, request, denoised)
 
     def forget_latents() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from cluster.application import application_name
 from cluster.termination import DrainOnSigterm
 from deployments.config import ModelConfig
 from serve_app.admission import Admission
@@ -15,6 +16,7 @@ from serve_app.auth.middleware import Keys, add_access
 from serve_app.auth.proxies import check_listening
 from serve_app.config import LimitsConfig
 from serve_app.generation import Event, Picture
+from serve_app.jobs.config import DEFAULT_JOBS, JobsConfig
 from serve_app.model_card import ModelCard
 from serve_app.models import Models
 from serve_app.relay import Relay
@@ -28,6 +30,7 @@ class Ingress(DrainOnSigterm):
         self,
         limits: LimitsConfig,
         *models: tuple[ModelConfig, tuple[Any, Any, Any], tuple[str, ...]],
+        jobs: JobsConfig = DEFAULT_JOBS,
         access: Access = NOBODY_ELSE,
         key_counter: Any = None,
     ) -> None:
@@ -38,7 +41,7 @@ class Ingress(DrainOnSigterm):
         """
         check_listening(access)
         self.drain_on_sigterm()
-        self._cors = access.cors
+        self._cors, self._jobs = access.cors, jobs
         self._keys = None if access.auth is None else Keys(access.auth, key_counter)
         self._admission = Admission(limits.max_concurrent_requests)
         is_one = len(models) == 1
@@ -54,7 +57,7 @@ class Ingress(DrainOnSigterm):
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve asks for the HTTP application once this replica is made."""
-        api = build_api(self._models)
+        api = build_api(self._models, self._jobs, application_name())
         add_access(api, self._cors, self._keys)
         return api
 

@@ -61,6 +61,8 @@ def read_picture(value: Any) -> bytes:
     """A file's bytes, as they are or in a data URL. Raises PydanticCustomError."""
     if isinstance(value, bytes):
         return value
+    if isinstance(value, dict) and value.keys() == {"image_url"}:
+        value = value["image_url"]  # OpenAI's other way to say it
     if not isinstance(value, str):
         raise _misread(f"send a file, or a data URL: {DATA_URL_FORM}")
     if value[:8].lower().startswith(("http:", "https:")):

@@ -15,6 +15,7 @@ from serve_app.lora import SEPARATOR
 from serve_app.openai_api import MAX_N
 
 GENERATIONS, EDITS, VIDEOS = "/v1/images/generations", "/v1/images/edits", "/v1/videos/sync"
+VIDEO_JOBS, IMAGE_JOBS = "/v1/videos", "/v1/images/jobs"
 PATHS: Mapping[tuple[Literal["image", "video"], CallKind], str] = {
     ("image", "generate"): GENERATIONS,
     ("image", "edit"): EDITS,

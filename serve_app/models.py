@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from serve_app.last_seen import Sight
+from serve_app.model_card import ModelLimits
 from serve_app.model_names import find_name
 from serve_app.relay import Relay
 from serve_app.replicas import SERVING
@@ -32,6 +33,15 @@ class Models:
         if name is None:
             return next((relay for relay in self if path in relay.paths), next(iter(self)))
         return self._relays[find_name(name, self._relays)]
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._relays)
+
+    @property
+    def limits(self) -> list[ModelLimits]:
+        """Of each."""
+        return [relay.model().limits for relay in self]
 
     def is_asked_at(self, path: str) -> bool:
         """Whether some model makes what is asked for there."""

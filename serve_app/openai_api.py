@@ -3,7 +3,16 @@
 import json
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from deployments.request import CallKind, InputPictures, StreamOptions
@@ -127,7 +136,11 @@ class ImageBody(GenerationBody):
         100, ge=0, le=100, description="quality of jpeg and webp; 100 makes webp lossless"
     )
     style: Literal["vivid", "natural"] | None = Field(None, description="accepted, without effect")
-    background: Literal["auto", "opaque"] | None = Field(None, description="accepted; always opaque")
+    background: Literal["auto", "opaque", True, False] | None = Field(
+        None,
+        description="auto, opaque: accepted; always opaque. true, beyond OpenAI: answer with a job, which "
+        "makes them in the background",
+    )
     moderation: Literal["auto", "low"] | None = Field(
         None, description="accepted, without effect: nothing is moderated here"
     )
@@ -136,6 +149,14 @@ class ImageBody(GenerationBody):
         0, ge=0, le=3, description="needs `stream`: pictures that are still forming, at most so many of each"
     )
     progress: bool = Field(False, description="beyond OpenAI; needs `stream`: steps done, time left")
+
+    @field_validator("background", mode="before")
+    @classmethod
+    def _read_flag(cls, value: Any, info: ValidationInfo) -> Any:
+        """In a form, alone, it is a text; and 1 is not true."""
+        if isinstance(value, str) and not (info.context or {}).get("is_json"):
+            return {"true": True, "false": False}.get(value, value)
+        return str(value) if type(value) is int else value
 
     @field_validator("response_format", mode="before")
     @classmethod
@@ -179,7 +200,7 @@ class EditBody(ImageBody):
 
 
 class VideoBody(GenerationBody):
-    """`POST /v1/videos/sync`."""
+    """`POST /v1/videos` and `/v1/videos/sync`."""
 
     media = "video"
     input_reference: PictureFile | None = Field(

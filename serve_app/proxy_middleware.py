@@ -10,6 +10,7 @@ API's form.
 import asyncio
 import json
 import logging
+import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -34,8 +35,10 @@ BODY_TIMEOUT_S = 30.0
 MAX_BUFFERED_BYTES = 2**20
 """Of a longer body the rest is handed on as it comes; the ingress refuses what is too long for it."""
 MAX_UNFINISHED_BODIES = 128
-REPEATED_POSTS = ("/v1/images/generations", "/v1/images/edits", "/v1/videos/sync")
+REPEATED_POSTS = ("/v1/images/generations", "/v1/images/edits", "/v1/videos/sync", "/v1/videos")
 """What may be asked twice, because nobody has seen an answer to the first."""
+SAME_REQUEST = b"idempotency-key"
+"""The client's, or one for all repeats: by it an ingress knows a job that another made before it was lost."""
 MAX_REPEATS = 2
 BACKOFF_S = 0.5
 
@@ -94,6 +97,8 @@ class ProxyMiddleware:
         may_repeat = client.has_whole_body and (
             scope["method"] in ("GET", "HEAD") or scope["path"].endswith(REPEATED_POSTS)
         )
+        if may_repeat and all(name != SAME_REQUEST for name, _ in scope["headers"]):
+            scope = {**scope, "headers": [*scope["headers"], (SAME_REQUEST, uuid.uuid4().hex.encode())]}
         for attempt in range(1 + MAX_REPEATS * may_repeat):
             if attempt:
                 log.warning("an ingress was lost before it answered; attempt %d follows", attempt + 1)

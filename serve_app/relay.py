@@ -1,7 +1,7 @@
 """What an ingress does with a request for one model once it is judged, and what it knows of the model's stages."""
 
 import time
-from collections.abc import AsyncGenerator, Collection
+from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import asdict
 from functools import cached_property
@@ -75,13 +75,23 @@ class Relay:
         options: StreamOptions = NO_NEWS,
         *,
         pictures: InputPictures | None = None,
+        targets: Sequence[str] | None = None,
+        timeout_s: float | None = None,
         heartbeat_s: float | None = None,
     ) -> AsyncGenerator[Event | None, None]:
-        """What happens until all pictures are there, as `generate` tells it. Raises a RelayError."""
+        """What happens until all pictures are there, as `generate` tells it. Raises a RelayError.
+
+        timeout_s: in place of limits.request_timeout_s.
+        """
         with self._admission.request(), self._metrics.request():
-            timeout_s = self._limits.request_timeout_s
             news = generate(
-                self._stages, requests, options, pictures, timeout_s=timeout_s, heartbeat_s=heartbeat_s
+                self._stages,
+                requests,
+                options,
+                pictures,
+                targets=targets,
+                timeout_s=timeout_s or self._limits.request_timeout_s,
+                heartbeat_s=heartbeat_s,
             )
             async with aclosing(news) as events:
                 async for event in events:

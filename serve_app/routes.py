@@ -1,32 +1,35 @@
 """HTTP in OpenAI's shapes, over the served models."""
 
-import asyncio
 import base64
 import json
 import time
-from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
-from fastapi.sse import EventSourceResponse
 from starlette.exceptions import HTTPException
 
 from serve_app.auth.middleware import charge, charged
-from serve_app.bodies import read_json, read_json_or_form
+from serve_app.bodies import read_json, read_with_files
 from serve_app.body_limit import BodyLimit
 from serve_app.description import EDIT_EVENT, EVENT, describe_body, describe_events, drop_422
 from serve_app.disconnect import while_connected
+from serve_app.error_responses import ERRORS
 from serve_app.errors import BadCall, RelayError, as_relay_error, named
 from serve_app.fields import parse_body
 from serve_app.generation import Picture
 from serve_app.head import HeadIsGet
-from serve_app.input_videos import JUDGING_VIDEOS
-from serve_app.model_card import EDITS, GENERATIONS, VIDEOS, ModelCard, ModelLimits, ModelList
+from serve_app.jobs.config import DEFAULT_JOBS, JobsConfig
+from serve_app.jobs.desk import JobDesk
+from serve_app.jobs.jobs import Jobs
+from serve_app.jobs.objects import ImageJob, describe_image
+from serve_app.jobs.routes import add_jobs
+from serve_app.jobs.runner import Runner
+from serve_app.judging import judge
+from serve_app.model_card import EDITS, GENERATIONS, VIDEO_JOBS, VIDEOS, ModelCard, ModelList
 from serve_app.models import Models
 from serve_app.openai_api import (
     EditBody,
-    ErrorResponse,
     GenerationBody,
     ImageBody,
     ImageData,
@@ -39,27 +42,16 @@ from serve_app.page import add_pages
 from serve_app.relay import Relay
 from serve_app.sse import HEARTBEAT_S, answer_with_events
 from serve_app.trace_ids import TraceIds
-from serve_app.validation import Judged
 
-ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorResponse, "description": text}
-    for status, text in {
-        400: "A field is wrong; `error.param` names it",
-        401: "No key, or none that opens, where this server asks for one",
-        404: "Unknown model or adapter",
-        413: "The body is too long",
-        429: "Too many requests in progress, or more than the key may ask for; see Retry-After",
-        500: "A stage failed",
-        503: "A stage cannot serve now; see Retry-After",
-        504: "Not done within the deadline",
-    }.items()
-}
 STREAMED = "Pictures; with `stream`, events, of which an `error` may be the last"
 EVENTS: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/event-stream": {"itemSchema": EVENT}}, "description": STREAMED}
 }
 EDIT_EVENTS: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/event-stream": {"itemSchema": EDIT_EVENT}}, "description": STREAMED}
+}
+ACCEPTED: dict[int | str, dict[str, Any]] = {
+    202: {"model": ImageJob, "description": "With `background: true`: the job"}
 }
 VIDEO: dict[int | str, dict[str, Any]] = {
     200: {
@@ -69,8 +61,6 @@ VIDEO: dict[int | str, dict[str, Any]] = {
     }
 }
 ELSEWHERE = {
-    "/v1/videos": "no video is made in the background: POST the same fields to /v1/videos/sync, which waits for "
-    "the video and answers with it",
     "/v1/images/variations": "POST the picture to /v1/images/edits, with a prompt",
 }
 """What OpenAI's clients may ask for and is not there, and what to do instead."""
@@ -78,9 +68,11 @@ WITHOUT_V1 = ("/images/generations", "/videos/sync", "/videos", "/models", "/sta
 """Where a client ends up whose base URL is the server's own."""
 
 
-def build_api(models: Models) -> FastAPI:
+def build_api(models: Models, jobs: JobsConfig = DEFAULT_JOBS, application: str = "") -> FastAPI:
     """The HTTP application of one ingress replica."""
+    desk = JobDesk(Jobs(jobs, application), models)
     api = FastAPI(
+        lifespan=Runner(desk.jobs, models).lifespan,
         title="Latent Relay",
         description="Diffusion models over several GPUs, in OpenAI's shapes.",
         docs_url=None,  # page.py: FastAPI's own pages load their scripts from elsewhere
@@ -93,45 +85,48 @@ def build_api(models: Models) -> FastAPI:
     api.add_middleware(BodyLimit, max_bytes=most, max_bytes_of=most_with_pictures)
     for kind in (RelayError, HTTPException):
         api.add_exception_handler(kind, _answer_error)
-    _add_images(api, models)
+    _add_images(api, models, desk)
     _add_videos(api, models)
+    add_jobs(api, desk, models)
     _add_facts(api, models)
     add_pages(api)
     _describe(api, models)
     return api
 
 
-def _add_images(api: FastAPI, models: Models) -> None:
+def _add_images(api: FastAPI, models: Models, desk: JobDesk) -> None:
     @api.post(
         GENERATIONS,
         response_model=ImagesResponse,
-        responses=ERRORS | EVENTS,
+        responses=ERRORS | EVENTS | ACCEPTED,
         include_in_schema=models.is_asked_at(GENERATIONS),
         summary="Make pictures; with `stream`, tell what happens on the way",
     )
-    async def images(request: Request) -> ImagesResponse | EventSourceResponse:
+    async def images(request: Request) -> ImagesResponse | Response:
         body = parse_body(ImageBody, await read_json(request), is_json=True)
-        relay = models.find(body.model, GENERATIONS)
-        return await _answer_images(request, relay, body, relay.validator.judge(body))
+        return await _answer_images(request, models.find(body.model, GENERATIONS), desk, body)
 
     @api.post(
         EDITS,
         response_model=ImagesResponse,
-        responses=ERRORS | EDIT_EVENTS,
+        responses=ERRORS | EDIT_EVENTS | ACCEPTED,
         include_in_schema=models.is_asked_at(EDITS),
         summary="Make pictures of pictures; with `stream`, tell what happens on the way",
     )
-    async def edits(request: Request) -> ImagesResponse | EventSourceResponse:
-        fields, is_form = await _read_with_pictures(request, models)
+    async def edits(request: Request) -> ImagesResponse | Response:
+        fields, is_form = await read_with_files(request, models.limits)
         body = parse_body(EditBody, fields, is_json=not is_form)
-        relay = models.find(body.model, EDITS)
-        return await _answer_images(request, relay, body, await asyncio.to_thread(relay.validator.judge, body))
+        return await _answer_images(request, models.find(body.model, EDITS), desk, body)
 
 
 async def _answer_images(
-    request: Request, relay: Relay, body: ImageBody, judged: Judged
-) -> ImagesResponse | EventSourceResponse:
+    request: Request, relay: Relay, desk: JobDesk, body: ImageBody
+) -> ImagesResponse | Response:
+    judged = await judge(relay.validator, body)
     first = judged.requests[0]
+    if body.background is True:
+        job = describe_image(await desk.take(request, relay, body, judged))
+        return JSONResponse(job.model_dump(mode="json"), 202)
     await charge(request, judged.requests)
     if body.stream:
         events = relay.events(judged.requests, judged.options, pictures=judged.pictures, heartbeat_s=HEARTBEAT_S)
@@ -155,12 +150,10 @@ def _add_videos(api: FastAPI, models: Models) -> None:
         summary="Make a video and wait for it",
     )
     async def video(request: Request) -> Response:
-        fields, is_form = await _read_with_pictures(request, models)
+        fields, is_form = await read_with_files(request, models.limits)
         body = parse_body(VideoBody, fields, is_json=not is_form)
         relay = models.find(body.model, VIDEOS)
-        has_video = body.pictures is not None and body.pictures.video is not None
-        judging = JUDGING_VIDEOS if has_video else None
-        judged = await asyncio.get_running_loop().run_in_executor(judging, relay.validator.judge, body)
+        judged = await judge(relay.validator, body)
         await charge(request, judged.requests)
         [picture] = await while_connected(request, relay.run(judged.requests, judged.pictures))
         timings = ", ".join(f"{stage};dur={ms}" for stage, ms in picture.timings_ms.items())
@@ -216,31 +209,23 @@ def _describe(api: FastAPI, models: Models) -> None:
     )
     for path, kind, media_types in kinds:
         cards = [relay.model() for relay in models if path in relay.paths]
-        if cards:
-            describe_body(api, path, kind, cards, *media_types)
+        for described in (path, VIDEO_JOBS) if path == VIDEOS else (path,):
+            if cards:
+                describe_body(api, described, kind, cards, *media_types)
     describe_events(api)
-
-
-async def _read_with_pictures(request: Request, models: Models) -> tuple[Mapping[str, Any], bool]:
-    """As read_json_or_form does; a text may be a data URL."""
-    most = max(max(limits.max_image_bytes, limits.max_video_bytes) for limits in _limits(models))
-    return await read_json_or_form(request, max_text_bytes=2 * most)
-
-
-def _limits(models: Models) -> list[ModelLimits]:
-    return [relay.model().limits for relay in models]
 
 
 def _max_body_bytes(models: Models) -> tuple[int, dict[str, int]]:
     """Two prompts, of each of whose characters JSON may make 12 bytes, and ample room for the rest; and by path,
     with pictures or a video, of each 3 of whose bytes a data URL makes 4. What any model takes may come."""
-    texts = 2**18 + 2 * 12 * max(limits.max_prompt_characters for limits in _limits(models))
+    texts = 2**18 + 2 * 12 * max(limits.max_prompt_characters for limits in models.limits)
     files: dict[str, int] = {}
     for model in (relay.model() for relay in models):
         for kind, call in model.calls.items():
             num = call.max_images + (kind == "inpaint") + call.needs_control
             most = num * (2**10 + model.limits.max_image_bytes) + call.takes_video * model.limits.max_video_bytes
             files[call.path] = max(most, files.get(call.path, 0))
+    files[VIDEO_JOBS] = files.get(VIDEOS, 0)
     return texts, {path: texts + most * 4 // 3 for path, most in files.items() if most}
 
 

@@ -95,6 +95,10 @@ class Validator:
         for param in ("partial_images", "progress"):
             if getattr(body, param) and not body.stream:
                 raise BadRequest(f"{param} needs stream: true, for it comes before the picture", param)
+        if body.background is True and body.stream:
+            raise BadRequest(
+                "background: what is streamed is not made in the background: leave one out", "background"
+            )
         if body.output_format == "png" and body.output_compression != 100:
             raise BadRequest(
                 f"output_compression is for jpeg and webp; png takes only 100, got {body.output_compression}",

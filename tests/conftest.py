@@ -29,6 +29,7 @@ from serve_app.app import bind_access, build_app, build_ingress, resolve_family
 from serve_app.auth.config import AuthConfig, CorsConfig
 from serve_app.auth.keys import write_keys
 from serve_app.config import AppConfig, IngressConfig, LimitsConfig, parse_app_config
+from serve_app.jobs.config import JobsConfig
 from tests.keyed_app import ENDLESS, ORIGIN, KeyedApp, make_keys
 from tests.pretend_cuda.collect import Groups
 from tests.pretend_cuda.items import Pretended
@@ -143,9 +144,10 @@ class App:
 
 
 @pytest.fixture(scope="session")
-def start_app(serve_url: str) -> Iterator[Callable[..., App]]:
+def start_app(serve_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., App]]:
     """Starts a tiny checkpoint once for every set of options."""
     apps: list[App] = []
+    jobs = tmp_path_factory.mktemp("jobs")
 
     @cache
     def start(tiny: str, *, shards: int = 1, num_gpus: float = 0, **limits: Any) -> App:
@@ -170,6 +172,7 @@ def start_app(serve_url: str) -> Iterator[Callable[..., App]]:
                 "transformer": resources | {"shards": shards},
                 "vae": resources,
                 "ingress": {"num_replicas": 1},
+                "jobs": {"database": f"sqlite:///{jobs / name}.db"},
                 "limits": {"max_pixels": 512 * 512, "max_num_inference_steps": 50, "max_num_frames": 33} | limits,
             }
         )
@@ -189,7 +192,7 @@ def flux_app(start_app: Callable[..., App]) -> App:
 
 
 @pytest.fixture(scope="session")
-def start_ingress(flux_app: App) -> Iterator[Callable[..., App]]:
+def start_ingress(flux_app: App, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., App]]:
     """Starts one more ingress, with limits of its own, over the stages of `flux_app`: seconds, not a minute."""
     apps: list[App] = []
 
@@ -202,6 +205,7 @@ def start_ingress(flux_app: App) -> Iterator[Callable[..., App]]:
         num_replicas: int = 1,
         auth: AuthConfig | None = None,
         cors: CorsConfig | None = None,
+        jobs: JobsConfig | None = None,
         **limits: Any,
     ) -> App:
         model = ModelConfig.model_validate(
@@ -224,8 +228,9 @@ def start_ingress(flux_app: App) -> Iterator[Callable[..., App]]:
                 cors=cors,
             )
         )
+        own_jobs = JobsConfig(database=f"sqlite:///{tmp_path_factory.mktemp('jobs')}/jobs.db")
         told = (config.served[0].model, tuple(stages), ())
-        app = build_ingress(config).bind(config.limits, told, **bind_access(config))
+        app = build_ingress(config).bind(config.limits, told, jobs=jobs or own_jobs, **bind_access(config))
         handle = serve.run(app, name=name, route_prefix=f"/{name}")
         apps.append(App(flux_app.url.rpartition("/")[0], name, handle, config.served[0].model))
         return apps[-1]

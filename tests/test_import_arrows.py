@@ -15,6 +15,7 @@ MAY_IMPORT = {"serve_app": set(PACKAGES), "deployments": {"deployments", "cluste
 LAYERS = ("memory", "families", "checkpoints", "engine", "stages", "plan")
 """Of deployments: each imports itself and those before it."""
 RAY_FILES = {
+    "cluster/application.py",
     "cluster/autoscaling.py",
     "cluster/metrics.py",
     "cluster/nodes.py",

@@ -2,6 +2,8 @@
 
 import asyncio
 import io
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import av
@@ -61,6 +63,21 @@ def test_a_video_is_an_mp4_of_the_decoded_frames() -> None:
     with av.open(io.BytesIO(media.data)) as container:
         decoded = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
     assert decoded.shape == frames.shape == (5, 48, 64, 3)
+
+
+def test_a_video_is_written_to_its_target_and_answered_without_its_bytes(tmp_path: Path) -> None:
+    vae, latents, request = Vae(build_model("wan"), VaeConfig()), build_latents("wan"), build_request("mp4")
+    expected = asyncio.run(vae.decode(latents, request)).data
+    media = asyncio.run(vae.decode(latents, request, f"file://{tmp_path}/video.mp4"))
+    assert (media.data, media.num_written, media.media_type) == (b"", len(expected), "video/mp4")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("video.mp4", expected)]
+
+
+def test_a_target_that_is_not_on_this_machine_is_answered_with_the_bytes(tmp_path: Path) -> None:
+    vae, latents, request = Vae(build_model("sd15"), VaeConfig()), build_latents("sd15"), build_request("png")
+    media = asyncio.run(vae.decode(latents, request, f"file://{tmp_path}/elsewhere/picture.png"))
+    assert media == replace(asyncio.run(vae.decode(latents, request)), decode_ms=media.decode_ms)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_latents_that_may_not_be_written_to_are_left_as_they_are() -> None:

@@ -111,6 +111,11 @@ IMAGES: list[dict[str, Any]] = [
     {"response_format": "url"},
     {"response_format": "b64_json"},
     {"background": "transparent"},
+    {"background": "true"},
+    {"background": True},
+    {"background": False, "stream": True},
+    {"background": True, "stream": True},
+    {"background": 1},
     {"quality": "hd", "style": "vivid", "moderation": "low", "background": "opaque"},
     {"num_frames": 5},
 ]
@@ -162,11 +167,13 @@ VIDEOS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_body_is_described_where_it_is_taken_and_only_there(family: str) -> None:
     relay, is_video = build(family), FAMILIES[family].media == "video"
-    path, kind = ("/v1/videos/sync", VideoBody) if is_video else ("/v1/images/generations", ImageBody)
-    judge = described(description(relay), path)
+    paths, kind = ["/v1/images/generations"], ImageBody
+    if is_video:
+        paths, kind = ["/v1/videos/sync", "/v1/videos"], VideoBody
     bodies = [*ANY, *(VIDEOS if is_video else IMAGES)]
-    for body in ({"prompt": "a cat"} | body for body in bodies):
-        assert judge.is_valid(body) == is_taken(relay, kind, body), body
+    for judge in (described(description(relay), path) for path in paths):
+        for body in ({"prompt": "a cat"} | body for body in bodies):
+            assert judge.is_valid(body) == is_taken(relay, kind, body), body
 
 
 @pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if "edit" in family.calls])
@@ -202,7 +209,11 @@ def test_a_list_or_text_is_no_body() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "paths"), [("flux", ["/v1/images/generations", "/v1/images/edits"]), ("wan", ["/v1/videos/sync"])]
+    ("family", "paths"),
+    [
+        ("flux", ["/v1/images/generations", "/v1/images/edits"]),
+        ("wan", ["/v1/videos/sync", "/v1/videos", "/v1/videos/{job_id}/remix"]),
+    ],
 )
 def test_only_what_this_model_makes_is_described(family: str, paths: list[str]) -> None:
     api = description(build(family))

@@ -201,8 +201,6 @@ def test_unknown_paths_and_methods_answer_in_the_same_form(flux_app: Any) -> Non
 
 def test_what_openai_has_and_is_not_here_says_what_to_do_instead(wan_app: Any) -> None:
     with OpenAI(base_url=f"{wan_app.url}/v1", api_key="none", max_retries=0) as client:
-        with pytest.raises(NotFoundError, match="POST the same fields to /v1/videos/sync"):
-            client.post("/videos", cast_to=object, body={"prompt": "waves"})
         with pytest.raises(BadRequestError, match="makes videos: use /v1/videos/sync"):
             client.images.edit(image=b"a cat", prompt="a cat")
         with pytest.raises(NotFoundError, match="POST the picture to /v1/images/edits, with a prompt"):

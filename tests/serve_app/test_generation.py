@@ -161,7 +161,7 @@ class DecodeHandle(Calls):
         assert isinstance(self._partials, DecodeHandle)
         return self._partials
 
-    def remote(self, latents: str, _: GenerationRequest) -> "asyncio.Task[Media]":
+    def remote(self, latents: str, _: GenerationRequest, target: str | None = None) -> "asyncio.Task[Media]":
         return asyncio.create_task(self._decode(latents))
 
     async def _decode(self, latents: str) -> Media:

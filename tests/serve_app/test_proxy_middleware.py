@@ -133,6 +133,19 @@ def test_a_request_whose_ingress_died_is_asked_again_as_it_was(
     assert proxy.seen[0] == proxy.seen[-1]
 
 
+def test_all_repeats_of_a_request_have_one_idempotency_key(proxy: Proxy, client: httpx.Client) -> None:
+    """So that whatever the first has begun is known to the second."""
+    keys = []
+    for own in ({}, {}, {"idempotency-key": "the client's"}):
+        proxy.num_lost, proxy.seen = 1, []
+        assert client.post("/v1/videos", content=b"{}", headers=own).status_code == 200
+        first, second = (headers["idempotency-key"] for _, _, headers in proxy.seen)
+        assert first == second
+        keys.append(first)
+    assert len(set(keys)) == 3
+    assert keys[2] == "the client's"
+
+
 def test_an_ingress_that_dies_again_and_again_is_a_503_in_the_apis_form(
     proxy: Proxy, client: httpx.Client
 ) -> None:
