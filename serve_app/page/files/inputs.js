@@ -12,7 +12,7 @@ const REFERENCES = {
 };
 const chosen = Object.fromEntries(FILES.map((id) => [id, []]));
 const urls = new Map();    // of the files on view
-const isOffered = (id) => !$(id).closest(".field").hidden;
+let offered = {};          // by field
 
 /** For what the model's calls take; open where it makes nothing from a text alone. */
 export function offerInputs() {
@@ -20,13 +20,12 @@ export function offerInputs() {
   const all = Object.values(calls);
   const maxImages = Math.max(...all.map((call) => call.max_images));
   const references = Object.keys(REFERENCES).filter((kind) => kind in calls);
-  const offered = {
+  offered = {
     image: media === "image" && maxImages > 0,
     mask: "inpaint" in calls,
     control_image: all.some((call) => call.needs_control),
     input_reference: references.length > 0,
   };
-  for (const id of FILES) $(id).closest(".field").hidden = !offered[id];
   $("image").multiple = maxImages > 1;
   $("input_reference").accept = references.map((kind) => REFERENCES[kind].accept).join();
   $("reference-note").textContent = references.map((kind) => REFERENCES[kind].note).join(", or ");
@@ -37,8 +36,11 @@ export function offerInputs() {
 
 /** By field, those that are chosen and that the model takes. */
 export function readInputs() {
-  return Object.fromEntries(FILES.filter((id) => chosen[id].length && isOffered(id)).map((id) => [id, [...chosen[id]]]));
+  return Object.fromEntries(FILES.filter((id) => chosen[id].length && isWanted(id)).map((id) => [id, [...chosen[id]]]));
 }
+
+/** There is no mask without a picture. */
+const isWanted = (id) => offered[id] && (id !== "mask" || chosen.image.length > 0);
 
 export function fillInputs(files) {
   for (const id of FILES) chosen[id] = [...(files[id] ?? [])];
@@ -48,7 +50,7 @@ export function fillInputs(files) {
 /** The field that a file without a place of its own goes to: the first with room, if any. */
 export function placeFor(type) {
   const kind = type.split("/")[0];
-  const fits = ["control_image", "image", "input_reference"].filter((id) => isOffered(id) && $(id).accept.includes(kind));
+  const fits = ["control_image", "image", "input_reference"].filter((id) => offered[id] && $(id).accept.includes(kind));
   return fits.find((id) => !chosen[id].length || $(id).multiple) ?? fits[0];
 }
 
@@ -79,11 +81,11 @@ function showInputs() {
   const [picture] = chosen.image;
   if (chosen.mask.length && !isPaintedOn(chosen.mask[0], picture)) chosen.mask = [];
   for (const id of FILES) {
+    $(id).closest(".field").hidden = !isWanted(id);
     const tiles = chosen[id].map((file) => tileOf(id, file));
     $(`${id}-tiles`).replaceChildren(...tiles);
     $(`${id}-tiles`).hidden = !tiles.length;
   }
-  $("paint").hidden = !picture || !isOffered("mask");
   $("paint").textContent = chosen.mask.length ? "Paint further" : "Paint a mask";
   const onView = new Set(FILES.flatMap((id) => chosen[id]));
   for (const [file, url] of urls) {

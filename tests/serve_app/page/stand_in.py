@@ -112,9 +112,9 @@ class StandIn:
         if "json" in request.headers["content-type"]:
             fields, files = await request.json(), {}
         else:
-            form = dict(await request.form())
-            fields = {name: value for name, value in form.items() if isinstance(value, str)}
-            files = {name: await value.read() for name, value in form.items() if not isinstance(value, str)}
+            async with request.form() as form:
+                fields = {name: value for name, value in form.items() if isinstance(value, str)}
+                files = {name: await value.read() for name, value in form.items() if not isinstance(value, str)}
         authorization = request.headers.get("authorization")
         self.asked.append(Asked(request.url.path, fields, files, authorization))
         return JSONResponse(self.refused[1], self.refused[0]) if self.refused else None

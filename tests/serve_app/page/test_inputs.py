@@ -209,7 +209,7 @@ def test_urls_of_files_are_freed(page: Page, server: StandIn) -> None:
     page.one("#brush-done").click()
     page.wait(lambda: titles(page, "mask"))
     assert page.run("return live.size") == 2
-    page.one("#image-tiles .remove").click()
-    assert page.run("return live.size") == 1
     page.one("#mask-tiles .remove").click()
+    assert page.run("return live.size") == 1
+    page.one("#image-tiles .remove").click()
     assert page.run("return live.size") == 0

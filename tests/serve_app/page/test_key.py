@@ -53,7 +53,7 @@ def test_a_key_is_kept_over_a_reload_and_can_be_forgotten(page: Page, locked: St
     page.driver.refresh()
     page.wait(lambda: page.one("#served").text)
     page.one("#key").click()
-    page.one("dialog [type=button]").click()
+    page.one("dialog.small [type=button]").click()
     assert not page.one("#key").is_displayed()
     page.type("#prompt", "a cat" + Keys.ENTER)
     page.wait(until_asked(page))

@@ -142,8 +142,8 @@ def test_a_picture_that_goes_in_is_drawn_anew_and_curl_draws_the_same(
     )
     [again] = httpx.post(url, data=fields, files=files, timeout=PATIENCE_S).json()["data"]
     assert page.pixels() == rgb(base64.b64decode(again["b64_json"]))
-    for remove in page.all(".remove"):
-        remove.click()
+    for field in ("mask", "image"):
+        page.one(f"#{field}-tiles .remove").click()
     page.one("#reuse").click()
     assert [len(page.all(f"#{field}-tiles li")) for field in ("image", "mask")] == [1, 1]
 
@@ -162,15 +162,12 @@ def test_a_painted_mask_is_drawn_in_and_what_came_of_it_can_be_begun_with(page: 
     assert not page.one("#mask-tiles").is_displayed()  # it was painted on another picture
 
 
-def test_a_mask_without_a_picture_is_told_beside_the_picture(page: Page, flux_app: Any, tmp_path: Path) -> None:
-    mask = tmp_path / "mask.png"
-    mask.write_bytes(file(half_mask()))
+def test_a_picture_that_cannot_be_read_is_told_beside_it(page: Page, flux_app: Any) -> None:
     page.open(f"{flux_app.url}/")
-    page.unfold("#files")
-    page.choose_file("mask", mask)
+    page.hand_over("drop", b"GIF89a", name="cat.png", media_type="image/png")
     page.type("#prompt", "a hat" + Keys.ENTER)
     page.wait(lambda: page.all("#image-wrong"))
-    assert "image is missing" in page.one("#image-wrong").text
+    assert "it is a GIF" in page.one("#image-wrong").text
     page.hand_over("drop", file(noise()), name="cat.png", media_type="image/png")
     assert page.all("#image-wrong") == []
 
