@@ -13,7 +13,7 @@ export function curl(body, files, of = card) {
         ...parts.map(([name, file]) => `-F ${quoted(`${name}=@"${file.name.replace(/[\\"]/g, "\\$&")}"`)}`),
       ]
     : ["-H 'Content-Type: application/json'", `-d ${quoted(JSON.stringify(body))}`];
-  if (key()) sent.unshift('-H "Authorization: Bearer $RELAY_KEY"');
+  if (key()) sent.unshift('-H "Authorization: Bearer $RELAY_API_KEY"');
   const rest = of.media === "video"
     ? "--output video.mp4"
     : "| jq -r '.data[0].b64_json' | base64 --decode > picture.png";

@@ -54,6 +54,7 @@ function offerExamples() {
   const { about, examples } = card;
   $("examples").hidden = !about && !examples.length;
   $("knows").textContent = about;
+  $("prompt").placeholder = examples[0] ?? "a red circle on the left, on a white background";
   const buttons = examples.map((prompt) => element("button", {
     type: "button",
     textContent: prompt,

@@ -30,7 +30,7 @@ export const changeKey = () => open("", () => {}, () => {});
 
 function open(message, onKey, onNone) {
   const input = element("input", {
-    id: "key-input", type: "password", required: true, autocomplete: "off", spellcheck: false, pattern: "\\s*[!-~]+\\s*",
+    id: "key", type: "password", required: true, autocomplete: "off", spellcheck: false, pattern: "\\s*[!-~]+\\s*",
     title: "letters, digits and signs, as `relay key create` printed them",
   });
   const wrong = element("p", { id: "key-wrong", className: "wrong", textContent: key() ? message : "" });
@@ -42,7 +42,7 @@ function open(message, onKey, onNone) {
     element("p", { className: "hint", textContent: "It stays in this tab, and goes to this server alone." }),
     element("div", { className: "actions" }, element("button", { className: "primary", textContent: "Use it" }), dismiss),
   );
-  const dialog = element("dialog", { className: "small" }, form);
+  const dialog = element("dialog", { id: "key-dialog", className: "small" }, form);
   dialog.setAttribute("aria-labelledby", "key-title");
   let given = "";
   form.onsubmit = (event) => { event.preventDefault(); given = input.value.trim(); dialog.close(); };

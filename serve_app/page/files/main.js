@@ -10,6 +10,7 @@ import { makePictures } from "./pictures.js";
 import { setRunning } from "./progress.js";
 import { describe, emptyFrame, exactly, offerAgain, place, show, shown } from "./result.js";
 import { Refusal } from "./server.js";
+import { showStatus } from "./status.js";
 import { LEFT, makeVideo, rememberedJob, resumeJob } from "./videos.js";
 
 let running = null;    // AbortController of the request under way
@@ -115,8 +116,9 @@ $("copy").onclick = async () => {
   $("copy").textContent = "Copied";
   setTimeout(() => { $("copy").textContent = "Copy"; }, 1500);
 };
-$("key").onclick = changeKey;
-document.addEventListener("key", () => { $("key").hidden = !key(); tellCurl(); });
+$("change-key").onclick = changeKey;
+document.addEventListener("key", () => { $("change-key").hidden = !key(); tellCurl(); });
+$("status").onclick = (event) => { event.preventDefault(); showStatus().catch(tellError); };
 document.addEventListener("keydown", (event) => {
   if (document.querySelector("dialog[open]")) return;
   if (event.key === "Escape" && running) { running.abort(); $("prompt").focus(); }
@@ -135,6 +137,6 @@ $("made").addEventListener("keydown", (event) => {
 addEventListener("pagehide", () => running?.abort(LEFT));
 addEventListener("pageshow", (event) => { if (event.persisted && card) setTimeout(resume); });
 
-$("key").hidden = !key();
+$("change-key").hidden = !key();
 $("settings").open = !isNarrow();
 start().catch(tellError);

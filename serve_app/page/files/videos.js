@@ -37,14 +37,14 @@ async function waitForVideo(asked, signal) {
   }
 }
 
-/** How it was drawn. A job's video need not say. */
+/** How it was drawn. */
 function factsOf(headers) {
-  const timed = headers.get("Server-Timing")?.split(", ").map((one) => one.split(";dur=")) ?? [];
-  const [computed, asked] = headers.get("X-Forwards")?.split("/").map(Number) ?? [];
+  const timed = headers.get("Server-Timing").split(", ").map((one) => one.split(";dur="));
+  const [computed, asked] = headers.get("X-Forwards").split("/").map(Number);
   return {
     seed: headers.get("X-Seed"),
     timings: Object.fromEntries(timed.map(([stage, ms]) => [stage, Number(ms)])),
-    forwards: asked === undefined ? null : { computed, asked },
+    forwards: { computed, asked },
     warnings: headers.get("X-Warnings")?.split("; ") ?? [],
     format: "mp4",
   };
@@ -81,9 +81,8 @@ async function follow(job, asked, signal) {
   try {
     const done = await end(job, signal);
     const answer = await ask(`${JOBS}/${done.id}/content`, { signal });
-    const told = factsOf(answer.headers);
-    const { seed = told.seed, timings_ms = told.timings, forwards = told.forwards, warnings = told.warnings } = done;
-    await showVideo(await answer.blob(), { ...asked, seed, timings: timings_ms, forwards, warnings, format: "mp4" });
+    const { timings_ms: timings = {}, forwards = null, warnings = [] } = done.drawn ?? {};
+    await showVideo(await answer.blob(), { ...asked, seed: done.seed ?? null, timings, forwards, warnings, format: "mp4" });
     remember(null);
   } catch (error) {
     if (signal.reason === LEFT) throw error;

@@ -152,6 +152,19 @@ def test_a_request_under_way_is_sent_once(page: Page, server: StandIn) -> None:
     assert len(server.asked) == 1
 
 
+def test_whoever_leaves_and_comes_back_can_go_on(page: Page, server: StandIn) -> None:
+    server.takes_s = 60
+    page.open(f"{server.url}/")
+    page.type("#prompt", "a cat" + Keys.ENTER)
+    page.wait(lambda: server.asked)
+    page.driver.get(f"{server.url}/docs")
+    page.driver.back()
+    page.wait(lambda: page.one("#served").text and page.one("#go").is_displayed())
+    server.takes_s = 0
+    page.draw("a dog")
+    assert page.one("#caption").text == "a dog"
+
+
 def test_a_server_that_was_away_is_asked_again(page: Page, server: StandIn) -> None:
     server.cards = []
     page.see(f"{server.url}/")

@@ -19,18 +19,18 @@ def locked(server: StandIn) -> StandIn:
 
 
 def until_asked(page: Page) -> Callable[[], object]:
-    return lambda: page.shown("#key-input")
+    return lambda: page.shown("#key")
 
 
 def test_a_key_is_asked_for_and_sent_and_shown_nowhere(page: Page, locked: StandIn) -> None:
     page.see(f"{locked.url}/")
     page.wait(until_asked(page))
     assert page.one("#key-wrong").text == ""
-    page.type("#key-input", f" {KEY} " + Keys.ENTER)
+    page.type("#key", f" {KEY} " + Keys.ENTER)
     page.wait(lambda: page.one("#served").text)
     page.draw("a cat")
     assert locked.asked[-1].authorization == f"Bearer {KEY}"
-    assert '-H "Authorization: Bearer $RELAY_KEY"' in page.one("#curl").text
+    assert '-H "Authorization: Bearer $RELAY_API_KEY"' in page.one("#curl").text
     assert KEY not in page.driver.page_source
     assert page.run("return [document.cookie, localStorage.length]") == ["", 0]
 
@@ -38,23 +38,23 @@ def test_a_key_is_asked_for_and_sent_and_shown_nowhere(page: Page, locked: Stand
 def test_a_wrong_key_is_told_and_another_can_be_given(page: Page, locked: StandIn) -> None:
     page.see(f"{locked.url}/")
     page.wait(until_asked(page))
-    page.type("#key-input", "wrong" + Keys.ENTER)
+    page.type("#key", "wrong" + Keys.ENTER)
     page.wait(lambda: page.shown("#key-wrong") and page.one("#key-wrong").text)
     assert page.one("#key-wrong").text == "this key is not known here"
-    page.type("#key-input", KEY + Keys.ENTER)
+    page.type("#key", KEY + Keys.ENTER)
     page.wait(lambda: page.one("#served").text)
 
 
 def test_a_key_is_kept_over_a_reload_and_can_be_forgotten(page: Page, locked: StandIn) -> None:
     page.see(f"{locked.url}/")
     page.wait(until_asked(page))
-    page.type("#key-input", KEY + Keys.ENTER)
+    page.type("#key", KEY + Keys.ENTER)
     page.wait(lambda: page.one("#served").text)
     page.driver.refresh()
     page.wait(lambda: page.one("#served").text)
-    page.one("#key").click()
-    page.one("dialog.small [type=button]").click()
-    assert not page.one("#key").is_displayed()
+    page.one("#change-key").click()
+    page.one("#key-dialog [type=button]").click()
+    assert not page.one("#change-key").is_displayed()
     page.type("#prompt", "a cat" + Keys.ENTER)
     page.wait(until_asked(page))
 
@@ -62,7 +62,7 @@ def test_a_key_is_kept_over_a_reload_and_can_be_forgotten(page: Page, locked: St
 def test_whoever_gives_no_key_is_told_and_asked_again(page: Page, locked: StandIn) -> None:
     page.see(f"{locked.url}/")
     page.wait(until_asked(page))
-    page.one("#key-input").send_keys(Keys.ESCAPE)
+    page.one("#key").send_keys(Keys.ESCAPE)
     page.wait(lambda: page.one("#alert").is_displayed())
     assert page.one("#alert").text == "no key"
     page.one("#go").click()

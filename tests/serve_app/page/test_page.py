@@ -260,6 +260,14 @@ def test_the_page_is_found_without_the_slash_at_its_end(page: Page, flux_app: An
     assert page.one("#served").text == "tiny-flux · flux"
 
 
+def test_status_opens_over_the_page(page: Page, flux_app: Any) -> None:
+    page.open(f"{flux_app.url}/")
+    page.one("#status").click()
+    page.wait(lambda: '"num_in_progress"' in page.one("dialog[open] pre").text)
+    page.one("dialog[open] button").click()
+    assert page.all("dialog[open]") == []
+
+
 def test_the_api_is_described_at_docs(page: Page, flux_app: Any) -> None:
     page.see(f"{flux_app.url}/docs")
     page.wait(lambda: "POST /v1/images/generations" in page.one("#paths").text)

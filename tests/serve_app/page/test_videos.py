@@ -3,8 +3,9 @@
 import pytest
 from selenium.webdriver.common.keys import Keys
 
+from serve_app.openai_api import Drawn, Forwards
 from tests.serve_app.page.browser import Page
-from tests.serve_app.page.stand_in import StandIn, card, refusal
+from tests.serve_app.page.stand_in import TIMINGS, StandIn, card, refusal
 
 pytestmark = pytest.mark.slow
 JOB = "video_0"
@@ -44,12 +45,14 @@ def test_a_job_moves_the_bar_and_ends_as_a_video(page: Page, studio: StandIn) ->
         status="completed",
         progress=100,
         seed=3,
-        timings_ms={"encode": 1.0, "queue": 0.0, "denoise": 30.0, "decode": 2.0},
-        warnings=["the prompt was cut"],
+        drawn=Drawn(
+            seed=3, timings_ms=TIMINGS, forwards=Forwards(computed=4, asked=8), warnings=["the prompt was cut"]
+        ).model_dump(),
     )
     page.wait(lambda: page.one("#about").is_displayed())
     assert page.run("return document.querySelector('#view video').videoWidth") == 64
     assert "seed 3" in page.one("#facts").text
+    assert "4 of 8 forwards computed" in page.one("#facts").text
     assert "denoise 30 ms" in page.one("#legend").text
     assert page.one("#warnings").text == "the prompt was cut"
     assert studio.asked[-1].fields == {"prompt": "waves"}
