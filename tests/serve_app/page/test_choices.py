@@ -192,6 +192,23 @@ def test_nothing_scrolls_sideways(page: Page, server: StandIn, width: int) -> No
     assert wider_than_their_place(page) == []
 
 
+def test_every_control_has_a_name(page: Page, server: StandIn) -> None:
+    server.cards = [card(adapters=ADAPTERS, schedulers=SCHEDULERS), card("wan", "wan")]
+    page.open(f"{server.url}/")
+    page.hand_over("drop", file(noise()), name="cat.png", media_type="image/png")
+    for part in ("#adapters", "#settings"):
+        page.unfold(part)
+    page.one("#lora [type=checkbox]").click()
+    page.draw("a cat")
+    controls = page.shown("button, a, input, select, textarea, [tabindex]")
+    assert len(controls) > 25
+    assert [each.get_attribute("outerHTML") for each in controls if not each.accessible_name] == []
+    page.one("#paint").click()
+    tools = page.shown("#brush button, #brush input, #brush canvas")
+    assert len(tools) >= 6
+    assert [each.get_attribute("outerHTML") for each in tools if not each.accessible_name] == []
+
+
 def wider_than_their_place(page: Page) -> Any:
     return page.run(
         "return [...document.querySelectorAll('main *')].filter((one) => one.getBoundingClientRect().right > "

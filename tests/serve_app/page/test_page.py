@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+from selenium.webdriver import ActionChains
 from selenium.webdriver.common.keys import Keys
 
 from tests.pictures import video
@@ -285,9 +286,17 @@ def test_the_model_card_tells_defaults_and_limits(flux_app: Any) -> None:
 @pytest.mark.skipif("PAGE_SCREENSHOT" not in os.environ, reason="PAGE_SCREENSHOT names no file")
 def test_screenshot(page: Page) -> None:
     page.open(os.environ["PAGE_URL"], height=1080)
-    page.draw("a blue square at the bottom, on a pink background", seed=3)
-    page.draw("a yellow triangle at the top, on a gray background", seed=5)
-    page.draw("a red circle on the left, on a white background", seed=7)
+    page.draw("a blue square at the bottom, on a pink background", seed=6)
+    page.draw("a yellow triangle at the top, on a gray background", seed=11)
+    page.draw("a red circle on the left, on a white background", seed=3)
+    page.one("#begin-with").click()
+    page.one("#paint").click()
+    canvas = page.one("#brush-canvas")
+    hand = ActionChains(page.driver).move_to_element_with_offset(canvas, canvas.size["width"] // 4, -40)
+    hand.click_and_hold().move_by_offset(0, 90).release().perform()
+    page.one("#brush-done").click()
+    page.draw("a red circle on the left and a blue square on the right, on a white background", strength=1)
+    page.run("scrollTo(0, 0)")
     taken = page.driver.execute_cdp_cmd("Page.captureScreenshot", {"format": "png"})
     Path(os.environ["PAGE_SCREENSHOT"]).write_bytes(base64.b64decode(taken["data"]))
 
