@@ -1,7 +1,6 @@
 /** The mask brush: what is painted over a picture is drawn anew. */
 
 import { $ } from "./elements.js";
-import { Refusal } from "./server.js";
 
 const painted = new WeakMap();    // by mask: {picture, strokes}
 let strokes = [];                 // {isErasing, width, points}, all in pixels of the picture
@@ -16,13 +15,15 @@ const ring = $("brush-ring");
 /** Whether a mask fits a picture, as far as is known: one that was painted here fits its own alone. */
 export const isPaintedOn = (mask, picture) => (painted.get(mask)?.picture ?? picture) === picture;
 
-/** A mask as large as the picture, transparent where painted; null: nothing was; undefined: as before. */
+/** A mask as large as the picture, transparent where painted; null: nothing was; undefined: as before.
+ * Throws what the browser does where it cannot open the picture. */
 export async function paint(picture, before) {
   const url = URL.createObjectURL(picture);
   try {
     image.src = url;
     await image.decode();
     strokes = [...(painted.get(before)?.strokes ?? [])];
+    stroke = null;
     at = [image.naturalWidth / 2, image.naturalHeight / 2];
     dialog.returnValue = "";
     dialog.showModal();
@@ -46,7 +47,7 @@ async function maskOf(picture) {
   context.globalCompositeOperation = "source-out";    // the whole, but for what is painted
   context.fillRect(0, 0, whole.width, whole.height);
   const blob = await new Promise((resolve) => whole.toBlob(resolve, "image/png"));
-  if (!blob) throw new Refusal({ message: "This browser cannot paint on so large a picture.", param: "mask" });
+  if (!blob) throw new Error("it is too large.");
   const mask = new File([blob], "mask.png", { type: "image/png" });
   painted.set(mask, { picture, strokes });
   return mask;

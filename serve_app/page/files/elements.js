@@ -15,6 +15,14 @@ export const changed = (at = $("form")) => at.dispatchEvent(new Event("input", {
 /** What a screen reader says meanwhile. */
 export function announce(text) {
   $("news").textContent = text;
+  $("news").className = "unseen";
+}
+
+/** The same, over the page for some seconds. */
+export function tell(text) {
+  announce(text);
+  $("news").className = "toast";
+  setTimeout(() => { if ($("news").textContent === text) $("news").className = "unseen"; }, 5000);
 }
 
 /** Whether the form stands above the result, not beside it. */

@@ -1,7 +1,7 @@
 /** Files that a request begins with: chosen, dropped or pasted, and shown. */
 
 import { isPaintedOn, paint } from "./brush.js";
-import { $, announce, changed, element } from "./elements.js";
+import { $, announce, changed, element, tell } from "./elements.js";
 import { card } from "./models.js";
 
 export const FILES = ["image", "mask", "control_image", "input_reference"];
@@ -58,7 +58,7 @@ export function placeFor(type) {
 export function take(files, id = placeFor(files[0]?.type ?? "")) {
   const usable = files.filter((file) => /^(image|video)\//.test(file.type));
   if (!id || !usable.length) {
-    announce(id ? "This is no picture." : "This model begins with no such file.");
+    tell(id ? "This is no picture." : "This model begins with no such file.");
     return;
   }
   chosen[id] = $(id).multiple ? [...chosen[id], ...usable] : usable.slice(-1);
@@ -126,12 +126,15 @@ for (const id of FILES) {
   });
 }
 $("paint").onclick = async () => {
-  const [picture] = chosen.image;
-  const mask = await paint(picture, chosen.mask[0]);
-  if (mask === undefined || chosen.image[0] !== picture) return;
-  chosen.mask = mask ? [mask] : [];
-  showInputs();
-  changed($("mask"));
+  try {
+    const mask = await paint(chosen.image[0], chosen.mask[0]);
+    if (mask === undefined) return;
+    chosen.mask = mask ? [mask] : [];
+    showInputs();
+    changed($("mask"));
+  } catch (error) {
+    tell(`This browser cannot paint on that picture: ${error.message}`);
+  }
 };
 document.addEventListener("paste", (event) => {
   const files = filesOf(event.clipboardData);

@@ -80,9 +80,9 @@ async function follow(job, asked, signal) {
   place([emptyFrame("A video comes when all of its frames are done.")]);
   try {
     const done = await end(job, signal);
-    const answer = await ask(`${JOBS}/${done.id}/content`, { signal });
+    const blob = await patiently(`${JOBS}/${done.id}/content`, signal, (answer) => answer.blob());
     const { timings_ms: timings = {}, forwards = null, warnings = [] } = done.drawn ?? {};
-    await showVideo(await answer.blob(), { ...asked, seed: done.seed ?? null, timings, forwards, warnings, format: "mp4" });
+    await showVideo(blob, { ...asked, seed: done.seed ?? null, timings, forwards, warnings, format: "mp4" });
     remember(null);
   } catch (error) {
     if (signal.reason === LEFT) throw error;
@@ -92,32 +92,35 @@ async function follow(job, asked, signal) {
   }
 }
 
-/** The job, completed. It survives its server, so a connection that is lost is waited for. */
+/** The job, completed. Throws a Refusal where it is not. */
 async function end(job, signal) {
   let begun = null;
-  for (let now = job; ; now = await look(job, signal)) {
-    if (now?.status === "completed") return now;
-    if (now?.status === "failed" || now?.status === "cancelled") {
-      throw new Refusal({ message: now.error?.message ?? `The video was ${now.status}.`, param: now.error?.param });
+  for (let now = job; ; now = await patiently(`${JOBS}/${job.id}`, signal, (answer) => answer.json())) {
+    if (now.status === "completed") return now;
+    if (now.status === "failed" || now.status === "cancelled") {
+      throw new Refusal(now.error ?? { message: `The video was ${now.status}.` });
     }
-    if (now?.progress) begun ??= { at: performance.now(), progress: now.progress };
-    tell(now, begun);
+    if (now.progress) begun ??= { at: performance.now(), progress: now.progress };
+    tellProgress(now, begun);
     await pause(POLL_MS, signal);
   }
 }
 
-async function look(job, signal) {
-  try {
-    return await (await ask(`${JOBS}/${job.id}`, { signal })).json();
-  } catch (error) {
-    const mayComeBack = error instanceof TypeError || error.status >= 500 || error.status === 429;
-    if (signal.aborted || !mayComeBack) throw error;
-    return null;
+/** A job survives its server, so one that is away is waited for. */
+async function patiently(path, signal, read) {
+  for (;;) {
+    try {
+      return await read(await ask(path, { signal }));
+    } catch (error) {
+      const mayComeBack = error instanceof TypeError || error.status >= 500 || error.status === 429;
+      if (signal.aborted || !mayComeBack) throw error;
+      setProgress(null, "The server does not answer; the job waits for it", "");
+    }
+    await pause(POLL_MS, signal);
   }
 }
 
-function tell(job, begun) {
-  if (job === null) return setProgress(null, "The server does not answer; the job waits for it", "");
+function tellProgress(job, begun) {
   if (!job.progress) return setProgress(null, job.status === "queued" ? "Waiting in the queue" : "Beginning", "");
   const seconds = (performance.now() - begun.at) / 1000;
   const made = job.progress - begun.progress;

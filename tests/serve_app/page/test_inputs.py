@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.ExifTags import Base
 from selenium.webdriver import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -89,6 +90,7 @@ def test_a_model_that_takes_none_takes_none_and_the_page_stays(page: Page, serve
     page.open(f"{server.url}/")
     begin_with(page)
     assert not page.one("#files").is_displayed()
+    assert page.one("#news").text == "This model begins with no such file."
     page.draw("a hat")
     assert server.asked[-1].files == {}
 
@@ -118,6 +120,28 @@ def test_a_painted_mask_is_transparent_where_painted_and_as_large_as_the_picture
     assert anew[180, 170:320].all()  # from a quarter to the middle
     assert not anew[:, 400:].any()
     assert not anew[:100].any()
+
+
+def test_a_mask_is_as_large_as_its_picture_is_shown(page: Page, server: StandIn) -> None:
+    page.open(f"{server.url}/")
+    exif = Image.Exif()
+    exif[Base.Orientation] = 6  # lies on its side
+    data = file(noise(size=(640, 360)), "JPEG", exif=exif)
+    assert page.hand_over("drop", data, name="cat.jpg", media_type="image/jpeg")
+    page.one("#paint").click()
+    page.one("#brush-canvas").send_keys(Keys.SPACE)
+    page.one("#brush-done").click()
+    page.wait(lambda: titles(page, "mask"))
+    page.draw("a hat")
+    assert drawn_anew(server.asked[-1].files["mask"]).shape == (640, 360)
+
+
+def test_a_picture_that_cannot_be_painted_on_is_told(page: Page, server: StandIn) -> None:
+    page.open(f"{server.url}/")
+    begin_with(page, data=b"no picture")
+    page.one("#paint").click()
+    page.wait(lambda: page.shown(".toast"))
+    assert page.one("#news").text.startswith("This browser cannot paint on that picture")
 
 
 def test_the_eraser_takes_back_and_so_does_undo(page: Page, server: StandIn) -> None:
