@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
@@ -44,6 +44,10 @@ def without_unknown_keys(kind: type[BaseModel], values: Any, place: str = "") ->
         inner, inside = _model_in(kind.model_fields[key].annotation), f"{place}.{key}" if place else str(key)
         if inner is None:
             known[key] = value
+        elif get_origin(kind.model_fields[key].annotation) is dict and isinstance(value, Mapping):
+            each_of = {name: without_unknown_keys(inner, each, f"{inside}.{name}") for name, each in value.items()}
+            known[key] = {name: each for name, (each, _) in each_of.items()}
+            lines += [line for _, more in each_of.values() for line in more]
         elif isinstance(value, Sequence) and not isinstance(value, str):
             pairs = [without_unknown_keys(inner, each, f"{inside}.{i}") for i, each in enumerate(value)]
             known[key] = [each for each, _ in pairs]
@@ -55,7 +59,7 @@ def without_unknown_keys(kind: type[BaseModel], values: Any, place: str = "") ->
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """The model of `Model`, `Model | None`, `list[Model]`."""
+    """The model of `Model`, `Model | None`, `list[Model]`, `dict[str, Model]`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((model for each in get_args(annotation) if (model := _model_in(each))), None)

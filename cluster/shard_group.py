@@ -1,8 +1,8 @@
 """The child actors of a replica: ranks 1 to S - 1 of its shard group, placed, connected and watched.
 
 The replica itself is rank 0, in bundle 0 of its placement group; rank r lies in bundle r, and goes when the
-replica goes. The actor class given here is plain and has the methods `place`, `connect`, `stats`, and
-`alive`, which never answers: its error is the notice of death.
+replica goes. The actor class given here is plain and has the methods `place`, `connect`, `stats`, what
+`ask` is asked for, and `alive`, which never answers: its error is the notice of death.
 """
 
 import threading
@@ -95,7 +95,12 @@ class ShardGroup:
 
     def stats(self) -> list[Any]:
         """Of ranks 1 to num_ranks - 1; blocks."""
-        return list(ray.get([rank.stats.remote() for rank in self._ranks]))
+        return self.ask("stats")
+
+    def ask(self, method: str, *args: Any) -> list[Any]:
+        """What that method of each of them answers; blocks."""
+        shared = [ray.put(arg) for arg in args]
+        return list(ray.get([getattr(rank, method).remote(*shared) for rank in self._ranks]))
 
 
 def _watch(rank: Any, connecting: Any, on_lost: Callable[[BaseException], None], silent_after_s: float) -> None:

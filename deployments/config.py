@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, PrivateAttr, field_validator, model
 
 from cluster.config import Config
 from cluster.resources import ResourceConfig
+from deployments.adapter import ADAPTER_NAME, AdapterConfig
 from deployments.families import FAMILIES, Call, Defaults, Family, Geometry
 from deployments.memory.config import OFF, Dtype, MemoryConfig, TilingConfig
 from deployments.request import CallKind, MediaSize
@@ -62,6 +63,14 @@ class ModelConfig(Config):
     examples: tuple[str, ...] = Field((), description="prompts that it draws well, to click on the page")
     defaults: DefaultsConfig = DefaultsConfig()
     tiers: TiersConfig = NO_TIERS
+    adapters: dict[str, AdapterConfig] = Field(
+        {}, description="LoRA adapters that requests may name: loaded at first use, several at once"
+    )
+    adapters_folder: str | None = Field(
+        None,
+        description="a folder that is watched: NAME.safetensors, or a folder NAME with one, is adapter NAME; "
+        "every node must see it",
+    )
     warm_up: tuple[str, ...] = Field(
         (),
         description="sizes that every stage runs through before it is ready, so that no user waits for compiling: "
@@ -143,6 +152,10 @@ class ModelConfig(Config):
         return MediaSize(width, height, said.num_frames or own.num_frames)
 
     @property
+    def takes_adapters(self) -> bool:
+        return bool(self.adapters) or self.adapters_folder is not None
+
+    @property
     def vae_dtype(self) -> Dtype | None:
         """That of the decode stage, if it is known: some pipelines scale their latents back in it."""
         return self._vae_dtype
@@ -173,6 +186,16 @@ class ModelConfig(Config):
         if family is not None and family not in FAMILIES:
             raise ValueError(f"unknown family {family!r}; allowed: {', '.join(FAMILIES)}")
         return family
+
+    @field_validator("adapters")
+    @classmethod
+    def _check_adapters(cls, adapters: dict[str, AdapterConfig]) -> dict[str, AdapterConfig]:
+        for name in adapters:
+            if not ADAPTER_NAME.fullmatch(name):
+                raise ValueError(
+                    f"an adapter's name has letters, digits, dots, dashes and underscores, got {name!r}"
+                )
+        return adapters
 
     @field_validator("warm_up")
     @classmethod
@@ -228,7 +251,11 @@ class StageConfig(MemoryConfig, ResourceConfig):
 
 
 class SpreadConfig(StageConfig):
-    """What stages may be told whose models may lie on several GPUs at once."""
+    """What stages may be told whose models take adapters, and may lie on several GPUs at once."""
+
+    adapter_cache_mib: float = Field(
+        1024.0, ge=0, description="LoRA adapters kept on each rank for the next request, in MiB"
+    )
 
     device_map: Literal["auto", "balanced"] | None = Field(
         None,
@@ -257,13 +284,15 @@ class EncoderConfig(SpreadConfig):
         None,
         ge=1,
         description="prompts that wait, encoded as one batch, where they have as many tokens; 1: each alone; "
-        "None: 8, with compile 1",
+        "None: 8 on a GPU, on the CPU or with compile 1",
     )
 
     @property
     def batch_size(self) -> int:
-        """A compiled encoder would be compiled once more for every number of prompts."""
-        return self.max_batch_size or (8 if self.compile is None else 1)
+        """A compiled encoder would be compiled once more for every number of prompts. On a CPU a batch takes about
+        as long as its prompts one by one, and keeps the denoiser idle until they come all at once.
+        """
+        return self.max_batch_size or (8 if self.num_gpus and self.compile is None else 1)
 
     @model_validator(mode="after")
     def _check_spread(self) -> Self:

@@ -2,6 +2,7 @@
 
 import asyncio
 from functools import partial
+from typing import Any
 
 from cluster.meeting import MeetingPoint
 from cluster.place import Place, Rendezvous
@@ -30,6 +31,14 @@ class Rank:
 
     async def stats(self) -> RankStats:
         return self._stage.stats()
+
+    async def load_adapter(self, slot: int, weights: Any) -> int:
+        """Bytes of what is kept of it here."""
+        return await asyncio.to_thread(self._stage.load_adapter, slot, weights)
+
+    async def unload_adapter(self, slot: int) -> None:
+        """No request that names it is left."""
+        self._stage.unload_adapter(slot)
 
     async def connect(self, rendezvous: Rendezvous) -> None:
         """Meet the other ranks; returns when all have met."""

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from deployments.adapter import ScaledAdapter
 from deployments.step_cache import Quality, StepCacheConfig
 
 OutputFormat = Literal["png", "jpeg", "webp", "mp4"]
@@ -71,6 +72,8 @@ class GenerationRequest:
     """The tier that was asked for; None: none, but a step cache of the request's own."""
     step_cache: StepCacheConfig | None = None
     """None: every step computes its predictions."""
+    adapters: tuple[ScaledAdapter, ...] = ()
+    """LoRA's, whose terms add up."""
 
     @property
     def size(self) -> MediaSize:

@@ -116,5 +116,7 @@ class TransformerStats:
 
     queue: StepQueueStats
     ranks: tuple[RankStats, ...]
+    adapters: tuple[str, ...]
+    """Names of the LoRA adapters that are loaded."""
     occupied_s: float
     """How long anything was in flight in the ring."""

@@ -71,6 +71,8 @@ class Transformer(StageReplica):
         if self._group is None:
             self._stage.connect(None, exit_replica)
             return
+        if self._stage.adapters is not None:
+            self._stage.adapters.ask_ranks = self._group.ask
         places = self._group.places()
         if num_nodes(places) > 1:
             log.warning(

@@ -36,6 +36,13 @@ def batching(json_file: JsonFile = None, quick: Quick = False) -> None:
 
 
 @bench.command()
+def adapters(json_file: JsonFile = None, quick: Quick = False) -> None:
+    """Requests per second with a LoRA adapter for each, with one for all, and without."""
+    loads = {"tiny": (16, 8)} if quick else {"tiny": (64, 28), "100M": (16, 4)}
+    _run("adapters", loads=loads, concurrencies=(8,) if quick else (1, 8), json_file=json_file)
+
+
+@bench.command()
 def overhead(json_file: JsonFile = None, quick: Quick = False) -> None:
     """What the engine costs a lone request's denoise, over the plain pipeline."""
     loads = {"tiny": (20, 8)} if quick else {"tiny": (40, 28), "100M": (20, 4)}

@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cluster.config import Config, find_mistakes
 from deployments.config import EncoderConfig, ModelConfig, StageConfig, TransformerConfig, VaeConfig
@@ -58,6 +58,18 @@ class AppConfig(Config):
     vae: VaeConfig = VaeConfig()
     ingress: IngressConfig = IngressConfig()
     limits: LimitsConfig = LimitsConfig()
+
+    @model_validator(mode="after")
+    def _check_adapters(self) -> Self:
+        if self.model.takes_adapters:
+            if self.transformer.tensor_parallel > 1:
+                raise ValueError(
+                    "transformer.tensor_parallel: adapters have no parts for ranks that have parts of a layer: "
+                    "use context_parallel, or shards"
+                )
+            if self.transformer.trace:
+                raise ValueError("transformer.trace: a traced graph knows no adapters: use compile: blocks")
+        return self
 
     @property
     def stages(self) -> dict[str, StageConfig]:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Container, Iterator
 from types import NoneType
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -48,8 +48,11 @@ def _rows(part: type[BaseModel], prefix: str = "", leave_out: Container[str] = (
     for name, field in part.model_fields.items():
         if name in leave_out:
             continue
-        nested = _config_class(field)
-        if nested is not None:
+        nested, named = _config_class(field), _named_class(field)
+        if named is not None:
+            yield f"| `{prefix}{name}` | by name | `{{}}` | {field.description} |"
+            yield from _rows(named, f"{prefix}{name}.NAME.")
+        elif nested is not None:
             if field.default is None:
                 yield f"| `{prefix}{name}` | {field.description} | off | {_summary(nested)} |"
             yield from _rows(nested, f"{prefix}{name}.")
@@ -62,6 +65,12 @@ def _config_class(field: FieldInfo) -> type[BaseModel] | None:
     """The config class that a field holds, if it does or may."""
     kind = _without_none(field.annotation)
     return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+
+
+def _named_class(field: FieldInfo) -> type[BaseModel] | None:
+    """The config class of a dict's values."""
+    kinds = get_args(field.annotation) if get_origin(field.annotation) is dict else ()
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
 def _without_none(annotation: Any) -> Any:

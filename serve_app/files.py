@@ -2,6 +2,7 @@
 
 from huggingface_hub import constants
 
+from deployments.adapter import find_missing
 from deployments.checkpoints.components import Stage
 from deployments.checkpoints.geometry import with_geometry
 from deployments.checkpoints.integrity import find_offload_faults, find_stage_faults
@@ -26,7 +27,7 @@ def check_files(config: AppConfig) -> None:
 
     What is still to be downloaded, each replica checks once it has it. Raises ConfigError, a line for each fault.
     """
-    faults: dict[str, None] = {}
+    faults = dict.fromkeys(find_missing(config.model.adapters, config.model.adapters_folder))
     for name, stage in STAGES.items():
         stage_config = config.stages[name]
         faults |= dict.fromkeys(find_offload_faults(stage, stage_config))

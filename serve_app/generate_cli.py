@@ -66,6 +66,9 @@ def generate_command(
     quality: Annotated[
         Literal["high", "medium", "low"] | None, typer.Option(help="medium and low: fewer steps compute")
     ] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(help="NAME or NAME=SCALE of an adapter; several: say it again")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="random if left out")] = None,
     num_frames: Annotated[int | None, typer.Option(help="of a video; the model's default")] = None,
     seconds: Annotated[float | None, typer.Option(help="of a video, in place of frames")] = None,
@@ -84,6 +87,8 @@ def generate_command(
 def _generate(options: dict[str, Any]) -> None:
     """options: all but two are fields of the request, and named as they are."""
     out, config = options.pop("out", None), options.pop("config", None)
+    if "lora" in options:
+        options["lora"] = [_read_lora(each) for each in options["lora"]]
     app_config = None if config is None else load_app_config(config)
     _check(options, out, app_config)
     if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # `nohup` has it ignored
@@ -97,6 +102,14 @@ def _generate(options: dict[str, Any]) -> None:
     console.print(f"{out}: {picture.media.media_type}, seed {picture.seed} ({times})", highlight=False)
     for warning in picture.warnings:
         console.print(f"relay: {warning}", style="yellow", highlight=False)
+
+
+def _read_lora(text: str) -> dict[str, Any]:
+    name, _, scale = text.partition("=")
+    try:
+        return {"name": name} | ({"scale": float(scale)} if scale else {})
+    except ValueError:
+        raise ConfigError(f"--lora {text}: the scale behind = is a number, got {scale!r}") from None
 
 
 def _check(fields: Mapping[str, Any], out: Path | None, app_config: AppConfig | None) -> None:

@@ -5,10 +5,12 @@ from typing import Literal, get_args
 
 from pydantic import BaseModel, Field
 
+from deployments.adapter import AdapterConfig
 from deployments.config import ModelConfig
 from deployments.request import CallKind
 from deployments.step_cache import Quality, StepCacheConfig
 from serve_app.config import LimitsConfig
+from serve_app.lora import SEPARATOR
 from serve_app.openai_api import MAX_N
 
 GENERATIONS, EDITS, VIDEOS = "/v1/images/generations", "/v1/images/edits", "/v1/videos/sync"
@@ -71,6 +73,14 @@ class ModelLimits(BaseModel):
     max_video_bytes: int = Field(description="of a video that goes in")
 
 
+class AdapterCard(BaseModel):
+    """One LoRA adapter."""
+
+    name: str
+    about: str
+    scale: float = Field(description="where a request says none")
+
+
 class ModelCard(BaseModel):
     """One served model. What follows `owned_by` is beyond OpenAI."""
 
@@ -89,12 +99,22 @@ class ModelCard(BaseModel):
     tiers: dict[Quality, StepCacheConfig | None] = Field(
         description="what a request's `quality` stands for; null: every step computes"
     )
+    adapters: tuple[AdapterCard, ...] = Field(description="that a request may name in `lora`, or behind the id")
+    parent: str | None = Field(description="of an adapter that is chosen by its id: the model's")
     defaults: ModelDefaults
     limits: ModelLimits
 
+    def with_adapters(self) -> "list[ModelCard]":
+        """This model, and itself once more with each adapter, as clients choose one that know of models alone."""
+        by_id = {f"{self.id}{SEPARATOR}{adapter.name}": adapter for adapter in self.adapters}
+        changes = {id: {"about": adapter.about, "parent": self.id} for id, adapter in by_id.items()}
+        return [self, *(self.model_copy(update={"id": id} | own) for id, own in changes.items())]
 
-def model_card(model: ModelConfig, created: int, limits: LimitsConfig) -> ModelCard:
-    """What its config, its checkpoint and its family say, in this order."""
+
+def model_card(
+    model: ModelConfig, created: int, limits: LimitsConfig, adapters: Mapping[str, AdapterConfig]
+) -> ModelCard:
+    """What its config, its checkpoint and its family say, in this order. adapters: those that there are now."""
     family, own, size, geometry = model.architecture, model.request_defaults, model.default_size, model.geometry
     defaults = {kind: vars(model.defaults_of(call)) for kind, call in family.calls.items()}
     is_video = family.media == "video"
@@ -118,6 +138,10 @@ def model_card(model: ModelConfig, created: int, limits: LimitsConfig) -> ModelC
             for kind, call in family.calls.items()
             if (family.media, kind) in PATHS
         },
+        adapters=tuple(
+            AdapterCard(name=name, about=each.about, scale=each.scale) for name, each in adapters.items()
+        ),
+        parent=None,
         tiers={quality: model.step_cache_of(quality) for quality in get_args(Quality)},
         defaults=ModelDefaults(
             **defaults[family.call.kind] | {"fps": own.fps if is_video else None},

@@ -10,6 +10,7 @@ from deployments.request import CallKind, InputPictures, StreamOptions
 from deployments.step_cache import Quality, StepCacheConfig
 from deployments.video_format import find_format
 from serve_app.input_pictures import DATA_URL_FORM, read_picture, read_pictures
+from serve_app.lora import MAX_ADAPTERS, LoraBody
 
 MAX_N = 10
 """Pictures of one request, as OpenAI allows."""
@@ -55,6 +56,10 @@ class GenerationBody(BaseModel):
         None, description="beyond OpenAI; goes before `quality`: which steps reuse predictions of earlier ones"
     )
 
+    lora: list[LoraBody] = Field(
+        [], max_length=MAX_ADAPTERS, description="beyond OpenAI: adapters, whose effects add up"
+    )
+
     @property
     def call_kind(self) -> CallKind:
         """What is asked of the model."""
@@ -73,11 +78,11 @@ class GenerationBody(BaseModel):
             return fields
         return {k: v for k, v in fields.items() if v is not None or k not in cls.model_fields}
 
-    @field_validator("step_cache", mode="before")
+    @field_validator("step_cache", "lora", mode="before")
     @classmethod
     def _read_object(cls, value: Any) -> Any:
         """In a form it is JSON."""
-        if not isinstance(value, str) or not value.lstrip().startswith("{"):
+        if not isinstance(value, str) or not value.lstrip().startswith(("{", "[")):
             return value
         try:
             return json.loads(value)

@@ -76,7 +76,7 @@ class Relay:
 
     def model(self) -> ModelCard:
         """What clients may want to know before they ask for a picture."""
-        return model_card(self._model, self._created, self._limits)
+        return model_card(self._model, self._created, self._limits, self.validator.catalog.entries())
 
     async def num_in_progress(self) -> int:
         """Requests that this ingress has taken up and not answered."""

@@ -41,7 +41,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse, "description": text}
     for status, text in {
         400: "A field is wrong; `error.param` names it",
-        404: "Unknown model",
+        404: "Unknown model or adapter",
         413: "The body is too long",
         429: "Too many requests in progress; see Retry-After",
         500: "A stage failed",
@@ -171,12 +171,12 @@ def _add_facts(api: FastAPI, relay: Relay) -> None:
 
     @api.get("/v1/models", summary="What is served")
     async def models() -> ModelList:
-        return ModelList(data=[relay.model()])
+        return ModelList(data=relay.model().with_adapters())
 
     @api.get("/v1/models/{name:path}", responses={404: ERRORS[404]}, summary="One served model")
     async def one_model(name: str) -> ModelCard:
         relay.validator.check_model(name)
-        return relay.model()
+        return next(card for card in relay.model().with_adapters() if card.id == name)
 
     @api.get(
         "/health",

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
+from deployments.adapter import AdapterCatalog
 from deployments.config import ModelConfig
 from deployments.families import Call, Defaults
 from deployments.request import CallKind, GenerationRequest, InputPictures, MediaSize, Prompt, StreamOptions
@@ -15,6 +16,7 @@ from serve_app.errors import BadRequest, UnknownModel, quoted
 from serve_app.fields import parse_body
 from serve_app.input_pictures import judge_pictures
 from serve_app.input_videos import judge_video
+from serve_app.lora import choose_adapters, split_model
 from serve_app.model_card import EDITS, GENERATIONS, VIDEOS
 from serve_app.openai_api import EditBody, GenerationBody, ImageBody, VideoBody
 from serve_app.sizes import Sizes
@@ -43,6 +45,7 @@ class Validator:
     def __init__(self, model: ModelConfig, limits: LimitsConfig) -> None:
         self._model, self._limits = model, limits
         self.family = model.architecture
+        self.catalog = AdapterCatalog(model.adapters, model.adapters_folder)
         self._sizes = Sizes(model.geometry, model.default_size, limits.max_pixels, limits.max_num_frames)
 
     def requests(self, fields: Mapping[str, Any]) -> list[GenerationRequest]:
@@ -117,7 +120,9 @@ class Validator:
         return judge_video(pictures.video, pictures.field, self._limits)
 
     def check_model(self, name: str | None) -> None:
-        """Raises UnknownModel unless `name` is the served one, or left out."""
+        """Raises UnknownModel unless `name` is the served one, or left out; one of its adapters may follow."""
+        name, adapter = split_model(name, self._model.name)
+        choose_adapters(self.catalog, adapter, ())
         if name is not None and name != self._model.name:
             raise UnknownModel(f"model {quoted(name)} is not served here; served: {self._model.name!r}")
 
@@ -160,6 +165,7 @@ class Validator:
     ) -> dict[str, Any]:
         """Fields of a GenerationRequest. shape: of the video that goes in."""
         self.check_model(body.model)
+        _, adapter = split_model(body.model, self._model.name)
         self._check_prompt(body.prompt)
         defaults = self._model.defaults_of(call)
         negative = defaults.negative_prompt if body.negative_prompt is None else body.negative_prompt
@@ -185,6 +191,7 @@ class Validator:
             "control_scale": _control_scale(body, defaults),
             "guidance_scale_2": _guidance_scale_2(body, call, defaults),
             **self._step_cache(body),
+            "adapters": choose_adapters(self.catalog, adapter, body.lora),
         } | own
 
     def _picture_size(self, body: GenerationBody, call: Call) -> MediaSize | None:

@@ -85,7 +85,8 @@ def _is_lora(file: Path) -> bool:
 
 def _tell_lora(path: Path) -> str:
     return (
-        f"{path} is a LoRA, not a checkpoint. Fuse it into one: load its base model by diffusers' "
+        f"{path} is a LoRA, not a checkpoint. Serve its base model with `adapters: {{NAME: {{source: {path}}}}}`; "
+        "or fuse it into one: load its base model by diffusers' "
         f"DiffusionPipeline.from_pretrained, then load_lora_weights('{path}'), fuse_lora(), unload_lora_weights() "
         "and save_pretrained('NEW_FOLDER'), and serve NEW_FOLDER"
     )

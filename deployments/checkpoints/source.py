@@ -119,7 +119,7 @@ def fetch_configs(checkpoint: str, *, revision: str | None = None) -> Path:
     folder = local_folder(checkpoint, revision)
     if folder is None:
         patterns = [MODEL_INDEX, MODULAR_INDEX, "*/*config.json", "scheduler/*.json"]
-        with _hub(checkpoint):
+        with asking_hub(checkpoint):
             folder = Path(snapshot_download(checkpoint, revision=revision, allow_patterns=patterns))
         folder = open_modular(folder, checkpoint)
     _check_complete(folder, ())
@@ -161,7 +161,7 @@ def fetch_file(file: str, must_be: str) -> Path:
     if is_path or not (owner and name and within):
         what = "is a folder" if path.is_dir() else f"does not exist on {_node()}"
         raise FileNotFoundError(f"{must_be}, and {path.absolute()} {what}")
-    with _hub(f"{owner}/{name}"):
+    with asking_hub(f"{owner}/{name}"):
         return Path(hf_hub_download(f"{owner}/{name}", within))
 
 
@@ -223,14 +223,14 @@ def _embedded_folder(checkpoint: str) -> Path:
 def _download(checkpoint: str, components: frozenset[str], revision: str | None, variant: str | None) -> Path:
     """Once per process, for every time asks the hub what there is."""
     allow, ignore = plan_hub_patterns(components, variant)
-    with _hub(checkpoint):
+    with asking_hub(checkpoint):
         fetched = snapshot_download(checkpoint, revision=revision, allow_patterns=allow, ignore_patterns=ignore)
     return open_modular(Path(fetched), checkpoint)
 
 
 def _download_index(checkpoint: str, revision: str | None) -> Path:
     """model_index.json, or that of a modular pipeline, which says `_class_name` alike."""
-    with _hub(checkpoint):
+    with asking_hub(checkpoint):
         try:
             return Path(hf_hub_download(checkpoint, MODEL_INDEX, revision=revision))
         except EntryNotFoundError:
@@ -238,7 +238,7 @@ def _download_index(checkpoint: str, revision: str | None) -> Path:
 
 
 @contextmanager
-def _hub(checkpoint: str) -> Iterator[None]:
+def asking_hub(checkpoint: str) -> Iterator[None]:
     """A call of the hub: whatever it does not give becomes a FileNotFoundError that says what to do."""
     no_folder = f"{Path(checkpoint).absolute()} does not exist on {_node()} either, if a folder is meant"
     try:

@@ -14,6 +14,7 @@ from cluster.message import Message
 from cluster.ring import Agree, Ring, RingStats, StopRing, no_peers
 from cluster.transport import Transport
 from deployments.config import TransformerConfig
+from deployments.engine.adapters import NO_ADAPTERS, Applied
 from deployments.engine.merge import Inputs, Mergers, num_samples, num_tokens, split
 from deployments.engine.peers import Peers
 from deployments.engine.seat import Seat
@@ -34,6 +35,7 @@ class _Asked:
     inputs: Inputs
     ready: Any
     """The event after which the inputs are there: requests have a stream beside the one that computes."""
+    adapters: Applied
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Engine:
         patch_sizes: Mapping[str, Any] = MappingProxyType({}),
         needs: Needs | None = None,
         foresee: Callable[[str, Inputs], tuple[int, int]] | None = None,
+        adapter_bytes: Callable[[], int] = int,
         on_lost: Callable[[BaseException], None],
     ) -> None:
         """
@@ -73,10 +76,12 @@ class Engine:
             needs: of memory, of this rank's forwards; None: they are not limited.
             foresee: (component, inputs) -> (bytes of weights, bytes of tensors in one such forward); comes with
                 needs.
+            adapter_bytes: of adapters on the device.
             on_lost: the group is no more, and the requests were told; end the process.
         """
         self._mergers, self._patch_sizes, self._on_lost = mergers, patch_sizes, on_lost
         self._needs, self._foresee, self._leader = needs, foresee, leader
+        self._adapter_bytes = adapter_bytes
         self._max_batch_size, self._device = config.max_batch_size, device
         self._flights: dict[int, _Flight] = {}
         self.queue = StepQueue(
@@ -108,17 +113,21 @@ class Engine:
         """
         return self.begin(seat, 0, component, inputs)()
 
-    def begin(self, seat: Seat, place: int, component: str, inputs: Inputs) -> Callable[[], Any]:
+    def begin(
+        self, seat: Seat, place: int, component: str, inputs: Inputs, *, adapters: Applied = NO_ADAPTERS
+    ) -> Callable[[], Any]:
         """The same, to be waited for once, by the request's thread: what is returned does what `forward` does.
 
-        place: 0, or another that no forward of this request has which has begun and was not waited for.
+        Args:
+            place: 0, or another that no forward of this request has which has begun and was not waited for.
+            adapters: that are loaded on all ranks. Forwards with other adapters, or none, may fly with this one.
         """
         signature = self._signature(component, inputs)
         tokens = num_tokens(inputs, self._patch_sizes.get(component, 1))
         under_way = [
             self.queue.submit(
                 self.queue.seat_of(seat, place),
-                _Asked(component, inputs, accelerator.mark_queued(self._device)),
+                _Asked(component, inputs, accelerator.mark_queued(self._device), adapters),
                 signature=signature,
                 tokens=tokens,
                 at_most=self._at_most(seat, signature, tokens, component, inputs),
@@ -146,22 +155,28 @@ class Engine:
             return None
         label = f"a forward of {tokens} latent positions"
         foresee = partial(self._foresee, component, inputs)
-        kept = Kept(seat.kept_bytes, self.queue.kept_bytes())
+        kept = Kept(seat.kept_bytes, self._kept_bytes)
         return self._needs.at_most(signature, label, foresee, up_to=self._max_batch_size, kept=kept)
+
+    @property
+    def _kept_bytes(self) -> int:
+        """On the device beside weights and forwards."""
+        return self.queue.kept_bytes() + self._adapter_bytes()
 
     def _compute(self, body: tuple[Sequence[_Asked], tuple[int, ...]]) -> Any:
         asked, released = body
         for forward in asked:
             accelerator.queue_after(forward.ready, self._device)
         group = [forward.inputs for forward in asked]
+        adapters = tuple(forward.adapters for forward in asked)
         if not group:
             return self._leader.rest(released)
         component = asked[0].component
         if self._needs is None:
-            return self._leader.run(component, group, released)
-        signature, kept_bytes = self._signature(component, group[0]), self.queue.kept_bytes()
+            return self._leader.run(component, group, released, adapters)
+        signature, kept_bytes = self._signature(component, group[0]), self._kept_bytes
         with self._needs.measured(signature, len(group), kept_bytes=kept_bytes):
-            return self._leader.run(component, group, released)
+            return self._leader.run(component, group, released, adapters)
 
     def lose(self, cause: BaseException) -> None:
         """The group is lost: every waiting thread gets ShardGroupLost, and so does whoever runs this."""
@@ -184,7 +199,8 @@ class Engine:
         batch = self.queue.take()
         group = tuple(asked.inputs for asked in batch.payloads)
         component = batch.payloads[0].component if batch.payloads else None
-        to_peers = self._peers.send(batch.id, component, group, [asked.ready for asked in batch.payloads])
+        ready, adapters = [each.ready for each in batch.payloads], tuple(each.adapters for each in batch.payloads)
+        to_peers = self._peers.send(batch.id, component, group, ready, adapters)
         flight = _Flight(group, self._leader.take_released(), to_peers)
         self._flights[batch.id] = flight
         return Message(batch.id, (batch.payloads, flight.released))

@@ -2,7 +2,7 @@
 
 import tempfile
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +20,7 @@ from deployments.checkpoints.components import ModelIndex, denoiser_names, fetch
 from deployments.checkpoints.weights import find_variants
 from deployments.config import ModelConfig, TransformerConfig
 from deployments.device import resolve_device, resolve_dtype
+from deployments.engine.adapters import AdapterLayers, Rows
 from deployments.engine.blocks import BlockBytes, block_bytes, build_skeleton
 from deployments.engine.cut import Boundary, Output
 from deployments.engine.merge import Inputs
@@ -53,18 +54,19 @@ class LoadedRank:
     shards: Mapping[str, Shard]
     """One of each denoiser, by component name."""
     keeper: Keeper
+    adapters: AdapterLayers
 
     def run(
-        self, component: str, inputs: Inputs, boundary: Boundary | None = None
+        self, component: str, inputs: Inputs, boundary: Boundary | None = None, rows: Sequence[Rows] = ()
     ) -> Boundary | tuple[Output, ...]:
-        """`Shard.run` of that denoiser, once the weights are there.
+        """`Shard.run` of that denoiser, once the weights are there. rows: adapters of the batch's samples.
 
         In inference mode where no technique touches the weights: torch need not watch what becomes of tensors, and
         a step of many small operations takes a tenth less. Its tensors may not be written in place outside of it,
         which those techniques do to weights, and schedulers may do to a prediction.
         """
         with self.keeper.at_work():
-            with torch.inference_mode(self.keeper.is_untouched):
+            with torch.inference_mode(self.keeper.is_untouched), self.adapters.applied(component, rows):
                 output = self.shards[component].run(inputs, boundary)
             return output if isinstance(output, dict) else tree_map_only(torch.Tensor, _writable, output)
 
@@ -152,7 +154,10 @@ def load_rank(
             if config.device_map is not None:
                 weakref.finalize(shards[name].model, disk.cleanup)
         models = {name: shard.model for name, shard in shards.items()}
-        return LoadedRank(shards, Keeper(models, config, denoisers.device, config.device_map, share=share))
+        keeper = Keeper(models, config, denoisers.device, config.device_map, share=share)
+        foreign = {name: shards[name].foreign_names(skeleton) for name, skeleton in denoisers.skeletons.items()}
+        adapters = AdapterLayers(models, denoisers.device, foreign=foreign, is_compiled=config.compile is not None)
+        return LoadedRank(shards, keeper, adapters)
 
 
 def _spread_options(name: str, denoisers: Denoisers, config: TransformerConfig) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from cluster import accelerator
 from cluster.message import Message
 from cluster.ring import Ring, StopRing
 from cluster.transport import Transport
+from deployments.engine.adapters import Applied
 from deployments.engine.merge import Inputs
 from deployments.engine.outline import Outliner
 from deployments.engine.work import Work
@@ -47,13 +48,18 @@ class Peers:
         return sum(ring.stats().bytes_sent for ring in self._rings)
 
     def send(
-        self, batch_id: int, component: str | None, group: Sequence[Inputs], ready: Sequence[Any]
+        self,
+        batch_id: int,
+        component: str | None,
+        group: Sequence[Inputs],
+        ready: Sequence[Any],
+        adapters: tuple[Applied, ...],
     ) -> tuple[int, ...]:
         """The keys that they are told to let go of. ready: events after which the inputs are there."""
         if not self._queues:
             return ()
         released = self._outliner.take_released()
-        work = Work(component, tuple(map(self._outliner.outline, group)), released, {})
+        work = Work(component, tuple(map(self._outliner.outline, group)), released, {}, adapters)
         for queue in self._queues:
             queue.put(Message(batch_id, (work, ready)))
         return released

@@ -86,6 +86,10 @@ class Shard:
         self.blocks = None if cut is None else (cut.start, cut.end)
         """The range of `block_names` that it holds; None for the whole model."""
 
+    def foreign_names(self, skeleton: nn.Module) -> tuple[str, ...]:
+        """Modules of the whole model whose weights other shards have."""
+        return () if self._cut is None else self._cut.foreign_names(skeleton)
+
     def run(self, inputs: Mapping[str, Any], boundary: Boundary | None = None) -> Boundary | tuple[Output, ...]:
         """One forward through these blocks.
 

@@ -5,15 +5,22 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Protocol
 
+from deployments.engine.adapters import Applied, Rows
 from deployments.engine.cut import Boundary, Output
-from deployments.engine.merge import Inputs, Mergers
+from deployments.engine.merge import Inputs, Mergers, num_samples
 from deployments.engine.outline import Holder, Outliner, only_shapes
 
 
 class Blocks(Protocol):
     """This rank's blocks of every denoiser, as `LoadedRank` runs them."""
 
-    def run(self, component: str, inputs: Inputs, boundary: Boundary | None = None) -> "Boundary | Output": ...
+    def run(
+        self, component: str, inputs: Inputs, boundary: Boundary | None = None, rows: Sequence[Rows] = ()
+    ) -> "Boundary | Output": ...
+
+
+def _rows(group: Sequence[Inputs], adapters: Sequence[Applied]) -> list[Rows]:
+    return [Rows(num_samples(inputs), own) for inputs, own in zip(group, adapters, strict=True)]
 
 
 OnIdle = Callable[[], None]
@@ -35,6 +42,8 @@ class Work:
     """Keys of tensors that no later micro-batch will name."""
     boundary: Boundary
     """What the blocks before the cut returned, for the whole batch; empty where none are before."""
+    adapters: tuple[Applied, ...] = ()
+    """One per forward."""
 
 
 class Leader:
@@ -52,13 +61,15 @@ class Leader:
         self._blocks, self._mergers, self._on_idle = blocks, mergers, on_idle
         self._outliner, self._shape_only = outliner, shape_only
 
-    def run(self, component: str, group: Sequence[Inputs], released: tuple[int, ...]) -> "Work | Output":
-        """The first blocks of a group of forwards of one signature."""
-        output = self._blocks.run(component, self._mergers[component].merge(group))
+    def run(
+        self, component: str, group: Sequence[Inputs], released: tuple[int, ...], adapters: tuple[Applied, ...]
+    ) -> "Work | Output":
+        """The first blocks of a group of forwards of one signature. adapters: of each."""
+        output = self._blocks.run(component, self._mergers[component].merge(group), rows=_rows(group, adapters))
         if not isinstance(output, dict):
             return output
         outlined = tuple(self._outliner.outline(inputs, self._shape_only[component]) for inputs in group)
-        return Work(component, outlined, released, output)
+        return Work(component, outlined, released, output, adapters)
 
     def rest(self, released: tuple[int, ...]) -> Work:
         """No request is left."""
@@ -108,7 +119,8 @@ class Follower:
             return work
         group = [self._holder.fill(outlined) for outlined in work.inputs]
         inputs = self._mergers[work.component].merge(group)
-        output = self._blocks.run(work.component, inputs, work.boundary or None)
+        rows = _rows(group, work.adapters)
+        output = self._blocks.run(work.component, inputs, work.boundary or None, rows)
         if not isinstance(output, dict):
             return output if self._is_heard else None
         names = self._shape_only.get(work.component, frozenset())

@@ -39,6 +39,7 @@ from deployments.request import (
     InputPictures,
     Posteriors,
 )
+from deployments.stages.adapters import AdapterReader, AdapterStore, using_adapters
 from deployments.stages.blank import BlankTexts
 from deployments.stages.call import Pictures, PipelineCalls
 from deployments.stages.draws import Draws
@@ -96,6 +97,11 @@ class Denoising:
         self.finite = FiniteCheck()
         self._group, parallel = open_parallel(self._denoisers, config, 0, self._store)
         self.loaded = load_rank(self._denoisers, model, config, 0, parallel)
+        self.adapters: AdapterStore | None = None
+        if model.takes_adapters:
+            reader = AdapterReader(pipe, folder, index, self._denoisers.dtype)
+            names, limit = list(self._denoisers.skeletons), int(config.adapter_cache_mib * 2**20)
+            self.adapters = AdapterStore(reader, self.loaded.adapters, names, limit)
         # Who waits for a copy of its own does not wait for the forward of another that is under way.
         self._stream = accelerator.open_stream(self._denoisers.device, priority=-1)
 
@@ -137,6 +143,7 @@ class Denoising:
             patch_sizes={name: patch_size(skeleton) for name, skeleton in skeletons.items()},
             needs=needs if is_limited else None,
             foresee=ForwardForesight(self._denoisers, self._config) if is_limited else None,
+            adapter_bytes=lambda: self.loaded.adapters.num_bytes,
             on_lost=on_lost,
         )
 
@@ -172,7 +179,8 @@ class Denoising:
         """With rank 0 alone; the other ranks tell of themselves."""
         ring = self.engine.stats()
         rank_0 = rank_stats(0, self._denoisers, self.loaded, ring)
-        return TransformerStats(self.engine.queue.stats(), (rank_0,), ring.occupied_s or 0.0)
+        adapters = () if self.adapters is None else tuple(self.adapters.names)
+        return TransformerStats(self.engine.queue.stats(), (rank_0,), adapters, ring.occupied_s or 0.0)
 
     def close(self) -> None:
         """An orderly end."""
@@ -202,10 +210,13 @@ class Denoising:
 
         Raises Cancelled, WrongField, NotFinite, OutOfShare, or what the engine does.
         """
-        with self.loaded.keeper.naming(), accelerator.on_stream(self._stream):
-            cache = StepCache(
-                request.step_cache, partial(self.engine.begin, seat), partial(self.engine.queue.keep, seat)
-            )
+        with (
+            self.loaded.keeper.naming(),
+            accelerator.on_stream(self._stream),
+            using_adapters(self.adapters, request.adapters) as adapters,
+        ):
+            begin = partial(self.engine.begin, seat, adapters=adapters)
+            cache = StepCache(request.step_cache, begin, partial(self.engine.queue.keep, seat))
             components = self._stand_ins(self._submit(cache, request))
             opened: Pictures = open_pictures(pictures, request.size)
             encode: Encode | None = None

@@ -14,12 +14,14 @@ from deployments.checkpoints.geometry import with_geometry
 from deployments.config import EncoderConfig, ModelConfig
 from deployments.device import resolve_device, resolve_dtype
 from deployments.embedding_cache import EmbeddingCache, Together
+from deployments.engine.adapters import AdapterLayers, Applied
 from deployments.memory.keeper import Keeper
 from deployments.memory.on_demand import turn_to_load
 from deployments.memory.share import take_share
 from deployments.memory.spread import spread_models
 from deployments.refusal import CannotServe, NotFinite, OutOfShare, WrongField, describe_cause
 from deployments.request import Encodings, GenerationRequest, InputPictures, num_bytes
+from deployments.stages.adapters import AdapterReader, AdapterStore, recall_adapters, using_adapters
 from deployments.stages.blank import LEAST_TOKENS
 from deployments.stages.call import CONNECTORS, Pictures, PipelineCalls
 from deployments.stages.call_key import call_key
@@ -67,7 +69,12 @@ class TextEncoding:
                 spread_models(models, config)
             self.keeper = Keeper(models, config, self._device, config.device_map, share=share)
         self._calls = PipelineCalls(self._pipe, self._family.calls)
-        self._models, self._forwards = models, EncoderForwards(self.keeper.naming)
+        layers = AdapterLayers(models, self._device, is_compiled=config.compile is not None)
+        self._models, self._forwards = models, EncoderForwards(self.keeper.naming, layers)
+        self.adapters: AdapterStore | None = None
+        if model.takes_adapters:
+            reader = AdapterReader(self._pipe, folder, index, resolve_dtype(config.dtype))
+            self.adapters = AdapterStore(reader, layers, list(models), int(config.adapter_cache_mib * 2**20))
         if config.compile is None and not config.moves_weights:  # else it would cost what a request costs
             self._try(model, sorted(left_out(index)))
             self._forget_counts()
@@ -117,8 +124,12 @@ class TextEncoding:
                 raise _NotCached
             return value
 
+        adapters = recall_adapters(self.adapters, request.adapters)
+        if adapters is None:
+            return None
+        opened = open_pictures(pictures, request.size)
         try:
-            return self._run(request, open_pictures(pictures, request.size), {}, answer, self._max_sequence_length)
+            return self._run(request, opened, {}, answer, self._max_sequence_length, adapters)
         except _NotCached:
             return None
 
@@ -208,14 +219,14 @@ class TextEncoding:
                     made.put(key, kept, num_bytes(kept))
             return value
 
-        encoders = stand_ins(self._models, ask)
-        with self.keeper.naming():
+        with self.keeper.naming(), using_adapters(self.adapters, request.adapters) as adapters:
+            encoders = stand_ins(self._models, ask, adapters)
             with suppress(_NotCached):
-                encodings = self._run(request, pictures, encoders, answer, length)
+                encodings = self._run(request, pictures, encoders, answer, length, adapters)
                 self.num_shared += is_shared
                 return encodings
             recalls = False  # what the connectors read was kept without its values
-            return self._run(request, pictures, encoders, answer, length)
+            return self._run(request, pictures, encoders, answer, length, adapters)
 
     def _run(
         self,
@@ -224,6 +235,7 @@ class TextEncoding:
         encoders: Mapping[str, Any],
         answer: Callable[..., Any],
         max_sequence_length: int | None,
+        adapters: Applied,
     ) -> Encodings:
         """encoders: what stands for text encoders, by name.
         answer: (name of an encoding method, the method, its call's key, its arguments) -> CPU tensors.
@@ -239,7 +251,8 @@ class TextEncoding:
             def encode(*args: Any, **kwargs: Any) -> Any:
                 follows = name == CONNECTORS  # what it reads is a GiB, and follows from what was encoded before
                 given: tuple[Any, Any] = ((), {}) if follows else (args, kwargs)
-                keys.append((call_key(f"{request.kind} {name}", *given), tuple(keys) if follows else ()))
+                key = call_key(f"{request.kind} {name}", *given)
+                keys.append((key, adapters, tuple(keys) if follows else ()))
                 try:
                     value = answer(name, method, keys[-1], args, kwargs)
                 except Exception as error:

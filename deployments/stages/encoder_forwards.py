@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from deployments.engine.adapters import NO_ADAPTERS, AdapterLayers, Applied, Rows
 from deployments.stages.call_key import call_key
 from deployments.stages.lockstep import Ask
 from deployments.stages.tensors import each_tensor, map_tensors
@@ -32,6 +33,7 @@ class EncoderForward:
     model: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    adapters: Applied = NO_ADAPTERS
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -46,7 +48,7 @@ class EncoderForward:
     @property
     def key(self) -> Hashable:
         """Equal for calls that return the same."""
-        return call_key(self.component, self.args, self.kwargs)
+        return call_key(self.component, self.args, self.kwargs), self.adapters
 
     def signature(self) -> Hashable:
         """Equal for calls that may run as one; None: this one may not."""
@@ -56,17 +58,14 @@ class EncoderForward:
         if any(tensor.shape != tokens.shape for tensor in each_tensor(inputs)):
             return None  # pictures, embeddings, or positions whose batch is not their first dimension
         of = map_tensors(lambda tensor: (str(tensor.dtype), tuple(tensor.shape)), inputs)
-        return call_key(self.component, (), of)
-
-    def run(self) -> Any:
-        return self.model(*self.args, **self.kwargs)
+        return call_key(self.component, (), of), self.adapters
 
 
 class StandIn:
     """A text encoder whose call is asked for; all else is the model's own."""
 
-    def __init__(self, component: str, model: nn.Module, ask: Ask) -> None:
-        self._component, self._model, self._ask = component, model, ask
+    def __init__(self, component: str, model: nn.Module, ask: Ask, adapters: Applied) -> None:
+        self._component, self._model, self._ask, self._adapters = component, model, ask, adapters
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
@@ -76,13 +75,13 @@ class StandIn:
         return getattr(self.__dict__["_model"], name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._ask(EncoderForward(self._component, self._model, args, kwargs))
+        return self._ask(EncoderForward(self._component, self._model, args, kwargs, self._adapters))
 
 
-def stand_ins(models: Mapping[str, nn.Module], ask: Ask) -> dict[str, StandIn]:
-    """For the text encoders among a stage's models, by component name."""
+def stand_ins(models: Mapping[str, nn.Module], ask: Ask, adapters: Applied) -> dict[str, StandIn]:
+    """For the text encoders among a stage's models, by component name. adapters: of the request."""
     return {
-        name: StandIn(name, model, ask)
+        name: StandIn(name, model, ask, adapters)
         for name, model in models.items()
         if name.startswith("text_encoder") and type(model).__module__.startswith("transformers.")
     }
@@ -91,9 +90,13 @@ def stand_ins(models: Mapping[str, nn.Module], ask: Ask) -> dict[str, StandIn]:
 class EncoderForwards:
     """Runs what stand-ins ask for."""
 
-    def __init__(self, naming: Callable[[], AbstractContextManager[None]]) -> None:
-        """naming: around work on the device: raises OutOfShare."""
-        self._naming = naming
+    def __init__(self, naming: Callable[[], AbstractContextManager[None]], layers: AdapterLayers) -> None:
+        """
+        Args:
+            naming: around work on the device: raises OutOfShare.
+            layers: of the adapters that forwards name.
+        """
+        self._naming, self._layers = naming, layers
         self._unsplittable: set[str] = set()
         self.batch_sizes: Counter[int] = Counter()
         """How many forwards ran for so many prompts."""
@@ -114,7 +117,7 @@ class EncoderForwards:
         if len(group) == 1:
             return [self._run_alone(group[0])]
         try:
-            with self._naming():
+            with self._naming(), self._applied(group[0]):
                 made = _run_merged(group)
         except _UnsplittableError:
             self._unsplittable.add(group[0].component)
@@ -128,10 +131,14 @@ class EncoderForwards:
     def _run_alone(self, forward: EncoderForward) -> Any:
         self.batch_sizes[1] += 1
         try:
-            with self._naming():
-                return forward.run()
+            with self._naming(), self._applied(forward):
+                return forward.model(*forward.args, **forward.kwargs)
         except Exception as error:
             return error
+
+    def _applied(self, forward: EncoderForward) -> AbstractContextManager[None]:
+        """Those of one forward are all of a group's."""
+        return self._layers.applied(forward.component, [Rows(1, forward.adapters)])
 
 
 class _UnsplittableError(Exception):

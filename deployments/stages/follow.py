@@ -12,6 +12,7 @@ from cluster.place import Rendezvous
 from cluster.ring import Ring, RingStats, no_peers
 from cluster.transport import join_store
 from deployments.config import ModelConfig, TransformerConfig
+from deployments.engine.adapters import AdapterWeights
 from deployments.engine.blocks import cuttable_names, shape_only_inputs
 from deployments.engine.load import Denoisers, LoadedRank, load_rank, open_denoisers, open_parallel
 from deployments.engine.merge import build_mergers
@@ -62,6 +63,14 @@ class Following:
             agree=no_peers if self._group is None else self._group.agree,
         )
         self._ring.start()
+
+    def load_adapter(self, slot: int, weights: AdapterWeights) -> int:
+        """Bytes of what is kept of it here."""
+        return self.loaded.adapters.load(slot, weights)
+
+    def unload_adapter(self, slot: int) -> None:
+        """No request that names it is left."""
+        self.loaded.adapters.unload(slot)
 
     def stats(self) -> RankStats:
         return rank_stats(self._rank, self._denoisers, self.loaded, self._ring.stats())

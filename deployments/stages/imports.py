@@ -9,8 +9,8 @@ from deployments.checkpoints.source import fetch_configs
 from deployments.config import ModelConfig, StageConfig
 from deployments.refusal import CannotServe
 
-UNNEEDED = frozenset({"bitsandbytes", "gguf", "torchao"})
-"""Unless weights are quantised."""
+UNNEEDED = frozenset({"bitsandbytes", "gguf", "peft", "torchao"})
+"""Unless weights are quantised, or the model takes adapters."""
 NOISE = {
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward from kernels-community",
     "diffusers.quantizers.gguf.gguf_quantizer": "is required to remain in FP32, dequantizing now",
@@ -56,6 +56,7 @@ def needed_packages(model: ModelConfig, config: StageConfig) -> frozenset[str]:
     files = (model.checkpoint, *model.components.values())
     is_needed = {
         "bitsandbytes": config.quantization is not None or bool(methods - {"torchao"}),
+        "peft": model.takes_adapters,
         "gguf": any(file.endswith(".gguf") for file in files),
         "torchao": "torchao" in methods,
     }

@@ -14,13 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.place import Place
 from deployments.checkpoints.source import fetch_checkpoint
-from deployments.config import TransformerConfig
 from deployments.engine.seat import Seat
 from deployments.refusal import CannotServe, WrongField
 from deployments.request import Encodings, GenerationRequest, Prompt
-from deployments.stages import load_stage
 from deployments.stages.call import call_arguments
 from deployments.stages.denoise import Denoising
 from deployments.stages.derive import Derived
@@ -34,6 +31,7 @@ from tests.deployments.variants import (
     edit,
     encode,
     load_denoising,
+    load_ranks,
     read_model,
     set_model,
     write_tiny,
@@ -83,18 +81,8 @@ def open_ranks() -> Iterator[Open]:
     opened: list[Denoising] = []
 
     def open_all(**settings: Any) -> Denoising:
-        config = TransformerConfig(**settings)
-        head = load_stage("denoise", MODEL, config)
-        opened.append(head)
-        if config.num_ranks == 1:
-            head.connect(None, pytest.fail)
-            return head
-        others = [load_stage("follow", MODEL, config, rank) for rank in range(1, config.num_ranks)]
-        rendezvous = head.open_rendezvous("127.0.0.1", [Place("node", None)] * config.num_ranks)
-        with ThreadPoolExecutor(config.num_ranks) as threads:
-            for joining in [threads.submit(rank.connect, rendezvous, pytest.fail) for rank in (head, *others)]:
-                joining.result(SOON_S)
-        return head
+        opened.append(load_ranks(MODEL, **settings))
+        return opened[-1]
 
     yield open_all
     for head in opened:

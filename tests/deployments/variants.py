@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
+from cluster.place import Place
 from deployments.checkpoints.components import left_out, read_index
 from deployments.checkpoints.geometry import with_geometry
 from deployments.checkpoints.source import fetch_checkpoint, with_family
@@ -22,6 +24,7 @@ from deployments.stages.denoise import Denoising
 from deployments.warm_up import default_request
 
 SEED = 3
+SOON_S = 60.0
 
 
 def write_tiny(family: str, folder: Path) -> Path:
@@ -72,9 +75,24 @@ def build_request(model: ModelConfig, kind: CallKind | None = None, **changes: A
 
 
 def load_denoising(model: ModelConfig) -> Denoising:
-    stage = load_stage("denoise", model, TransformerConfig())
-    stage.connect(None, _raise)
-    return stage
+    return load_ranks(model)
+
+
+def load_ranks(model: ModelConfig, **settings: Any) -> Denoising:
+    """All ranks of a config in this process; rank 0, connected."""
+    config = TransformerConfig(**settings)
+    head = load_stage("denoise", model, config)
+    if config.num_ranks == 1:
+        head.connect(None, _raise)
+        return head
+    others = [load_stage("follow", model, config, rank) for rank in range(1, config.num_ranks)]
+    rendezvous = head.open_rendezvous("127.0.0.1", [Place("node", None)] * config.num_ranks)
+    with ThreadPoolExecutor(config.num_ranks) as threads:
+        for joining in [threads.submit(rank.connect, rendezvous, _raise) for rank in (head, *others)]:
+            joining.result(SOON_S)
+    if head.adapters is not None:
+        head.adapters.ask_ranks = lambda method, *args: [getattr(rank, method)(*args) for rank in others]
+    return head
 
 
 def encode(model: ModelConfig, request: GenerationRequest, pictures: InputPictures | None = None) -> Encodings:

@@ -122,7 +122,7 @@ LAYOUTS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "SD 3 in one file": (single_file("model.joint_blocks.1.x"), r"config: stabilityai/stable-diffusion-3-medium"),
     "anything in one file": (single_file("x"), r"is a single file of weights.*components: {{transformer: {}}}"),
     "a pickle": (pickled, r"is pickled.*so none is: convert it, .*torch\.load\('{}'"),
-    "a LoRA in one file": (single_file("x.lora_A.weight"), r"is a LoRA, not a checkpoint\. Fuse it into one"),
+    "a LoRA in one file": (single_file("x.lora_A.weight"), r"is a LoRA, not a checkpoint\. Serve its base model"),
     "GGUF": (gguf, "is a single file of weights.*serve `checkpoint: OWNER/NAME` with `components:"),
     "the index itself": (lambda path: component(path).parent / "model_index.json", "name its folder"),
     "a component": (component, "is one component of a checkpoint: name the folder that it is in"),

@@ -1,0 +1,46 @@
+"""LoRA adapters with random weights, written by PEFT and diffusers as trainers write them."""
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+
+from deployments.checkpoints.components import denoiser_names, read_index
+
+LAYERS = r".*(to_q|to_k|to_v|to_out\.0|net\.0\.proj|net\.2|proj_mlp|proj_in|conv1|ffn\.net\.2)"
+"""Linear ones, and where there are some convolutions."""
+
+
+def write_lora(folder: Path, checkpoint: Path, *, seed: int, rank: int = 4, texts: bool = False) -> Path:
+    """For the first denoiser; texts: for the text encoders too, where diffusers takes them."""
+    pipe: Any = DiffusionPipeline.from_pretrained(checkpoint)
+    [denoiser, *_] = denoiser_names(read_index(checkpoint))
+    torch.manual_seed(seed)
+    layers = {f"{denoiser}_lora_layers": _add(getattr(pipe, denoiser), LAYERS, rank)}
+    for name in ("text_encoder", "text_encoder_2") if texts else ():
+        if name in pipe._lora_loadable_modules:
+            layers[f"{name}_lora_layers"] = _add(getattr(pipe, name), r".*(q_proj|v_proj|fc1)", rank)
+    type(pipe).save_lora_weights(folder, **layers)
+    return folder
+
+
+def load_with(checkpoint: Path, adapters: Mapping[str, Path]) -> Any:
+    """The plain pipeline, these loaded by PEFT."""
+    pipe: Any = DiffusionPipeline.from_pretrained(checkpoint)
+    pipe.set_progress_bar_config(disable=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")
+        for name, source in adapters.items():
+            pipe.load_lora_weights(source, adapter_name=name)
+    return pipe
+
+
+def _add(model: Any, layers: str, rank: int) -> dict[str, torch.Tensor]:
+    model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights=False, target_modules=layers))
+    weights: dict[str, torch.Tensor] = get_peft_model_state_dict(model)
+    return weights
