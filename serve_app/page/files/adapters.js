@@ -9,7 +9,7 @@ let rows = [];     // {name, scale, mixed, number}
 /** What was chosen of another model is kept where this one knows the name. */
 export function offerAdapters() {
   const before = readAdapters();
-  const adapters = card.adapters ?? [];
+  const adapters = card.adapters;
   $("adapters").hidden = !adapters.length;
   rows = adapters.map(offerOne);
   $("lora").replaceChildren(...rows.map((row) => row.item));

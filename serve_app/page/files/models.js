@@ -2,18 +2,16 @@
 
 import { Refusal, ask } from "./server.js";
 
-export let cards = [];     // of models; an adapter's own card is none of them
+export let cards = [];     // of models; one of an adapter has a parent, and is none of them
 export let card = null;    // of the chosen model
 
 /** Chooses the model that the address names (`#name`), or the first. */
 export async function loadModels() {
   const { data } = await (await ask("v1/models")).json();
-  cards = data.filter((one) => !data.some((base) => isAdapterOf(one, base)));
+  cards = data.filter((one) => !one.parent);
   if (!cards.length) throw new Refusal({ message: "This server has no models." });
   chooseModel(nameInAddress());
 }
-
-const isAdapterOf = (one, base) => (base.adapters ?? []).some(({ name }) => one.id === `${base.id}:${name}`);
 
 function nameInAddress() {
   try { return decodeURIComponent(location.hash.slice(1)); } catch { return ""; }

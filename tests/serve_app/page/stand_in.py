@@ -26,10 +26,8 @@ TIMINGS = TimingsMs(encode=1, queue=0, denoise=30, decode=2)
 
 def card(name: str = "flux-dev", family: str = "flux", **more: Any) -> dict[str, Any]:
     """As /v1/models lists one, and more."""
-    own = model_card(with_geometry(tiny_model(family)), 0, LimitsConfig()).model_dump(mode="json")
-    for field_ in ("adapters", "schedulers"):
-        own.pop(field_, None)
-    return own | {"id": name} | more
+    own = model_card(with_geometry(tiny_model(family)), 0, LimitsConfig(), {})
+    return own.model_dump(mode="json") | {"id": name} | more
 
 
 def refusal(message: str, param: str | None = None) -> dict[str, Any]:

@@ -20,7 +20,7 @@ MARKUP = "<img src=x onerror='window.hurt=1'><script>window.hurt=1</script>"
 
 
 def test_models_are_a_choice_and_adapters_none_of_them(page: Page, server: StandIn) -> None:
-    server.cards = [card(adapters=ADAPTERS), card("flux-dev:watercolour"), card("wan", "wan")]
+    server.cards = [card(adapters=ADAPTERS), card("flux-dev:watercolour", parent="flux-dev"), card("wan", "wan")]
     page.open(f"{server.url}/")
     assert [option.text for option in page.select("#model").options] == ["flux-dev", "wan"]
     page.select("#model").select_by_value("wan")
