@@ -118,7 +118,11 @@ $("copy").onclick = async () => {
 };
 $("change-key").onclick = changeKey;
 document.addEventListener("key", () => { $("change-key").hidden = !key(); tellCurl(); });
-$("status").onclick = (event) => { event.preventDefault(); showStatus().catch(tellError); };
+$("status").onclick = (event) => {
+  if (event.ctrlKey || event.metaKey) return;
+  event.preventDefault();
+  showStatus().catch(tellError);
+};
 document.addEventListener("keydown", (event) => {
   if (document.querySelector("dialog[open]")) return;
   if (event.key === "Escape" && running) { running.abort(); $("prompt").focus(); }

@@ -5,7 +5,8 @@ import { $, element } from "./elements.js";
 import { callOf } from "./models.js";
 import { placeFor } from "./inputs.js";
 
-const STAGES = ["encode", "prepare", "queue", "denoise", "decode"];
+const STAGES = ["wake", "encode", "prepare", "queue", "denoise", "decode"];
+const SOMETIMES = ["wake", "prepare"];    // not told where they took no time
 const MOST = 100;           // that are kept
 const made = [];            // {card, body, files, seed, size, timings, forwards, warnings, blob, url, name, isVideo}, the newest last
 export let shown = null;    // of `made`
@@ -97,7 +98,7 @@ export function offerAgain() {
 }
 
 function describeTimes(timings) {
-  const stages = STAGES.filter((stage) => timings[stage] !== undefined && (timings[stage] || stage !== "prepare"));
+  const stages = STAGES.filter((stage) => timings[stage] !== undefined && (timings[stage] || !SOMETIMES.includes(stage)));
   const total = stages.reduce((sum, stage) => sum + timings[stage], 0);
   $("stages").hidden = !total;
   $("stages").replaceChildren(...stages.map((stage) => {

@@ -40,21 +40,17 @@ def test_a_job_moves_the_bar_and_ends_as_a_video(page: Page, studio: StandIn) ->
         tell(studio, status="in_progress", progress=progress)
         page.wait(lambda progress=progress: share(page) == str(progress))
     page.wait(lambda: "left" in page.one("#left").text)
-    tell(
-        studio,
-        status="completed",
-        progress=100,
-        seed=3,
-        drawn=Drawn(
-            seed=3, timings_ms=TIMINGS, forwards=Forwards(computed=4, asked=8), warnings=["the prompt was cut"]
-        ).model_dump(),
-    )
+    drawn = Drawn(seed=3, timings_ms=TIMINGS, forwards=Forwards(computed=4, asked=8), warnings=["it was cut"])
+    told = drawn.model_dump()
+    told["timings_ms"]["wake"] = 1500.0
+    tell(studio, status="completed", progress=100, seed=3, drawn=told)
     page.wait(lambda: page.one("#about").is_displayed())
     assert page.run("return document.querySelector('#view video').videoWidth") == 64
     assert "seed 3" in page.one("#facts").text
     assert "4 of 8 forwards computed" in page.one("#facts").text
+    assert page.one("#legend").text.startswith("wake 1.50 s")
     assert "denoise 30 ms" in page.one("#legend").text
-    assert page.one("#warnings").text == "the prompt was cut"
+    assert page.one("#warnings").text == "it was cut"
     assert studio.asked[-1].fields == {"prompt": "waves"}
 
 
