@@ -147,6 +147,7 @@ document.addEventListener("dragover", (event) => {
   if (!event.dataTransfer.types.includes("Files")) return;
   event.preventDefault();
   document.body.classList.add("dropping");
+  $("files").open = true;
 });
 for (const name of ["dragleave", "drop"]) {
   document.addEventListener(name, (event) => {

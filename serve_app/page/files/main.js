@@ -137,6 +137,10 @@ $("made").addEventListener("keydown", (event) => {
   event.preventDefault();
   if (next) { next.focus(); next.click(); }
 });
+// Adapters and models may have come meanwhile.
+document.addEventListener("visibilitychange", () => {
+  if (document.visibilityState === "visible" && card && !running) loadModels().then(offerFields).catch(console.info);
+});
 // Nobody waits for a picture any more, so the server need not draw it.
 addEventListener("pagehide", () => running?.abort(LEFT));
 addEventListener("pageshow", (event) => { if (event.persisted && card) setTimeout(resume); });

@@ -5,12 +5,12 @@ import { Refusal, ask } from "./server.js";
 export let cards = [];     // of models; one of an adapter has a parent, and is none of them
 export let card = null;    // of the chosen model
 
-/** Chooses the model that the address names (`#name`), or the first. */
+/** Chooses the same model again; at first the one that the address names (`#name`), or the first. */
 export async function loadModels() {
   const { data } = await (await ask("v1/models")).json();
   cards = data.filter((one) => !one.parent);
   if (!cards.length) throw new Refusal({ message: "This server has no models." });
-  chooseModel(nameInAddress());
+  chooseModel(card?.id ?? nameInAddress());
 }
 
 function nameInAddress() {
@@ -19,7 +19,7 @@ function nameInAddress() {
 
 /** Says so in the address, where there is a choice. */
 export function chooseModel(id) {
-  card = cards.find((one) => one.id === id) ?? card ?? cards[0];
+  card = cards.find((one) => one.id === id) ?? cards[0];
   const address = cards.length > 1 ? `#${encodeURIComponent(card.id)}` : location.pathname;
   history.replaceState(null, "", address);
 }

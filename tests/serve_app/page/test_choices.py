@@ -72,6 +72,19 @@ def test_an_adapter_has_a_slider_and_is_sent_told_and_used_again(page: Page, ser
     assert [box.is_selected() for box in page.all("#lora [type=checkbox]")] == [True, False]
 
 
+def test_an_adapter_that_came_meanwhile_is_offered_to_whoever_looks_again(page: Page, server: StandIn) -> None:
+    server.cards = [card(adapters=ADAPTERS[:1])]
+    page.open(f"{server.url}/")
+    page.unfold("#adapters")
+    page.one("#lora [type=checkbox]").click()
+    page.type("#lora [type=number]", "0.3")
+    server.cards = [card(adapters=ADAPTERS)]
+    page.run("document.dispatchEvent(new Event('visibilitychange'))")
+    page.wait(lambda: len(page.all("#lora li")) == 2)
+    page.draw("a cat")
+    assert server.asked[-1].fields["lora"] == [{"name": "watercolour", "scale": 0.3}]
+
+
 def test_beside_a_picture_adapters_are_json_in_the_form(page: Page, server: StandIn) -> None:
     server.cards = [card(adapters=ADAPTERS)]
     page.open(f"{server.url}/")
