@@ -38,7 +38,7 @@ from serve_app.openai_api import (
     StageHealth,
     VideoBody,
 )
-from serve_app.page import add_pages
+from serve_app.page.routes import add_pages
 from serve_app.relay import Relay
 from serve_app.sse import HEARTBEAT_S, answer_with_events
 from serve_app.trace_ids import TraceIds

@@ -24,13 +24,14 @@ from serve_app.auth.key_file import KeyFile
 from serve_app.auth.keys import ApiKey
 from serve_app.auth.metrics import KeyMetrics
 from serve_app.errors import ClientLeft, RelayError, StageFailed, Unauthorized
+from serve_app.page.routes import FILES
 
 log = logging.getLogger("ray.serve")
 
 T = TypeVar("T")
 
 OPEN_PATHS = frozenset(("", "/", "/docs", "/openapi.json", "/health"))
-"""They need no key. All others do, those that are added later included."""
+"""They need no key, nor do the pages' own files. All others do, those that are added later included."""
 TOLD_HEADERS = ("Retry-After", "Server-Timing", "X-Forwards", "X-Request-ID", "X-Seed", "X-Warnings")
 """Which scripts of another origin may read."""
 _NO_KEY = "this server asks for a key, and the request has none: send the header Authorization: Bearer KEY"
@@ -116,7 +117,7 @@ class KeyMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
-        elif self._keys is None or (scope["type"] == "http" and get_route_path(scope) in OPEN_PATHS):
+        elif self._keys is None or (scope["type"] == "http" and _is_open(get_route_path(scope))):
             await self._app(_with_state(scope, key_name=None), receive, send)
         elif scope["type"] == "http":
             await self._admit(self._keys, scope, receive, send)
@@ -144,6 +145,10 @@ class KeyMiddleware:
             if admission is not None and answer.is_error:
                 admission.give_back()
             keys.metrics.note(name, answer.status, admission.megapixel_steps if admission else 0.0)
+
+
+def _is_open(path: str) -> bool:
+    return path in OPEN_PATHS or path.startswith(f"{FILES}/")
 
 
 class Answer:

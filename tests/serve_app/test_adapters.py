@@ -25,6 +25,7 @@ from serve_app.app import build_app
 from serve_app.config import parse_app_config
 from tests.conftest import TEXT_TOKENS
 from tests.deployments.lora import load_with, write_lora
+from tests.serve_app.page.browser import Page, rgb
 
 pytestmark = pytest.mark.slow
 MODEL = "tiny"
@@ -179,3 +180,14 @@ def test_a_form_takes_lora_as_json(client: OpenAI, url: str) -> None:
     plain = client.images.edit(**asked, extra_body=extra)
     named = client.images.edit(**asked, extra_body=extra | {"lora": json.dumps([{"name": "a"}])})
     assert plain.data[0].b64_json != named.data[0].b64_json
+
+
+def test_the_page_mixes_in_as_much_as_its_slider_says(page: Page, url: str) -> None:
+    page.open(f"{url}/")
+    page.unfold("#adapters")
+    page.one("#lora [type=checkbox]").click()
+    page.type("#lora [type=number]", "0.5")
+    page.draw("a cat", seed=SEED)
+    body = {"prompt": "a cat", "seed": SEED, "lora": [{"name": "a", "scale": 0.5}]}
+    [expected] = httpx.post(f"{url}/v1/images/generations", json=body, timeout=60).json()["data"]
+    assert page.pixels() == rgb(base64.b64decode(expected["b64_json"]))

@@ -1,42 +1,7 @@
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>Latent Relay: API</title>
-<style>
-:root { --page: #f6f6f4; --card: #fff; --line: #dededa; --text: #1d1d1b; --soft: #63635e; --accent: #4450cf; }
-@media (prefers-color-scheme: dark) {
-  :root { --page: #141416; --card: #1d1d20; --line: #34343a; --text: #ececef; --soft: #a2a2ab; --accent: #8f98ff; }
-}
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--text); font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 60rem; margin: 0 auto; padding: 1.1rem 1.25rem 3rem; }
-h1 { font-size: 1.3rem; }
-h2 { font-size: 1.05rem; margin: 0; overflow-wrap: anywhere; }
-h3 { font-size: .875rem; margin: 1rem 0 .3rem; }
-a { color: var(--accent); }
-section { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 1rem 1.1rem; margin: 1rem 0; }
-p { margin: .3rem 0; }
-code, pre { font-family: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: .84rem; }
-.table { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .875rem; }
-th, td { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0; border-top: 1px solid var(--line); }
-td:nth-child(2) { overflow-wrap: anywhere; min-width: 9rem; }
-.soft { color: var(--soft); }
-</style>
-</head>
-<body>
-<main>
-<p><a href="./">Latent Relay</a> · <a href="openapi.json">openapi.json</a></p>
-<h1 id="title">API</h1>
-<p id="about" class="soft">Reading openapi.json …</p>
-<noscript><p>This page is made of <a href="openapi.json">openapi.json</a> by a script; the file says the same.</p></noscript>
-<div id="paths"></div>
-</main>
-<script>
-"use strict";
+/** The API's own description, as tables. */
+
+import { ask } from "./server.js";
+
 const MAX_VALUES = 12, MAX_PATTERN = 60;
 let schemas = {};
 
@@ -114,16 +79,13 @@ function show(path, method, operation, parent) {
 }
 
 async function main() {
-  const api = await (await fetch("openapi.json")).json();
+  const api = await (await ask("openapi.json")).json();
   schemas = (api.components || {}).schemas || {};
   document.getElementById("title").textContent = api.info.title + ": API";
-  document.getElementById("about").textContent = api.info.description;
+  document.getElementById("overview").textContent = api.info.description;
   for (const [path, operations] of Object.entries(api.paths)) {
     for (const [method, operation] of Object.entries(operations)) show(path, method, operation, document.getElementById("paths"));
   }
 }
 
-main().catch((error) => { document.getElementById("about").textContent = "openapi.json could not be read: " + error; });
-</script>
-</body>
-</html>
+main().catch((error) => { document.getElementById("overview").textContent = "openapi.json could not be read: " + error; });

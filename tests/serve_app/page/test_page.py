@@ -1,133 +1,30 @@
 """The page at `/`, driven in a real Chromium; without one these tests are skipped.
 
-`PAGE_SCREENSHOT=docs/page.png PAGE_URL=http://127.0.0.1:8000/ pytest -k screenshot tests/serve_app/test_page.py`
+`PAGE_SCREENSHOT=docs/page.png PAGE_URL=http://127.0.0.1:8000/ pytest -k screenshot tests/serve_app/page`
 takes the README's picture of a running server.
 """
 
 import base64
-import io
-import json
 import os
 import re
-import shlex
-import shutil
-from collections.abc import Callable, Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from PIL import Image
-from selenium import webdriver
-from selenium.webdriver.common.by import By
+from selenium.webdriver import ActionChains
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.remote.webelement import WebElement
-from selenium.webdriver.support.wait import WebDriverWait
 
-from tests.keyed_app import KeyedApp
 from tests.pictures import video
+from tests.serve_app.page.browser import PATIENCE_S, Page, curl_body, curl_form, rgb
 from tests.serve_app.pictures import file, half_mask, noise
 
 pytestmark = pytest.mark.slow
-PATIENCE_S = 60.0
 NOTE_PROGRESS = """
 window.shares = [];
 new MutationObserver(() => window.shares.push(document.querySelector(".bar").getAttribute("aria-valuenow")))
   .observe(document.querySelector(".bar"), {attributes: true, attributeFilter: ["aria-valuenow"]});
 """
-READ_PICTURE = """
-const image = document.querySelector("#view img");
-const canvas = document.createElement("canvas");
-[canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];
-canvas.getContext("2d").drawImage(image, 0, 0);
-return canvas.toDataURL("image/png");
-"""
-
-
-class Page:
-    """What a person sees and does."""
-
-    def __init__(self, driver: webdriver.Chrome) -> None:
-        self.driver = driver
-
-    def open(self, url: str, *, width: int = 1280, height: int = 900, scheme: str = "light") -> None:
-        """At a size in CSS pixels and in a colour scheme."""
-        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-        self.driver.execute_cdp_cmd(
-            "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-        )
-        self.driver.get(url)
-        self.wait(lambda: self.one("#model").text)
-
-    def one(self, selector: str) -> WebElement:
-        return self.driver.find_element(By.CSS_SELECTOR, selector)
-
-    def all(self, selector: str) -> list[WebElement]:
-        return self.driver.find_elements(By.CSS_SELECTOR, selector)
-
-    def wait(self, condition: Callable[[], Any]) -> None:
-        WebDriverWait(self.driver, PATIENCE_S, poll_frequency=0.05).until(lambda _: condition())
-
-    def draw(self, prompt: str, **settings: Any) -> None:
-        """Types, presses Enter, and waits for the last picture."""
-        for field, value in settings.items():
-            self.type(f"#{field}", str(value))
-        self.type("#prompt", prompt + Keys.ENTER)
-        self.wait(lambda: self.one("#go").is_displayed() and self.one("#about").is_displayed())
-
-    def type(self, selector: str, text: str) -> None:
-        self.one(selector).clear()
-        self.one(selector).send_keys(text)
-
-    def run(self, script: str, *arguments: Any) -> Any:
-        return self.driver.execute_script(script, *arguments)
-
-    def pixels(self) -> bytes:
-        """RGB of the picture on view."""
-        url = self.run(READ_PICTURE)
-        return rgb(base64.b64decode(url.partition(",")[2]))
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[webdriver.Chrome]:
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if chromium is None or driver is None:
-        pytest.skip("no chromium and chromedriver on this machine (Debian: chromium, chromium-driver)")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    started = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield started
-    started.quit()
-
-
-@pytest.fixture
-def page(browser: webdriver.Chrome) -> Iterator[Page]:
-    """Fails a test whose page complains in the console; a refused request is the network's complaint."""
-    browser.get_log("browser")
-    yield Page(browser)
-    assert [entry for entry in browser.get_log("browser") if entry["source"] != "network"] == []
-
-
-def curl_body(command: str) -> tuple[str, dict[str, Any]]:
-    """(url, body) of a curl command, read as a shell would."""
-    words = shlex.split(command.replace("\\\n", ""))
-    return words[words.index("-s") + 1], json.loads(words[words.index("-d") + 1])
-
-
-def curl_form(command: str, folder: Path) -> tuple[str, dict[str, str], dict[str, bytes]]:
-    """(url, fields, files) of a curl command with a form, whose files lie in this folder."""
-    words = shlex.split(command.replace("\\\n", ""))
-    pairs = list(pairwise(words))
-    fields = dict(form.split("=", 1) for option, form in pairs if option == "--form-string")
-    files = {}
-    for name, at in (form.split("=", 1) for option, form in pairs if option == "-F"):
-        files[name] = (folder / re.sub(r"\\(.)", r"\1", at[2:-1])).read_bytes()
-    return words[words.index("-s") + 1], fields, files
 
 
 def test_enter_draws_with_progress_and_stage_times_and_curl_draws_the_same(page: Page, flux_app: Any) -> None:
@@ -145,6 +42,16 @@ def test_enter_draws_with_progress_and_stage_times_and_curl_draws_the_same(page:
     assert body == {"prompt": "a cat's red circle", "seed": 7, "num_inference_steps": 20}
     [again] = httpx.post(url, json=body, timeout=PATIENCE_S).json()["data"]
     assert page.pixels() == rgb(base64.b64decode(again["b64_json"]))
+
+
+def test_a_page_that_is_left_frees_the_seat(page: Page, flux_app: Any) -> None:
+    page.open(f"{flux_app.url}/")
+    page.type("#num_inference_steps", "50")
+    page.type("#size", "512x512")
+    page.type("#prompt", "a long wait" + Keys.ENTER)
+    flux_app.wait_for_seats(1)
+    page.driver.get("about:blank")
+    flux_app.wait_for_seats(0)
 
 
 def test_a_lower_quality_is_a_choice_that_is_told_and_sent(page: Page, flux_app: Any) -> None:
@@ -221,10 +128,10 @@ def test_a_picture_that_goes_in_is_drawn_anew_and_curl_draws_the_same(
     cat.write_bytes(file(noise()))
     mask.write_bytes(file(half_mask()))
     page.open(f"{flux_app.url}/")
-    page.one("#files summary").click()
+    page.unfold("#files")
     assert not page.one("#strength").is_displayed()
-    page.one("#image").send_keys(str(cat))
-    page.one("#mask").send_keys(str(mask))
+    page.choose_file("image", cat)
+    page.choose_file("mask", mask)
     page.draw("a cat's hat", seed=7, strength=0.5)
     assert f"from {cat.name}, mask.png" in page.one("#facts").text
     assert "prepare " in page.one("#legend").text
@@ -236,34 +143,46 @@ def test_a_picture_that_goes_in_is_drawn_anew_and_curl_draws_the_same(
     )
     [again] = httpx.post(url, data=fields, files=files, timeout=PATIENCE_S).json()["data"]
     assert page.pixels() == rgb(base64.b64decode(again["b64_json"]))
-    page.one("#no-files").click()
+    for field in ("mask", "image"):
+        page.one(f"#{field}-tiles .remove").click()
     page.one("#reuse").click()
-    assert [page.run(f"return document.querySelector('#{id}').files.length") for id in ("image", "mask")] == [1, 1]
+    assert [len(page.all(f"#{field}-tiles li")) for field in ("image", "mask")] == [1, 1]
 
 
-def test_a_mask_without_a_picture_is_told_beside_the_picture(page: Page, flux_app: Any, tmp_path: Path) -> None:
-    mask = tmp_path / "mask.png"
-    mask.write_bytes(file(half_mask()))
+def test_a_painted_mask_is_drawn_in_and_what_came_of_it_can_be_begun_with(page: Page, flux_app: Any) -> None:
     page.open(f"{flux_app.url}/")
-    page.one("#files summary").click()
-    page.one("#mask").send_keys(str(mask))
+    page.hand_over("drop", file(noise()), name="cat.png", media_type="image/png")
+    page.one("#paint").click()
+    page.one("#brush-canvas").send_keys(Keys.SPACE)
+    page.one("#brush-done").click()
+    page.wait(lambda: page.all("#mask-tiles li"))
+    page.draw("a hat", seed=7)
+    assert "from cat.png, mask.png" in page.one("#facts").text
+    page.one("#begin-with").click()
+    assert page.one("#image-tiles li").get_attribute("title") == "a-hat-7.png"
+    assert not page.one("#mask-tiles").is_displayed()  # it was painted on another picture
+
+
+def test_a_picture_that_cannot_be_read_is_told_beside_it(page: Page, flux_app: Any) -> None:
+    page.open(f"{flux_app.url}/")
+    page.hand_over("drop", b"GIF89a", name="cat.png", media_type="image/png")
     page.type("#prompt", "a hat" + Keys.ENTER)
     page.wait(lambda: page.all("#image-wrong"))
-    assert "image is missing" in page.one("#image-wrong").text
-    page.one("#no-files").click()
+    assert "it is a GIF" in page.one("#image-wrong").text
+    page.hand_over("drop", file(noise()), name="cat.png", media_type="image/png")
     assert page.all("#image-wrong") == []
-    assert not page.one("#no-files").is_displayed()
 
 
 def test_a_video_that_goes_in_is_drawn_anew(page: Page, wan_app: Any, tmp_path: Path) -> None:
     waves = tmp_path / "waves.mp4"
     waves.write_bytes(video(6, (64, 48)))
     page.open(f"{wan_app.url}/")
-    page.one("#files summary").click()
-    offered = [field.get_attribute("id") for field in page.all("#files input") if field.is_displayed()]
-    assert offered == ["input_reference"]
+    page.unfold("#files")
+    assert [zone.find_element("css selector", "input").get_attribute("id") for zone in page.shown(".zone")] == [
+        "input_reference"
+    ]
     assert page.one("#input_reference").get_attribute("accept") == "video/mp4,video/webm"
-    page.one("#input_reference").send_keys(str(waves))
+    page.choose_file("input_reference", waves)
     page.draw("waves of paper", seed=3)
     assert re.match(r"64 \S 48 ", page.one("#facts").text)
     assert "from waves.mp4" in page.one("#facts").text
@@ -294,10 +213,9 @@ def test_cancel_is_on_the_screen_of_a_phone_that_shows_the_picture(page: Page, f
 def test_a_finger_hits_every_control(page: Page, flux_app: Any) -> None:
     page.open(f"{flux_app.url}/", width=390, height=740)
     page.draw("a cat")
-    controls = page.all("button, a, summary, input, textarea")
-    sizes = {
-        control.get_attribute("outerHTML")[:60]: control.size for control in controls if control.is_displayed()
-    }
+    page.unfold("#files")
+    controls = page.shown("button, a, summary, input:not(.unseen), textarea, .drop")
+    sizes = {control.get_attribute("outerHTML")[:60]: control.size for control in controls}
     assert len(sizes) > 8
     assert {name: size for name, size in sizes.items() if min(size.values()) < 40} == {}
 
@@ -328,11 +246,32 @@ def test_dark_and_light_follow_the_system_and_can_be_read(page: Page, flux_app: 
         assert (luminance(ground) < 0.5) == (scheme == "dark")
 
 
-def test_the_page_needs_nothing_from_elsewhere(flux_app: Any) -> None:
-    answer = flux_app.client.get("/")
-    assert answer.headers["content-type"] == "text/html; charset=utf-8"
+@pytest.mark.parametrize("path", ["/", "/docs", "/page/main.js", "/page/style.css"])
+def test_the_page_needs_nothing_from_elsewhere(flux_app: Any, path: str) -> None:
+    answer = flux_app.client.get(path)
+    assert answer.status_code == 200
     assert "default-src 'none'" in answer.headers["content-security-policy"]
     assert answer.headers["x-content-type-options"] == "nosniff"
+    again = flux_app.client.get(path, headers={"If-None-Match": answer.headers["etag"]})
+    assert (again.status_code, again.content) == (304, b"")
+
+
+def test_the_page_is_found_without_the_slash_at_its_end(page: Page, flux_app: Any) -> None:
+    page.open(flux_app.url)
+    assert page.one("#served").text == "tiny-flux · flux"
+
+
+def test_status_opens_over_the_page(page: Page, flux_app: Any) -> None:
+    page.open(f"{flux_app.url}/")
+    page.one("#status").click()
+    page.wait(lambda: '"num_in_progress"' in page.one("dialog[open] pre").text)
+    page.one("dialog[open] button").click()
+    assert page.all("dialog[open]") == []
+
+
+def test_the_api_is_described_at_docs(page: Page, flux_app: Any) -> None:
+    page.see(f"{flux_app.url}/docs")
+    page.wait(lambda: "POST /v1/images/generations" in page.one("#paths").text)
 
 
 def test_the_model_card_tells_defaults_and_limits(flux_app: Any) -> None:
@@ -347,15 +286,19 @@ def test_the_model_card_tells_defaults_and_limits(flux_app: Any) -> None:
 @pytest.mark.skipif("PAGE_SCREENSHOT" not in os.environ, reason="PAGE_SCREENSHOT names no file")
 def test_screenshot(page: Page) -> None:
     page.open(os.environ["PAGE_URL"], height=1080)
-    page.draw("a blue square at the bottom, on a pink background", seed=3)
-    page.draw("a yellow triangle at the top, on a gray background", seed=5)
-    page.draw("a red circle on the left, on a white background", seed=7)
+    page.draw("a blue square at the bottom, on a pink background", seed=6)
+    page.draw("a yellow triangle at the top, on a gray background", seed=11)
+    page.draw("a red circle on the left, on a white background", seed=3)
+    page.one("#begin-with").click()
+    page.one("#paint").click()
+    canvas = page.one("#brush-canvas")
+    hand = ActionChains(page.driver).move_to_element_with_offset(canvas, canvas.size["width"] // 4, -40)
+    hand.click_and_hold().move_by_offset(0, 90).release().perform()
+    page.one("#brush-done").click()
+    page.draw("a red circle on the left and a blue square on the right, on a white background", strength=1)
+    page.run("scrollTo(0, 0)")
     taken = page.driver.execute_cdp_cmd("Page.captureScreenshot", {"format": "png"})
     Path(os.environ["PAGE_SCREENSHOT"]).write_bytes(base64.b64decode(taken["data"]))
-
-
-def rgb(picture: bytes) -> bytes:
-    return Image.open(io.BytesIO(picture)).convert("RGB").tobytes()
 
 
 def luminance(colour: str) -> float:
@@ -369,18 +312,3 @@ def contrast(one: str, other: str) -> float:
     """1 to 21. Formula: WCAG 2, contrast ratio."""
     dark, light = sorted((luminance(one), luminance(other)))
     return (light + 0.05) / (dark + 0.05)
-
-
-def test_a_page_that_lacks_a_key_asks_for_one_and_keeps_it(page: Page, keyed_app: KeyedApp) -> None:
-    page.driver.get(f"{keyed_app.app.url}/")
-    for secret in ("relay-wrong", keyed_app.secrets["shop"]):
-        page.wait(lambda: page.one("#key-dialog").is_displayed())
-        page.type("#key", secret + Keys.ENTER)
-    page.wait(lambda: page.one("#model").text)
-    page.draw("a red circle", seed=7, num_inference_steps=4)
-    assert "seed 7" in page.one("#facts").text
-    assert "Bearer $RELAY_API_KEY" in page.one("#curl").text
-    assert keyed_app.secrets["shop"] not in page.one("body").text
-    page.open(f"{keyed_app.app.url}/")
-    assert not page.one("#key-dialog").is_displayed()
-    page.run("sessionStorage.clear()")
