@@ -5,11 +5,15 @@ Room is CPUs here, of which the cluster has 16: Ray places by all resources alik
 
 import base64
 import io
+import re
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
+import ray
 import torch
 from PIL import Image
 from ray import serve
@@ -17,7 +21,7 @@ from ray import serve
 from serve_app.app import build_app
 from serve_app.config import parse_app_config
 from serve_app.files import resolve_family
-from tests.conftest import TEXT_TOKENS, App
+from tests.conftest import PATIENCE_S, TEXT_TOKENS, App
 
 pytestmark = pytest.mark.slow
 
@@ -107,6 +111,22 @@ def test_models_that_take_turns_in_the_room_draw_what_each_draws_alone(
         assert np.abs(pixels - expected[name]).max() <= 1
         waited.append(wake_ms > COLD_MS)
     assert waited == [False, True, False, True]
+
+
+def test_each_model_counts_for_itself_in_their_ingress(app: App) -> None:
+    def counted() -> dict[str, float]:
+        text = httpx.get(f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}").text
+        found = re.findall(r"^ray_relay_requests_total\{(.*)\} (\S+)$", text, re.MULTILINE)
+        labels = [(dict(re.findall(r'(\w+)="([^"]*)"', tags)), float(value)) for tags, value in found]
+        return {
+            of["model"]: value for of, value in labels if of["stage"] == "ingress" and "kontext" in of["model"]
+        }
+
+    ask(app, DRAWS)
+    deadline = time.monotonic() + PATIENCE_S
+    while counted() != {EDITS: 2.0}:
+        assert time.monotonic() < deadline, counted()
+        time.sleep(1)
 
 
 def test_what_is_shared_is_held_once(app: App) -> None:
