@@ -55,7 +55,7 @@ def compose_app(config: AppConfig) -> Application:
 
 
 ToldModel = tuple[ModelConfig, tuple[Application, ...], tuple[str, ...]]
-"""What the ingress is told of one: itself, its stages, and the names of those that may sleep."""
+"""What the ingress is told of one: itself, its stages, and names of those that take turns with other models'."""
 
 
 def _bind(config: AppConfig) -> list[ToldModel]:
@@ -78,7 +78,7 @@ def _bind(config: AppConfig) -> list[ToldModel]:
         (
             models[served.name],
             tuple(bound[holder, stage] for stage, holder in served.holders.items()),
-            _sleepers(served),
+            () if config.is_one else _sleepers(served),
         )
         for served in config.served
     ]

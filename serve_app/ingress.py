@@ -24,15 +24,11 @@ class Ingress(DrainOnSigterm):
     def __init__(
         self, limits: LimitsConfig, *models: tuple[ModelConfig, tuple[Any, Any, Any], tuple[str, ...]]
     ) -> None:
-        """models: each with the handles of its encoder, transformer and VAE, and which of them may sleep."""
+        """models: each with the handles of its encoder, transformer and VAE, and which of them take turns."""
         self.drain_on_sigterm()
         self._admission = Admission(limits.max_concurrent_requests)
-        is_one = len(models) == 1
         self._models = Models(
-            [
-                Relay(model, limits, *stages, self._admission, sleepers, takes_turns=not is_one)
-                for model, stages, sleepers in models
-            ]
+            [Relay(model, limits, *stages, self._admission, turns) for model, stages, turns in models]
         )
         for _, stages, _ in models:
             for stage in stages:
