@@ -1,7 +1,7 @@
 """Config to Serve application."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from ray import serve
 from ray.serve import Application, Deployment
@@ -60,13 +60,8 @@ def compose_app(config: AppConfig) -> Application:
     return build_ingress(config).bind(config.limits, *_bind(config), jobs=config.jobs, **bind_access(config))
 
 
-class ToldModel(NamedTuple):
-    """What the ingress is told of one served model."""
-
-    model: ModelConfig
-    stages: tuple[Application, ...]
-    sleepers: tuple[str, ...]
-    """Names of the stages that may sleep."""
+ToldModel = tuple[ModelConfig, tuple[Application, ...], tuple[str, ...]]
+"""What the ingress is told of one: itself, its stages, and names of those that take turns with other models'."""
 
 
 def _bind(config: AppConfig) -> list[ToldModel]:
@@ -86,10 +81,10 @@ def _bind(config: AppConfig) -> list[ToldModel]:
             arguments = (models[served.name], served.stages[stage], warm_ups[served.name])
             bound[served.name, stage] = deployment.bind(*arguments, *([others] if others else []))
     return [
-        ToldModel(
+        (
             models[served.name],
             tuple(bound[holder, stage] for stage, holder in served.holders.items()),
-            _sleepers(served),
+            () if config.is_one else _sleepers(served),
         )
         for served in config.served
     ]

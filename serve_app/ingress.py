@@ -36,7 +36,7 @@ class Ingress(DrainOnSigterm):
     ) -> None:
         """
         Args:
-            models: each with the handles of its encoder, transformer and VAE, and which of them may sleep.
+            models: each with the handles of its encoder, transformer and VAE, and which of them take turns.
             key_counter: Serve's handle of it, where keys are asked for.
         """
         check_listening(access)
@@ -44,12 +44,8 @@ class Ingress(DrainOnSigterm):
         self._cors, self._jobs = access.cors, jobs
         self._keys = None if access.auth is None else Keys(access.auth, key_counter)
         self._admission = Admission(limits.max_concurrent_requests)
-        is_one = len(models) == 1
         self._models = Models(
-            [
-                Relay(model, limits, *stages, self._admission, sleepers, takes_turns=not is_one)
-                for model, stages, sleepers in models
-            ]
+            [Relay(model, limits, *stages, self._admission, turns) for model, stages, turns in models]
         )
         for _, stages, _ in models:
             for stage in stages:

@@ -33,26 +33,22 @@ class Relay:
         transformer: Any,
         vae: Any,
         admission: Admission | None = None,
-        sleepers: Collection[str] = (),
-        *,
-        takes_turns: bool = False,
+        turns: Collection[str] = (),
     ) -> None:
         """
         Args:
             admission: what other models of the same ingress share; None: there are none.
-            sleepers: names of the stages that may sleep.
-            takes_turns: whether other models may have their room meanwhile.
+            turns: names of the stages that may sleep, so that other models can have their room meanwhile.
         """
         follow_ray_to_loopback()
         self._admission = admission or Admission(limits.max_concurrent_requests)
         self._model, self._limits = model, limits
         stages = {"encoder": encoder, "transformer": transformer, "vae": vae}
-        waking = Waking(model.name, [stages[name] for name in sleepers]) if sleepers else None
+        waking = Waking(model.name, [stages[name] for name in turns]) if turns else None
         self._stages = Stages(**stages, suspects=Suspects(model.name), waking=waking)
         self.validator = Validator(model, limits)
         self._created = int(time.time())
         self._metrics = StageMetrics(stage="ingress", rank=0, model=model.name)
-        turns = sleepers if takes_turns else ()
         self._health = LastSeen(lambda: stage_health(self._stages.by_name, turns))
         self._statuses = LastSeen(lambda: stage_statuses(self._stages.by_name))
         export_regularly(self._metrics.export_requests)

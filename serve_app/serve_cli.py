@@ -66,7 +66,7 @@ def serve_command(
         mistakes += [fault for fault in faults if fault is not None]
     if mistakes:
         raise ConfigError("\n".join(mistakes))
-    names = {name: " and ".join(served.name for served in app.served) for name, app in apps.items()}
+    names = {name: _who(app) for name, app in apps.items()}
     raise typer.Exit(importlib.import_module(SERVER).run_server(deployment, names, address=address, grace_s=grace))
 
 
@@ -76,6 +76,11 @@ def open_applications(path: Path, raw: dict[str, Any]) -> None:
         args = application.get("args") or {}
         if isinstance(args, dict):
             application["args"] = args | {"open": True}
+
+
+def _who(app: AppConfig) -> str:
+    """With its verb."""
+    return " and ".join(served.name for served in app.served) + (" is" if app.is_one else " are")
 
 
 def check_applications(

@@ -20,7 +20,13 @@ from ray.exceptions import RayError
 from ray.serve._private.api import serve_start
 from ray.serve.config import gRPCOptions
 from ray.serve.exceptions import RayServeException
-from ray.serve.schema import ApplicationStatus, ReplicaState, ServeDeploySchema, ServeInstanceDetails
+from ray.serve.schema import (
+    ApplicationStatus,
+    DeploymentStatus,
+    ReplicaState,
+    ServeDeploySchema,
+    ServeInstanceDetails,
+)
 from rich.console import Console
 
 from cluster.processes import find_descendants, kill_all
@@ -64,7 +70,7 @@ def run_server(deployment: ServeDeploySchema, models: Mapping[str, str], *, addr
     """Serves until SIGINT, SIGTERM or SIGHUP, then ends what it started; the exit code.
 
     Args:
-        models: names of the models by application, of those that serve a checkpoint.
+        models: by application, of those that serve some: who is ready then, such as `flux-dev is`.
         address: "local", or that of a Ray cluster to join, whose Serve is shut down at the end.
         grace_s: what running requests get. A second signal ends at once.
     """
@@ -145,7 +151,7 @@ class Server:
                 progress.update(_states(applications))
                 self._is_ready = self._is_running(applications) and all(map(_is_healthy, urls.values()))
         for name, url in urls.items():
-            console.print(f"relay: {self._models[name]} is ready: {url}/ (Ctrl-C ends it)", style="bold green")
+            console.print(f"relay: {self._models[name]} ready: {url}/ (Ctrl-C ends it)", style="bold green")
 
     def watch(self) -> NoReturn:
         """Raises RayGone once it is."""
@@ -264,6 +270,8 @@ def _state(deployment: Any) -> str:
         return READY
     if any(replica.pid for replica in replicas):
         return "loading"
+    if not replicas and deployment.status == DeploymentStatus.HEALTHY:
+        return "asleep"
     wants = _UNPLACED.search(deployment.message)
     return f"waits for {wants[1]}; free are {wants[2]}" if wants else "starting"
 

@@ -5,11 +5,16 @@ Room is CPUs here, of which the cluster has 16: Ray places by all resources alik
 
 import base64
 import io
+import re
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
+import ray
 import torch
 from PIL import Image
 from ray import serve
@@ -17,13 +22,15 @@ from ray import serve
 from serve_app.app import build_app
 from serve_app.config import parse_app_config
 from serve_app.files import resolve_family
-from tests.conftest import TEXT_TOKENS, App
+from tests.conftest import PATIENCE_S, TEXT_TOKENS, App
 
 pytestmark = pytest.mark.slow
 
 DRAWS, EDITS = "tiny-flux", "tiny-flux-kontext"
 COLD_MS = 500.0
 """A process is not there sooner."""
+NUM_ASKED: Counter[str] = Counter()
+"""Requests, by model."""
 
 
 def entry(name: str, **stages: Any) -> dict[str, Any]:
@@ -69,6 +76,7 @@ def ask(app: App, model: str) -> tuple[np.ndarray, float]:
     body = {"model": model, "prompt": "a red fox", "seed": 7}
     answer = app.client.post("/v1/images/generations", json=body)
     assert answer.status_code == 200, answer.text
+    NUM_ASKED[model] += 1
     [made] = answer.json()["data"]
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(made["b64_json"]))))
     return pixels.astype(int), made["timings_ms"]["wake"]
@@ -107,6 +115,22 @@ def test_models_that_take_turns_in_the_room_draw_what_each_draws_alone(
         assert np.abs(pixels - expected[name]).max() <= 1
         waited.append(wake_ms > COLD_MS)
     assert waited == [False, True, False, True]
+
+
+def num_counted(model: str) -> float:
+    """Requests that an ingress has taken up, as Prometheus sees them."""
+    text = httpx.get(f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}").text
+    found = re.findall(r"^ray_relay_requests_total\{(.*)\} (\S+)$", text, re.MULTILINE)
+    counts = {tags: float(value) for tags, value in found}
+    return sum(n for tags, n in counts.items() if f'model="{model}"' in tags and 'stage="ingress"' in tags)
+
+
+def test_each_model_counts_for_itself_in_their_ingress(app: App) -> None:
+    ask(app, DRAWS)
+    deadline = time.monotonic() + PATIENCE_S
+    while num_counted(EDITS) != NUM_ASKED[EDITS] or num_counted(DRAWS) < NUM_ASKED[DRAWS]:
+        assert time.monotonic() < deadline, (num_counted(EDITS), num_counted(DRAWS), NUM_ASKED)
+        time.sleep(1)
 
 
 def test_what_is_shared_is_held_once(app: App) -> None:
