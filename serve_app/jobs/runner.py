@@ -10,7 +10,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,37 +66,45 @@ class Runner:
         self._name = secrets.token_hex(8)
         self._leases = Leases(jobs.config.lease_s)
         self._running: dict[str, Running] = {}
-        self._expires_next = 0.0
 
     @contextlib.asynccontextmanager
     async def lifespan(self, _: Any) -> AsyncIterator[None]:
         """Of the HTTP application."""
-        looking = asyncio.create_task(self._look_on())
+        working = [asyncio.create_task(work) for work in (self._look_on(), self._expire_on())]
         try:
             yield
         finally:
-            looking.cancel()
+            for task in working:
+                task.cancel()
             await self._give_back()
 
     async def _look_on(self) -> None:
         """For ever."""
         while True:
             self._jobs.changed.clear()
-            if self._jobs.may_exist:
-                try:
-                    await self._look()
-                except Unavailable:  # logged where it was asked
-                    pass
-                except Exception:  # whatever it is, jobs are looked after
-                    log.exception("jobs could not be looked after; the next try follows")
+            await self._try(self._look)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_EVERY_S):
                     await self._jobs.changed.wait()
 
+    async def _expire_on(self) -> None:
+        """For ever; beside the other, for files that are deleted slowly are no reason to lose a lease."""
+        while True:
+            await self._try(self._jobs.expire)
+            await asyncio.sleep(EXPIRE_EVERY_S)
+
+    async def _try(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Where it fails, the next time may be better."""
+        if not self._jobs.may_exist:
+            return
+        try:
+            await work()
+        except Unavailable:  # logged where it was asked
+            pass
+        except Exception:
+            log.exception("jobs could not be looked after; the next try follows")
+
     async def _look(self) -> None:
-        if time.monotonic() >= self._expires_next:
-            self._expires_next = time.monotonic() + EXPIRE_EVERY_S
-            await self._jobs.expire()
         known = list(self._running.values())
         seen = await self._jobs.unfinished(self._models.names)
         own = {job.id for job in seen if job.runner == self._name}
