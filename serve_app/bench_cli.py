@@ -190,9 +190,9 @@ def tiers(
 @bench.command()
 def tiles(json_file: JsonFile = None, quick: Quick = False) -> None:
     """One tiled decode over two replicas of the VAE, against one replica; and whether the picture is the same."""
-    load: dict[str, Any] = {"model": "VAE", "size": 1024, "tile": 256, "num_rounds": 5}
+    load: dict[str, Any] = {"model": "VAE", "size": 1024, "tile": 256, "num_rounds": 3}
     if quick:
-        load = {"model": "tiny", "size": 512, "tile": 64, "num_rounds": 1}
+        load |= {"size": 512, "tile": 128, "num_rounds": 1}
     _run("tiles", **load, json_file=json_file)
 
 
