@@ -112,14 +112,15 @@ def test_weighted_prompts_that_wait_share_forwards_and_each_gets_its_own() -> No
     ("text", "negative", "field"),
     [
         ('("a", "b").and(1, 2, 3)', "", "prompt"),
-        ("a cat ()1.5", "", "prompt"),
+        ("()", "", "prompt"),
         ("a cat", '("a", "b").and(1, 2, 3)', "negative_prompt"),
     ],
 )
 def test_weights_that_cannot_be_read_are_the_requests_fault(text: str, negative: str, field: str) -> None:
-    with pytest.raises(WrongField, match=f"^{field}: its weights cannot be read") as wrong:
+    with pytest.raises(WrongField, match=f"{field}: its weights cannot be read") as wrong:
         encoding_of("sd15").encode(asking("sd15", text, negative))
     assert wrong.value.param == field
+    assert wrong.value.message.startswith(f"{field}: ")
 
 
 @pytest.mark.slow
