@@ -45,7 +45,7 @@ function factsOf(headers) {
     seed: headers.get("X-Seed"),
     timings: Object.fromEntries(timed.map(([stage, ms]) => [stage, Number(ms)])),
     forwards: { computed, asked },
-    warnings: headers.get("X-Warnings")?.split("; ") ?? [],
+    warnings: JSON.parse(headers.get("X-Warnings") ?? "[]"),
     format: "mp4",
   };
 }
