@@ -93,7 +93,7 @@ def expected(plain_pipeline: Callable[[str], Any]) -> dict[str, np.ndarray]:
     drawn = {}
     for name, more in ((DRAWS, {}), (EDITS, {"max_area": 64 * 64})):
         output = plain_pipeline(name.removeprefix("tiny-"))(
-            "a red fox",
+            prompt="a red fox",
             width=64,
             height=64,
             num_inference_steps=4,
