@@ -177,7 +177,7 @@ def wait_for_200(url: str, process: "subprocess.Popen[bytes]") -> None:
     [
         (
             {"encodr": {}},
-            "unknown key 'encodr' (did you mean 'encoder'?); allowed: encoder, ingress, jobs, limits",
+            "unknown key 'encodr' (did you mean 'encoder'?); allowed: auth, cors, encoder, ingress, jobs, limits",
         ),
         ({"transformer": {"num_gpu": 1}}, "transformer: unknown key 'num_gpu' (did you mean 'num_gpus'?)"),
         (
