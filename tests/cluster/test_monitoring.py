@@ -15,6 +15,7 @@ import ray
 import yaml
 
 from cluster.metrics import COUNTERS, GAUGES, HISTOGRAMS, LABELS
+from serve_app.auth.metrics import REQUESTS, STEPS
 
 ROOT = Path(__file__).parent.parent.parent
 FOLDER = ROOT / "cluster" / "launch" / "monitoring"
@@ -47,7 +48,6 @@ QUERIES = {
 promtool = pytest.mark.skipif(
     shutil.which("promtool") is None, reason="no promtool here: apt-get install prometheus (Debian, Ubuntu)"
 )
-from serve_app.auth.metrics import REQUESTS, STEPS
 
 
 def exported(kind: str, name: str) -> set[str]:
