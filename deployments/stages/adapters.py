@@ -68,7 +68,9 @@ class AdapterReader:
     def _read(self, adapter: Adapter) -> AdapterWeights:
         pipe = copy.copy(self._pipe)
         hollow = {name: _hollow(self._skeleton(name), self._dtype) for name in self._component_names()}
-        vars(pipe).update(hollow)
+        # Whatever of the models that serve it found, it would take the hooks off that offload them.
+        others = {name for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+        vars(pipe).update(dict.fromkeys(others) | hollow)
         load, options = pipe.load_lora_weights, {"adapter_name": PEFT_NAME, "low_cpu_mem_usage": True}
         try:
             file = fetch_adapter(adapter.source, revision=adapter.revision, weight_name=adapter.weight_name)

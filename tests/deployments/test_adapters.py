@@ -158,6 +158,20 @@ def test_kohyas_layout_is_read_with_its_alpha(reader: AdapterReader, tmp_path: P
     assert (layer, float(factor)) == ("transformer_blocks.0.attn.to_out.0", 0.5)
 
 
+def test_an_encoder_that_is_offloaded_stays_so_when_an_adapter_is_read(
+    adapters: Callable[[str], dict[str, AdapterConfig]],
+) -> None:
+    model = served("flux", adapters("flux"))
+    encoder = load_stage("encode", model, EncoderConfig(offload="sequential"))
+    hooked = [
+        name for name, part in encoder._models["text_encoder_2"].named_modules() if hasattr(part, "_hf_hook")
+    ]
+    for scales in ((("a", 1.0),), ()):
+        encoder.encode(asked(model, scales))
+    parts = encoder._models["text_encoder_2"].named_modules()
+    assert [name for name, part in parts if hasattr(part, "_hf_hook")] == hooked
+
+
 def test_reading_leaves_the_models_that_serve_as_they_are(reader: AdapterReader, tmp_path: Path) -> None:
     before = dict(reader._skeleton("transformer").named_modules())
     reader.read(written(tmp_path, **pair(LAYER, 4, 128, 128)))
@@ -228,3 +242,40 @@ def test_a_texts_adapter_is_part_of_what_the_encoder_remembers(
     ):
         encoder.encode(asked(model, scales))
         assert encoder.num_forwards == forwards, scales
+
+
+TECHNIQUES: dict[str, dict[str, Any]] = {
+    "compiled blocks": {"compile": {"scope": "blocks", "backend": "eager"}},
+    "model offload": {"offload": "model"},
+    "group offload": {"offload": {"kind": "group", "level": "leaf"}},
+    "sequential offload": {"offload": "sequential"},
+    "a budget": {"vram_limit_gib": 0.004},
+    "8-bit storage": {"layerwise_casting": "float8_e4m3fn"},
+    "nf4": {"quantization": "nf4"},
+}
+IN_OTHER_BITS = {"8-bit storage", "nf4"}
+"""What they draw is another picture, adapters or none."""
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_adapters_act_beside_what_keeps_the_weights_small(
+    technique: str, adapters: Callable[[str], dict[str, AdapterConfig]]
+) -> None:
+    """Where weights have fewer bits, an adapter moves the latents as it moves those of the whole ones."""
+    model = served("flux", adapters("flux"))
+    requests = [asked(model, scales) for scales in ((("b", 1.0),), ())]
+    encodings = load_stage("encode", model, EncoderConfig()).encode(requests[1])
+    stage = load_ranks(model, **TECHNIQUES[technique])
+    try:
+        drawn, bare = (denoise(stage, encodings, request).latents for request in requests)
+    finally:
+        stage.close()
+    expected, plain = (draw_plain(model, request) for request in requests)
+    if technique in IN_OTHER_BITS:
+        moved, should = (drawn - bare).float().flatten(), (expected - plain).flatten()
+        assert float(torch.cosine_similarity(moved, should, dim=0)) > 0.98
+    else:
+        for one, other in ((drawn, expected), (bare, plain)):
+            np.testing.assert_allclose(
+                one.numpy(), other.numpy(), atol=TOLERANCE * float(other.abs().max()), rtol=0
+            )
