@@ -19,6 +19,9 @@ IDLE_S = 2.0
 HEARD_S = 1.5
 """Serve asks about a stage several times a second, unless it is without a replica and has requests."""
 
+ROOM_S = 5.0
+"""One that leaves takes a moment to be gone, and what waits for its room to be placed: no other leaves meanwhile."""
+
 Count = Callable[[AutoscalingContext], tuple[float, dict[str, Any]]]
 
 
@@ -32,6 +35,8 @@ class ModelUse:
         self.resources: set[str] = set()
         """Names of what its stages take."""
         self.is_leaving = False
+        self.made_room_s = -math.inf
+        """When it left because another needed the room."""
 
     def note(self, stage: str, now_s: float, *, has_requests: bool, is_running: bool) -> None:
         """Of a stage. One that has just come counts as used: it has come for somebody."""
@@ -92,8 +97,9 @@ class SleepPolicy:
     def _leaves(self, use: ModelUse, now_s: float) -> bool:
         if use.idle_s(now_s) >= max(IDLE_S, self._delay_s):
             use.is_leaving = True
-        elif not use.is_leaving and use is _least_recently_used(now_s):
+        elif not use.is_leaving and use is _least_recently_used(now_s) and not _is_room_being_made(now_s):
             use.is_leaving = not _unplaced.lasting().isdisjoint(use.resources)
+            use.made_room_s = now_s if use.is_leaving else use.made_room_s
         return use.is_leaving
 
     def _held(self, context: AutoscalingContext, now_s: float) -> float:
@@ -105,6 +111,10 @@ class SleepPolicy:
             self._low_since_s = now_s
         is_held = self._low_since_s is not None and now_s - self._low_since_s < self._delay_s
         return float(context.target_num_replicas) if is_held else wanted
+
+
+def _is_room_being_made(now_s: float) -> bool:
+    return any(now_s - use.made_room_s < ROOM_S for use in _models.values())
 
 
 def _least_recently_used(now_s: float) -> ModelUse | None:

@@ -84,7 +84,7 @@ def test_requests_with_different_adapters_fly_merged_and_each_is_as_alone(
     model = served(family, adapters(family))
     requests = [asked(model, scales, seed) for seed, scales in enumerate(SCALES)]
     encoder = load_stage("encode", model, EncoderConfig())
-    encodings = encoder.encode_together([(request, None) for request in requests])
+    encodings = [each.encodings for each in encoder.encode_together([(request, None) for request in requests])]
     times = shards  # over several shards fewer are merged: each is asked so often
     stage = load_ranks(model, shards=shards, batch_wait_ms=1000, max_batch_tokens=None)
     try:

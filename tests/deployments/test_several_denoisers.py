@@ -122,9 +122,9 @@ def test_both_passes_of_a_lone_request_are_under_way_at_once_over_shards(
     num_unread: list[int] = []
     begin = stage.engine.begin
 
-    def noting(seat: Seat, before: int, component: str, inputs: Any) -> Any:
+    def noting(seat: Seat, before: int, component: str, inputs: Any, **options: Any) -> Any:
         num_unread.append(before)
-        return begin(seat, before, component, inputs)
+        return begin(seat, before, component, inputs, **options)
 
     stage.engine.begin = noting  # type: ignore[method-assign]
     torch.testing.assert_close(draw(stage, request()), plain_latents(request()), atol=tolerance, rtol=0)
@@ -190,9 +190,9 @@ def note_flights(stage: Denoising) -> list[tuple[str, int]]:
     leader, flown = stage.engine._leader, list[tuple[str, int]]()
     run = leader.run
 
-    def noting(component: str, group: Any, released: Any) -> Any:
+    def noting(component: str, group: Any, *more: Any) -> Any:
         flown.append((component, len(group)))
-        return run(component, group, released)
+        return run(component, group, *more)
 
     leader.run = noting  # type: ignore[method-assign]
     return flown

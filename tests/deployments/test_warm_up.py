@@ -95,9 +95,9 @@ def test_blank_texts_and_latents_are_shaped_as_real_ones(family: str) -> None:
     seen: list[list[torch.Size]] = []
     begin = stage.engine.begin
 
-    def noting(seat: Any, place: int, component: str, inputs: Any) -> Any:
+    def noting(seat: Any, place: int, component: str, inputs: Any, **options: Any) -> Any:
         seen.append([tensor.shape for tensor in each_tensor(dict(inputs))])
-        return begin(seat, place, component, inputs)
+        return begin(seat, place, component, inputs, **options)
 
     stage.engine.begin = noting
     length = encoder_config(family).max_sequence_length

@@ -100,7 +100,7 @@ def test_the_answer_tells_seed_size_and_time_per_stage(flux_app: Any) -> None:
     assert answer["size"] == "64x64"
     [data] = answer["data"]
     assert 0 <= data["seed"] < 2**31
-    assert data["timings_ms"].keys() == {"encode", "prepare", "queue", "denoise", "decode"}
+    assert data["timings_ms"].keys() == {"wake", "encode", "prepare", "queue", "denoise", "decode"}
     assert data["timings_ms"]["denoise"] > 0
 
 

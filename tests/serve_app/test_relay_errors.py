@@ -14,17 +14,23 @@ from serve_app.errors import (
     BadRequest,
     ClientLeft,
     DeadlineExceeded,
+    OverLimit,
     Overloaded,
     RelayError,
     StageFailed,
+    Unauthorized,
     Unavailable,
+    UnknownJob,
     UnknownModel,
 )
 
 ERRORS = [
     (BadCall("no such path"), 400, None),
     (BadRequest("wrong size", "size"), 400, "size"),
+    (Unauthorized("no key"), 401, None),
     (UnknownModel("no such model"), 404, "model"),
+    (UnknownJob("no such job"), 404, None),
+    (OverLimit("too many a minute", 5), 429, None),
     (Overloaded("too many"), 429, None),
     (ClientLeft("it has left"), 499, None),
     (StageFailed("it raised"), 500, None),

@@ -102,7 +102,7 @@ def test_the_openai_client_sees_the_plain_pipelines_picture_form(
         assert abs(event.created_at - time.time()) < 60
     assert completed.usage.total_tokens == 0
     assert completed.seed == 7
-    assert completed.timings_ms.keys() == {"encode", "prepare", "queue", "denoise", "decode"}
+    assert completed.timings_ms.keys() == {"wake", "encode", "prepare", "queue", "denoise", "decode"}
 
     drawn = app.client.post(PATH, json={"prompt": "a red cat", "size": "64x64"} | settings).json()["data"][0]
     assert completed.b64_json == drawn["b64_json"]

@@ -66,9 +66,9 @@ def test_what_a_request_waits_for_is_its_own(family: str, monkeypatch: pytest.Mo
     engine = stage.denoising.engine
     begin = engine.begin
 
-    def watched(*args: Any) -> Callable[[], Any]:
+    def watched(*args: Any, **options: Any) -> Callable[[], Any]:
         waited.append(not others.is_under_way)
-        wait = begin(*args)
+        wait = begin(*args, **options)
 
         def watched_wait() -> Any:
             output = wait()
@@ -94,8 +94,8 @@ def test_what_a_request_is_at_work_on_is_not_used_again_by_anothers_forward(
     engine = stage.denoising.engine
     begin = engine.begin
 
-    def lets_go(*args: Any) -> Callable[[], tuple[torch.Tensor]]:
-        wait = begin(*args)
+    def lets_go(*args: Any, **options: Any) -> Callable[[], tuple[torch.Tensor]]:
+        wait = begin(*args, **options)
 
         def wait_and_let_go() -> tuple[torch.Tensor]:
             [prediction] = wait()

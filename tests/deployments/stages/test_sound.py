@@ -129,7 +129,7 @@ def test_what_connectors_made_is_made_anew_where_it_is_no_longer_kept(
         if size == num_bytes(dict(first)["connectors"]):
             del cache._entries[key]
             cache.num_bytes -= size
-            assert value is dict(first)["connectors"]
+            assert value[0] is dict(first)["connectors"]
     assert encoding.recall(request_) is None
     again = dict(encoding.encode(request_))["connectors"]
     assert all(torch.equal(one, other) for one, other in zip(again, dict(first)["connectors"], strict=True))

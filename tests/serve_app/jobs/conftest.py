@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -11,16 +12,14 @@ from tests.serve_app.jobs.database_server import PROGRAMS, postgresql
 
 
 @pytest.fixture(scope="session")
-def postgresql_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgresql_url() -> Iterator[str]:
     """Of one server for all tests."""
     if not PROGRAMS:
         pytest.skip("Debian's package postgresql is not installed")
-    base = tmp_path_factory.mktemp("postgresql")
-    for folder in (base, *base.parents[:2]):  # pytest lets nobody else in
-        if os.stat(folder).st_uid == os.getuid() and folder.name.startswith(("postgresql", "pytest-")):
-            folder.chmod(0o711)
-    with postgresql(base / "server") as url:
-        yield url
+    with TemporaryDirectory(prefix="relay-postgresql-") as folder:  # not pytest's own, which lets nobody else in
+        os.chmod(folder, 0o711)
+        with postgresql(Path(folder) / "server") as url:
+            yield url
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

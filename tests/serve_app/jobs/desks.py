@@ -15,6 +15,7 @@ from serve_app.jobs.config import JobsConfig
 from serve_app.jobs.files import JobFiles
 from serve_app.jobs.job import Ending, Job, Output
 from serve_app.jobs.store import JobStore
+from serve_app.models import Models
 from serve_app.relay import Relay
 from serve_app.routes import build_api
 
@@ -42,7 +43,7 @@ class Desk:
         self.folder, url = folder, f"sqlite:///{folder}/jobs.db"
         self.config = JobsConfig(database=url, **config)
         self.relay = relay(family)
-        self.api: FastAPI = build_api(self.relay, self.config)
+        self.api: FastAPI = build_api(Models([self.relay]), self.config)
         self._url = url
 
         @self.api.middleware("http")

@@ -23,6 +23,7 @@ from serve_app.jobs.job import Job, Status
 from serve_app.jobs.jobs import Jobs
 from serve_app.jobs.runner import MOST_TAKEN, Runner
 from serve_app.judging import judge
+from serve_app.models import Models
 from serve_app.openai_api import VideoBody
 from serve_app.relay import Relay
 from tests.serve_app.jobs import desks
@@ -36,7 +37,8 @@ class Stages(Relay):
 
     def __init__(self) -> None:
         self._relay = desks.relay("wan")
-        self.validator, self.model = self._relay.validator, self._relay.model
+        self._model, self._created, self._limits = self._relay._model, 0, self._relay._limits
+        self.validator = self._relay.validator
         self.may_end = asyncio.Event()
         self.may_end.set()
         self.num_begun = self.num_running = 0
@@ -70,8 +72,9 @@ class Ingress:
     def __init__(self, folder: Path, **config: Any) -> None:
         self.stages = Stages()
         self.jobs = Jobs(JobsConfig(database=f"sqlite:///{folder}/jobs.db", **{"lease_s": 1.0} | config), "")
-        self.desk = JobDesk(self.jobs, lambda _: self.stages)
-        self.runner = Runner(self.jobs, lambda: ["tiny-wan"], lambda _: self.stages)
+        models = Models([self.stages])
+        self.desk = JobDesk(self.jobs, models)
+        self.runner = Runner(self.jobs, models)
         self._stack = AsyncExitStack()
 
     async def start(self) -> None:

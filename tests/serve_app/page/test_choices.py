@@ -217,8 +217,9 @@ def test_every_control_has_a_name(page: Page, server: StandIn) -> None:
     assert len(controls) > 25
     assert [each.get_attribute("outerHTML") for each in controls if not each.accessible_name] == []
     page.one("#paint").click()
-    tools = page.shown("#brush button, #brush input, #brush canvas")
-    assert len(tools) >= 6
+    find = "#brush button, #brush input, #brush canvas"
+    page.wait(lambda: len(page.shown(find)) >= 6)
+    tools = page.shown(find)
     assert [each.get_attribute("outerHTML") for each in tools if not each.accessible_name] == []
 
 
