@@ -20,7 +20,7 @@ HEARD_S = 1.5
 """Serve asks about a stage several times a second, unless it is without a replica and has requests."""
 
 ROOM_S = 5.0
-"""One that leaves takes a moment to be gone, and what waits for its room to be placed: no other leaves meanwhile."""
+"""What leaves takes a moment to go, and what waits for its room to be placed: no other leaves meanwhile."""
 
 Count = Callable[[AutoscalingContext], tuple[float, dict[str, Any]]]
 

@@ -18,6 +18,7 @@ from ray import serve
 from serve_app.app import build_app, resolve_family
 from serve_app.config import parse_app_config
 from tests.conftest import PATIENCE_S, App
+from tests.thorough import usually
 
 pytestmark = [pytest.mark.slow, pytest.mark.thorough]
 RESOURCES = {"num_cpus": 0.1}
@@ -64,7 +65,7 @@ def test_both_ranks_of_a_shard_compute_every_micro_batch_and_hold_its_weights(ap
     assert all_ranks[0].blocks != all_ranks[2].blocks
 
 
-@pytest.mark.parametrize("lost", [0, 1, 2, 3])
+@pytest.mark.parametrize("lost", usually([0, 1, 2, 3], {3}.__contains__))
 def test_a_request_survives_the_death_of_any_rank(app: App, lost: int) -> None:
     """The replica goes with it; the ingress asks its successor, and the picture is the same."""
     before, pids = draw(app), {rank.pid for rank in ranks(app)}

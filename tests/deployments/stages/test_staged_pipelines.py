@@ -47,8 +47,6 @@ QUICK = frozenset(
         "z-image",
         "hunyuan-image",
         "wan",
-        "wan21-i2v",
-        "cogvideox",
         "ltx-video",
         "ltx2",
         "latte",

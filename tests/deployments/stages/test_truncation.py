@@ -14,7 +14,7 @@ from deployments.stages.tensors import each_tensor
 from deployments.stages.truncation import Reading, TokenizerWatch, truncation_warnings
 from tests.deployments.stages.test_encoder_forwards import READING, load
 
-QUICK = ("flux", "sd35", "qwen-image", "wan", "flux2-klein", "flux3")
+QUICK = ("flux", "sd35", "qwen-image", "wan")
 """Without --thorough."""
 WORDS = "a tin robot and a paper moon under an old oak by the sea, "
 

@@ -63,6 +63,7 @@ def test_the_usage_lies_beside_the_keys_by_the_applications_name() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_an_app_asks_serve_itself_where_it_listens() -> None:
     """No config tells it of `serve run`, `serve deploy` and Python. In a Ray of its own, its Serve open to all."""
     program = """if True:
