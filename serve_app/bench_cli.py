@@ -38,7 +38,7 @@ def batching(json_file: JsonFile = None, quick: Quick = False) -> None:
 @bench.command()
 def adapters(json_file: JsonFile = None, quick: Quick = False) -> None:
     """Requests per second with a LoRA adapter for each, with one for all, and without."""
-    loads = {"tiny": (16, 8)} if quick else {"tiny": (64, 28), "100M": (16, 4)}
+    loads = {"tiny": (16, 8)} if quick else {"tiny": (32, 8), "100M": (16, 4)}
     _run("adapters", loads=loads, concurrencies=(8,) if quick else (1, 8), json_file=json_file)
 
 
