@@ -120,7 +120,8 @@ def test_the_openai_client_sees_an_edit_form(flux_app: Any, redraw: Redraw) -> N
     assert len(events) == len(progress) + len(partials) + 1
     assert progress
     assert all(isinstance(event, ImageEditPartialImageEvent) for event in partials)
-    assert [event.partial_image_index for event in partials] == [0, 1]
+    # One that is not ready before its picture is never sent.
+    assert [event.partial_image_index for event in partials] in ([0, 1], [0])
     assert isinstance(completed, ImageEditCompletedEvent)
     assert (completed.type, completed.size, completed.seed) == ("image_edit.completed", "64x64", 9)
     np.testing.assert_array_equal(pixels(completed), redraw(flux_app, "edit", "a fish", noise(), **settings))
@@ -140,7 +141,7 @@ def test_the_openai_client_sees_one_picture_of_two_form(klein_app: Any, redraw: 
     settings, images = {"num_inference_steps": 15, "seed": 9, **LOUD}, [noise(1), noise(2)]
     files = [file(image) for image in images]
     *partials, completed = edit(klein_app, "a hat", image=files, stream=True, partial_images=2, **settings)
-    assert [event.partial_image_index for event in partials] == [0, 1]
+    assert [event.partial_image_index for event in partials] in ([0, 1], [0])
     expected, swapped = (
         redraw(klein_app, "edit", "a hat", put_in, **settings) for put_in in (images, images[::-1])
     )

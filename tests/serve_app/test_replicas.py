@@ -161,7 +161,8 @@ def test_a_prompt_whose_encoder_is_killed_is_encoded_by_the_other(app: App) -> N
     with ThreadPoolExecutor(6) as threads:
         drawn = threads.map(lambda i: draw(app, ("a lighthouse", f"a rock {i}")[i % 2]), range(6))
         os.kill(own, signal.SIGKILL)
-        assert all(np.array_equal(other, picture) for other in list(drawn)[::2])
+        # Others fly with it, and a batch rounds differently.
+        assert all(np.abs(other.astype(int) - picture).max() <= 1 for other in list(drawn)[::2])
 
 
 LATENTS = DecodeArguments.of(torch.randn(1, 16, 96, 96, generator=torch.Generator().manual_seed(0)))
