@@ -99,7 +99,8 @@ class AdapterLayers:
 
     @property
     def num_bytes(self) -> int:
-        return sum(map(self._bytes_of, list(self._weights)))
+        """Any thread may ask, while another loads or unloads."""
+        return sum(map(_num_bytes, list(self._weights.values())))
 
     def load(self, slot: int, weights: AdapterWeights) -> int:
         """Bytes of what is kept of it here: the layers of this process."""
@@ -113,15 +114,12 @@ class AdapterLayers:
             for component, layers in weights.items()
             if component in self._models
         }
-        return self._bytes_of(slot)
+        return _num_bytes(self._weights[slot])
 
     def unload(self, slot: int) -> None:
         """No forward that names it is left."""
         self._weights.pop(slot, None)
         self._hooks = {}
-
-    def _bytes_of(self, slot: int) -> int:
-        return sum(layer.nbytes for layers in self._weights[slot].values() for layer in layers.values())
 
     @contextmanager
     def applied(self, component: str, rows: Sequence[Rows]) -> Iterator[None]:
@@ -240,6 +238,10 @@ class _Added:
                 down[i, start:end] = low_rank.down
                 torch.mul(low_rank.up, low_rank.ratio * scale, out=up[i, :, start:end])
         return (rows @ down.mT.to(x.device) @ up.mT.to(x.device)).reshape(*x.shape[:-1], -1)
+
+
+def _num_bytes(weights: AdapterWeights) -> int:
+    return sum(layer.nbytes for layers in weights.values() for layer in layers.values())
 
 
 def _is_within(name: str, modules: Sequence[str]) -> bool:
