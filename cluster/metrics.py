@@ -1,9 +1,9 @@
-"""Every metric of this project, and how a process exports its own through Ray's agents to Prometheus.
+"""Every metric of this project, and how a process exports its own to Prometheus through Ray's agents.
 
-Prometheus sees them with the prefix `ray_`. Counters only ever grow; rates and shares are the reader's:
-a micro-batch takes `rate(relay_compute_seconds_total) / rate(relay_micro_batches_total)`, and the bubble is
-`rate(relay_bubble_seconds_total) / (rate(relay_bubble_seconds_total) + rate(relay_compute_seconds_total))`.
-Of histograms use buckets and counts only: Ray (2.60) fills `_sum` with the middles of the buckets.
+Prometheus sees them with the prefix `ray_`. Counters only grow; rates and ratios are computed by the reader: a
+micro-batch takes `rate(relay_compute_seconds_total) / rate(relay_micro_batches_total)`, and the bubble is
+`rate(relay_bubble_seconds_total) / (rate(relay_bubble_seconds_total) + rate(relay_compute_seconds_total))`. Use
+only the buckets and counts of histograms: Ray (2.60) computes `_sum` from the middles of the buckets.
 """
 
 import time
@@ -13,32 +13,37 @@ from queue import Empty, SimpleQueue
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from cluster.repeat import repeat
+from cluster.periodic import call_periodically
 
 EXPORT_PERIOD_S = 5.0
 LABELS = ("stage", "rank", "model")
 
 COUNTERS = {
     "relay_requests_total": "Requests a stage has taken up.",
-    "relay_cache_hits_total": "Prompts whose embeddings were remembered.",
+    "relay_cache_hits_total": "Prompts whose embeddings were in the cache.",
     "relay_forwards_total": "Forwards of the denoiser that were computed, or prompts encoded.",
     "relay_reused_forwards_total": "Forwards of the denoiser that step caches extrapolated.",
+    "relay_resumed_requests_total": "Requests that were resumed after another replica had died.",
+    "relay_resumed_forwards_total": "Forwards of the denoiser that those requests did not compute again.",
+    "relay_saved_bytes_total": "Bytes that were saved outside of replicas, to resume requests from.",
     "relay_micro_batches_total": "Micro-batches a rank has computed.",
     "relay_compute_seconds_total": "Time a rank spent computing micro-batches.",
     "relay_bubble_seconds_total": "Time a rank was idle while micro-batches were in flight.",
     "relay_queue_wait_seconds_total": "Time that all forwards, prompts or latents waited for their stage.",
     "relay_sent_bytes_total": "Bytes a rank sent to the next one.",
     "relay_answered_bytes_total": "Bytes in a stage's answers: embeddings, latents, files.",
-    "relay_not_finite_total": "Answers of a stage that were NaN or infinite, and so were errors instead.",
-    "relay_streamed_bytes_total": "Bytes of weights copied to the device for a use, under vram_limit_gib.",
+    "relay_not_finite_total": "Answers of a stage that were NaN or infinite, and so became errors.",
+    "relay_out_of_time_total": "Requests that the transformer ended because they could not meet their deadlines.",
+    "relay_streamed_bytes_total": "Bytes of weights copied to the device for each use, under vram_limit_gib.",
 }
 GAUGES = {
-    "relay_in_flight_requests": "Requests a stage is at, those that wait in it included.",
+    "relay_in_flight_requests": "Requests in a stage, including those that wait in it.",
     "relay_waiting_forwards": "Forwards that wait in the step queue.",
+    "relay_waiting_requests": "Requests that hold a place in the transformer and have not begun.",
     "relay_weights_bytes": "Weights that a process holds, on its device.",
-    "relay_peak_memory_bytes": "Most that was ever reserved on the GPU; on the CPU the largest resident set.",
-    "relay_cached_bytes": "Embeddings that are remembered.",
-    "relay_cold_start_seconds": "From the start of a replica's constructor until it could serve.",
+    "relay_peak_memory_bytes": "Peak of the memory reserved on the GPU; on the CPU the largest resident set.",
+    "relay_cached_bytes": "Embeddings in the cache.",
+    "relay_cold_start_seconds": "Time from the start of a replica's constructor until it could serve.",
 }
 HISTOGRAMS = {
     "relay_batch_size": (
@@ -59,7 +64,8 @@ HISTOGRAMS = {
 class StageMetrics:
     """One process's metrics, tagged with its stage, rank and model.
 
-    What happens is noted in memory; `export` tells Ray, in a thread of its own, so that no request waits for it.
+    Values are recorded in memory; `export` passes them to Ray from a separate thread, so that no request waits for
+    it.
     """
 
     def __init__(self, *, stage: str, rank: int, model: str) -> None:
@@ -75,7 +81,7 @@ class StageMetrics:
 
     @contextmanager
     def request(self) -> Iterator[None]:
-        """Around one request's time in the stage. For one event loop."""
+        """Context around one request's time in the stage. Must be used from one event loop."""
         began = time.perf_counter()
         self.num_requests += 1
         self.num_in_flight += 1
@@ -86,11 +92,12 @@ class StageMetrics:
             self.observe("relay_stage_seconds", time.perf_counter() - began)
 
     def observe(self, name: str, value: float) -> None:
-        """One value of a metric in HISTOGRAMS. From any thread."""
+        """Records one value of a metric in HISTOGRAMS. Callable from any thread."""
         self._observed.put((name, value))
 
     def export(self, values: Mapping[str, float]) -> None:
-        """values: of metrics in COUNTERS, since the process started, and in GAUGES, now."""
+        """values: for metrics in COUNTERS, the total since the process started; for those in GAUGES, the current
+        value."""
         for name, value in values.items():
             if name in GAUGES:
                 self._set(name, value)
@@ -101,11 +108,11 @@ class StageMetrics:
             self._histogram(name).observe(value, self._tags)
 
     def export_requests(self) -> None:
-        """What `request` has counted."""
+        """Exports what `request` has counted."""
         self.export({"relay_requests_total": self.num_requests, "relay_in_flight_requests": self.num_in_flight})
 
     def export_batch_sizes(self, batch_sizes: Mapping[int, int]) -> None:
-        """batch_sizes: how many micro-batches of so many forwards there were, since the process started."""
+        """batch_sizes: number of micro-batches by their number of forwards, since the process started."""
         for size, total in batch_sizes.items():
             for _ in range(total - self._batch_sizes.get(size, 0)):
                 self._histogram("relay_batch_size").observe(size, self._tags)
@@ -138,5 +145,5 @@ class StageMetrics:
 
 
 def export_regularly(export: Callable[[], None], period_s: float = EXPORT_PERIOD_S) -> None:
-    """Calls it every few seconds, in a thread that ends with the process. What it raises is logged."""
-    repeat(export, period_s, name="the export of metrics")
+    """Calls `export` every `period_s`, in a thread that ends with the process. Exceptions are logged."""
+    call_periodically(export, period_s, name="the export of metrics")

@@ -1,4 +1,4 @@
-"""The processes that come of this one, as Linux tells them: who ends them must find them all."""
+"""Finds and kills the descendants of a process, by Linux's /proc."""
 
 import contextlib
 import os
@@ -12,15 +12,15 @@ _RAYLET = b"RAY_RAYLET_PID="
 
 
 def find_descendants(of: int | None = None) -> set[int]:
-    """Children of that process, or of this one, their children and so on; none where there is no /proc.
+    """Returns all descendants of the process `of`, by default of this one; none where there is no /proc.
 
-    With those that came of a raylet among them, whoever's children they are by now: a fork server outlives the
-    worker that started it, and its workers are its children.
+    For each raylet among them, also returns the processes started for it, whatever their parent is: a fork server
+    outlives the worker that started it, and its workers are its children.
     """
     children: dict[int, list[int]] = defaultdict(list)
     for process in PROC.glob("[0-9]*") if PROC.is_dir() else ():
         with contextlib.suppress(OSError):
-            # After the name, which may hold anything: state, parent.
+            # The name may contain any character; state and parent follow it.
             parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
             children[parent].append(int(process.name))
     found: set[int] = set()
@@ -37,7 +37,7 @@ def find_descendants(of: int | None = None) -> set[int]:
 
 
 def _raylet_of(pid: int) -> int | None:
-    """The raylet for which it was started, as its environment then said."""
+    """Returns the raylet for which the process was started, by the environment it was started with."""
     with contextlib.suppress(OSError, ValueError):
         for variable in (PROC / str(pid) / "environ").read_bytes().split(b"\0"):
             if variable.startswith(_RAYLET):
@@ -46,7 +46,7 @@ def _raylet_of(pid: int) -> int | None:
 
 
 def kill_all(processes: Iterable[int]) -> None:
-    """Those that are still there."""
+    """Kills the processes that still exist."""
     for pid in processes:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)

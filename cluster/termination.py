@@ -1,9 +1,9 @@
-"""What a process does about SIGTERM, in place of what Ray would do.
+"""Handling of SIGTERM in place of Ray's own.
 
-Ray (2.60) begins to end the process, waits for every call that runs in it, and starts no other one. So a follower
-rank, one of whose calls never ends, stays for good and useless; and a replica stays for as long as its longest
-request, while Serve, whose health checks it no longer answers, goes on giving it new ones; and Serve's controller
-stays for up to a minute, and answers nobody.
+On SIGTERM, Ray (2.60) waits for all calls that run in the process and starts no new ones. So a worker rank with a
+call that never ends stays, useless; a replica stays for as long as its longest request, while Serve, whose health
+checks it no longer answers, goes on sending it new ones; and Serve's controller stays for up to a minute without
+answering.
 """
 
 import faulthandler
@@ -19,13 +19,14 @@ log = logging.getLogger("ray.serve")
 
 
 def on_sigterm(told: Callable[[], None]) -> None:
-    """Call that, once, in a thread of its own, when this process gets a SIGTERM.
+    """Calls `told` once, in a separate thread, when this process receives SIGTERM.
 
-    Python sets handlers in the main thread alone, where Ray has set its own and where nothing of ours runs. The
-    handler of faulthandler takes its place from any thread. What it writes is not read; that it does is the news.
+    Python sets signal handlers only in the main thread, where Ray has set its own and where no code of this
+    project runs. The handler of faulthandler can replace it from any thread. Its output is not read: that
+    something is written is the signal.
     """
     reader, writer = os.pipe()
-    os.set_blocking(writer, False)  # it writes in the thread that it interrupts, which must not wait for a reader
+    os.set_blocking(writer, False)  # it writes in the interrupted thread, which must not wait for a reader
     faulthandler.register(signal.SIGTERM, file=writer, all_threads=False, chain=False)
     threading.Thread(target=_wait, args=(reader, told), name="sigterm", daemon=True).start()
 
@@ -36,40 +37,42 @@ def _wait(reader: int, told: Callable[[], None]) -> None:
 
 
 def exit_on_sigterm() -> None:
-    """For Serve's controller: it ends at once, as if it had been killed, and Ray starts it anew.
+    """Makes Serve's controller exit at once on SIGTERM, as if it had been killed; Ray restarts it.
 
-    It has nothing to end first, for what it knows is in the GCS; and calls that wait for news run in it always.
+    The controller needs no cleanup, because its state is in the GCS, and it never becomes idle, because long-poll
+    calls always run in it.
     """
     on_sigterm(lambda: os._exit(1))
 
 
 class ToldToGo(RuntimeError):
-    """A replica's answer to Serve's health checks once it has got a SIGTERM."""
+    """A replica's answer to Serve's health checks after it has received SIGTERM."""
 
-    def __init__(self, message: str = "it has got a SIGTERM, and ends once its requests have") -> None:
+    def __init__(self, message: str = "it has received SIGTERM, and ends once its requests have ended") -> None:
         super().__init__(message)
 
 
 class DrainOnSigterm:
-    """Base of every deployment: SIGTERM has the effect of being stopped by Serve.
+    """Base of every deployment: SIGTERM has the same effect as being stopped by Serve.
 
-    Serve takes a replica that is not healthy out of the routing, starts its successor, and ends it when its
-    requests have ended, after `graceful_shutdown_timeout_s` at the latest. Until Serve does so, three health
-    checks later, it serves on: no request is refused.
+    Serve takes an unhealthy replica out of the routing, starts its successor, and stops it when its requests have
+    ended, after `graceful_shutdown_timeout_s` at the latest. Until Serve does so, three health checks later, the
+    replica goes on serving: no request is refused.
     """
 
     _is_told = False
 
     def drain_on_sigterm(self) -> None:
-        """To be called before anything that takes long. Without effect outside of Ray's processes."""
+        """Installs the handler; call it before anything that takes long. Does nothing outside of Ray's
+        processes."""
         if ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None:
             on_sigterm(self._drain)
 
     def _drain(self) -> None:
-        log.warning("SIGTERM: this replica ends once its requests have")
+        log.warning("SIGTERM: this replica ends once its requests have ended")
         self._is_told = True
 
     async def check_health(self) -> None:
-        """Serve asks; raises ToldToGo."""
+        """Called by Serve. Raises ToldToGo after SIGTERM."""
         if self._is_told:
             raise ToldToGo

@@ -1,4 +1,4 @@
-"""The encode stage's deployment: texts in, embeddings out, repeated texts from memory."""
+"""The encode stage's deployment: encodes texts into embeddings; repeated texts come from a cache."""
 
 import asyncio
 import os
@@ -8,24 +8,29 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cluster.metrics import StageMetrics, export_regularly
-from deployments.config import EncoderConfig, ModelConfig
-from deployments.lane import BatchLane
-from deployments.refusal import raised_in
-from deployments.replica import StageReplica
-from deployments.request import Conditioning, Encoded, GenerationRequest, InputPictures, num_bytes
+from deployments.answers import Conditioning, Encoded, num_bytes
+from deployments.config.encoder import EncoderConfig
+from deployments.config.model import ModelConfig
+from deployments.errors import raised_in
+from deployments.options.qos import DEFAULT_QOS, Qos
+from deployments.replica.lifecycle import StageReplica
+from deployments.replica.pace import executor_pace
+from deployments.replica.serial_executor import BatchingExecutor
+from deployments.replica.sharing import load_sharing
+from deployments.request import GenerationRequest, InputPictures
 from deployments.stages import load_stage
-from deployments.stats import EncoderStats
-from deployments.warm_up import NO_WARM_UP, WarmUp
+from deployments.stages.stats import EncoderStats
+from deployments.stages.warm_up import NO_WARM_UP, WarmUp
 
 if TYPE_CHECKING:
-    from deployments.memory.keeper import Keeper
+    from deployments.memory.residency import WeightResidency
     from deployments.stages.encode import TextEncoding
 
 Asked = tuple[GenerationRequest, InputPictures | None]
 
 
 class Encoder(StageReplica):
-    """Serves `encode`. What waits is encoded together; one thread at a time: tokenizers are not thread-safe."""
+    """Serves `encode`. Waiting requests are encoded together, in one thread, as tokenizers are not thread-safe."""
 
     def __init__(
         self,
@@ -34,36 +39,40 @@ class Encoder(StageReplica):
         warm_up: WarmUp = NO_WARM_UP,
         sharing: Sequence[tuple[ModelConfig, WarmUp]] = (),
     ) -> None:
-        """sharing: other models that have the same text encoders, each with its warm-up."""
+        """sharing: other models with the same text encoders, each with its warm-up."""
         super().__init__()
         began = time.perf_counter()
-        self._lane = BatchLane[Asked, Encoded]("encode", self._encode, config.batch_size)
-        self._stage = load_stage("encode", model, config)
-        self._stages: dict[str | None, TextEncoding] = {model.name: self._stage}
-        for other, _ in sharing:
-            self._stages[other.name] = load_stage("encode", other, config, (model, self._stage))
-        for name, warm_up_of in ((model.name, warm_up), *((other.name, of) for other, of in sharing)):
-            self._lane.run_first(self._stages[name].warm_up, warm_up_of)
+        self._executor = BatchingExecutor[Asked, Encoded]("encode", self._encode, config.batch_size)
+        self._stages: dict[str | None, TextEncoding] = load_sharing(
+            lambda served, owner: load_stage("encode", served, config, owner),
+            model,
+            warm_up,
+            sharing,
+            self._executor.run_blocking,
+        )
+        self._stage = self._stages[model.name]
         self._num_cache_hits = self._answered_bytes = 0
         self._metrics = StageMetrics(stage="encode", rank=0, model=model.name)
         self._cold_start_s = time.perf_counter() - began
         export_regularly(self._export)
 
     @property
-    def keeper(self) -> "Keeper":
-        return self._stage.keeper
+    def residency(self) -> "WeightResidency":
+        return self._stage.residency
 
-    async def encode(self, request: GenerationRequest, pictures: InputPictures | None = None) -> Conditioning:
-        """The embeddings of the request's texts, and of pictures where its encoders see them.
+    async def encode(
+        self, request: GenerationRequest, pictures: InputPictures | None = None, qos: Qos = DEFAULT_QOS
+    ) -> Conditioning:
+        """Returns the embeddings of the request's texts, and of its images if the encoders use these.
 
-        Texts that wait at the same time share forwards, equal ones wholly.
+        Texts that wait at the same time share forwards; equal texts are encoded once.
         """
         start = time.perf_counter()
         with raised_in("encode"), self._metrics.request():
             encoded = await asyncio.to_thread(self._stage_of(request).recall, request, pictures)
             self._num_cache_hits += encoded is not None
             if encoded is None:
-                encoded = await self._lane.ask((request, pictures))
+                encoded = await self._executor.submit((request, pictures), qos)
             self._answered_bytes += num_bytes(encoded.encodings)
         return Conditioning(encoded.encodings, (time.perf_counter() - start) * 1e3, encoded.warnings)
 
@@ -71,7 +80,7 @@ class Encoder(StageReplica):
         return self._stages.get(request.model, self._stage)
 
     def _encode(self, asked: Sequence[Asked]) -> Sequence[Encoded | Exception]:
-        """In the lane; one model's after another's."""
+        """Encodes requests, one model after another. Runs in the executor's thread."""
         made: dict[int, Encoded | Exception] = {}
         for stage in self._stages.values():
             mine = [i for i, (request, _) in enumerate(asked) if self._stage_of(request) is stage]
@@ -102,14 +111,18 @@ class Encoder(StageReplica):
             {
                 "relay_forwards_total": self._num_forwards,
                 "relay_cache_hits_total": self._num_hits,
-                "relay_queue_wait_seconds_total": self._lane.queue_wait_s,
+                "relay_queue_wait_seconds_total": self._executor.queue_wait_s,
                 "relay_answered_bytes_total": self._answered_bytes,
                 "relay_cached_bytes": self._stage.cache.num_bytes,
                 "relay_not_finite_total": sum(of.finite.num_refused for of in self._stages.values()),
                 "relay_cold_start_seconds": self._cold_start_s,
-                **self._stage.keeper.stats().metrics(),
+                **self._stage.residency.stats().metrics(),
             }
         )
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Returns figures that Serve passes to the autoscaling policy."""
+        return executor_pace(self._executor, self._metrics, self._cold_start_s)
 
     async def ping(self) -> None:
         """Answers when this replica can serve."""
@@ -117,7 +130,7 @@ class Encoder(StageReplica):
     async def stats(self) -> EncoderStats:
         return EncoderStats(
             os.getpid(),
-            self._stage.keeper.stats(),
+            self._stage.residency.stats(),
             self._metrics.num_in_flight,
             self._num_forwards,
             self._num_hits,

@@ -1,24 +1,23 @@
-"""What travels between the stages: one frozen dataclass per hop. Torch is named here, never imported.
+"""Requests to the stages: one image or video, its input images, and the events that the caller wants. Torch-free.
 
-encoder --> Conditioning --> transformer --> Denoised, and DecodeArguments --> VAE --> Media
-                 |               ^
-                 +--> VAE --> Prepared        where pictures go in
-
-What is to be decoded is handed on by reference, as are InputPictures; a GenerationRequest goes with each call.
-Beside it, StreamOptions say what the caller wants to hear on the way: Progress, and a PartialDenoised before what
-is to be decoded for each partial picture.
+Each call has a GenerationRequest; InputPictures are passed on by reference.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from deployments.adapter import ScaledAdapter
-from deployments.step_cache import Quality, StepCacheConfig
+from deployments.options.adapter import ScaledAdapter
+from deployments.options.step_cache import Quality, StepCacheConfig
 
 OutputFormat = Literal["png", "jpeg", "webp", "mp4"]
 CallKind = Literal["generate", "edit", "inpaint", "image_to_video", "video_to_video"]
-"""From text alone; from pictures; of a picture what a mask says; a video from its first frame; from a video."""
+"""
+generate: from text only.
+edit: from images.
+inpaint: the masked part of an image.
+image_to_video: from the first frame.
+video_to_video: from a video.
+"""
 
 
 @dataclass(frozen=True)
@@ -30,12 +29,12 @@ class Prompt:
     is_guided: bool
     """Whether a negative (or empty) prompt is to be encoded as well."""
     is_weighted: bool = False
-    """Whether `(word)1.3` weighs, and texts may be longer than their encoders read at once."""
+    """Whether `(word)1.3` weights a word, and texts may be longer than their encoders read at once."""
 
 
 @dataclass(frozen=True, order=True)
 class MediaSize:
-    """Of a picture or video that is asked for."""
+    """Size of the image or video to make, in pixels."""
 
     width: int
     height: int
@@ -48,13 +47,13 @@ class MediaSize:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One picture or video, every default filled in. Sizes are in pixels."""
+    """A request for one image or video, with all defaults filled in. Sizes are in pixels."""
 
     prompt: Prompt
     width: int
     height: int
     num_frames: int
-    """1 for a picture."""
+    """1 for an image."""
     num_inference_steps: int
     guidance_scale: float | None
     true_cfg_scale: float | None
@@ -65,211 +64,59 @@ class GenerationRequest:
     fps: int
     kind: CallKind = "generate"
     strength: float | None = None
-    """Of kinds that draw a picture anew, from 0 to 1: how much of it."""
+    """How much of the input image is drawn anew, from 0 to 1, for kinds that have an input image."""
     control_scale: float | None = None
-    """Of pipelines with a ControlNet: how loud it is."""
+    """Weight of the ControlNet, if the pipeline has one."""
     guidance_scale_2: float | None = None
-    """Of the expert for low noise, where there are two; None: as of the other."""
+    """Guidance scale of the low-noise expert, if there are two experts; None: `guidance_scale`."""
     quality: Quality | None = "high"
-    """The tier that was asked for; None: none, but a step cache of the request's own."""
+    """The quality tier that was requested; None: the request has its own step cache instead."""
     step_cache: StepCacheConfig | None = None
     """None: every step computes its predictions."""
     adapters: tuple[ScaledAdapter, ...] = ()
-    """LoRA's, whose terms add up."""
+    """LoRA adapters, whose terms add up."""
     scheduler: str | None = None
     """One of `model.schedulers`; None: the checkpoint's own."""
     model: str | None = None
-    """The served model that is asked; None: the one that its stages have, where they have one alone."""
+    """The served model that is requested; None: the only model that the stages have."""
 
     @property
     def size(self) -> MediaSize:
         return MediaSize(self.width, self.height, self.num_frames)
 
     @property
+    def num_pixels(self) -> int:
+        """Pixels of all frames."""
+        return self.width * self.height * self.num_frames
+
+    @property
     def megapixel_steps(self) -> float:
-        """What it costs: pixels times frames times steps, in millions."""
+        """The request's cost: pixels times frames times steps, in millions."""
         return self.width * self.height * self.num_frames * self.num_inference_steps / 10**6
 
 
 @dataclass(frozen=True)
 class InputPictures:
-    """What goes in beside the prompt: PNG, JPEG or WebP files, bounded and of these formats by who took them."""
+    """A request's inputs besides the prompt: PNG, JPEG or WebP files. The receiver has checked size and format."""
 
     images: tuple[bytes, ...] = ()
     mask: bytes | None = None
-    """As large as the first of `images`. What is transparent is drawn anew; without an alpha channel, white."""
+    """Has the size of the first of `images`. Transparent pixels are drawn anew; without alpha, white ones."""
     control: bytes | None = None
-    """Says where things are: edges, depths, poses, as the checkpoint's ControlNet was trained on."""
+    """Control image for the checkpoint's ControlNet: edges, depths or poses, as it was trained on."""
     video: bytes | None = None
-    """MP4 or WebM, which has as many frames as the request asks for, or more."""
+    """MP4 or WebM with at least as many frames as the request asks for."""
     field: str = "image"
-    """What the client calls the images, or the video."""
-
-
-Encodings = tuple[tuple[str, Any], ...]
-"""In the order of the pipeline's call: (name of its encoding method, what that returned). Tensors lie in tuples,
-lists and dicts, beside plain values."""
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """What the encode stage makes of a request."""
-
-    encodings: Encodings
-    """Tensors are on the CPU."""
-    warnings: tuple[str, ...]
-    """Of texts that are not read to their end."""
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """The encoder's answer."""
-
-    encodings: Encodings
-    """Tensors are on the CPU."""
-    encode_ms: float
-    warnings: tuple[str, ...] = ()
-    """Of texts that are not read to their end."""
-
-
-Posterior = tuple[Literal["parameters", "latent"], Any, bool]
-"""Of what `vae.encode` returned this tensor, on the CPU; and whether its channels lay last in memory."""
-Posteriors = tuple[Posterior, ...]
-"""In the order of the pipeline's calls."""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """The VAE's answer for the pictures that go in."""
-
-    posteriors: Posteriors
-    prepare_ms: float
-
-
-NOTHING_PREPARED = Prepared((), 0.0)
-"""Where no pictures go in."""
-
-
-@dataclass(frozen=True, eq=False)
-class DecodeArguments:
-    """What the pipeline passes to `vae.decode`: latents, already unscaled, [B, C, H, W] or [B, C, F, H, W]."""
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    is_channels_last: bool = False
-    """How the latents lay in memory, which decides how a VAE's convolutions round."""
-    more: tuple["DecodeArguments", ...] = ()
-    """Of a video that is decoded in several calls: of those after the first."""
-    sound: "DecodeArguments | None" = None
-    """What it passes to `audio_vae.decode`; None: a video without sound, or a picture."""
-
-    @classmethod
-    def of(cls, latents: Any) -> "DecodeArguments":
-        """Latents alone, as of most pipelines."""
-        return cls((latents,), {})
-
-    @property
-    def latents(self) -> Any:
-        """The first of them."""
-        return self.args[0]
-
-    @property
-    def calls(self) -> tuple["DecodeArguments", ...]:
-        """All of `vae.decode`, in their order."""
-        return self, *self.more
-
-    @property
-    def values(self) -> tuple[Any, ...]:
-        """All that is passed, for the sound too."""
-        sound = () if self.sound is None else self.sound.values
-        return (*((call.args, call.kwargs) for call in self.calls), *sound)
-
-    @property
-    def nbytes(self) -> int:
-        return num_bytes(self.values)
-
-
-@dataclass(frozen=True, eq=False)
-class Tile:
-    """One tile of what a replica decodes, for another: calls of the VAE's decoder, in their order."""
-
-    calls: tuple[tuple[tuple[Any, ...], Mapping[str, Any]], ...]
-    """(args, kwargs), on the CPU; of a video's VAE that has frame after frame, one call for each."""
-    num_features: int | None
-    """Entries of the cache that those calls share, where they do."""
-    is_channels_last: bool
+    """The client's name of the field with the images, or the video."""
 
 
 @dataclass(frozen=True)
 class StreamOptions:
-    """What the caller wants to hear before the picture."""
+    """Which events the caller wants before the result."""
 
     wants_progress: bool = False
     num_partial_images: int = 0
-    """At most so many; fewer if there are too few steps, or the picture is done first."""
+    """Most partial images; fewer are sent if there are too few steps, or if the image is done first."""
 
 
-NO_NEWS = StreamOptions()
-
-
-@dataclass(frozen=True)
-class Progress:
-    """`step` of `num_steps` are done, as the request counts them; in the decode phase, all."""
-
-    step: int
-    num_steps: int
-    eta_s: float | None
-    """Time left until the last step, going by this request's own steps; None before the first."""
-    phase: Literal["denoise", "decode"] = "denoise"
-
-
-@dataclass(frozen=True)
-class PartialDenoised:
-    """What is to be decoded for partial picture `partial_image_index` follows, by reference."""
-
-    partial_image_index: int
-
-
-@dataclass(frozen=True)
-class ForwardCounts:
-    """Of a request's forwards of its denoisers."""
-
-    computed: int
-    asked: int
-    """By the pipeline; those that were not computed, a step cache has extrapolated."""
-
-
-@dataclass(frozen=True)
-class Denoised:
-    """What the ingress learns of a finished denoise; what is to be decoded follows it, by reference."""
-
-    encode_ms: float
-    prepare_ms: float
-    """0 where no pictures go in."""
-    queue_ms: float
-    """From the arrival in the replica to the start of the loop."""
-    denoise_ms: float
-    forwards: ForwardCounts
-    warnings: tuple[str, ...] = ()
-    """The encoder's."""
-
-
-@dataclass(frozen=True)
-class Media:
-    """An encoded picture or video."""
-
-    data: bytes
-    """Empty where it was written to a target."""
-    media_type: str
-    decode_ms: float
-    num_written: int | None = None
-    """Bytes that were written to the target; None: it is in `data`."""
-
-
-def num_bytes(value: Any) -> int:
-    """Of all tensors in what pipelines pass about: in tuples, lists and dicts, beside plain values."""
-    if isinstance(value, Mapping):
-        return sum(map(num_bytes, value.values()))
-    if isinstance(value, tuple | list):
-        return sum(map(num_bytes, value))
-    return int(getattr(value, "nbytes", 0))
+NO_EVENTS = StreamOptions()

@@ -1,11 +1,9 @@
-"""The application: config in, HTTP and Python handles out. The only package that knows HTTP.
+"""The application: turns a config into HTTP and Python interfaces. The only package that knows HTTP.
 
-Read in this order: config (what a YAML may say), app (config to Serve application), ingress (the deployment
-that clients meet), relay (what it does), routes (HTTP), body_limit, openai_api (bodies of requests and answers),
-validation (bodies to requests, bad input refused), generation (one request's way through the three stages),
-losses (what is repeated), suspects (and who alone), partials (pictures that still form), sse (events over HTTP),
-errors, replicas, last_seen and status (how it goes), trace_ids and tracing (who asked), ray_environment,
-proxy_middleware, http_connection and proxy_exit (what Ray's own processes are told, and Serve's proxies do), files
-and room (what is checked before a start), local and cli (the shell), serve_cli, port, server and start_progress
-(`relay serve`), bench (measurements).
+A request passes these modules, in this order: app (config to Serve application), ingress (the deployment that
+clients call), routes (HTTP), validation (bodies to requests; refuses bad input), relay (handling of a request for
+one model), generation (through the three stages), errors (everything that can go wrong). proxy_middleware runs in
+Serve's HTTP proxies before all of these, and tracing configures where spans are sent. These modules use the
+folders auth, http, inputs, models, load, flow and config. jobs and page are further interfaces for clients. cli
+and commands are the command line, bench measures; nothing else imports these three.
 """

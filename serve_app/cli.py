@@ -1,4 +1,4 @@
-"""`relay`: what is done from a shell. The only place that reads or sets the process's environment."""
+"""The `relay` command. The only module that reads or sets the process's environment."""
 
 import importlib
 import importlib.metadata
@@ -12,16 +12,16 @@ from rich.console import Console
 from deployments.checkpoints.tiny.names import TINY_MODULES
 from deployments.stages.imports import silence_imports
 from serve_app.auth.keys import KeyFault
-from serve_app.bench_cli import bench
-from serve_app.config import ConfigError
-from serve_app.config_docs import render_config_docs
+from serve_app.commands.bench import bench
+from serve_app.commands.config_docs import render_config_docs
+from serve_app.commands.generate import generate_command
+from serve_app.commands.key import key
+from serve_app.commands.plan import plan_command, profile_command
+from serve_app.commands.ray_environment import RAY_ENVIRONMENT
+from serve_app.commands.serve import serve_command
+from serve_app.commands.status import NoStatus, fetch_status, render_status, watch_status
+from serve_app.config.app import ConfigError
 from serve_app.errors import RelayError
-from serve_app.generate_cli import generate_command
-from serve_app.key_cli import key
-from serve_app.plan_cli import plan_command, profile_command
-from serve_app.ray_environment import RAY_ENVIRONMENT
-from serve_app.serve_cli import serve_command
-from serve_app.status import NoStatus, fetch_status, render_status, watch_status
 
 cli = typer.Typer(
     pretty_exceptions_enable=False,
@@ -37,13 +37,13 @@ cli.command(name="serve")(serve_command)
 console = Console(stderr=True)
 
 TINY = "deployments.checkpoints.tiny.write"
-SHAPES = "deployments.checkpoints.shapes.train"
-FAMILIES_DOCS = "serve_app.families_docs"
-"""All import torch and diffusers, so they are looked up only by the command that needs them."""
+SHAPES = "deployments.training.shapes.train"
+FAMILIES_DOCS = "serve_app.commands.families_docs"
+"""Modules that import torch and diffusers, so only the commands that need them load them."""
 
 
 def main() -> None:
-    """Console script."""
+    """Entry point of the console script."""
     os.environ.update(RAY_ENVIRONMENT | os.environ)
     silence_imports()
     try:
@@ -67,7 +67,7 @@ def tell_version(is_asked: bool) -> None:
 @cli.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=tell_version, is_eager=True, help="tell the versions")
+        bool, typer.Option("--version", callback=tell_version, is_eager=True, help="print the versions")
     ] = False,
 ) -> None:
     """Latent Relay: diffusion models over several GPUs."""
@@ -88,23 +88,24 @@ def tiny(
 
 @cli.command()
 def train_shapes(
-    out_dir: Annotated[Path, typer.Argument(help="a new folder, or that of a training to go on with")],
+    out_dir: Annotated[Path, typer.Argument(help="a new folder, or the folder of a training to continue")],
 ) -> None:
-    """Train the `shapes` checkpoint anew: about an hour on 2 idle cores; run it again if it was interrupted."""
+    """Train the `shapes` checkpoint: about an hour on 2 idle cores. Run it again if it was interrupted."""
     checkpoint = importlib.import_module(SHAPES).train_shapes(out_dir, console=console)
     console.print(f"wrote {checkpoint}")
 
 
 @cli.command()
 def status(
-    url: Annotated[str, typer.Option(help="of the running server")] = "http://127.0.0.1:8000",
-    watch: Annotated[bool, typer.Option("--watch", help="go on until interrupted")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="everything, as GET /v1/status tells it")] = False,
+    url: Annotated[str, typer.Option(help="URL of the running server")] = "http://127.0.0.1:8000",
+    watch: Annotated[bool, typer.Option("--watch", help="update until interrupted")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print all of GET /v1/status, as JSON")] = False,
     api_key: Annotated[
-        str | None, typer.Option(envvar="RELAY_API_KEY", show_envvar=True, help="where the server asks for one")
+        str | None,
+        typer.Option(envvar="RELAY_API_KEY", show_envvar=True, help="API key, if the server requires one"),
     ] = None,
 ) -> None:
-    """Replicas, queues, work and memory of every stage, at a glance."""
+    """Show replicas, queues, work and memory of every stage."""
     terminal = Console()
     if watch:
         watch_status(url, terminal, api_key)
@@ -122,5 +123,5 @@ def config() -> None:
 
 @cli.command()
 def families() -> None:
-    """Which of diffusers' pipelines are served, and how (docs/families.md); builds the tiny checkpoints first."""
+    """List diffusers' pipelines, and how they are served (docs/families.md). Makes the tiny checkpoints first."""
     print(importlib.import_module(FAMILIES_DOCS).render_families_docs(), end="")

@@ -1,10 +1,10 @@
-"""What stands in Serve's HTTP proxies before every application. Imports no torch.
+"""ASGI middleware that runs in Serve's HTTP proxies before every application. Imports no torch.
 
-RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH (ray_environment.py) names `build_middlewares`, and so loads it.
+RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH (ray_environment.py) names `build_middlewares`, and so loads this module.
 
-A request goes on to an ingress once its body is there, so nobody holds a place with half a body. If the ingress
-dies before it answers, the request is repeated on another; what the proxy itself has to say, it says in the
-API's form.
+A request is passed to an ingress only when its body is complete, so that no incomplete body occupies a place
+there. If the ingress dies before it answers, the request is repeated on another one. The proxy's own errors are
+converted to the API's form.
 """
 
 import asyncio
@@ -19,36 +19,41 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.errors import BadCall, Overloaded, RelayError, Unavailable, named
-from serve_app.proxy_exit import ExitOnSigterm
+from serve_app.http.proxy_exit import ExitOnSigterm
 
 log = logging.getLogger("ray.serve")
 
 MAX_HEADERS = 100
 MAX_HEAD_BYTES = 32 * 1024
-"""Path, query and headers."""
+"""Limit for path, query and headers together."""
 MAX_REQUEST_ID_CHARACTERS = 128
-SERVES_HEADERS = (b"x-request-id", b"serve-multiplexed-model-id", b"x-session-id", b"x-request-timeout-seconds")
-"""Serve decodes them as UTF-8, and fails where they are not; `_` may stand for `-`."""
-DETACHES = b"x-request-disconnect-disabled"
-"""Serve would not notice that the client has left: not for clients to say."""
+SERVE_HEADERS = (b"x-request-id", b"serve-multiplexed-model-id", b"x-session-id", b"x-request-timeout-seconds")
+"""Headers that Serve reads, and on which it fails if they are not UTF-8; `_` may replace `-`."""
+DISCONNECT_DISABLED_HEADER = b"x-request-disconnect-disabled"
+"""With this header Serve would not notice a disconnected client, so it is removed from clients' requests."""
 BODY_TIMEOUT_S = 30.0
 MAX_BUFFERED_BYTES = 2**20
-"""Of a longer body the rest is handed on as it comes; the ingress refuses what is too long for it."""
+"""The rest of a longer body is passed on as it arrives; the ingress refuses bodies that are too long."""
 MAX_UNFINISHED_BODIES = 128
 REPEATED_POSTS = ("/v1/images/generations", "/v1/images/edits", "/v1/videos/sync", "/v1/videos")
-"""What may be asked twice, because nobody has seen an answer to the first."""
-SAME_REQUEST = b"idempotency-key"
-"""The client's, or one for all repeats: by it an ingress knows a job that another made before it was lost."""
+"""Paths whose requests may be repeated if no answer has been sent yet."""
+IDEMPOTENCY_KEY_HEADER = b"idempotency-key"
+"""The client's, or one generated here for all repeats: it lets an ingress recognise a job that a lost ingress
+created."""
+REQUEST_ID_HEADER = b"x-relay-request"
+"""Lets a key's counter recognise a request that it has already counted. A client's own header is removed."""
 MAX_REPEATS = 2
 BACKOFF_S = 0.5
+
+_KINDS: dict[int, type[RelayError]] = {503: Unavailable}
 
 Headers = Iterable[tuple[bytes, bytes]]
 
 
 def build_middlewares() -> list[Middleware]:
-    """Serve calls it in every HTTP proxy before uvicorn starts; the last is the outermost."""
-    # `auto` is what Serve lets uvicorn choose by.
-    uvicorn.config.HTTP_PROTOCOLS["auto"] = "serve_app.http_connection:BoundedConnection"
+    """Called by Serve in every HTTP proxy before uvicorn starts; the last middleware is the outermost."""
+    # Serve leaves uvicorn's protocol at `auto`.
+    uvicorn.config.HTTP_PROTOCOLS["auto"] = "serve_app.http.connection:BoundedConnection"
     return [Middleware(ProxyMiddleware), Middleware(ExitOnSigterm)]
 
 
@@ -58,21 +63,23 @@ class ProxyMiddleware:
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
         self._unfinished: dict[asyncio.Timeout, None] = {}
+        self._told_wait_s: float | None = None
+        """Seconds until there is room, as an ingress last reported."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        refusal = judge_head(scope)
-        if refusal is not None:
-            await _answer(send, *refusal)
+        rejection = validate_head(scope)
+        if rejection is not None:
+            await _answer(send, *rejection)
             return
         client = Client(receive)
         try:
             await self._read_body(client)
         except TimeoutError:
             late = BadCall(
-                f"the body was not there within {BODY_TIMEOUT_S:g} s, or too many others wait for theirs"
+                f"the body did not arrive within {BODY_TIMEOUT_S:g} s, or too many others are incomplete"
             )
             await _answer(send, 408, late)
             return
@@ -80,9 +87,9 @@ class ProxyMiddleware:
             await self._ask(scope, client, send)
 
     async def _read_body(self, client: "Client") -> None:
-        """Where too many are under way, the oldest is given up. Raises TimeoutError."""
-        async with asyncio.timeout(BODY_TIMEOUT_S) as patience:
-            self._unfinished[patience] = None
+        """Reads a body; if too many are incomplete, the oldest one times out. Raises TimeoutError."""
+        async with asyncio.timeout(BODY_TIMEOUT_S) as timeout:
+            self._unfinished[timeout] = None
             try:
                 if len(self._unfinished) > MAX_UNFINISHED_BODIES:
                     oldest = next(iter(self._unfinished))
@@ -91,14 +98,16 @@ class ProxyMiddleware:
                         oldest.reschedule(asyncio.get_running_loop().time())
                 await client.read_body()
             finally:
-                self._unfinished.pop(patience, None)
+                self._unfinished.pop(timeout, None)
 
     async def _ask(self, scope: Scope, client: "Client", send: Send) -> None:
         may_repeat = client.has_whole_body and (
             scope["method"] in ("GET", "HEAD") or scope["path"].endswith(REPEATED_POSTS)
         )
-        if may_repeat and all(name != SAME_REQUEST for name, _ in scope["headers"]):
-            scope = {**scope, "headers": [*scope["headers"], (SAME_REQUEST, uuid.uuid4().hex.encode())]}
+        if may_repeat and all(name != IDEMPOTENCY_KEY_HEADER for name, _ in scope["headers"]):
+            scope = {**scope, "headers": [*scope["headers"], (IDEMPOTENCY_KEY_HEADER, uuid.uuid4().hex.encode())]}
+        told = [header for header in scope["headers"] if header[0] != REQUEST_ID_HEADER]
+        scope = {**scope, "headers": [*told, (REQUEST_ID_HEADER, uuid.uuid4().hex.encode())]}
         for attempt in range(1 + MAX_REPEATS * may_repeat):
             if attempt:
                 log.warning("an ingress was lost before it answered; attempt %d follows", attempt + 1)
@@ -110,14 +119,15 @@ class ProxyMiddleware:
                 if answer.has_started:
                     raise
                 log.exception("Serve's proxy failed")
+            self._told_wait_s = answer.told_wait_s or self._told_wait_s
             if answer.held is not None:
                 await self._say(scope, answer, send)
             if answer.has_started or client.has_left:
                 return
-        await _answer(send, Unavailable.status, Unavailable("the ingress was lost before it answered; ask again"))
+        await _answer(send, Unavailable.status, Unavailable("the ingress was lost before it answered; try again"))
 
     async def _say(self, scope: Scope, answer: "Answer", send: Send) -> None:
-        """What the proxy itself has to say."""
+        """Sends the proxy's own answer in the API's form."""
         assert answer.held is not None
         status, text = answer.held["status"], b"".join(answer.text).decode(errors="replace")
         error: RelayError
@@ -127,13 +137,13 @@ class ProxyMiddleware:
             path = named(scope["path"])
             error = BadCall(f"{scope['method']} {path}: no application is served there; GET /-/routes lists them")
         else:
-            kinds: dict[int, type[RelayError]] = {429: Overloaded, 503: Unavailable}
-            error = kinds.get(status, BadCall)(text.partition("\n")[0])
+            said = text.partition("\n")[0]
+            error = Overloaded(said, self._told_wait_s) if status == 429 else _KINDS.get(status, BadCall)(said)
         told = [header for header in answer.held["headers"] if header[0].lower() == b"x-request-id"]
         await _answer(send, status, error, told, ends_connection=False)
 
     async def _serves_anything(self, scope: Scope) -> bool:
-        """As the proxy's own list of routes says."""
+        """Whether the proxy's own list of routes contains an application."""
         said: list[bytes] = []
 
         async def receive() -> Message:
@@ -150,7 +160,7 @@ class ProxyMiddleware:
 
 @dataclass
 class Client:
-    """Who asks: what came of the body, and whether the client is still there."""
+    """One client: the body read so far, and whether the client is still connected."""
 
     receive: Receive
     body: bytearray = field(default_factory=bytearray)
@@ -158,14 +168,14 @@ class Client:
     has_left: bool = False
 
     async def read_body(self) -> None:
-        """Until it is whole, or MAX_BUFFERED_BYTES are there."""
+        """Reads until the body is complete or longer than MAX_BUFFERED_BYTES."""
         while not (self.has_whole_body or self.has_left or len(self.body) > MAX_BUFFERED_BYTES):
             message = await self._next()
             self.body += message.get("body", b"")
             self.has_whole_body = not self.has_left and not message.get("more_body", False)
 
     def receiver(self) -> Receive:
-        """What an application calls: the body as far as it came, then what follows."""
+        """Returns the `receive` function for an application: yields the body read so far, then what follows."""
         is_given = False
 
         async def receive() -> Message:
@@ -191,17 +201,20 @@ class Client:
 
 
 class Answer:
-    """What goes back: sent on, but for what Serve's proxy itself says, which is held."""
+    """One answer: sent on to the client, except that an answer of Serve's proxy itself is held back."""
 
     def __init__(self, send: Send, *, is_serves_own: bool) -> None:
         self._send, self._is_serves_own = send, is_serves_own
         self.has_started = False
         self.held: Message | None = None
         self.text: list[bytes] = []
+        self.told_wait_s: float | None = None
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start" and not self._is_serves_own and is_proxys(message):
             self.held = message
+        elif message["type"] == "http.response.start" and message["status"] == Overloaded.status:
+            self.told_wait_s = _retry_after_s(message)
         if self.held is not None:
             self.text.append(message.get("body", b""))
         else:
@@ -209,18 +222,23 @@ class Answer:
         self.has_started = True
 
 
+def _retry_after_s(start: Message) -> float | None:
+    told = next((value for name, value in start["headers"] if name.lower() == b"retry-after"), b"")
+    return float(told) if told.isdigit() else None
+
+
 def is_proxys(start: Message) -> bool:
-    """An error in Serve's own words: a text without a length."""
+    """Whether the answer is an error in Serve's own words: text without a content length."""
     headers = {name.lower(): value for name, value in start["headers"]}
     is_text = headers.get(b"content-type", b"").startswith(b"text/plain")
     return start["status"] in (404, 408, 429, 503) and is_text and b"content-length" not in headers
 
 
-def judge_head(scope: Scope) -> tuple[int, RelayError] | None:
-    """Status and error of a request that goes no further."""
+def validate_head(scope: Scope) -> tuple[int, RelayError] | None:
+    """Returns the status and error of a request whose head is refused, else None."""
     headers: list[tuple[bytes, bytes]] = scope["headers"]
     if scope.get("http_version") not in ("1.0", "1.1", "2"):
-        return 505, BadCall("HTTP/1.1 is needed")
+        return 505, BadCall("HTTP/1.1 is required")
     num_bytes = sum(len(name) + len(value) for name, value in headers)
     num_bytes += len(scope["raw_path"]) + len(scope["query_string"])
     if num_bytes > MAX_HEAD_BYTES or len(headers) > MAX_HEADERS:
@@ -228,7 +246,7 @@ def judge_head(scope: Scope) -> tuple[int, RelayError] | None:
         return 431, BadCall(f"{found}; the limit is {MAX_HEADERS} headers and {MAX_HEAD_BYTES} bytes")
     for name, value in headers:
         own = name.replace(b"_", b"-")
-        if own not in SERVES_HEADERS:
+        if own not in SERVE_HEADERS:
             continue
         is_printable = value.isascii() and value.decode("ascii").isprintable()
         if not is_printable or not 1 <= len(value) <= MAX_REQUEST_ID_CHARACTERS:
@@ -238,8 +256,8 @@ def judge_head(scope: Scope) -> tuple[int, RelayError] | None:
 
 
 def _copy(scope: Scope) -> Scope:
-    """Serve changes what it is given."""
-    return {**scope, "headers": [header for header in scope["headers"] if header[0] != DETACHES]}
+    """Returns a copy of the scope, because Serve modifies it."""
+    return {**scope, "headers": [header for header in scope["headers"] if header[0] != DISCONNECT_DISABLED_HEADER]}
 
 
 async def _answer(

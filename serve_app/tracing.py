@@ -1,4 +1,5 @@
-"""OpenTelemetry spans of every stage, over OTLP. Serve makes them; this only says where they go.
+"""Exports OpenTelemetry spans of every stage over OTLP. Serve creates the spans; this module says where they are
+sent.
 
 In a config, beside `applications:`:
 
@@ -11,5 +12,5 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
 
 def otlp() -> list[SpanProcessor]:
-    """To OTEL_EXPORTER_OTLP_ENDPOINT (http://localhost:4318), and as OpenTelemetry's other variables say."""
+    """Exports to OTEL_EXPORTER_OTLP_ENDPOINT (http://localhost:4318); OpenTelemetry's other variables apply."""
     return [BatchSpanProcessor(OTLPSpanExporter())]

@@ -1,46 +1,50 @@
-"""Bodies become requests here, with every default filled in; whatever is wrong is refused here, by name."""
+"""Converts bodies to requests with every default filled in; refuses invalid ones with an error that names the
+field."""
 
 import secrets
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import ceil
 from typing import Any
 
-from deployments.adapter import AdapterCatalog
-from deployments.config import ModelConfig
+from deployments.config.model import ModelConfig
 from deployments.families import Call, Defaults
+from deployments.options.adapter import AdapterCatalog, ScaledAdapter
+from deployments.options.qos import DEFAULT_QOS, Qos
+from deployments.options.step_cache import Quality
 from deployments.request import CallKind, GenerationRequest, InputPictures, MediaSize, Prompt, StreamOptions
-from deployments.step_cache import Quality
-from serve_app.config import LimitsConfig
+from serve_app.config.limits import LimitsConfig
 from serve_app.errors import BadRequest, UnknownModel, quoted
-from serve_app.fields import parse_body
-from serve_app.input_pictures import judge_pictures
-from serve_app.input_videos import judge_video
-from serve_app.lora import choose_adapters, split_model
-from serve_app.model_card import EDITS, GENERATIONS, VIDEOS
-from serve_app.openai_api import EditBody, GenerationBody, ImageBody, VideoBody
-from serve_app.sizes import Sizes
+from serve_app.http.fields import parse_body
+from serve_app.http.openai_requests import EditBody, GenerationBody, ImageBody, VideoBody
+from serve_app.inputs.cost import check_cost
+from serve_app.inputs.lora import LoraBody, choose_adapters, split_model
+from serve_app.inputs.pictures import validate_pictures
+from serve_app.inputs.scales import choose_control_scale, choose_guidance_scale_2, choose_strength
+from serve_app.inputs.sizes import Sizes
+from serve_app.inputs.videos import validate_video
+from serve_app.models.card import EDITS, GENERATIONS, VIDEOS
 
 _REFERENCES: Mapping[CallKind, str] = {
-    "image_to_video": "the picture that the video begins with (PNG, JPEG or WebP)",
-    "video_to_video": "a video to draw anew (MP4 or WebM)",
+    "image_to_video": "the image that the video begins with (PNG, JPEG or WebP)",
+    "video_to_video": "a video to redraw (MP4 or WebM)",
 }
-"""What goes in as `input_reference`."""
+"""What `input_reference` is for each kind of call."""
 
 
 @dataclass(frozen=True)
-class Judged:
-    """What a body asks for."""
+class ValidatedBody:
+    """The requests and options of one validated body."""
 
     requests: list[GenerationRequest]
-    """One for each picture that comes out."""
+    """One for each output image."""
     pictures: InputPictures | None
-    """That go in."""
+    """Input images, mask or video."""
     options: StreamOptions
+    qos: Qos = DEFAULT_QOS
 
 
 class Validator:
-    """Judges bodies for one served model."""
+    """Validates bodies for one served model."""
 
     def __init__(self, model: ModelConfig, limits: LimitsConfig) -> None:
         self._model, self._limits = model, limits
@@ -49,32 +53,35 @@ class Validator:
         self._sizes = Sizes(model.geometry, model.default_size, limits.max_pixels, limits.max_num_frames)
 
     def requests(self, fields: Mapping[str, Any]) -> list[GenerationRequest]:
-        """Those of `fields`."""
-        return self.judge_fields(fields).requests
+        """Returns the requests for `fields`."""
+        return self.validate_fields(fields).requests
 
-    def judge_fields(self, fields: Mapping[str, Any]) -> Judged:
-        """Those of an image's, an edit's or a video's body, whichever they make and this model serves.
+    def validate_fields(self, fields: Mapping[str, Any]) -> ValidatedBody:
+        """Validates the fields of an image, edit or video body, whichever of them they form and this model serves.
 
-        `prompt` may be a list: then what each of them makes alone, with the same seeds, one after another.
+        `prompt` may be a list: then the requests are those of each prompt alone, with the same seeds, one after
+        another.
         """
         prompts = fields.get("prompt")
         if not isinstance(prompts, list):
-            return self._judge_one(fields)
-        each = [self._judge_one({**fields, "prompt": prompt}) for prompt in prompts]
-        requests = [request for judged in each for request in judged.requests]
+            return self._validate_one(fields)
+        each = [self._validate_one({**fields, "prompt": prompt}) for prompt in prompts]
+        requests = [request for validated in each for request in validated.requests]
         limit = self._limits.max_concurrent_requests
         if not 0 < len(requests) <= limit:
-            raise BadRequest(f"prompt: a list must ask for 1 to {limit} in all, got {len(requests)}", "prompt")
-        return Judged(requests, each[0].pictures, each[0].options)
+            raise BadRequest(
+                f"prompt: a list must ask for 1 to {limit} images or videos in all, got {len(requests)}", "prompt"
+            )
+        return replace(each[0], requests=requests)
 
-    def judge_stream(self, fields: Mapping[str, Any]) -> Judged:
-        """Like `judge_fields`, for a caller that streams, and so gets progress unless it declines."""
+    def validate_stream(self, fields: Mapping[str, Any]) -> ValidatedBody:
+        """Like `validate_fields`, for a caller that streams and so gets progress unless it declines."""
         if self.family.media == "video":
-            return replace(self.judge_fields(fields), options=StreamOptions(wants_progress=True))
-        return self._judge_one({"progress": True, **fields, "stream": True})
+            return replace(self.validate_fields(fields), options=StreamOptions(wants_progress=True))
+        return self._validate_one({"progress": True, **fields, "stream": True})
 
-    def _judge_one(self, fields: Mapping[str, Any]) -> Judged:
-        return self.judge(parse_body(self._body_kind(fields), fields))
+    def _validate_one(self, fields: Mapping[str, Any]) -> ValidatedBody:
+        return self.validate(parse_body(self._body_kind(fields), fields))
 
     def _body_kind(self, fields: Mapping[str, Any]) -> type[ImageBody] | type[VideoBody]:
         if self.family.media == "video":
@@ -83,22 +90,23 @@ class Validator:
         goes_in = "generate" not in self.family.calls or has_pictures
         return EditBody if goes_in else ImageBody
 
-    def judge(self, body: ImageBody | VideoBody) -> Judged:
-        """Of a picture i has seed + i. Raises BadRequest or UnknownModel."""
+    def validate(self, body: ImageBody | VideoBody) -> ValidatedBody:
+        """Validates a body; image i of n gets seed + i. Raises BadRequest or UnknownModel."""
         call = self._call(body)
         self._check_control(body, call)
         if isinstance(body, VideoBody):
-            return Judged([self._video(body, call)], body.pictures, StreamOptions())
-        return Judged(self._images(body, call), body.pictures, body.stream_options)
+            requests, options = [self._video(body, call)], StreamOptions()
+        else:
+            requests, options = self._images(body, call), body.stream_options
+        check_cost(requests, self._limits.max_megapixel_steps, "limits.max_megapixel_steps")
+        return ValidatedBody(requests, body.pictures, options, body.qos)
 
     def _images(self, body: ImageBody, call: Call) -> list[GenerationRequest]:
         for param in ("partial_images", "progress"):
             if getattr(body, param) and not body.stream:
-                raise BadRequest(f"{param} needs stream: true, for it comes before the picture", param)
+                raise BadRequest(f"{param} needs stream: true, because it is sent before the image", param)
         if body.background is True and body.stream:
-            raise BadRequest(
-                "background: what is streamed is not made in the background: leave one out", "background"
-            )
+            raise BadRequest("background and stream do not combine: leave one out", "background")
         if body.output_format == "png" and body.output_compression != 100:
             raise BadRequest(
                 f"output_compression is for jpeg and webp; png takes only 100, got {body.output_compression}",
@@ -117,21 +125,26 @@ class Validator:
         return GenerationRequest(**fields)
 
     def _given_video(self, body: VideoBody, call: Call) -> tuple[MediaSize | None, int | None]:
-        """What is to be known of the one that goes in, and its frames a second. Raises BadRequest."""
+        """Returns the size and the frame rate of the input video, or (None, None) without one. Raises
+        BadRequest."""
         pictures = body.pictures
         if not call.takes_video or pictures is None or pictures.video is None:
             return None, None
-        return judge_video(pictures.video, pictures.field, self._limits)
+        return validate_video(pictures.video, pictures.field, self._limits)
 
     def check_model(self, name: str | None) -> None:
-        """Raises UnknownModel unless `name` is the served one, or left out; one of its adapters may follow."""
+        """Raises UnknownModel unless `name` is None or the served model's, with or without one of its adapters."""
+        self._adapters(name, ())
+
+    def _adapters(self, name: str | None, lora: Sequence[LoraBody]) -> tuple[ScaledAdapter, ...]:
+        """name: the `model` of the request. Raises UnknownModel or BadRequest."""
         name, adapter = split_model(name, self._model.name)
-        choose_adapters(self.catalog, adapter, ())
         if name is not None and name != self._model.name:
             raise UnknownModel(f"model {quoted(name)} is not served here; served: {self._model.name!r}")
+        return choose_adapters(self.catalog, adapter, lora)
 
     def _call(self, body: GenerationBody) -> Call:
-        """The kind of call that the body asks for. Raises BadRequest where this model has none such."""
+        """Returns the kind of call that the body asks for. Raises BadRequest if this model does not have it."""
         model, calls = f"model {self._model.name!r}", self.family.calls
         if self.family.media != body.media:
             paths = {"image": GENERATIONS if "generate" in calls else EDITS, "video": VIDEOS}
@@ -141,25 +154,25 @@ class Validator:
             )
         kind = body.call_kind
         if isinstance(body, EditBody) and not body.image and (body.mask or body.control_image is None):
-            raise BadRequest("image is missing: say what to begin with", "image")
+            raise BadRequest("image is missing: send the image to begin with", "image")
         if kind in calls:
             return calls[kind]
         if body.media == "video":
             raise _wrong_reference(kind, calls)
         if kind == "generate":
-            raise BadRequest(f"{model} makes pictures of pictures: use {EDITS}", "model")
+            raise BadRequest(f"{model} makes images from images: use {EDITS}", "model")
         if kind == "inpaint" and "edit" in calls:
-            raise BadRequest("mask: this model takes none, and draws the whole picture anew: leave it out", "mask")
+            raise BadRequest("mask: this model takes no mask and redraws the whole image: leave it out", "mask")
         if kind == "edit" and "inpaint" in calls:
-            raise BadRequest("mask is missing: this model fills in what a mask says", "mask")
-        raise BadRequest(f"{model} makes pictures from text alone: use {GENERATIONS}", "model")
+            raise BadRequest("mask is missing: this model redraws only the masked part", "mask")
+        raise BadRequest(f"{model} makes images from text alone: use {GENERATIONS}", "model")
 
     def _check_control(self, body: GenerationBody, call: Call) -> None:
-        """Raises BadRequest where a ControlNet has nothing to go by, or there is none."""
+        """Raises BadRequest if a ControlNet's image is missing, or there is one without a ControlNet."""
         control = body.control_image if isinstance(body, EditBody) else None
         if control is None and call.control is not None:
             raise BadRequest(
-                f"control_image is missing, by which this model draws: send it to {EDITS}", "control_image"
+                f"control_image is missing: this model needs one; send it to {EDITS}", "control_image"
             )
         if control is not None and call.control is None:
             raise BadRequest("control_image: this model has no ControlNet: leave it out", "control_image")
@@ -167,9 +180,8 @@ class Validator:
     def _request(
         self, body: GenerationBody, call: Call, *, shape: MediaSize | None = None, **own: Any
     ) -> dict[str, Any]:
-        """Fields of a GenerationRequest. shape: of the video that goes in."""
-        self.check_model(body.model)
-        _, adapter = split_model(body.model, self._model.name)
+        """Returns the fields of a GenerationRequest. shape: size of the input video."""
+        adapters = self._adapters(body.model, body.lora)
         self._check_prompt(body.prompt)
         defaults = self._model.defaults_of(call)
         negative = defaults.negative_prompt if body.negative_prompt is None else body.negative_prompt
@@ -191,25 +203,27 @@ class Validator:
             "output_compression": 100,
             "fps": defaults.fps,
             "kind": call.kind,
-            "strength": _strength(body, defaults, steps),
-            "control_scale": _control_scale(body, defaults),
-            "guidance_scale_2": _guidance_scale_2(body, call, defaults),
+            "strength": choose_strength(getattr(body, "strength", None), defaults, steps),
+            "control_scale": choose_control_scale(getattr(body, "control_scale", None), defaults),
+            "guidance_scale_2": choose_guidance_scale_2(getattr(body, "guidance_scale_2", None), call, defaults),
             "model": self._model.name,
             **self._step_cache(body),
-            "adapters": choose_adapters(self.catalog, adapter, body.lora),
+            "adapters": adapters,
             "scheduler": self._scheduler(body),
         } | own
 
     def _picture_size(self, body: GenerationBody, call: Call) -> MediaSize | None:
-        """Of the first that goes in."""
+        """Returns the size of the first input image."""
         pictures = body.pictures
         if pictures is None:
             return None
         num, limit = len(pictures.images), call.max_images
         if num > limit:
             beside = " beside a mask" if call.kind == "inpaint" else ""
-            raise BadRequest(f"{pictures.field}: this model takes {limit}{beside}, got {num}", pictures.field)
-        return judge_pictures(pictures, self._limits)
+            raise BadRequest(
+                f"{pictures.field}: this model takes at most {limit}{beside}, got {num}", pictures.field
+            )
+        return validate_pictures(pictures, self._limits)
 
     def _check_prompt(self, text: str) -> None:
         if not text.strip():
@@ -230,7 +244,7 @@ class Validator:
         return steps or defaults.num_inference_steps
 
     def _step_cache(self, body: GenerationBody) -> dict[str, Any]:
-        """Fields of a GenerationRequest."""
+        """Returns fields of a GenerationRequest."""
         if body.step_cache is not None:
             return {"quality": None, "step_cache": body.step_cache}
         quality: Quality = body.quality if body.quality in ("medium", "low") else "high"
@@ -247,68 +261,37 @@ class Validator:
         return can if body.prompt_weighting is None else body.prompt_weighting
 
     def _scheduler(self, body: GenerationBody) -> str | None:
-        """None: the checkpoint's own."""
+        """Returns the requested scheduler; None: the checkpoint's own."""
         asked, names = body.scheduler, self._model.scheduler_names
         if asked in (None, self._model.own_scheduler):
             return None
         if asked not in names:
-            known = ", ".join(names) or "none but the checkpoint's own, which is the default"
-            raise BadRequest(f"scheduler: {quoted(asked)} is not among this model's: {known}", "scheduler")
+            known = ", ".join(names) or "only the checkpoint's own, which is the default"
+            raise BadRequest(f"scheduler: {quoted(asked)} is not one of this model's: {known}", "scheduler")
         return asked
 
     def _guidance(self, body: GenerationBody, call: Call, defaults: Defaults) -> tuple[float | None, float | None]:
-        """(guidance_scale, true_cfg_scale); a field that this kind of call does not know is refused."""
+        """Returns (guidance_scale, true_cfg_scale). Raises BadRequest for a field that this kind of call does not
+        have."""
         scales = []
         for param in ("guidance_scale", "true_cfg_scale"):
             asked, default = getattr(body, param), getattr(defaults, param)
             if asked is not None and default is None:
-                raise BadRequest(f"{param} means nothing to {self.family.name}; use {call.guidance}", param)
+                raise BadRequest(f"{param} has no effect on {self.family.name}; use {call.guidance}", param)
             scales.append(default if asked is None else asked)
         return scales[0], scales[1]
 
 
 def _wrong_reference(kind: CallKind, calls: Collection[CallKind]) -> BadRequest:
-    """For a kind of call that makes videos, and that this model does not have."""
+    """Returns the error for a kind of video call that this model does not have."""
     takes = " or ".join(what for known, what in _REFERENCES.items() if known in calls)
     if not takes:
         why = ": this model makes videos from text alone"
     elif kind == "generate":
         why = f" is missing: this model needs {takes}"
     else:
-        why = f": it is {'a' if kind == 'video_to_video' else 'no'} video: this model takes {takes}"
+        why = f": it is {'a' if kind == 'video_to_video' else 'not a'} video: this model takes {takes}"
     return BadRequest(f"input_reference{why}", "input_reference")
-
-
-def _strength(body: GenerationBody, defaults: Defaults, steps: int) -> float | None:
-    """Of the picture that goes in; what leaves no step to do is refused."""
-    asked = body.strength if isinstance(body, EditBody | VideoBody) else None
-    if asked is not None and defaults.strength is None:
-        raise BadRequest(
-            "strength means nothing to this model without a picture or video that it draws anew: leave it out",
-            "strength",
-        )
-    strength = defaults.strength if asked is None else asked
-    if strength is not None and int(steps * strength) < 1:
-        raise BadRequest(
-            f"strength: {strength:g} of {steps} steps is less than one; ask for num_inference_steps of "
-            f"{ceil(1 / strength)} or more, or for more strength",
-            "strength",
-        )
-    return strength
-
-
-def _control_scale(body: GenerationBody, defaults: Defaults) -> float | None:
-    asked = body.control_scale if isinstance(body, EditBody) else None
-    if asked is not None and defaults.control_scale is None:
-        raise BadRequest("control_scale: this model has no ControlNet: leave it out", "control_scale")
-    return defaults.control_scale if asked is None else asked
-
-
-def _guidance_scale_2(body: GenerationBody, call: Call, defaults: Defaults) -> float | None:
-    asked = body.guidance_scale_2 if isinstance(body, VideoBody) else None
-    if asked is not None and not call.takes_guidance_scale_2:
-        raise BadRequest("guidance_scale_2: this model has no second expert: leave it out", "guidance_scale_2")
-    return defaults.guidance_scale_2 if asked is None else asked
 
 
 def _with_seed(fields: dict[str, Any], seed: int) -> GenerationRequest:

@@ -1,4 +1,4 @@
-"""Pictures, masks and videos to put in."""
+"""Input images, masks and videos."""
 
 from io import BytesIO
 from typing import Any
@@ -9,12 +9,12 @@ from PIL import Image
 
 
 def picture(seed: int = 0, side: int = 64) -> Image.Image:
-    """Noise."""
+    """Returns an image of noise."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (side, side, 3), dtype=np.uint8))
 
 
 def half_mask(side: int = 64) -> Image.Image:
-    """White, which is drawn anew, on the right."""
+    """Returns a mask whose right half is white, which is redrawn."""
     return Image.fromarray(np.uint8(np.arange(side)[None].repeat(side, 0) > side // 2) * 255)
 
 
@@ -33,7 +33,7 @@ def video(
     container: str = "mp4",
     turned: int = 0,
 ) -> bytes:
-    """Of noise that moves. turned: degrees, counted as a clock does not, by which a player is to turn it."""
+    """Returns a video of moving noise. turned: degrees, counterclockwise, by which a player must rotate it."""
     file, (width, height) = BytesIO(), size
     noise = np.random.default_rng(0).integers(0, 255, (height, 2 * width, 3), dtype=np.uint8)
     with av.open(file, "w", format=container) as made:

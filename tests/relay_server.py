@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -18,12 +18,13 @@ ENV = os.environ | {"RAY_ADDRESS": "local", "NO_COLOR": "1", "COLUMNS": "80"}
 
 
 @contextmanager
-def serving(config: Path, log: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A process of it; whatever it has started is gone at the end."""
+def serving(
+    config: Path, log: Path, *options: str, relay: str = RELAY, cwd: Path = ROOT
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Yields a process of `relay serve`, and kills it and all that it has started at the end."""
+    command = [relay, "serve", str(config), *options]
     with log.open("wb") as out:
-        process = subprocess.Popen(
-            [RELAY, "serve", str(config), *options], cwd=ROOT, env=ENV, stdout=out, stderr=out
-        )
+        process = subprocess.Popen(command, cwd=cwd, env=ENV, stdout=out, stderr=out)
     try:
         yield process
     finally:
@@ -31,7 +32,8 @@ def serving(config: Path, log: Path, *options: str) -> Iterator[subprocess.Popen
         process.kill()
         process.wait()
         for child in children:
-            child.kill()
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
 
 
 def free_port() -> int:
@@ -50,7 +52,7 @@ def wait_for(log: Path, text: str, process: "subprocess.Popen[bytes]") -> None:
 
 
 def left_over(processes: list[psutil.Process], *, after_s: float = 15) -> list[psutil.Process]:
-    """Those that are still there; of one that has ended, but was not asked after, only if that is init's to do."""
+    """Returns the processes that still exist, without those that have ended and that only init can reap."""
     _, left = psutil.wait_procs(processes, timeout=after_s)
     return [each for each in left if not _is_inits(each)]
 

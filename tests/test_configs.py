@@ -1,4 +1,4 @@
-"""Every YAML in configs/ is parsed, and planned on the GPUs it is for; the local ones are run by `serve run`."""
+"""Every YAML in configs/ is parsed, and planned for the GPUs it names; the local ones are run by `serve run`."""
 
 import os
 import re
@@ -14,18 +14,19 @@ import psutil
 import pytest
 import yaml
 
-from cluster.inventory import parse_gpus
+from cluster.machines.inventory import parse_gpus
 from deployments.checkpoints.geometry import with_geometry
 from deployments.checkpoints.source import with_family
 from deployments.plan.describe import Description
-from deployments.plan.place import place
+from deployments.plan.place import plan_placement
 from deployments.plan.plan import StageConfigs, demands_of
-from deployments.plan.several import ModelNeeds, place_beside
+from deployments.plan.several import ModelDemands, place_beside
 from deployments.plan.sizes import default_size
 from serve_app.app import build_validator
-from serve_app.config import ConfigError, load_app_config, parse_app_config, read_serve_file
-from serve_app.config_docs import render_config_docs
-from serve_app.files import shared_stages
+from serve_app.commands.config_docs import render_config_docs
+from serve_app.config.app import ConfigError
+from serve_app.config.checkpoint_files import shared_stages
+from serve_app.config.serve_file import load_app_config, parse_app_config, read_serve_file
 from tests.relay_server import left_over
 from tests.thorough import usually
 
@@ -56,11 +57,11 @@ FOLDERS = {
 }
 MODEL = {"name": "m", "checkpoint": "tiny://flux"}
 QUICK = {"flux_dev_2x16gb.yaml", "sdxl.yaml", "qwen_image_24gb.yaml", "wan22_t2v_a14b_24gb.yaml"}
-"""Without --thorough: a plan takes seconds."""
+"""Configs tested without --thorough, because a plan takes seconds."""
 
 
 def test_every_config_is_parsed_and_planned_without_network_and_weights() -> None:
-    """In a process of its own, without a Ray, which refuses connections and tells what was imported.
+    """Runs in a separate process without Ray, which refuses connections and reports what was imported.
 
     Configs of hub models name their family, or leave it to the checkpoint, which is not here.
     """
@@ -70,7 +71,7 @@ from pathlib import Path
 import yaml
 from ray.serve.schema import ServeDeploySchema
 from serve_app.app import build_app, build_validator
-from serve_app.config import load_app_config
+from serve_app.config.serve_file import load_app_config
 from tests.relay_server import left_over
 
 def refuse(event, _):
@@ -93,7 +94,7 @@ print([name for name in ("torch", "diffusers", "transformers") if name in sys.mo
 
 
 def gpu_configs() -> list[tuple[str, str]]:
-    """(file, GPUs) of README's table."""
+    """Returns (file, GPUs) of README's table."""
     rows = re.findall(r"^\| \[(\w+\.yaml)\].*\| (one|two) GPUs? of (.*) GB.*\|$", README, re.MULTILINE)
     found = []
     for name, count, sizes in rows:
@@ -109,9 +110,9 @@ def test_every_config_is_in_the_readme() -> None:
 
 @pytest.mark.parametrize(("name", "gpus"), usually(gpu_configs(), lambda row: row[0] in QUICK))
 def test_a_gpu_config_fits_the_cards_it_is_for(name: str, gpus: str) -> None:
-    """A request by the defaults included, from the published architecture."""
+    """Includes a request with the default settings. Uses the published architecture."""
     config = load_app_config(ROOT / "configs" / name)
-    needs = []
+    demands = []
     for served in config.served:
         key = name if config.is_one else served.name.replace("-", "_")
         folder = PUBLISHED / next(folder for of, folder in FOLDERS.items() if key.startswith(of))
@@ -121,11 +122,11 @@ def test_a_gpu_config_fits_the_cards_it_is_for(name: str, gpus: str) -> None:
         model = with_geometry(with_family(local))
         stages = StageConfigs(served.encoder, served.transformer, served.vae)
         sizes = Description(model, folder).sizes(*stages.by_stage().values(), (default_size(model),))
-        needs.append(ModelNeeds(served.name, stages, sizes, shared_stages(served)))
-    beside = place_beside(needs, parse_gpus(gpus))
-    for of in needs:
+        demands.append(ModelDemands(served.name, stages, sizes, shared_stages(served)))
+    beside = place_beside(demands, parse_gpus(gpus))
+    for of in demands:
         demands = {stage: d for stage, d in demands_of(of.stages, of.sizes).items() if stage not in of.shared}
-        assert not place(demands, parse_gpus(gpus), beside=beside[of.name]).shortfalls()
+        assert not plan_placement(demands, parse_gpus(gpus), beside=beside[of.name]).shortfalls()
 
 
 @pytest.mark.slow
@@ -189,12 +190,12 @@ def wait_for_200(url: str, process: "subprocess.Popen[bytes]") -> None:
         ({"vae": {"device": "cuda"}}, "device 'gpu' needs num_gpus > 0"),
         ({"encoder": {"min_replicas": 3}}, "max_replicas must be at least min_replicas (3), got 1"),
         ({"model": MODEL | {"family": "flx"}}, "model.family: unknown family 'flx'; allowed: flux, sd15"),
-        ({"transformer": {"cuts": [5, 3]}}, "cuts must be rising block numbers from 1, got [5, 3]"),
+        ({"transformer": {"cuts": [5, 3]}}, "cuts must be ascending block numbers from 1, got [5, 3]"),
         ({"transformer": {"shards": 3, "cuts": [4]}}, "1 cuts make 2 shards, got shards: 3"),
-        ({"transformer": {"max_memory": {"0": "14GiB"}}}, "max_memory is of device_map"),
+        ({"transformer": {"max_memory": {"0": "14GiB"}}}, "max_memory needs device_map"),
         (
             {"transformer": {"context_parallel": 2, "num_gpus": 0.5}},
-            "ranks that share each forward need a GPU each, and num_gpus: 0.5 shares one",
+            "ranks that share each forward need a GPU each, but num_gpus: 0.5 shares one",
         ),
     ],
 )
@@ -231,10 +232,10 @@ def test_of_several_applications_the_one_that_serves_a_checkpoint_is_meant(tmp_p
     path.write_text(yaml.safe_dump({"applications": [other, ours]}))
     assert load_app_config(path).served[0].model.checkpoint == MODEL["checkpoint"]
     path.write_text(yaml.safe_dump({"applications": [ours, ours | {"name": "second"}]}))
-    with pytest.raises(ConfigError, match="got relay, second; write the one that is meant into a file of its own"):
+    with pytest.raises(ConfigError, match="got relay, second; write the one to use into a file of its own"):
         load_app_config(path)
 
 
 def test_the_config_reference_is_current() -> None:
-    """Write it anew by `relay config > docs/config.md`."""
+    """Update it by `relay config > docs/config.md`."""
     assert (ROOT / "docs" / "config.md").read_text() == render_config_docs()

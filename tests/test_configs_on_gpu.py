@@ -1,4 +1,4 @@
-"""Every config for GPUs is run on one, with tiny weights in place of the model's."""
+"""Runs every config for GPUs on a GPU, with tiny weights in place of the model's."""
 
 from dataclasses import replace
 from importlib.util import find_spec
@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from deployments.config import StageConfig
+from deployments.config.stage import StageConfig
 from deployments.stages import load_stage
 from deployments.stages.tensors import each_tensor
-from serve_app.config import load_app_config
+from serve_app.config.serve_file import load_app_config
 from tests.deployments.memory.tiny_request import build_request
 from tests.tiny_models import EXPERTS, tiny_model
 
@@ -25,14 +25,14 @@ CONFIGS = sorted(
     for served in load_app_config(path).served
     if load_app_config(path).is_one and served.encoder.num_gpus and served.model.family
 )
-"""Those of the families: other pipelines have no technique of their own in their configs."""
+"""Configs of the six families: those of other pipelines use no memory technique of their own."""
 TINY_GIB = 1e-4
-"""Of a model's weights on the GPU: a part of the tiny ones', as the config's is of the real ones'."""
-MOVES = ("offload", "vram_limit_gib", "on_demand", "compile")
+"""Limit for a tiny model's weights on the GPU: a part of them, as the config's limit is of the real weights."""
+MOVES = ("offload", "vram_limit_gib", "time_sharing", "compile")
 
 
 def tiny(config: StageConfig, **settings: Any) -> StageConfig:
-    """Alone on the GPU, and with what torch can compile for it here."""
+    """Returns the stage's config for a tiny model alone on the GPU, compiled only if torch can do so here."""
     changes: dict[str, Any] = {"num_gpus": 1.0, "host_copy": "memory", **settings}
     if config.vram_limit_gib is not None:
         changes.setdefault("vram_limit_gib", TINY_GIB)
@@ -42,7 +42,7 @@ def tiny(config: StageConfig, **settings: Any) -> StageConfig:
 
 
 def draw(path: Path, **settings: Any) -> tuple[Any, torch.Tensor, Any]:
-    """Embeddings, latents and frames."""
+    """Returns embeddings, latents and frames."""
     [app] = load_app_config(path).served
     assert app.model.family is not None
     name = EXPERTS if path.stem.startswith("wan22") else app.model.family
@@ -52,7 +52,7 @@ def draw(path: Path, **settings: Any) -> tuple[Any, torch.Tensor, Any]:
     denoising = load_stage("denoise", model, tiny(app.transformer, shards=1, context_parallel=1, **settings))
     denoising.connect(None, pytest.fail)
     decoding = load_stage("decode", model, tiny(app.vae, **settings))
-    for _ in range(2):  # the second time weights have left and come again, and layers are fetched ahead
+    for _ in range(2):  # by the second time weights were unloaded and reloaded, and layers are prefetched
         encodings = encoding.encode(request)
         seat = denoising.join()
         arguments = denoising.denoise(seat, encodings, request)
@@ -66,7 +66,7 @@ def draw(path: Path, **settings: Any) -> tuple[Any, torch.Tensor, Any]:
 def test_a_config_draws_what_it_draws_where_all_weights_lie_on_the_gpu(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # where turns are taken, and weights on disk
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # folder of the leases' locks and of weights on disk
     embeds, latents, frames = draw(path)
     at_rest = draw(path, **dict.fromkeys(MOVES))
     assert all(torch.equal(one, other) for one, other in zip(embeds, at_rest[0], strict=True))

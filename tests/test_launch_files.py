@@ -1,4 +1,5 @@
-"""The files in cluster/launch: Ray's own readers take them, and their nodes have room for the app they start."""
+"""The files in cluster/launch: Ray's own parsers accept them, and their nodes have room for the app that they
+start."""
 
 import copy
 import json
@@ -6,6 +7,8 @@ import os
 import re
 import shlex
 import subprocess
+import sys
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +16,19 @@ from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 from ray._private import ray_constants
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from ray.autoscaler._private.resource_demand_scheduler import get_bin_pack_residual
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve.schema import ServeDeploySchema
 
-from cluster.serve_options import plan_serve_options
-from deployments.config import StageConfig
-from serve_app.config import AppConfig, load_app_config, parse_app_config
-from serve_app.ray_environment import RAY_ENVIRONMENT
+from cluster.replicas.serve_options import plan_serve_options
+from deployments.config.stage import StageConfig
+from serve_app.commands.ray_environment import RAY_ENVIRONMENT
+from serve_app.config.app import AppConfig
+from serve_app.config.serve_file import load_app_config, parse_app_config
+from serve_app.config.shipped import find_config
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "cluster" / "launch"
@@ -63,12 +69,17 @@ POD_SPEC = {
     "terminationGracePeriodSeconds",
 }
 CONTAINER = {"name", "image", "command", "ports", "resources", "volumeMounts", "env", "envFrom"}
-"""Of Kubernetes' PodSpec and Container, what is used here."""
+"""Fields of Kubernetes' PodSpec and Container that are used here."""
+COMPOSED = {
+    *("image", "build", "command", "environment", "init", "shm_size", "ports", "volumes", "stop_grace_period"),
+    *("profiles", "deploy"),
+}
+"""Fields of https://github.com/compose-spec/compose-spec/blob/main/05-services.md that are used here."""
 
 
 @dataclass(frozen=True)
 class NodeType:
-    """Nodes of one kind: how many there are at first and at most, and what each of them offers."""
+    """Nodes of one kind: their initial and maximum number, and what each node offers."""
 
     min_nodes: int
     max_nodes: int
@@ -77,7 +88,7 @@ class NodeType:
 
 
 def node_types(autoscaler_config: dict[str, Any]) -> list[NodeType]:
-    """Of the workers: the head offers stages nothing."""
+    """Returns the types of worker nodes; the head must offer stages no CPUs."""
     types = dict(autoscaler_config["available_node_types"])
     head = types.pop(autoscaler_config["head_node_type"])
     assert head["resources"]["CPU"] == 0
@@ -100,7 +111,8 @@ def ray_service() -> dict[str, Any]:
 
 
 def kubernetes_config() -> dict[str, Any]:
-    """As Ray's autoscaler reads the cluster of the RayService; it checks fields, quantities and labels."""
+    """Returns the RayService's cluster as Ray's autoscaler reads it, which checks fields, quantities and
+    labels."""
     cluster = {"metadata": {"name": "c", "namespace": "n"}, "spec": ray_service()["spec"]["rayClusterConfig"]}
     config: dict[str, Any] = _derive_autoscaling_config_from_ray_cr(cluster)
     return config
@@ -113,13 +125,13 @@ def kubernetes_app() -> AppConfig:
 
 
 def launcher_app() -> AppConfig:
-    """Of the config that the launcher's head of comment tells to deploy."""
+    """Returns the config that the comment at the top of cluster.yaml says to deploy."""
     [path] = re.findall(r"serve deploy latent-relay/(\S+\.yaml)", (LAUNCH / "cluster.yaml").read_text())
     return load_app_config(ROOT / path)
 
 
 def unplaced(app: AppConfig, types: Sequence[NodeType], *, nodes: str, replicas: str) -> list[dict[str, float]]:
-    """What finds no room, by Ray's own bin packing, on so many nodes of every type.
+    """Returns what finds no room, by Ray's own bin packing, on that many nodes of every type.
 
     Every node has one GPU, so what fits the node fits a GPU.
     """
@@ -130,7 +142,9 @@ def unplaced(app: AppConfig, types: Sequence[NodeType], *, nodes: str, replicas:
     [served] = app.served
     for stage in (served.transformer, served.encoder, served.vae):
         here = [i for i, of in enumerate(labels) if stage.label_selector.items() <= of.items()]
-        left, offered = get_bin_pack_residual([offers[i] for i in here], bundles(stage) * getattr(stage, replicas))
+        is_bounded = replicas == "most" and not stage.is_auto  # otherwise it takes only what there is room for
+        num_replicas = stage.most_replicas if is_bounded else stage.min_replicas
+        left, offered = get_bin_pack_residual([offers[i] for i in here], bundles(stage) * num_replicas)
         left_over += left
         for i, offer in zip(here, offered, strict=True):
             offers[i] = offer
@@ -138,7 +152,7 @@ def unplaced(app: AppConfig, types: Sequence[NodeType], *, nodes: str, replicas:
 
 
 def bundles(stage: StageConfig) -> list[dict[str, float]]:
-    """What one replica takes, as the app will ask for it."""
+    """Returns the resources of one replica, as the app will request them."""
     options = plan_serve_options(stage, graceful_shutdown_timeout_s=0, num_shards=stage.num_ranks)
     actor = options["ray_actor_options"]
     found: list[dict[str, float]] = options.get(
@@ -156,13 +170,13 @@ CLUSTERS = {
 @pytest.mark.parametrize("file", CLUSTERS)
 def test_the_app_fits_the_nodes_that_are_there_at_first(file: str) -> None:
     app, config = CLUSTERS[file]
-    assert unplaced(app(), node_types(config()), nodes="min_nodes", replicas="min_replicas") == []
+    assert unplaced(app(), node_types(config()), nodes="min_nodes", replicas="least") == []
 
 
 @pytest.mark.parametrize("file", CLUSTERS)
 def test_the_app_fits_the_largest_cluster_when_it_has_scaled_up(file: str) -> None:
     app, config = CLUSTERS[file]
-    assert unplaced(app(), node_types(config()), nodes="max_nodes", replicas="max_replicas") == []
+    assert unplaced(app(), node_types(config()), nodes="max_nodes", replicas="most") == []
 
 
 @pytest.mark.parametrize("file", CLUSTERS)
@@ -170,7 +184,7 @@ def test_a_cluster_without_one_of_its_nodes_would_be_too_small(file: str) -> Non
     app, config = CLUSTERS[file]
     first, *others = node_types(config())
     smaller = NodeType(first.min_nodes - 1, first.max_nodes, first.resources, first.labels)
-    assert unplaced(app(), [smaller, *others], nodes="min_nodes", replicas="min_replicas") != []
+    assert unplaced(app(), [smaller, *others], nodes="min_nodes", replicas="least") != []
 
 
 def test_ray_takes_the_launchers_file() -> None:
@@ -225,7 +239,7 @@ def test_every_process_of_the_ray_service_has_token_and_tls() -> None:
 
 @pytest.mark.parametrize("start", ["head_start_ray_commands", "worker_start_ray_commands"])
 def test_the_launchers_ray_starts_with_token_and_tls(start: str, tmp_path: Path) -> None:
-    """Its set-up commands run as they are, up to what they write; the commands that start Ray read it."""
+    """Runs the set-up commands with a temporary home; the commands that start Ray read what these write."""
     authority = tmp_path / ".relay"
     make_authority(authority)
     (tmp_path / "latent-relay").symlink_to(ROOT)
@@ -284,35 +298,76 @@ def test_every_stage_selects_a_group_and_every_group_is_selected() -> None:
 def test_all_files_name_the_version_of_ray_that_is_tested() -> None:
     image = f"rayproject/ray:{RAY_VERSION}-py311-gpu"
     assert launcher_config()["docker"]["image"] == image
-    assert dockerfile("FROM") == [[image]]
+    assert dockerfile("Dockerfile", "FROM") == [[image]]
     assert ray_service()["spec"]["rayClusterConfig"]["rayVersion"] == RAY_VERSION
 
 
-def dockerfile(instruction: str) -> list[list[str]]:
-    """Words of every such instruction."""
-    lines = (LAUNCH / "Dockerfile").read_text().splitlines()
-    return [shlex.split(line)[1:] for line in lines if line.startswith(f"{instruction} ")]
+IMAGES = ("Dockerfile", "Dockerfile.cpu", "Dockerfile.gpu")
+"""One image for nodes of a cluster, two for a single machine."""
 
 
-def test_the_image_holds_all_packages_and_nothing_that_is_not_there() -> None:
-    sources = {word for words in dockerfile("COPY") for word in words[1:-1]}
+def dockerfile(file: str, instruction: str) -> list[list[str]]:
+    """Returns the words of every such instruction, without its flags."""
+    lines = (LAUNCH / file).read_text().replace("\\\n", "").splitlines()
+    found = [shlex.split(line)[1:] for line in lines if line.startswith(f"{instruction} ")]
+    return [[word for word in words if not word.startswith("--chown")] for words in found]
+
+
+@pytest.mark.parametrize("file", IMAGES)
+def test_an_image_holds_all_packages_and_nothing_that_is_not_there(file: str) -> None:
+    sources = {word for words in dockerfile(file, "COPY") for word in words[:-1] if "--from=wheel" not in words}
     assert all((ROOT / source).exists() for source in sources)
-    assert {"cluster", "deployments", "serve_app", "pyproject.toml", "constraints.txt"} <= sources
-    ignored = (LAUNCH / "Dockerfile.dockerignore").read_text().splitlines()
+    assert {"cluster", "deployments", "serve_app", "configs", "pyproject.toml", "constraints.txt"} <= sources
+    ignored = (LAUNCH / f"{file}.dockerignore").read_text().splitlines()
     assert {line.removeprefix("!") for line in ignored if line.startswith("!")} == sources
 
 
-def test_the_images_command_serves_the_quickstart_to_the_outside() -> None:
-    """`--host` itself is tried in serve_app/test_serve_cli.py."""
-    [command] = re.findall(r"^CMD (\[.*\])$", (LAUNCH / "Dockerfile").read_text(), re.MULTILINE)
-    program, name, config, *options = json.loads(command)
-    assert (program, name, options) == ("relay", "serve", ["--host", "0.0.0.0", "--open"])
-    assert config == "configs/quickstart.yaml"
-    assert (ROOT / config).exists()
+@pytest.mark.parametrize("file", ["Dockerfile", "Dockerfile.cpu"])
+def test_an_images_command_serves_the_quickstart_to_the_outside(file: str) -> None:
+    """`--host` itself is tested in serve_app/commands/test_serve.py."""
+    found = re.findall(r"^(?:ENTRYPOINT|CMD) (\[.*\])$", (LAUNCH / file).read_text(), re.MULTILINE)
+    command = [word for part in found for word in json.loads(part)]
+    assert command == ["relay", "serve", "quickstart", "--host", "0.0.0.0", "--open"]
+    assert find_config(Path(command[2])) != Path(command[2])
+
+
+@pytest.mark.parametrize("file", ["Dockerfile.cpu", "Dockerfile.gpu"])
+def test_an_image_asks_pip_for_what_the_wheel_needs(file: str, tmp_path: Path) -> None:
+    """Runs the line that reads pyproject.toml as the image's shell would."""
+    [words] = [words for words in dockerfile(file, "RUN") if "requirements.txt" in words]
+    program = shlex.join([sys.executable, *words[1 : words.index(">")]])
+    told = subprocess.run(program, shell=True, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    required = [Requirement(line) for line in told.splitlines()]
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert required == [Requirement(line) for line in needed]
+
+
+def test_the_composed_services_are_built_of_these_images() -> None:
+    composed = yaml.safe_load((LAUNCH / "compose.yaml").read_text())
+    assert composed.keys() == {"name", "services", "volumes"}
+    for name, service in composed["services"].items():
+        assert service.keys() <= COMPOSED
+        file = Path(service["build"]["dockerfile"])
+        assert (LAUNCH / service["build"]["context"]).resolve() == ROOT
+        assert (file.parent, file.name in IMAGES) == (Path("cluster/launch"), True)
+        assert f"-t {service['image']} ." in (ROOT / file).read_text()
+        assert service["ports"] == ["127.0.0.1:8000:8000"]
+        home = f"/home/{dockerfile(file.name, 'USER')[0][0]}"
+        mounts = dict(volume.split(":", 1) for volume in service["volumes"] if not volume.startswith("$"))
+        assert mounts.keys() <= composed["volumes"].keys()
+        made = [home + "/" + word for words in dockerfile(file.name, "RUN") for word in words if "state" in word]
+        assert mounts["jobs"] in made, name
+
+
+def test_the_composed_gpu_service_serves_a_config_that_is_there() -> None:
+    command = yaml.safe_load((LAUNCH / "compose.yaml").read_text())["services"]["gpu"]["command"]
+    [name] = re.findall(r"^\$\{CONFIG:-(\w+)\}$", command[1])
+    assert [command[0], *command[2:]] == ["serve", "--host", "0.0.0.0", "--open"]
+    assert (ROOT / "configs" / f"{name}.yaml").is_file()
 
 
 ONE_MACHINE_ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"}
-"""It binds Ray to loopback: not for the nodes of a cluster."""
+"""This variable binds Ray to the loopback interface, so nodes of a cluster must not have it."""
 
 
 @pytest.mark.parametrize("file", ["Makefile", "cluster/launch/Dockerfile", "cluster/launch/cluster.yaml"])

@@ -1,4 +1,4 @@
-"""Parameters of tests, of which some run with --thorough alone."""
+"""Test parameters, some of which run only with --thorough."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 
 
 def usually(values: Iterable[Any], is_usual: Callable[[Any], bool]) -> list[Any]:
-    """All of them, tuples for several arguments; those that are not usual marked `thorough`."""
+    """Returns all values, tuples for several arguments; those that are not usual are marked `thorough`."""
     return [value if is_usual(value) else _thorough(value) for value in values]
 
 

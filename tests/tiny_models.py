@@ -1,10 +1,10 @@
-"""Tiny checkpoints by name: those of the six families are named as these are, others may be of one too."""
+"""Tiny checkpoints by name: the six families' have the family's name; others may belong to one too."""
 
-from deployments.config import ModelConfig
+from deployments.config.model import ModelConfig
 from deployments.families import FAMILIES, Family
 
 EXPERTS = "wan22-a14b"
-"""Has two denoisers."""
+"""A model with two denoisers."""
 
 
 def family_of(name: str) -> Family:

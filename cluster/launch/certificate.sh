@@ -1,10 +1,10 @@
 #!/bin/sh
-# certificate.sh AUTHORITY OUT [NAME...]: a certificate of this node, by which Ray knows it (RAY_USE_TLS).
-# AUTHORITY is a folder with ca.crt and ca.key, made once for the cluster:
+# certificate.sh AUTHORITY OUT [NAME...]: creates this node's certificate for Ray's TLS (RAY_USE_TLS).
+# AUTHORITY is a folder with ca.crt and ca.key, created once for the cluster:
 #
 #   openssl req -x509 -newkey rsa:4096 -nodes -days 3650 -subj /CN=relay -keyout ca.key -out ca.crt
 #
-# Writes OUT/tls.crt and OUT/tls.key, good for localhost, this node's addresses, and each NAME.
+# Writes OUT/tls.crt and OUT/tls.key, valid for localhost, this node's addresses, and each NAME.
 set -eu
 authority=$1 out=$2
 shift 2

@@ -1,6 +1,6 @@
-"""A checkpoint with byte order marks in it, which diffusers refuses, is served from a copy that has none.
+"""Copies checkpoints whose JSON files have byte order marks, which diffusers refuses, without the marks.
 
-Only the JSON files are copied; everything else in the copy is a link to the checkpoint itself.
+Only the marked files are copied; all other files in the copy are links to the checkpoint.
 """
 
 import codecs
@@ -12,11 +12,11 @@ from pathlib import Path
 from filelock import FileLock
 
 _COPIES = Path(".cache") / "latent-relay" / "without-byte-order-marks"
-"""Under the user's home."""
+"""Relative to the user's home."""
 
 
 def without_byte_order_marks(checkpoint: Path) -> Path:
-    """The folder itself, or a copy of it whose JSON files have no mark. Processes may ask at once."""
+    """Returns the folder itself, or a copy whose JSON files have no mark. Safe for concurrent processes."""
     marked = [path for path in (*checkpoint.glob("*.json"), *checkpoint.glob("*/*.json")) if _has_mark(path)]
     if not marked:
         return checkpoint
@@ -40,7 +40,7 @@ def _has_mark(path: Path) -> bool:
 
 
 def _fingerprint(checkpoint: Path) -> str:
-    """Another one when a file has come, gone or changed."""
+    """Returns a hash that changes when a file is added, removed or modified."""
     seen = hashlib.sha256(str(checkpoint.resolve()).encode())
     for path in _files(checkpoint):
         told = path.stat() if path.exists() else path.lstat()
@@ -49,7 +49,7 @@ def _fingerprint(checkpoint: Path) -> str:
 
 
 def _files(checkpoint: Path) -> Iterator[Path]:
-    """Of the checkpoint and its components, links to nothing included."""
+    """Yields the files of the checkpoint and its components, broken links included."""
     for path in sorted((*checkpoint.glob("*"), *checkpoint.glob("*/*"))):
         if not path.is_dir():
             yield path

@@ -1,4 +1,4 @@
-"""Which components of a checkpoint belong to which stage."""
+"""Assigns a checkpoint's components to stages."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,35 +8,36 @@ from deployments.checkpoints.json_file import read_settings
 from deployments.checkpoints.modular import MODEL_INDEX, is_modular
 from deployments.checkpoints.parts import open_checkpoint
 from deployments.checkpoints.source import fetch_configs
-from deployments.config import ModelConfig
+from deployments.config.model import ModelConfig
 from deployments.families import Family
 from deployments.memory.config import Dtype
 
 Stage = Literal["encode", "denoise", "decode"]
 
 ModelIndex = Mapping[str, Any]
-"""A checkpoint's model_index.json: component names with [library, class], and settings."""
+"""A checkpoint's model_index.json: [library, class] by component name, and settings."""
 
 SEE_PICTURES = frozenset({"processor", "image_processor", "feature_extractor", "image_encoder"})
-"""What the encode stage shows pictures to, of pipelines that need some. Others have an image encoder for IP-
-Adapters, or to look for what is not safe."""
+"""Components that read images, in the encode stage of pipelines that need images. In other pipelines an image
+encoder is for IP-Adapters or the safety checker, and is not loaded."""
 _REWRITERS = frozenset({"pe", "prompt_enhancer", "prompt_upsampler"})
-"""Language models that rewrite prompts, which are encoded as they are given."""
+"""Language models that rewrite prompts. They are not loaded: prompts are encoded as given."""
 NEVER_LOADED = SEE_PICTURES | _REWRITERS | {"safety_checker", "watermark", "motion_adapter", "duration_head"}
-"""Pipelines do without: what a motion adapter holds, the UNet was saved with, and who asks says how long."""
+"""Components that a pipeline does not need here. A motion adapter's weights were saved with the UNet, too, and
+instead of a duration head the request sets the length."""
 TEXT_PARTS = ("text_encoder", "tokenizer", "connectors")
-"""How names begin of what makes texts into what a denoiser takes."""
+"""How the names of components begin that turn texts into a denoiser's inputs."""
 VAES = frozenset({"vae", "audio_vae"})
 DECODERS = VAES | {"vocoder"}
-"""What makes pixels, and sound, of latents."""
+"""Components that make pixels or sound from latents."""
 _NO_DENOISERS = ("Scheduler", "Guidance", "VAE", "VQModel", "Autoencoder", "Vocoder", "MotionAdapter")
-"""In names of classes."""
+"""Parts of the names of diffusers' classes that are not denoisers."""
 
 
 def fetch_stage(model: ModelConfig, stage: Stage, dtype: Dtype) -> tuple[Path, ModelIndex]:
-    """The checkpoint's folder, holding what `stage` needs and every model's config, and its model_index.json.
+    """Returns a folder with the components that `stage` needs and every model's config, and the index.
 
-    dtype: that of the stage, for what lies in a file and must be converted.
+    dtype: the stage's, to which weights in single files are converted.
     """
     index = read_index(fetch_configs(model.layout, revision=model.revision))
     components = stage_components(index, model.architecture, stage)
@@ -44,12 +45,15 @@ def fetch_stage(model: ModelConfig, stage: Stage, dtype: Dtype) -> tuple[Path, M
 
 
 def read_index(folder: Path) -> ModelIndex:
-    """Raises as `read_settings`."""
+    """Reads a checkpoint's model_index.json. Raises the errors of `read_settings`."""
     return read_settings(folder / MODEL_INDEX)
 
 
 def with_own_scheduler(model: ModelConfig) -> ModelConfig:
-    """The same, and which scheduler its checkpoint has, where that can be read here. Raises as `read_settings`."""
+    """Returns a copy with the class of the checkpoint's scheduler, if the checkpoint can be read here.
+
+    Raises the errors of `read_settings`.
+    """
     try:
         index = read_index(fetch_configs(model.layout, revision=model.revision))
     except FileNotFoundError:
@@ -58,7 +62,7 @@ def with_own_scheduler(model: ModelConfig) -> ModelConfig:
 
 
 def stage_components(index: ModelIndex, family: Family, stage: Stage) -> frozenset[str]:
-    """Names of the components that `stage` needs."""
+    """Returns the names of the components that `stage` needs."""
     light = weightless(index)
     if stage == "encode":
         names = component_names(index)
@@ -71,15 +75,15 @@ def stage_components(index: ModelIndex, family: Family, stage: Stage) -> frozens
 
 
 def weightless(index: ModelIndex) -> frozenset[str]:
-    """Schedulers and guiders: every stage has its own."""
+    """Returns the names of schedulers and guiders, of which every stage has its own copy."""
     return frozenset(name for name in component_names(index) if name == "scheduler" or name.endswith("guider"))
 
 
 def denoiser_names(index: ModelIndex) -> tuple[str, ...]:
-    """The components that the denoise stage has, in the order of the index: most checkpoints have one, Wan 2.2 has
-    an expert for high noise and one for low.
+    """Returns the denoisers in the order of the index. Most checkpoints have one; Wan 2.2 has an expert for high
+    noise and one for low noise.
 
-    Of diffusers' models those that are no VAE, no scheduler and no guider: told by their classes' names.
+    Denoisers are those of diffusers' components that, by their class names, are no VAE, scheduler or guider.
     """
     components = component_names(index)
     models = (name for name in index if name in components and index[name][0] == "diffusers")
@@ -87,27 +91,27 @@ def denoiser_names(index: ModelIndex) -> tuple[str, ...]:
 
 
 def needed_names(index: ModelIndex) -> frozenset[str]:
-    """Denoisers and settings that are set: a pipeline that does not know them all would draw with half a model, as
-    WanVideoToVideoPipeline would with one of Wan 2.2's two experts."""
+    """Returns the names of denoisers and of settings that are set. A pipeline class that does not know all of them
+    would use half of the model, as WanVideoToVideoPipeline would use one of Wan 2.2's two experts."""
     settings = {n for n, value in index.items() if value and not n.startswith("_") and not _is_component(value)}
     return frozenset({*denoiser_names(index), *settings})
 
 
 def component_names(index: ModelIndex) -> frozenset[str]:
-    """All components that the checkpoint has."""
+    """Returns the names of all components that the checkpoint has."""
     return frozenset(name for name, entry in index.items() if _is_component(entry) and entry[0] is not None)
 
 
 def left_out(index: ModelIndex) -> frozenset[str]:
-    """Components that its pipeline knows and the checkpoint does without: [null, null]."""
+    """Returns the names of optional components of the pipeline that the checkpoint lacks: [null, null]."""
     return frozenset(name for name, entry in index.items() if _is_component(entry) and entry[0] is None)
 
 
 def check_served(folder: Path, index: ModelIndex, family: Family) -> None:
-    """Raises ValueError if some stage would lack what it cannot do without, or a model would be in no stage."""
+    """Raises ValueError if a stage would lack a component that it needs, or a model would belong to no stage."""
     names = component_names(index)
     pipeline = f"{folder}, a {index.get('_class_name')}"
-    made = {"scheduler"} if is_modular(index) else set[str]()  # blocks bring what they need beside weights
+    made = {"scheduler"} if is_modular(index) else set[str]()  # blocks create components without weights
     lacking = sorted({"scheduler", "vae"} - names - made)
     if not denoiser_names(index):
         lacking.insert(0, "denoiser (transformer or unet)")
@@ -124,6 +128,12 @@ def check_served(folder: Path, index: ModelIndex, family: Family) -> None:
         )
 
 
+def is_controlnet(component: str) -> bool:
+    """Whether a component is a ControlNet. Its residuals are many times as large as a denoiser's prediction, and
+    only the forward of the same step uses them."""
+    return component.startswith("controlnet")
+
+
 def _is_component(entry: Any) -> bool:
-    """Settings may be lists, too."""
+    """Whether an entry of the index is a component. Settings may be lists, too."""
     return isinstance(entry, list) and len(entry) == 2 and all(e is None or isinstance(e, str) for e in entry)

@@ -1,8 +1,9 @@
-"""Writes one component of a single file in diffusers' layout, by diffusers' own `from_single_file`.
+"""Converts one component of a single file to diffusers' layout, with diffusers' own `from_single_file`.
 
     python -m deployments.checkpoints.convert FILE LAYOUT COMPONENT OUT_FOLDER DTYPE
 
-In a process of its own, whose memory goes with it. It is at most that of the component, for the file is mapped.
+Runs in a process of its own, so that its memory is freed. It needs at most the component's size, because the file
+is mapped.
 """
 
 import importlib
@@ -26,7 +27,7 @@ from deployments.memory.unread import refuse_unread
 
 
 def convert(file: Path, layout: Path, name: str, out_folder: Path, dtype: torch.dtype) -> None:
-    """Raises ValueError if the file has other weights than the component's config in `layout` needs."""
+    """Converts a component. Raises ValueError if its weights do not match its config in `layout`."""
     library, class_name = json.loads((layout / "model_index.json").read_text(encoding="utf-8"))[name]
     model_class: Any = getattr(importlib.import_module(library), class_name)
     checkpoint = load_single_file_checkpoint(str(file))
@@ -45,11 +46,11 @@ def convert(file: Path, layout: Path, name: str, out_folder: Path, dtype: torch.
                 local_files_only=True,
                 torch_dtype=dtype,
             )
-        else:  # the function would take the layout's own weights
-            raise ValueError(f"diffusers reads no {class_name} from a single file")
+        else:  # load_single_file_sub_model would take the layout's own weights
+            raise ValueError(f"diffusers cannot read {class_name} from a single file")
     missing = sorted(key for key, tensor in model.state_dict().items() if tensor.is_meta)
     if missing:
-        raise ValueError(f"it lacks weights that {class_name} needs: {missing[0]} ({len(missing)} such)")
+        raise ValueError(f"it lacks weights that {class_name} needs: {missing[0]} ({len(missing)} in all)")
     model.save_pretrained(out_folder)
 
 
@@ -58,7 +59,7 @@ def _is_loadable(model_class: Any) -> bool:
 
 
 def _is_renamed(model_class: Any, checkpoint: dict[str, torch.Tensor]) -> bool:
-    """Whether the file is of a whole model, where text encoders have prefixes and CLIP other names."""
+    """Whether the file holds a whole model, in which a text encoder's tensors have other names."""
     if model_class.__name__ == "T5EncoderModel":
         return bool(is_t5_in_single_file(checkpoint))
     return bool(is_clip_model_in_single_file(model_class, checkpoint))
@@ -67,14 +68,14 @@ def _is_renamed(model_class: Any, checkpoint: dict[str, torch.Tensor]) -> bool:
 def _load_transformers(
     model_class: Any, checkpoint: dict[str, torch.Tensor], layout: Path, name: str, dtype: torch.dtype
 ) -> Any:
-    """A file of this text encoder alone, by its own names."""
+    """Loads a file that holds only this text encoder, under transformers' tensor names."""
     config = model_class.config_class.from_pretrained(layout, subfolder=name)
     model, keys = model_class.from_pretrained(
         None, config=config, state_dict=checkpoint, dtype=dtype, output_loading_info=True
     )
     for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if found := sorted(map(str, keys[fault])):
-            raise ValueError(f"it is of another model: {fault} of {model_class.__name__}: {found[0]}")
+            raise ValueError(f"it belongs to another model: {fault} of {model_class.__name__}: {found[0]}")
     return model
 
 
@@ -82,5 +83,5 @@ if __name__ == "__main__":
     diffusers.utils.logging.set_verbosity_error()
     try:
         convert(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], Path(sys.argv[4]), getattr(torch, sys.argv[5]))
-    except Exception as error:  # mappings fail as they like on a file of another model
+    except Exception as error:  # diffusers' key mappings raise errors of any type on other models' files
         sys.exit(" ".join(f"{type(error).__name__}: {error}".split()))

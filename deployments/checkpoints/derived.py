@@ -1,4 +1,4 @@
-"""Pipelines without an entry in `families`: what they tell of themselves. Another process imports torch for it."""
+"""Derives the family of pipelines without an entry in `families`, in a child process, because that needs torch."""
 
 import json
 import os
@@ -11,24 +11,25 @@ from typing import Any
 
 from deployments.checkpoints.packages import describe_missing, is_public
 from deployments.families import FAMILIES, Call, Family, Geometry
-from deployments.families.calls import REQUIRED, find_calls
+from deployments.families.calls import find_calls
 from deployments.families.geometry import Configs
+from deployments.families.sources import REQUIRED
 from deployments.request import CallKind
 
-DERIVE = "deployments.stages.derive"
+DERIVE = "deployments.stages.trials.derive"
 MUST_END_IN_S = 300.0
 
 
 @cache
 def derive_family(folder: Path, pipeline_class: str) -> tuple[Family, Geometry]:
-    """Of the checkpoint in this folder, which need not have more than configs. Takes some seconds.
+    """Returns the family and geometry of the checkpoint in this folder. Takes some seconds.
 
-    Raises ValueError if its pipeline cannot be served.
+    The folder needs only configs. Raises ValueError if the pipeline cannot be served.
     """
     try:
         _check_class(pipeline_class)
     except ValueError as error:
-        raise _refusal(folder, pipeline_class, str(error)) from error
+        raise _underivable(folder, pipeline_class, str(error)) from error
     if missing := describe_missing(pipeline_class):
         raise ValueError(f"{folder}: {missing}")
     command = [sys.executable, "-m", DERIVE, str(folder)]
@@ -37,12 +38,12 @@ def derive_family(folder: Path, pipeline_class: str) -> tuple[Family, Geometry]:
         command, capture_output=True, text=True, timeout=MUST_END_IN_S, env=environment, check=False
     )
     if ran.returncode:
-        raise _refusal(folder, pipeline_class, (ran.stderr.strip() or "no reason given").splitlines()[-1])
+        raise _underivable(folder, pipeline_class, (ran.stderr.strip() or "no reason given").splitlines()[-1])
     return read_derived(pipeline_class, json.loads(ran.stdout.splitlines()[-1]))
 
 
 def read_derived(pipeline_class: str, told: Mapping[str, Any]) -> tuple[Family, Geometry]:
-    """What `Derived.describe` (stages/derive.py) has told."""
+    """Reads the output of `Derived.describe` (stages/trials/derive.py)."""
     own = dict(told)
     geometry = Geometry(**own.pop("geometry"))
     calls: dict[CallKind, Call] = {call["kind"]: _read_call(call) for call in own.pop("calls", ())}
@@ -58,7 +59,7 @@ def read_derived(pipeline_class: str, told: Mapping[str, Any]) -> tuple[Family, 
 
 
 def tell_calls(calls: Mapping[CallKind, Call]) -> list[dict[str, Any]]:
-    """As JSON, for `read_derived`."""
+    """Returns the calls as JSON values, which `read_derived` reads."""
     return [
         {
             "kind": call.kind,
@@ -80,14 +81,14 @@ def _check_class(pipeline_class: str) -> None:
     if not pipeline_class.endswith("ModularPipeline"):
         find_calls(pipeline_class)
     elif not is_public(pipeline_class):
-        raise ValueError("the installed diffusers has none of that name")
+        raise ValueError("the installed diffusers has no class of that name")
 
 
 def _given(geometry: Geometry, _configs: Configs) -> Geometry:
     return geometry
 
 
-def _refusal(folder: Path, pipeline_class: str, reason: str) -> ValueError:
+def _underivable(folder: Path, pipeline_class: str, reason: str) -> ValueError:
     known = ", ".join(f"{family.pipeline_class} ({name})" for name, family in FAMILIES.items())
     return ValueError(
         f"{folder} is a {pipeline_class}, which cannot be served: {reason}. If it runs like one of these, set "

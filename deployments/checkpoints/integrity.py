@@ -1,6 +1,6 @@
-"""What of a checkpoint's files would keep a stage from loading, told before it imports anything: a sentence each.
+"""Finds faults in a checkpoint's files that would keep a stage from loading, and describes each in one sentence.
 
-Looks at headers and small files only, and at nothing that the stage does not read. Imports no torch.
+Reads only headers and small files, and only of files that the stage needs. Imports no torch.
 """
 
 import importlib.util
@@ -31,7 +31,9 @@ from deployments.checkpoints.weights import (
     plain_name,
     stored_dtypes,
 )
-from deployments.config import ModelConfig, StageConfig, TransformerConfig
+from deployments.config.model import ModelConfig
+from deployments.config.stage import StageConfig
+from deployments.config.transformer import TransformerConfig
 from deployments.families.parallel import find_parallel_faults
 
 LIBRARIES = ("diffusers", "transformers")
@@ -42,18 +44,18 @@ _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", *_SENTENCEPIECE)
 
 
 class BrokenCheckpoint(ValueError):
-    """Files that cannot be loaded: one line per fault."""
+    """A checkpoint's files cannot be loaded. The message has one line per fault."""
 
 
 def check_stage(model: ModelConfig, stage: Stage, config: StageConfig) -> None:
-    """Fetches what the stage needs, if need be. Raises BrokenCheckpoint, or as `fetch_checkpoint`."""
+    """Fetches what the stage needs and checks it. Raises BrokenCheckpoint, or the errors of `fetch_checkpoint`."""
     faults = [*find_offload_faults(stage, config), *find_stage_faults(model, stage, config)]
     if faults:
         raise BrokenCheckpoint("\n".join(faults))
 
 
 def find_stage_faults(model: ModelConfig, stage: Stage, config: StageConfig) -> Iterator[str]:
-    """Of the checkpoint's files. Raises as `fetch_checkpoint`."""
+    """Yields the faults of the checkpoint's files. Raises the errors of `fetch_checkpoint`."""
     index = read_index(fetch_configs(model.layout, revision=model.revision))
     components, parts = stage_components(index, model.architecture, stage), find_parts(model, index)
     others = components - parts.keys()
@@ -66,24 +68,24 @@ def find_stage_faults(model: ModelConfig, stage: Stage, config: StageConfig) -> 
             variants = _variants_of(name, index, model)
             yield from _find_component_faults(folder / name, entry, variants, config, parts.get(name))
         else:
-            yield f"{folder / 'model_index.json'} does not say of which class {name} is: fetch it again"
+            yield f"{folder / 'model_index.json'} does not say which class {name} has: fetch it again"
 
 
 def find_offload_faults(stage: Stage, config: StageConfig) -> Iterator[str]:
-    """Of the folder that offloaded weights are written to."""
+    """Yields the faults of the folder that offloaded weights are written to."""
     folder = None if config.offload is None or config.offload.folder is None else Path(config.offload.folder)
     if folder is None:
         return
     name = {"encode": "encoder", "denoise": "transformer", "decode": "vae"}[stage]
     if not folder.is_dir():
-        what = "is no folder" if folder.exists() else "does not exist"
+        what = "is not a folder" if folder.exists() else "does not exist"
         yield f"{name}.offload.folder: {folder} {what}: make the folder, or leave it out"
     elif not os.access(folder, os.W_OK | os.X_OK):
-        yield f"{name}.offload.folder: nothing can be written to the folder {folder}: mend its permissions"
+        yield f"{name}.offload.folder: the folder {folder} is not writable: fix its permissions"
 
 
 def _find_variant_faults(model: ModelConfig, folder: Path, index: ModelIndex) -> Iterator[str]:
-    """A variant that no component has; where only some lack it, diffusers takes their plain weights."""
+    """Yields a fault if no component has the variant. diffusers takes plain weights where only some lack it."""
     if model.variant is None or model.config is not None:
         return
     found: set[str] = set()
@@ -98,21 +100,22 @@ def _find_variant_faults(model: ModelConfig, folder: Path, index: ModelIndex) ->
 
 
 def _variants_of(name: str, index: ModelIndex, model: ModelConfig) -> tuple[str | None, ...]:
-    """Of a component's weights, those that will do: plain ones too, as diffusers has it, but of no denoiser."""
+    """Returns the variants of a component's weights that may be loaded: as in diffusers plain ones too, but not
+    for denoisers."""
     return (model.variant,) if name in denoiser_names(index) else (model.variant, None)
 
 
 def _find_component_faults(
     folder: Path, entry: Sequence[str], variants: Sequence[str | None], config: StageConfig, part: Path | None
 ) -> Iterator[str]:
-    """part: the file that its weights are in, if they are in none of the folder."""
+    """Yields the faults of one component. part: the file with its weights, if they are not in its folder."""
     package, class_name = entry
     library = library_of(package)
     if not folder.is_dir() or not any(folder.iterdir()):
         yield f"{folder} is empty: fetch the checkpoint again"
         return
     if library not in LIBRARIES:
-        yield f"{folder}: its class {class_name} is of {library}; only diffusers and transformers are loaded here"
+        yield f"{folder}: its class {class_name} is from {library}; only diffusers' and transformers' are loaded"
         return
     yield from _find_class_faults(folder, package, class_name)
     if folder.name.startswith("tokenizer"):
@@ -151,20 +154,24 @@ def _find_config_faults(path: Path) -> list[str]:
 
 
 def _find_class_faults(folder: Path, package: str, class_name: str) -> Iterator[str]:
-    """Of transformers' classes no file has all names, and loading them tells of a missing one well enough."""
+    """Yields a fault if the installed diffusers lacks the class or a package that it needs.
+
+    transformers' classes are not checked: no file lists them all, and loading a missing one gives a clear error.
+    """
     if library_of(package) != "diffusers":
         return
     if not is_public(class_name, package):
         yield (
             f"{folder}: diffusers {version('diffusers')} has no class {class_name}: install a newer diffusers, or "
-            "mend model_index.json"
+            "correct model_index.json"
         )
     elif missing := describe_missing(class_name):
         yield f"{folder}: {missing}"
 
 
 def _find_cut_faults(stored: Mapping[str, Any], config: StageConfig) -> Iterator[str]:
-    """More shards than blocks. Exactly how they are cut, engine/blocks.py finds out when the model is built."""
+    """Yields a fault if there are more shards than blocks. The exact cuts are only known once a model is built
+    (engine/blocks.py)."""
     if not isinstance(config, TransformerConfig) or config.num_shards == 1:
         return
     if "down_block_types" in stored:
@@ -176,7 +183,10 @@ def _find_cut_faults(stored: Mapping[str, Any], config: StageConfig) -> Iterator
     if config.cuts is not None and config.cuts[-1] >= num_blocks:
         yield f"transformer.cuts: must be below {num_blocks}, the number of blocks, got {config.cuts[-1]}"
     elif config.num_shards > num_blocks:
-        yield f"transformer.shards: each needs a block, and the model has {num_blocks}, got {config.num_shards}"
+        yield (
+            f"transformer.shards: must be at most {num_blocks}, because each needs a block, got "
+            f"{config.num_shards}"
+        )
 
 
 def _find_sharing_faults(class_name: str, stored: Mapping[str, Any], config: StageConfig) -> Iterator[str]:
@@ -198,8 +208,8 @@ def _find_quantization_faults(folder: Path, own: Mapping[str, Any], config: Stag
     if method != "torchao":
         yield (
             f"{folder} is stored quantised by {method or 'a method that its config.json does not name'}, which is "
-            "not loaded here: weights may be stored by bitsandbytes (nf4, fp4, int8) or by torchao; "
-            f"take the unquantised {folder.name}, and set `quantization:` if it is to be small"
+            "not supported: only bitsandbytes (nf4, fp4, int8) and torchao are. Use the unquantised "
+            f"{folder.name}, and set `quantization:` to make it small"
         )
     elif importlib.util.find_spec(method) is None:
         yield f"{folder} is stored quantised by torchao, which is not installed here: `pip install torchao`"
@@ -208,7 +218,7 @@ def _find_quantization_faults(folder: Path, own: Mapping[str, Any], config: Stag
 
 
 def _reads_bytes(folder: Path) -> bool:
-    """Such a tokenizer, as HunyuanImage's for glyphs, has no vocabulary."""
+    """Whether the tokenizer is a ByT5Tokenizer, which has no vocabulary, as HunyuanImage's for glyphs."""
     file = folder / "tokenizer_config.json"
     return file.is_file() and read_json(file).get("tokenizer_class") == "ByT5Tokenizer"
 
@@ -225,11 +235,11 @@ def _find_tokenizer_faults(folder: Path) -> Iterator[str]:
     if not found:
         yield f"{folder} has no vocabulary ({', '.join(_VOCABULARIES)}): fetch it again"
     elif found == ["vocab.json"] and "merges.txt" not in names:
-        yield f"{folder / 'merges.txt'} is missing, without which vocab.json is of no use: fetch it"
+        yield f"{folder / 'merges.txt'} is missing, and vocab.json cannot be used without it: fetch it"
     elif found[0] in _SENTENCEPIECE and importlib.util.find_spec("sentencepiece") is None:
         yield (
-            f"{folder} has {found[0]} and no tokenizer.json, and reading it takes sentencepiece, which is not "
-            "installed: `pip install sentencepiece`"
+            f"{folder} has {found[0]} but no tokenizer.json, and reading {found[0]} needs sentencepiece, which is "
+            "not installed: `pip install sentencepiece`"
         )
 
 
@@ -247,7 +257,7 @@ def _find_model_faults(
     if is_pickled and weights.suffix == ".json" and library == "diffusers":
         yield (
             f"{weights} is an index of pickled weights in parts, which diffusers does not find: convert them to "
-            f"safetensors, `python -c \"import diffusers; diffusers.{class_name}.from_pretrained('{folder}', "
+            f"safetensors with `python -c \"import diffusers; diffusers.{class_name}.from_pretrained('{folder}', "
             f"use_safetensors=False).save_pretrained('{folder}')\"`"
         )
     if config.host_copy == "files" and not faults:
@@ -262,8 +272,8 @@ def _find_mapping_faults(weights: Path, is_pickled: bool, config: StageConfig) -
     if config.dtype not in dtypes:
         stored = ", ".join(sorted(dtypes))
         yield (
-            f"{weights} is stored as {stored}, and host_copy: files needs dtype {config.dtype} to be that of the "
-            "files: set dtype so, or leave out host_copy"
+            f"{weights} is stored as {stored}, but dtype is {config.dtype}, and host_copy: files needs the files' "
+            "dtype: set dtype to that, or leave out host_copy"
         )
 
 
@@ -278,5 +288,5 @@ def _no_weights(folder: Path, library: str, variant: str | None) -> str:
     if variant is not None and find_weights(folder, library, None) is not None:
         return f"{folder} has no {wanted}, only plain ones: leave out variant"
     others = ", ".join(sorted(path.name for path in folder.iterdir() if path.suffix in _OTHER_WEIGHTS))
-    seen = f"; it has {others}, of a name or a format that {library} does not read" if others else ""
+    seen = f"; it has {others}, whose name or format {library} does not read" if others else ""
     return f"{folder} has no weights ({plain_name(library)}){seen}: fetch them"

@@ -1,4 +1,4 @@
-"""Folders and files that are no checkpoint in diffusers' layout: which one is meant, or what they are instead."""
+"""Handles paths that are no checkpoint in diffusers' layout: finds the checkpoint meant, or explains the path."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,13 +16,13 @@ _LAYOUTS = {
     "cond_stage_model.": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "patch_embedding.": "Wan-AI/Wan2.1-T2V-14B-Diffusers",
 }
-"""A hub id in diffusers' layout, by what the names of a single file's tensors contain."""
+"""Hub ids in diffusers' layout, by a part of the tensor names in a matching single file."""
 
 
 def open_hub_cache(folder: Path, revision: str | None) -> Path:
-    """The snapshot in a folder of the hub's cache (`models--OWNER--NAME`); any other folder as it is.
+    """Returns the snapshot in a folder of the hub's cache (`models--OWNER--NAME`); any other folder unchanged.
 
-    Raises FileNotFoundError if it has no such snapshot.
+    Raises FileNotFoundError if the cache has no such snapshot.
     """
     snapshots = folder / "snapshots"
     if (folder / MODEL_INDEX).exists() or not snapshots.is_dir():
@@ -41,7 +41,7 @@ def open_hub_cache(folder: Path, revision: str | None) -> Path:
 
 
 def describe_other_layout(path: Path) -> str:
-    """What a file or folder without model_index.json is, and how to come from it to a checkpoint."""
+    """Returns a sentence on what a path without model_index.json is, and how to get a checkpoint from it."""
     layouts = _FILES if path.is_file() else _FOLDERS
     return next(tell(path) for is_it, tell in layouts if is_it(path))
 
@@ -51,19 +51,19 @@ def _has(*patterns: str) -> Callable[[Path], bool]:
 
 
 def describe_pickle(file: Path) -> str:
-    """Of a file of weights that is neither safetensors nor GGUF."""
+    """Returns a sentence on a file of weights that is neither safetensors nor GGUF."""
     code = (
         f"import torch, safetensors.torch as s; w = torch.load('{file}', weights_only=True); "
         f"s.save_file(w.get('state_dict', w), '{file.with_suffix('.safetensors')}')"
     )
     return (
-        f"{file} is pickled, or holds no weights. A pickle can run any program when it is read, so none is: "
-        f'convert it, `python -c "{code}"`, and name that file'
+        f"{file} is pickled, or holds no weights. Pickles are not read, because a pickle can run any program: "
+        f'convert it with `python -c "{code}"`, and name the new file'
     )
 
 
 def _tell_single(file: Path) -> str:
-    """Whose layout it has is told by the tensors where they can be seen."""
+    """Returns a sentence on a single file of weights. It suggests a layout if the tensor names can be read."""
     try:
         names = "\n".join(read_header(file))
     except (OSError, ValueError):
@@ -86,7 +86,7 @@ def _is_lora(file: Path) -> bool:
 def _tell_lora(path: Path) -> str:
     return (
         f"{path} is a LoRA, not a checkpoint. Serve its base model with `adapters: {{NAME: {{source: {path}}}}}`; "
-        "or fuse it into one: load its base model by diffusers' "
+        "or fuse it into that model: load the model with diffusers' "
         f"DiffusionPipeline.from_pretrained, then load_lora_weights('{path}'), fuse_lora(), unload_lora_weights() "
         "and save_pretrained('NEW_FOLDER'), and serve NEW_FOLDER"
     )
@@ -96,13 +96,13 @@ def _tell_weights(folder: Path) -> str:
     file = next(file for file in sorted(folder.iterdir()) if file.suffix in _WEIGHTS)
     told = describe_pickle(file) if file.suffix in _PICKLES else _tell_single(file)
     return (
-        f"{folder} holds files of weights and no {MODEL_INDEX}, so it is not in diffusers' layout. Fetch the "
+        f"{folder} holds weight files but no {MODEL_INDEX}, so it is not in diffusers' layout. Fetch the "
         f"whole repository, or name one file: {told}"
     )
 
 
 Layouts = tuple[tuple[Callable[[Path], bool], Callable[[Path], str]], ...]
-"""The first that is true of a path tells what it is."""
+"""Pairs of a test and a description; the first test that is true for a path gives its description."""
 
 _FILES: Layouts = (
     (lambda file: file.name in _INDEXES, lambda file: f"{file} is a file of a checkpoint: name its folder"),
@@ -115,8 +115,8 @@ _FOLDERS: Layouts = (
     (
         lambda folder: not any(folder.iterdir()),
         lambda folder: (
-            f"{folder} has no {MODEL_INDEX}, for it is an empty folder: fetch the checkpoint into it, or mount "
-            "what it should hold"
+            f"{folder} has no {MODEL_INDEX}, because the folder is empty: fetch the checkpoint into it, or "
+            "mount what it should hold"
         ),
     ),
     (
@@ -136,7 +136,7 @@ _FOLDERS: Layouts = (
     (
         _has(*(f"*/{name}" for name in _INDEXES)),
         lambda folder: (
-            f"{folder} has no {MODEL_INDEX}, and a folder in it has: name that one, "
+            f"{folder} has no {MODEL_INDEX}, but a folder in it has one: name that folder, "
             f"{min(file for name in _INDEXES for file in folder.glob(f'*/{name}')).parent}"
         ),
     ),
@@ -150,7 +150,7 @@ _FOLDERS: Layouts = (
     (_has(*(f"*{ending}" for ending in _WEIGHTS)), _tell_weights),
     (
         _has("*/config.json"),
-        lambda folder: f"{folder} has components and no {MODEL_INDEX}: fetch that file too",
+        lambda folder: f"{folder} has components but no {MODEL_INDEX}: fetch that file too",
     ),
     (Path.exists, lambda folder: f"{folder} has no {MODEL_INDEX}; it must be a folder in diffusers' layout"),
 )

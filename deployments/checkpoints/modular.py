@@ -1,7 +1,7 @@
-"""Checkpoints of pipelines that diffusers has as blocks: modular_model_index.json, in the layout of all others.
+"""Converts checkpoints of diffusers' modular pipelines to the usual layout; they have a modular_model_index.json.
 
-Such an index says of each component where it lies: in this repository, in another, in a folder. What is on this
-machine is put together in a folder of links, with a model_index.json that says the same as of any pipeline.
+Such an index says for each component where it lies: in this repository, in another, or in a folder. The components
+that are on this machine are linked into one folder, with a model_index.json like that of other pipelines.
 """
 
 import json
@@ -15,37 +15,37 @@ from deployments.checkpoints.together import put_together
 MODEL_INDEX = "model_index.json"
 MODULAR_INDEX = "modular_model_index.json"
 BLOCKS = "_blocks_class_name"
-"""In an index, whose pipeline is modular if it has it: the class of all its blocks."""
+"""Key of an index that only modular pipelines have: the class of the pipeline's blocks."""
 _OWN_CODE = "modular_config.json"
 _LOCATION = "pretrained_model_name_or_path"
 _AUTO = {"AutoProcessor": "processor_class", "AutoTokenizer": "tokenizer_class"}
-"""Classes that stand for the one that a component's own files name, and where those name it."""
+"""transformers' auto classes, and the key of a component's own files that names its real class."""
 _SETTINGS = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 
 
 def is_modular(index: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint's index is of a pipeline made of blocks."""
+    """Whether a checkpoint's index is that of a modular pipeline."""
     return BLOCKS in index
 
 
 def open_modular(folder: Path, repository: str | None = None) -> Path:
-    """The folder as it is, or, where it has a modular_model_index.json alone, in the layout of all others.
+    """Returns the folder itself, or, if it has only a modular_model_index.json, a folder of links in usual layout.
 
-    repository: of the hub, from which not everything may have been fetched yet.
+    repository: hub id of the folder, if components of it may not have been fetched yet.
 
-    Raises ValueError if that is none, or its blocks are code of its own.
+    Raises ValueError if the index does not name the blocks' class, or the blocks are code of the checkpoint's own.
     """
     file = folder / MODULAR_INDEX
     if (folder / MODEL_INDEX).exists() or not file.is_file():
         return folder
     if (folder / _OWN_CODE).is_file() and "auto_map" in read_settings(folder / _OWN_CODE):
         raise ValueError(
-            f"{folder} brings blocks of its own, which are code, and no checkpoint's code is run here: only "
-            f"blocks that diffusers has can be served. Take {_OWN_CODE} away if those will do"
+            f"{folder} brings its own code for its blocks, and a checkpoint's code is never run: only blocks "
+            f"that diffusers has can be served. Remove {_OWN_CODE} if diffusers' blocks are enough"
         )
     told = read_settings(file)
     if not told.get(BLOCKS):
-        raise ValueError(f"{file} does not say of which class its blocks are ({BLOCKS}): fetch it again")
+        raise ValueError(f"{file} does not say which class its blocks have ({BLOCKS}): fetch it again")
     links = {entry.name: entry for entry in folder.iterdir()}
     index = dict(told)
     for name, entry in told.items():
@@ -58,7 +58,7 @@ def open_modular(folder: Path, repository: str | None = None) -> Path:
 
 
 def locations(folder: Path) -> Mapping[str, str]:
-    """By the name of each component: where its index says that it is."""
+    """Returns where each component lies according to the index, by component name."""
     return dict(_locations(read_settings(folder / MODULAR_INDEX)))
 
 
@@ -70,12 +70,13 @@ def _locations(told: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _is_component(name: str, entry: Any) -> bool:
-    """Its name becomes a file's, which is to lie where it is made."""
+    """Whether an entry of the index is a component. Its name becomes a file name, so it must be an identifier."""
     return name.isidentifier() and isinstance(entry, list) and len(entry) == 3 and isinstance(entry[2], dict)
 
 
 def _find(folder: Path, name: str, where: Mapping[str, Any]) -> Path | None:
-    """First in the checkpoint's own folder, as diffusers does: a copy of a repository keeps the original index."""
+    """Returns a component's folder, or None. The checkpoint's own folder comes first, as in diffusers: a copy of a
+    repository keeps the original's index."""
     subfolder = where.get("subfolder") or name
     elsewhere = Path(where.get(_LOCATION) or folder).expanduser() / (where.get("subfolder") or "")
     candidates = (folder / subfolder, folder / name, elsewhere)
@@ -83,7 +84,7 @@ def _find(folder: Path, name: str, where: Mapping[str, Any]) -> Path | None:
 
 
 def _class_of(entry: list[Any], found: Path | None) -> list[Any]:
-    """Library and class; those of the type where the index was saved without the component."""
+    """Returns [library, class]; from the type hint if the index was saved without the component."""
     library, class_name = entry[:2] if entry[0] else entry[2].get("type_hint") or (None, None)
     if class_name in _AUTO and found is not None:
         files = (found / name for name in _SETTINGS)

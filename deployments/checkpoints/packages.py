@@ -1,6 +1,6 @@
-"""Where a component's class is, and which packages it needs that are not installed: diffusers' sources tell.
+"""Finds a component's class, and the packages it needs that are not installed, by reading diffusers' sources.
 
-Nothing is imported to tell it.
+Only `import_class` imports anything.
 """
 
 import importlib
@@ -10,42 +10,42 @@ from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
-from deployments.families.calls import diffusers_folder
+from deployments.families.sources import diffusers_folder
 
 _DUMMY = re.compile(r"class (\w+)\(metaclass=DummyObject\):\s+_backends = \[(.*?)\]")
-"""What stands in for a class whose packages are missing, and says which they are."""
+"""diffusers' placeholder for a class whose packages are missing; it lists the packages."""
 _MODULES = {"opencv": "cv2", "onnx": "onnxruntime"}
-"""By diffusers' names for them, where those are not the module's."""
+"""Module names by diffusers' names of packages, where the two differ."""
 _DISTRIBUTIONS = {"opencv": "opencv-python", "onnx": "onnxruntime"}
-"""As above, and not pip's."""
+"""pip's names by diffusers' names of packages, where the two differ."""
 
 
 def library_of(package: str) -> str:
-    """Of a component's entry in model_index.json, or "diffusers" where one of its pipelines has a class for itself
-    (LTX-2's vocoder)."""
+    """Returns a component's library. package: from its entry in model_index.json, which is the name of a pipeline
+    of diffusers if only that pipeline has the class (LTX-2's vocoder)."""
     return "diffusers" if _is_pipeline(package) else package
 
 
 def import_class(entry: Sequence[str]) -> Any:
-    """entry: package and class, as a checkpoint's index says of a component. Raises AttributeError."""
+    """Imports a component's class. entry: [package, class] from a checkpoint's index. Raises AttributeError."""
     package, class_name = entry
     module = f"diffusers.pipelines.{package}" if _is_pipeline(package) else package
     return getattr(importlib.import_module(module), class_name)
 
 
 def is_public(class_name: str, package: str = "diffusers") -> bool:
-    """Whether the installed diffusers, or that package of its pipelines, has a class of that name."""
+    """Whether the installed diffusers, or one of its pipeline packages, has a class of that name."""
     return f'"{class_name}"' in _names(package)
 
 
 def missing_packages(class_name: str) -> list[str]:
-    """By pip's names."""
+    """Returns the packages that a class of diffusers needs and that are not installed, by pip's names."""
     needed = _needs().get(class_name, ())
     return [_DISTRIBUTIONS.get(name, name) for name in needed if find_spec(_MODULES.get(name, name)) is None]
 
 
 def describe_missing(class_name: str) -> str | None:
-    """A sentence, if some are."""
+    """Returns a sentence on the missing packages of a class; None if there are none."""
     missing = missing_packages(class_name)
     if not missing:
         return None

@@ -1,8 +1,9 @@
 """Components whose weights lie in files of their own: a whole model in one file, or a denoiser beside a folder.
 
-All else reads folders in diffusers' layout, so one is put together in the user's cache, out of links. Configs and
-tokenizers, and what no file has, are the layout's. What a file has is converted once (`convert`, in a process of
-its own), for the dtype that is asked for; GGUF stays as it is, and is read by whoever loads the model.
+All other code reads folders in diffusers' layout, so such a folder of links is made in the user's cache. Configs,
+tokenizers and all components that are in no file are taken from the configured layout. Components in a safetensors
+file are converted once per dtype (`convert`, in a process of its own). GGUF files are linked unchanged and read
+when the model is loaded.
 """
 
 import hashlib
@@ -24,7 +25,8 @@ from deployments.checkpoints.layout import describe_pickle
 from deployments.checkpoints.source import fetch_checkpoint, fetch_file
 from deployments.checkpoints.together import CACHE, put_together
 from deployments.checkpoints.weights import find_file_faults, find_lora, read_header
-from deployments.config import ModelConfig, StageConfig
+from deployments.config.model import ModelConfig
+from deployments.config.stage import StageConfig
 from deployments.memory.config import GGUF_WEIGHTS, Dtype, QuantizationConfig
 from deployments.memory.conflicts import find_conflict
 
@@ -44,14 +46,14 @@ _PREFIXES = {
     "vae": ("first_stage_model.", "vae."),
     "audio_vae": ("audio_vae.",),
 }
-"""Of the tensors' names in the files of whole models. All others are the denoiser's."""
+"""Prefixes of a component's tensor names in files of whole models. All other tensors are the denoiser's."""
 _T5_PREFIX = "text_encoders.t5xxl."
 _DENOISERS = ("transformer", "unet")
-"""A second one, as Wan 2.2's, is in a file of its own."""
+"""Denoisers that a file of a whole model can hold. A second denoiser, as in Wan 2.2, has a file of its own."""
 
 
 def find_parts(model: ModelConfig, index: ModelIndex) -> dict[str, Path]:
-    """The file of each component that is in one. Raises ValueError or FileNotFoundError."""
+    """Returns the file of each component that is in one, by name. Raises ValueError or FileNotFoundError."""
     parts: dict[str, Path] = {}
     if model.config is not None:
         whole = fetch_file(model.checkpoint, "model.config is for a checkpoint in one file")
@@ -68,15 +70,15 @@ def find_parts(model: ModelConfig, index: ModelIndex) -> dict[str, Path]:
 
 
 def find_part_faults(name: str, file: Path, entry: Sequence[str], config: StageConfig) -> Iterator[str]:
-    """Of one component's file, which is whole: what would keep it from being read."""
+    """Yields what would keep a component's complete file from being read with this config."""
     library, class_name = entry
     if file.suffix != GGUF:
         return
     if library != "diffusers" or name.startswith("vae"):
-        yield f"{file}: GGUF files are read as denoisers alone, and {name} is of {class_name}"
+        yield f"{file}: GGUF files are only read for denoisers, and {name} has class {class_name}"
     for option in ("quantization", "device_map"):
         if getattr(config, option, None) is not None:
-            yield f"{file} is stored quantised, by GGUF, and does not go with {option}: leave it out"
+            yield f"{file} is quantised (GGUF), which does not combine with {option}: leave out {option}"
             return
     stored = config.model_copy(update={"quantization": QuantizationConfig()})
     conflict = find_conflict(stored)
@@ -85,7 +87,10 @@ def find_part_faults(name: str, file: Path, entry: Sequence[str], config: StageC
 
 
 def open_checkpoint(model: ModelConfig, index: ModelIndex, components: Collection[str], dtype: Dtype) -> Path:
-    """A folder that holds `components`, and every model's config. Raises as `fetch_checkpoint`, or ValueError."""
+    """Returns a folder with `components`, and every model's config.
+
+    Raises ValueError, or the errors of `fetch_checkpoint`.
+    """
     parts = {name: file for name, file in find_parts(model, index).items() if name in components}
     others = frozenset(components) - parts.keys()
     layout = fetch_checkpoint(model.layout, others, revision=model.revision, variant=model.variant)
@@ -96,7 +101,7 @@ def open_checkpoint(model: ModelConfig, index: ModelIndex, components: Collectio
 
 
 def _check(file: Path) -> None:
-    """Raises ValueError for a file that is none of these, or not whole."""
+    """Raises ValueError if the file is not a complete GGUF or safetensors file, or is a LoRA."""
     if file.suffix not in (GGUF, ".safetensors"):
         raise ValueError(describe_pickle(file))
     for fault in find_file_faults(file):
@@ -104,13 +109,13 @@ def _check(file: Path) -> None:
     with file.open("rb") as opened:
         head = opened.read(len(_GGUF_HEAD))
     if file.suffix == GGUF and head != _GGUF_HEAD:
-        raise ValueError(f"{file} is no GGUF file, or cut short: fetch it again")
+        raise ValueError(f"{file} is not a GGUF file, or is cut short: fetch it again")
     if file.suffix == ".safetensors" and find_lora(read_header(file)) is not None:
-        raise ValueError(f"{file} is a LoRA, which changes a model and is none")
+        raise ValueError(f"{file} is a LoRA, not a model")
 
 
 def _is_model(index: ModelIndex, name: str) -> bool:
-    """By the names of classes: configs need not be here."""
+    """Whether a component is a model, judged by its class name, because configs need not have been fetched."""
     entry = index.get(name)
     if not (isinstance(entry, list) and len(entry) == 2 and entry[0] in ("diffusers", "transformers")):
         return False
@@ -126,7 +131,10 @@ def _holds(tensors: Iterable[str], name: str, class_name: str) -> bool:
 
 
 def _open_part(file: Path, layout: Path, name: str, class_name: str, dtype: Dtype) -> Path:
-    """The component's folder. Processes may ask at once; a rename makes it, so one that exists is complete."""
+    """Returns the component's folder, which it makes if need be.
+
+    Safe for concurrent processes: the folder is renamed into place, so one that exists is complete.
+    """
     is_gguf = file.suffix == GGUF
     config = layout / name / "config.json"
     told = file.stat()
@@ -144,8 +152,8 @@ def _open_part(file: Path, layout: Path, name: str, class_name: str, dtype: Dtyp
 
 
 def _convert(file: Path, layout: Path, name: str, folder: Path, dtype: Dtype) -> None:
-    """Raises ValueError, which says why not."""
-    log.warning("%s: its %s is converted once, to %s, into ~/%s", file, name, dtype, CACHE)
+    """Converts a component in a child process. Raises ValueError with the reason if that fails."""
+    log.warning("%s: converting its %s to %s, once; the result is kept in ~/%s", file, name, dtype, CACHE)
     command = [sys.executable, "-m", CONVERT, str(file), str(layout), name, str(folder), dtype]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)

@@ -1,7 +1,8 @@
-"""transformers' processors of texts and pictures, with torchvision or without.
+"""Loads transformers' processors of texts and images, with or without torchvision.
 
-Without it transformers reads pictures by Pillow, but cannot make a processor that has a part for videos (those of
-the Qwen-VL family). Pipelines that read pictures give it no video, so there that part is its settings alone.
+Without torchvision transformers reads images with Pillow, but cannot build a processor that has a part for videos
+(those of the Qwen-VL family). Pipelines pass no videos to a processor, so that part is then replaced by one that
+holds its settings only.
 """
 
 from collections.abc import Sequence
@@ -19,13 +20,13 @@ _PARTS = {"image_processor": AutoImageProcessor, "tokenizer": AutoTokenizer, _VI
 
 
 def is_processor(entry: Sequence[str]) -> bool:
-    """entry: library and class, as a checkpoint's index says of a component."""
+    """Whether a component is a processor. entry: [library, class] from the checkpoint's index."""
     library, class_name = entry
     return library == "transformers" and class_name.endswith("Processor")
 
 
 def load_processor(folder: Path, class_name: str) -> Any:
-    """The processor that `folder` holds, of this class of transformers. Raises as its `from_pretrained`."""
+    """Loads a processor of this class of transformers from `folder`. Raises the errors of `from_pretrained`."""
     processor_class: Any = getattr(transformers, class_name)
     if is_torchvision_available() or _VIDEOS not in _part_names(processor_class):
         return processor_class.from_pretrained(folder, local_files_only=True)
@@ -36,7 +37,7 @@ def load_processor(folder: Path, class_name: str) -> Any:
 
 
 def build_processor(processor_class: Any, parts: list[Any], settings: dict[str, Any]) -> Any:
-    """Of its parts, in the order of its class's arguments; a VideoProcessorMixin is settings for videos alone."""
+    """Builds a processor. parts: in the order of its class's arguments; VideoProcessorMixin only has settings."""
     _declare_video_processors()
     return processor_class.from_args_and_dict(parts, settings)
 
@@ -47,7 +48,8 @@ def _part_names(processor_class: Any) -> list[str]:
 
 @cache
 def _declare_video_processors() -> None:
-    """A processor looks up there which class this part must be of; without torchvision it would not be found."""
+    """Adds VideoProcessorMixin to transformers' module: processors look up the class of their video part there,
+    and do not find it without torchvision."""
     library = processing_utils.transformers_module
     if not hasattr(library, VideoProcessorMixin.__name__):
         setattr(library, VideoProcessorMixin.__name__, VideoProcessorMixin)

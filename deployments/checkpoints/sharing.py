@@ -1,4 +1,4 @@
-"""Whether two checkpoints have the same models for a stage, so that one process can hold them for both."""
+"""Checks whether two checkpoints have the same models for a stage, so that one process can hold them for both."""
 
 import hashlib
 import re
@@ -11,43 +11,43 @@ from deployments.checkpoints.components import DECODERS, ModelIndex, Stage, fetc
 from deployments.checkpoints.json_file import read_json
 from deployments.checkpoints.packages import library_of
 from deployments.checkpoints.weights import find_weights
-from deployments.config import ModelConfig
+from deployments.config.model import ModelConfig
 from deployments.memory.config import Dtype
 
 _ENCODERS = ("text_encoder", "image_encoder", "connectors")
-"""How their names begin."""
+"""How the names of encoders begin."""
 _HUB_BLOB = re.compile(r"[0-9a-f]{64}")
-"""The hub's cache names a file of weights by its SHA-256."""
+"""Name of a weight file in the hub's cache: its SHA-256."""
 _NO_MATTER = re.compile(r"_.*|dtype|torch_dtype|transformers_version")
-"""Keys of a config that say where it comes from, or how it was saved."""
+"""Keys of a config that are ignored: they say where it comes from, or how it was saved."""
 
 
 class NotTheSame(ValueError):
-    """The two cannot share the stage; says what differs."""
+    """Two checkpoints cannot share the stage. The message says what differs."""
 
 
 def held_names(index: ModelIndex, model: ModelConfig, stage: Stage) -> frozenset[str]:
-    """Of the stage's components those with weights, which all who share it have in common."""
+    """Returns the stage's components with weights; models that share the stage must have them in common."""
     names = stage_components(index, model.architecture, stage)
     return frozenset(name for name in names if name.startswith(_ENCODERS) or name in DECODERS)
 
 
-def check_same(holder: ModelConfig, other: ModelConfig, stage: Stage, dtype: Dtype) -> None:
-    """Reads as much of both as tells them apart: files that are not one and the same, to their ends.
+def check_same(owner: ModelConfig, other: ModelConfig, stage: Stage, dtype: Dtype) -> None:
+    """Raises NotTheSame if two checkpoints' components for the stage differ, or the errors of `fetch_stage`.
 
-    Raises NotTheSame, or as `fetch_stage`.
+    Reads configs and file sizes, and whole files if those are equal and the paths do not name the same file.
     """
-    folder, index = fetch_stage(holder, stage, dtype)
+    folder, index = fetch_stage(owner, stage, dtype)
     other_folder, other_index = fetch_stage(other, stage, dtype)
-    here, there = held_names(index, holder, stage), held_names(other_index, other, stage)
+    here, there = held_names(index, owner, stage), held_names(other_index, other, stage)
     if here != there:
-        raise NotTheSame(f"{holder.name!r} has {_listed(here)} in it, and {other.name!r} has {_listed(there)}")
+        raise NotTheSame(f"{owner.name!r} has {_listed(here)} in it, and {other.name!r} has {_listed(there)}")
     for name in sorted(here):
         entries = list(index[name]), list(other_index[name])
         found = [f"class {entries[0][1]}, {entries[1][1]}"] if entries[0] != entries[1] else []
-        found += _differences(folder / name, other_folder / name, entries[0][0], (holder.variant, other.variant))
+        found += _differences(folder / name, other_folder / name, entries[0][0], (owner.variant, other.variant))
         if found:
-            raise NotTheSame(f"{name} of {holder.name!r} and of {other.name!r} differ in {found[0]}")
+            raise NotTheSame(f"{name} of {owner.name!r} and of {other.name!r} differ in {found[0]}")
 
 
 def _listed(names: frozenset[str]) -> str:
@@ -57,7 +57,7 @@ def _listed(names: frozenset[str]) -> str:
 def _differences(
     folder: Path, other: Path, library: str, variants: tuple[str | None, str | None]
 ) -> Iterator[str]:
-    """The first thing in which two components differ comes first."""
+    """Yields descriptions of differences between two components: configs first, then weight files."""
     settings, others = (_settings(each / "config.json") for each in (folder, other))
     for key in sorted(settings.keys() | others.keys()):
         if settings.get(key) != others.get(key):
@@ -67,9 +67,9 @@ def _differences(
         for each, variant in zip((folder, other), variants, strict=True)
     ]
     if len(files[0]) != len(files[1]):
-        yield f"how many files their weights are in: {len(files[0])}, {len(files[1])}"
+        yield f"the number of their weight files: {len(files[0])}, {len(files[1])}"
     if not files[0]:
-        yield "their weights, of which no file was found"
+        yield "their weights: no weight files were found"
     for one, two in zip(*files, strict=False):
         if not _is_same(one, two):
             yield f"their weights: {one}, {two}"
@@ -81,7 +81,8 @@ def _settings(file: Path) -> dict[str, Any]:
 
 
 def _files(folder: Path, weights: Path | None) -> list[Path]:
-    """weights: a file, or the index of several; None: what the folder has is in another format."""
+    """Returns a component's weight files. weights: the file, or the index of several; None: the folder may hold
+    GGUF files."""
     if weights is None:
         return sorted(folder.glob("*.gguf"))
     if weights.suffix != ".json":

@@ -1,11 +1,11 @@
-"""Finds a checkpoint: which family it belongs to, and a local folder that holds the components asked for.
+"""Finds a checkpoint's family, and a local folder with the requested components.
 
     "embedded://NAME"                 trained weights that come with this package
     "tiny://flux"                     random weights, written once per machine
     "/models/flux", "./flux", "~/x"   a local folder in diffusers' layout
     "black-forest-labs/FLUX.1-dev"    a Hugging Face hub id
 
-Imports no torch and no diffusers, so the ingress and the planner can ask too.
+Imports no torch and no diffusers, because the ingress and the planner use it, too.
 """
 
 import importlib
@@ -34,22 +34,25 @@ from deployments.checkpoints.layout import describe_other_layout, open_hub_cache
 from deployments.checkpoints.modular import MODEL_INDEX, MODULAR_INDEX, open_modular
 from deployments.checkpoints.tiny.names import TINY_MODULES
 from deployments.checkpoints.weights import find_file_faults
-from deployments.config import ModelConfig
+from deployments.config.model import ModelConfig
 from deployments.families import FAMILIES
 
 FAMILY_BY_PIPELINE = {family.pipeline_class: name for name, family in FAMILIES.items()}
-"""`_class_name` in a checkpoint's model_index.json to the family that runs it."""
+"""Family by `_class_name` in a checkpoint's model_index.json."""
 
 _EMBEDDED_PREFIX = "embedded://"
 _EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
 
 _TINY_PREFIX = "tiny://"
 _TINY_FORMAT = 14
-"""Raise it whenever the bytes that `write_tiny_checkpoint` writes change, so that caches start anew."""
+"""Part of the cache's path. Raise it whenever the bytes that `write_tiny_checkpoint` writes change."""
 
 
 def with_family(model: ModelConfig) -> ModelConfig:
-    """The same, its family as said, or else as the checkpoint says. Raises as `detect_family`."""
+    """Returns a copy with the family from the config, or else from the checkpoint.
+
+    Raises the errors of `detect_family` and `derive_family`.
+    """
     if model.has_derived_family:
         return model
     family = model.family or detect_family(model.layout, model.revision)
@@ -59,13 +62,13 @@ def with_family(model: ModelConfig) -> ModelConfig:
 
 
 def detect_family(checkpoint: str, revision: str | None) -> str:
-    """Names the family of `checkpoint`, or its pipeline class where none is for it; from the hub it fetches
-    model_index.json and nothing else.
+    """Returns the family of `checkpoint`, or the name of its pipeline class if no family has that class.
+
+    From the hub it fetches only model_index.json.
 
     Raises:
-        ValueError: the embedded checkpoint or the tiny one does not exist.
-        FileNotFoundError: a local path that does not exist or has no model_index.json, or a hub id that the hub
-            does not give.
+        ValueError: the embedded or tiny checkpoint does not exist.
+        FileNotFoundError: a local path does not exist or has no model_index.json, or the hub does not provide it.
     """
     folder = local_folder(checkpoint, revision)
     if is_tiny(checkpoint):
@@ -91,14 +94,14 @@ def fetch_checkpoint(
 ) -> Path:
     """Returns a local folder that holds model_index.json and every one of `components` (subfolders).
 
-    `revision` and `variant` choose what is downloaded from the hub, `revision` also a snapshot in a folder of its
-    cache. Processes may ask at once: tiny checkpoints are written under a file lock, huggingface_hub locks its own
-    downloads.
+    `revision` and `variant` select what is downloaded from the hub; `revision` also selects a snapshot in a folder
+    of the hub's cache. Safe for concurrent processes: tiny checkpoints are written under a file lock, and
+    huggingface_hub locks its own downloads.
 
     Raises:
-        ValueError: an embedded or a tiny checkpoint that does not exist.
-        FileNotFoundError: a local path that does not exist, a component that the checkpoint lacks, or a hub id
-            that the hub does not give.
+        ValueError: an embedded or tiny checkpoint does not exist.
+        FileNotFoundError: a local path does not exist, the checkpoint lacks a component, or the hub does not
+            provide it.
     """
     if is_tiny(checkpoint):
         folder = _fetch_tiny(_tiny_name(checkpoint, TINY_MODULES))
@@ -110,9 +113,9 @@ def fetch_checkpoint(
 
 
 def fetch_configs(checkpoint: str, *, revision: str | None = None) -> Path:
-    """A local folder with model_index.json and every component's config; of the hub's files, no others.
+    """Returns a local folder with model_index.json and all configs; fetches no other files of the hub.
 
-    Raises as `detect_family`.
+    Raises the errors of `detect_family`.
     """
     if is_tiny(checkpoint):
         return _fetch_tiny(_tiny_name(checkpoint, TINY_MODULES))
@@ -127,11 +130,11 @@ def fetch_configs(checkpoint: str, *, revision: str | None = None) -> Path:
 
 
 def local_folder(checkpoint: str, revision: str | None = None) -> Path | None:
-    """The folder that `checkpoint` names, embedded or by path, or None if it must be a hub id, or is tiny.
+    """Returns the folder that `checkpoint` names, embedded or by path; None for hub ids and tiny checkpoints.
 
     Raises:
-        ValueError: an embedded checkpoint that does not exist.
-        FileNotFoundError: a path that does not exist, or a hub's cache without that revision.
+        ValueError: an embedded checkpoint does not exist.
+        FileNotFoundError: a path does not exist, or a folder of the hub's cache lacks the revision.
     """
     if is_tiny(checkpoint):
         return None
@@ -140,7 +143,9 @@ def local_folder(checkpoint: str, revision: str | None = None) -> Path | None:
     try:
         path = Path(checkpoint).expanduser()
     except RuntimeError as error:
-        raise FileNotFoundError(f"checkpoint {checkpoint!r} names no user of {_node()}") from error
+        raise FileNotFoundError(
+            f"checkpoint {checkpoint!r} names a user that does not exist on {_node()}"
+        ) from error
     if path.exists():
         return open_modular(open_hub_cache(path, revision))
     if checkpoint in (".", "..") or checkpoint.startswith(("/", "./", "../", "~")):
@@ -151,7 +156,10 @@ def local_folder(checkpoint: str, revision: str | None = None) -> Path | None:
 
 
 def fetch_file(file: str, must_be: str) -> Path:
-    """A file on this machine, by its path, or of the hub: OWNER/NAME/FILE. Raises FileNotFoundError."""
+    """Returns the local path of a file, given by its path or as OWNER/NAME/FILE of the hub.
+
+    must_be: how the error's message begins. Raises FileNotFoundError.
+    """
     path = Path(file).expanduser()
     if path.is_file():
         return path
@@ -168,7 +176,7 @@ def fetch_file(file: str, must_be: str) -> Path:
 def plan_hub_patterns(components: Collection[str], variant: str | None) -> tuple[list[str], list[str]]:
     """Returns a download's (allow, ignore) patterns: configs, tokenizer files, one variant's safetensors.
 
-    A variant's files carry one more dot than the plain ones: `model.fp16.safetensors`, and in parts either
+    A variant's files have one more dot than the plain ones: `model.fp16.safetensors`, and in parts either
     `model-00001-of-00002.fp16.safetensors` or `model.fp16-00001-of-00002.safetensors`. Weights at the root of
     a repository lie in no component and never match.
     """
@@ -187,19 +195,19 @@ def plan_hub_patterns(components: Collection[str], variant: str | None) -> tuple
 
 
 def is_tiny(checkpoint: str) -> bool:
-    """Whether its weights are random, and written on first use."""
+    """Whether the checkpoint's weights are random, and written on first use."""
     return checkpoint.startswith(_TINY_PREFIX)
 
 
 def _tiny_name(checkpoint: str, names: Collection[str]) -> str:
     name = checkpoint.removeprefix(_TINY_PREFIX)
     if name not in names:
-        raise ValueError(f"checkpoint {checkpoint!r} names no tiny one; choose one of: {', '.join(names)}")
+        raise ValueError(f"checkpoint {checkpoint!r} is not a tiny checkpoint; choose one of: {', '.join(names)}")
     return name
 
 
 def _fetch_tiny(name: str) -> Path:
-    """Writes the tiny checkpoint on first use; a rename makes it, so a folder that exists is complete."""
+    """Returns the tiny checkpoint's folder, written on first use and renamed into place when complete."""
     tag = f"diffusers-{version('diffusers')}-format-{_TINY_FORMAT}"
     folder = Path.home() / ".cache" / "latent-relay" / "tiny" / tag / name
     if folder.is_dir():
@@ -221,7 +229,7 @@ def _embedded_folder(checkpoint: str) -> Path:
 
 @cache
 def _download(checkpoint: str, components: frozenset[str], revision: str | None, variant: str | None) -> Path:
-    """Once per process, for every time asks the hub what there is."""
+    """Downloads a checkpoint. Cached per process, because each call queries the hub."""
     allow, ignore = plan_hub_patterns(components, variant)
     with asking_hub(checkpoint):
         fetched = snapshot_download(checkpoint, revision=revision, allow_patterns=allow, ignore_patterns=ignore)
@@ -229,7 +237,7 @@ def _download(checkpoint: str, components: frozenset[str], revision: str | None,
 
 
 def _download_index(checkpoint: str, revision: str | None) -> Path:
-    """model_index.json, or that of a modular pipeline, which says `_class_name` alike."""
+    """Fetches model_index.json, or that of a modular pipeline, which has `_class_name`, too."""
     with asking_hub(checkpoint):
         try:
             return Path(hf_hub_download(checkpoint, MODEL_INDEX, revision=revision))
@@ -239,15 +247,15 @@ def _download_index(checkpoint: str, revision: str | None) -> Path:
 
 @contextmanager
 def asking_hub(checkpoint: str) -> Iterator[None]:
-    """A call of the hub: whatever it does not give becomes a FileNotFoundError that says what to do."""
-    no_folder = f"{Path(checkpoint).absolute()} does not exist on {_node()} either, if a folder is meant"
+    """Context around a call of the hub: turns its errors into a FileNotFoundError that says what to do."""
+    no_folder = f"if you mean a folder: {Path(checkpoint).absolute()} does not exist on {_node()} either"
     try:
         yield
     except GatedRepoError as error:
         raise FileNotFoundError(
             f"checkpoint {checkpoint!r} is gated on the hub: accept its licence at https://huggingface.co/"
-            f"{checkpoint}, and set HF_TOKEN to a token of that account on every node; to plan only, give "
-            "relay plan a folder of its config files by --configs"
+            f"{checkpoint}, and set HF_TOKEN to a token of that account on every node; if you only plan, "
+            "give relay plan a folder of its config files with --configs"
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise FileNotFoundError(
@@ -256,7 +264,7 @@ def asking_hub(checkpoint: str) -> Iterator[None]:
     except (HfHubHTTPError, EntryNotFoundError, OfflineModeIsEnabled) as error:
         why = str(error).strip().partition("\n")[0]
         raise FileNotFoundError(
-            f"checkpoint {checkpoint!r} could not be had from the hub: {why}; {no_folder}"
+            f"checkpoint {checkpoint!r} could not be fetched from the hub: {why}; {no_folder}"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint put together in the user's cache: a folder of links to what lies elsewhere, and of small files."""
+"""Assembles a checkpoint in the user's cache: a folder of links to files elsewhere, and of small files."""
 
 import hashlib
 import tempfile
@@ -8,11 +8,14 @@ from pathlib import Path
 from filelock import FileLock
 
 CACHE = Path(".cache") / "latent-relay" / "files"
-"""Under the user's home."""
+"""Relative to the user's home."""
 
 
 def put_together(links: Mapping[str, Path], files: Mapping[str, str] | None = None) -> Path:
-    """links: name to what it leads to; files: name to text. Processes may ask at once; a rename makes it."""
+    """Returns the assembled folder, equal for equal arguments. links: targets by name; files: texts by name.
+
+    Safe for concurrent processes: the folder is renamed into place when complete.
+    """
     files, links = files or {}, {name: target.absolute() for name, target in links.items()}
     told = [f"{name} {target}" for name, target in sorted(links.items())]
     told += [f"{name} {text}" for name, text in sorted(files.items())]

@@ -1,6 +1,6 @@
-"""Whether one component's weights are whole, by names, sizes and headers: no tensor is read.
+"""Checks whether one component's weights are complete, by names, sizes and headers, without reading tensors.
 
-Which would be read is decided as diffusers and transformers do: those of the variant, safetensors before pickles.
+The files are chosen as diffusers and transformers choose them: those of the variant, safetensors before pickles.
 """
 
 import json
@@ -19,20 +19,20 @@ _STEMS = {
     "diffusers": ("diffusion_pytorch_model", "diffusion_pytorch_model"),
     "transformers": ("model", "pytorch_model"),
 }
-"""Of the names of a library's safetensors, and of its pickles."""
+"""Stems of the names of a library's safetensors files, and of its pickles."""
 _LFS_HEAD = b"version https://git-lfs"
 _MAX_LFS_BYTES = 1024
 _MAX_HEADER_BYTES = 100_000_000
-"""As the safetensors library has it."""
+"""Limit of the safetensors library."""
 _LORA = re.compile(r"(^|\.)(lora_(A|B|down|up|embedding_A|embedding_B|magnitude_vector)|base_layer)(\.|$)")
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 Header = Mapping[str, Any]
-"""Of a safetensors file: `dtype`, `shape` and `data_offsets` by the tensor's name."""
+"""Header of a safetensors file: `dtype`, `shape` and `data_offsets` by the tensor's name."""
 
 
 def find_weights(folder: Path, library: str, variant: str | None) -> Path | None:
-    """The file, or the index of the parts, that would be read of a component's folder; None if there is none."""
+    """Returns the file of weights, or the index of the parts, that a component would be loaded from; else None."""
     infix = f".{variant}" if variant else ""
     for stem, ending in zip(_STEMS[library], ("safetensors", "bin"), strict=True):
         names = [f"{stem}{infix}.{ending}", f"{stem}.{ending}.index{infix}.json"]
@@ -45,12 +45,12 @@ def find_weights(folder: Path, library: str, variant: str | None) -> Path | None
 
 
 def plain_name(library: str) -> str:
-    """Of the file that a component's weights usually are."""
+    """Returns the usual name of a component's file of weights."""
     return f"{_STEMS[library][0]}.safetensors"
 
 
 def find_variants(folder: Path, library: str) -> list[str]:
-    """Of which variants a component has weights; none where it only has plain ones."""
+    """Returns the variants that a component has weights of; none if it only has plain weights."""
     found = set()
     for stem in set(_STEMS[library]):
         single = re.compile(rf"{stem}\.(?!index\b)([\w-]+?)(?:-\d+-of-\d+)?\.(?:safetensors|bin)")
@@ -62,7 +62,7 @@ def find_variants(folder: Path, library: str) -> list[str]:
 
 
 def find_weight_faults(weights: Path) -> Iterator[str]:
-    """One sentence for every file that is not whole. weights: as `find_weights` says."""
+    """Yields one sentence for every file that is not complete. weights: the result of `find_weights`."""
     faults = find_file_faults(weights)
     yield from faults
     if faults:
@@ -77,10 +77,10 @@ def _find_part_faults(index: Path) -> Iterator[str]:
     content = read_json(index)
     parts = content.get("weight_map") if isinstance(content, dict) else None
     if not (isinstance(parts, dict) and parts and all(isinstance(part, str) for part in parts.values())):
-        yield f"{index} has no weight_map, so it is no index of weights: fetch it again"
+        yield f"{index} has no weight_map, so it is not an index of weights: fetch it again"
         return
     if "metadata" not in content:
-        yield f"{index} has no metadata, without which it is not read: fetch it again"
+        yield f"{index} has no metadata and is not read without it: fetch it again"
     for part in sorted(set(parts.values())):
         path = index.parent / part
         if not path.exists() and not path.is_symlink():
@@ -92,14 +92,14 @@ def _find_part_faults(index: Path) -> Iterator[str]:
             absent = {name for name, home in parts.items() if home == part} - read_header(path).keys()
             if absent:
                 yield (
-                    f"{path} has not got {min(absent)}, which {index.name} says is there ({len(absent)} such): "
-                    "the two are not of one checkpoint; fetch both again"
+                    f"{path} lacks {min(absent)}, which {index.name} lists ({len(absent)} in all): "
+                    "the two are from different checkpoints; fetch both again"
                 )
     yield from _find_lora_faults(index, parts)
 
 
 def find_lora(names: Iterable[str]) -> str | None:
-    """The first name of a tensor that belongs to a LoRA layer."""
+    """Returns the first tensor name that belongs to a LoRA layer, or None."""
     return next(filter(_LORA.search, names), None)
 
 
@@ -113,7 +113,7 @@ def _find_lora_faults(weights: Path, names: Iterable[str]) -> Iterator[str]:
 
 
 def find_file_faults(path: Path) -> list[str]:
-    """A sentence if a file is a pointer, a dangling link, empty, cut, not JSON or unreadable; none if whole."""
+    """Returns a sentence if a file is an LFS pointer, a broken link, empty, cut short, not JSON or unreadable."""
     if path.is_symlink() and not path.exists():
         return [
             f"{path} is a link to {path.readlink()}, which does not exist: was a hub snapshot copied without its "
@@ -148,13 +148,15 @@ def find_file_faults(path: Path) -> list[str]:
 
 
 def read_header(path: Path) -> Header:
-    """Of a safetensors file. Raises ValueError, naming it, if its size is not what its header says."""
+    """Reads the header of a safetensors file. Raises ValueError, naming the file, if its size contradicts it."""
     num_bytes = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if not 2 <= length <= min(_MAX_HEADER_BYTES, num_bytes - 8):
-            raise ValueError(f"{path} is no safetensors file, or cut short ({num_bytes:,} bytes): fetch it again")
+            raise ValueError(
+                f"{path} is not a safetensors file, or is cut short ({num_bytes:,} bytes): fetch it again"
+            )
         text = file.read(length)
     try:
         header: dict[str, Any] = json.loads(text)
@@ -169,7 +171,7 @@ def read_header(path: Path) -> Header:
 
 
 def _check_tensors(path: Path) -> None:
-    """What the library says of dtypes, shapes and places. Raises ValueError, naming the file."""
+    """Raises ValueError, naming the file, if the safetensors library finds wrong dtypes, shapes or offsets."""
     try:
         with safe_open(path, "numpy"):
             pass
@@ -178,7 +180,7 @@ def _check_tensors(path: Path) -> None:
 
 
 def stored_dtypes(weights: Path) -> set[str]:
-    """Of whole safetensors, as config spells them; as safetensors does where config has no word for it."""
+    """Returns the dtypes in complete safetensors files, by config's names; others by safetensors' names."""
     parts = [weights]
     if weights.suffix == ".json":
         parts = [weights.parent / part for part in set(read_json(weights)["weight_map"].values())]

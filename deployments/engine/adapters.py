@@ -2,8 +2,8 @@
 
     layer(x) + Σ scale · ratio · up(down(x))        https://arxiv.org/abs/2106.09685
 
-Layers keep their weights as they are, stored however config says; while a forward with adapters runs, hooks add
-the terms of its samples. So requests with different adapters, several or none fly as one.
+Layers keep their weights unchanged, stored as config says. While a forward with adapters runs, hooks add the terms
+of its samples. So requests with different adapters, several or none can be merged into one forward.
 """
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -20,13 +20,13 @@ _CONVOLUTIONS: Mapping[int, Callable[..., torch.Tensor]] = {
     4: nn.functional.conv2d,
     5: nn.functional.conv3d,
 }
-"""By the dimensions of their weights."""
+"""Convolutions by the number of dimensions of their weights."""
 
 Applied = tuple[tuple[int, float], ...]
 """(slot, scale) of each adapter of a request."""
 NO_ADAPTERS: Applied = ()
 _MAX_KEPT = 64
-"""Compositions of batches."""
+"""Most batch compositions whose hooks are kept."""
 
 
 class Rows(NamedTuple):
@@ -38,7 +38,7 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """What an adapter adds to one layer."""
+    """An adapter's low-rank weights for one layer."""
 
     down: torch.Tensor
     """[rank, in]; of a convolution [rank, in, *kernel]."""
@@ -59,7 +59,7 @@ class LowRank:
         return replace(self, down=self.down.to(device), up=self.up.to(device), bias=bias)
 
     def term(self, layer: Any, x: torch.Tensor, scale: float) -> torch.Tensor:
-        """What it adds to layer(x)."""
+        """Returns what the adapter adds to layer(x)."""
         if self.down.ndim == 2:
             hidden = nn.functional.linear(x.to(self.down.dtype), self.down)
             return nn.functional.linear(hidden, self.up, self.bias) * (self.ratio * scale)
@@ -71,11 +71,11 @@ class LowRank:
 
 
 AdapterWeights = Mapping[str, Mapping[str, LowRank]]
-"""By component, and by the layer's name in it."""
+"""Low-rank weights by component and layer name."""
 
 
 class AdapterLayers:
-    """The adapters in this process, of the layers that it has. One thread runs forwards; another loads."""
+    """The adapters in this process, for the layers that it has. One thread runs forwards; another loads."""
 
     def __init__(
         self,
@@ -87,23 +87,24 @@ class AdapterLayers:
     ) -> None:
         """
         Args:
-            models: by component name.
+            models: models by component name.
             foreign: by component name, modules whose weights other ranks have.
-            is_compiled: whether parts of them are: graphs know no adapters, so forwards with some run eager.
+            is_compiled: whether parts of the models are compiled. Compiled graphs do not include adapters, so
+                forwards with adapters run eagerly.
         """
         self._models, self._foreign, self._device = models, foreign, device
         self._is_compiled = is_compiled
         self._weights: dict[int, dict[str, dict[str, LowRank]]] = {}
         self._hooks: dict[Hashable, dict[str, _Added]] = {}
-        """By component and rows: what fills a batch changes less often than forwards come."""
+        """Hooks by component and rows. They are kept because many forwards in a row have the same composition."""
 
     @property
     def num_bytes(self) -> int:
-        """Any thread may ask, while another loads or unloads."""
+        """Bytes of all adapters in this process. Any thread may read it while another loads or unloads."""
         return sum(map(_num_bytes, list(self._weights.values())))
 
     def load(self, slot: int, weights: AdapterWeights) -> int:
-        """Bytes of what is kept of it here: the layers of this process."""
+        """Loads the adapter's weights for the layers of this process; returns their bytes."""
         self._hooks = {}
         self._weights[slot] = {
             component: {
@@ -117,21 +118,21 @@ class AdapterLayers:
         return _num_bytes(self._weights[slot])
 
     def unload(self, slot: int) -> None:
-        """No forward that names it is left."""
+        """Unloads an adapter. To be called when no forward that names the slot is left."""
         self._weights.pop(slot, None)
         self._hooks = {}
 
     @contextmanager
     def applied(self, component: str, rows: Sequence[Rows]) -> Iterator[None]:
-        """Around one forward of that model, of so many samples."""
+        """Applies adapters to the samples during one forward of the model."""
         hooks = self._added(component, tuple(rows))
         if not hooks:
             yield
             return
         model = self._models[component]
-        handles = [model.get_submodule(name).register_forward_hook(hook) for name, hook in hooks.items()]
+        handles = [_hook(model.get_submodule(name), hook) for name, hook in hooks.items()]
         try:
-            # imports dynamo: not for nothing
+            # set_stance imports dynamo, so it is called only if needed
             with torch.compiler.set_stance("force_eager") if self._is_compiled else nullcontext():
                 yield
         finally:
@@ -139,7 +140,7 @@ class AdapterLayers:
                 handle.remove()
 
     def _added(self, component: str, rows: tuple[Rows, ...]) -> "dict[str, _Added]":
-        """By the layer's name. A slot may be empty again where its request was cancelled."""
+        """Returns hooks by layer name. A slot may already be unloaded if its request was cancelled."""
         kept = self._hooks
         if (component, rows) not in kept:
             terms: dict[str, list[_Term]] = {}
@@ -161,7 +162,7 @@ class _Span(NamedTuple):
 
 
 class _Term(NamedTuple):
-    """Of samples `start:end`."""
+    """What an adapter adds to samples `start:end` in one layer."""
 
     start: int
     end: int
@@ -170,7 +171,7 @@ class _Term(NamedTuple):
 
 
 def _spans(rows: Sequence[Rows]) -> list[_Span]:
-    """Neighbours with the same adapters are one."""
+    """Joins neighbouring rows with the same adapters; leaves out rows without adapters."""
     spans: list[_Span] = []
     end = 0
     for num_samples, adapters in rows:
@@ -183,7 +184,7 @@ def _spans(rows: Sequence[Rows]) -> list[_Span]:
 
 
 class _Added:
-    """A forward hook of one layer: adds the terms of a batch of so many samples."""
+    """A forward hook of one layer that adds the adapters' terms for a batch of num_samples samples."""
 
     def __init__(self, name: str, terms: Sequence[_Term], num_samples: int) -> None:
         self._name, self._terms, self._num_samples = name, terms, num_samples
@@ -205,16 +206,16 @@ class _Added:
         if self._is_linear:
             output += self._linear(x).to(output.dtype)
             return output
-        each = len(x) // num  # a video's frames may lie in the batch, sample after sample
+        each = len(x) // num  # a video's frames may be in the batch dimension, sample after sample
         for start, end, low_rank, scale in self._terms:
             own = slice(start * each, end * each)
             output[own] += low_rank.to(x.device).term(layer, x[own], scale).to(output.dtype)
         return output
 
     def _linear(self, x: torch.Tensor) -> torch.Tensor:
-        """What is added to a linear layer's whole output, [B, …, out], by two products of all samples at once.
+        """Returns what is added to a linear layer's whole output, [B, …, out], by two products over all samples.
 
-        One adapter for each sample, all of one rank, is the common case; fewer ranks are filled up with zeros.
+        The common case is one adapter for each sample, all of one rank. Otherwise lower ranks get zero padding.
         """
         first, of_sample = self._terms[0].layer, self._of_sample
         ranks = [sum(len(term.layer.down) for term in own) for own in of_sample]
@@ -238,6 +239,32 @@ class _Added:
                 down[i, start:end] = low_rank.down
                 torch.mul(low_rank.up, low_rank.ratio * scale, out=up[i, :, start:end])
         return (rows @ down.mT.to(x.device) @ up.mT.to(x.device)).reshape(*x.shape[:-1], -1)
+
+
+class _Inside:
+    """Wraps a layer's own forward inside diffusers' hooks, which change its input and output.
+
+    Some of these hooks pass on only a part of the sequence, or gather the output's parts (context parallelism).
+    """
+
+    def __init__(self, layer: nn.Module, reference: Any, added: _Added) -> None:
+        """reference: diffusers' reference to the forward that is called innermost."""
+        self._layer, self._reference, self._added = layer, reference, added
+        self._own = reference.forward
+        reference.forward = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self._added(self._layer, args, self._own(*args, **kwargs))
+
+    def remove(self) -> None:
+        self._reference.forward = self._own
+
+
+def _hook(layer: nn.Module, added: _Added) -> Any:
+    """Makes the layer call `added` after each forward, until the returned handle is removed."""
+    registry: Any = getattr(layer, "_diffusers_hook", None)
+    references = registry._fn_refs if registry is not None else ()
+    return _Inside(layer, references[0], added) if references else layer.register_forward_hook(added)
 
 
 def _num_bytes(weights: AdapterWeights) -> int:

@@ -1,4 +1,4 @@
-"""The blocks of a denoiser: their names in forward order, and what they weigh."""
+"""The blocks of a denoiser: their names in forward order, and their bytes."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ TAIL = (
     "audio_norm_out",
     "audio_proj_out",
 )
-"""What diffusers calls the modules that run after the last block; only the last shard has them."""
+"""diffusers' names of the modules that run after the last block; only the last shard has these modules."""
 
 CHAINS: Mapping[str, tuple[str, ...]] = {
     "BriaTransformer2DModel": ("transformer_blocks", "single_transformer_blocks"),
@@ -35,22 +35,23 @@ CHAINS: Mapping[str, tuple[str, ...]] = {
     "PRXTransformer2DModel": ("blocks",),
     "ZImageTransformer2DModel": ("layers",),
 }
-"""The lists whose blocks each feed the next, in forward order, of the classes that declare none or others beside
-them: those run before the chain, in every shard's head unless `FRONT` names them."""
+"""The chain of a class: the lists whose blocks each feed the next, in forward order. Only classes that declare no
+lists, or other lists besides, need an entry. Those other lists run before the chain, in every shard's head unless
+`FRONT` names them."""
 
 FRONT: Mapping[str, tuple[str, ...]] = {
     "Flux3Transformer2DModel": ("txt_mode_blocks", "mode_blocks.image", "mode_blocks.image_cond"),
     "Lumina2Transformer2DModel": ("context_refiner", "noise_refiner"),
     "ZImageTransformer2DModel": ("context_refiner", "noise_refiner"),
 }
-"""The lists before the chain whose results its first block alone reads: only the first shard has them."""
+"""The lists before the chain whose results only its first block reads, so that only the first shard has them."""
 
 NO_CHAINS: Mapping[str, str] = {
-    "HunyuanDiT2DModel": "the second half of its blocks reads what the first half gave",
+    "HunyuanDiT2DModel": "the second half of its blocks reads the outputs of the first half",
     "LatteTransformer3DModel": "its blocks over space and over time take turns, in two lists",
     "WanVACETransformer3DModel": "its vace_blocks run beside its blocks",
 }
-"""Classes that run as one shard whatever they declare, and why."""
+"""Classes that run as one shard whatever they declare, with the reason."""
 
 _UNET_ORDER = ("down_blocks", "mid_block", "up_blocks")
 _SECOND_HALF = "single_transformer_blocks"
@@ -58,34 +59,34 @@ _SECOND_HALF = "single_transformer_blocks"
 
 @dataclass(frozen=True)
 class BlockBytes:
-    """Bytes of a model's weights, by who holds them."""
+    """Bytes of a model's weights, by which shards hold them."""
 
     head: int
-    """Every shard: the embedders, and whatever else is neither block nor tail."""
+    """Held by every shard: the embedders, and whatever else is neither block nor tail."""
     blocks: tuple[int, ...]
-    """One shard each; in forward order. The first with what only the first shard has (`FRONT`)."""
+    """Each held by one shard, in forward order. The first includes what only the first shard has (`FRONT`)."""
     tail: int
-    """The last shard: output norm and projection."""
+    """Held by the last shard: output norm and projection."""
 
     def of_shard(self, start: int, end: int) -> int:
-        """Bytes of the shard that has blocks `start:end`."""
+        """Returns the bytes of the shard that has blocks `start:end`."""
         return self.head + sum(self.blocks[start:end]) + (self.tail if end == len(self.blocks) else 0)
 
 
 def build_skeleton(model_class: type[ModelMixin], checkpoint_dir: Path, subfolder: str) -> nn.Module:
-    """The model of this checkpoint on the meta device: all of its structure, none of its weights.
+    """Builds the model of this checkpoint on the meta device: all of its structure, none of its weights.
 
-    Not thread-safe: accelerate changes `nn.Module` for as long as it takes.
+    Not thread-safe: accelerate patches `nn.Module` meanwhile.
 
     Raises:
-        ValueError: its config.json is none of this class.
+        ValueError: its config.json does not describe a model of this class.
     """
     config = model_class.load_config(checkpoint_dir, subfolder=subfolder, local_files_only=True)
     try:
         with init_empty_weights():
             skeleton: Any = model_class.from_config(config)
-    except Exception as error:  # whatever a constructor makes of it
-        described = f"{checkpoint_dir / subfolder / 'config.json'} describes no {model_class.__name__}"
+    except Exception as error:  # constructors may raise anything
+        described = f"{checkpoint_dir / subfolder / 'config.json'} does not describe {model_class.__name__}"
         raise ValueError(f"{described}: {type(error).__name__}: {error}") from error
     skeleton.gguf_file = find_gguf(checkpoint_dir / subfolder)
     built: nn.Module = skeleton
@@ -93,13 +94,13 @@ def build_skeleton(model_class: type[ModelMixin], checkpoint_dir: Path, subfolde
 
 
 def block_names(model: nn.Module) -> tuple[str, ...]:
-    """Names of the blocks that may go to different shards, in forward order.
+    """Returns the names of the blocks that may go to different shards, in forward order.
 
     A transformer's blocks are the lists in `CHAINS`, or else those whose elements' classes diffusers declares as
     repeated or as not to be split; a UNet's are its down, mid and up blocks.
 
     Raises:
-        ValueError: there are none, or several lists of them of which nothing says that each feeds the next.
+        ValueError: there are no blocks, or there are several lists that are not known to feed each other.
     """
     children = dict(model.named_children())
     lists = [name for name in _UNET_ORDER if name in children] if _is_unet(model) else _lists(model)
@@ -112,7 +113,7 @@ def block_names(model: nn.Module) -> tuple[str, ...]:
 
 
 def cuttable_names(model: nn.Module) -> tuple[str, ...]:
-    """`block_names`; none where there are none that could go to different shards."""
+    """Returns `block_names`, or () if no blocks can go to different shards."""
     try:
         return block_names(model)
     except ValueError:
@@ -120,7 +121,7 @@ def cuttable_names(model: nn.Module) -> tuple[str, ...]:
 
 
 def block_bytes(model: nn.Module) -> BlockBytes:
-    """What each block of a model, or of a skeleton from `as_stored`, weighs."""
+    """Returns the bytes of each block of a model, or of a skeleton from `as_stored`."""
     first, *others = (stored_bytes(model.get_submodule(name)) for name in block_names(model))
     front = sum(stored_bytes(model.get_submodule(name)) for name in front_names(model))
     blocks = (front + first, *others)
@@ -129,18 +130,18 @@ def block_bytes(model: nn.Module) -> BlockBytes:
 
 
 def front_names(model: nn.Module) -> tuple[str, ...]:
-    """Names of the blocks that only the first shard needs, and whose inputs pass for their outputs in others."""
+    """Returns the names of the blocks that only the first shard needs; in others, stubs return their inputs."""
     lists = FRONT.get(type(model).__name__, ())
     return tuple(name for part in lists for name in _members(part, model.get_submodule(part)))
 
 
 def tail_names(model: nn.Module) -> tuple[str, ...]:
-    """Names of the modules that only the last shard needs."""
+    """Returns the names of the modules that only the last shard needs."""
     return tuple(name for name, _ in model.named_children() if name in TAIL)
 
 
 def shape_only_inputs(model: nn.Module) -> frozenset[str]:
-    """Inputs of which shards after the first read shape and dtype, not values: zeros serve them as well.
+    """Returns the names of inputs of which shards after the first read shape and dtype only, so zeros suffice.
 
     A transformer embeds its latents and then replaces the result by what crossed the cut. A UNet does not:
     the output of its `conv_in` is the outermost skip, so every shard needs the latents themselves.
@@ -167,7 +168,7 @@ def _lists(model: Any) -> Sequence[str]:
         if isinstance(child, nn.ModuleList) and len(child) and {type(block).__name__ for block in child} <= kinds
     ]
     # Two lists are a chain only by diffusers' convention of double and single blocks. Others (refiners, text
-    # blocks, VACE hints) run side by side, and a cut through them would lose what the other list made.
+    # blocks, VACE hints) run side by side, and a cut through them would lose the output of the other list.
     if len(lists) > 1 and not (len(lists) == 2 and lists[1] == _SECOND_HALF):
         raise ValueError(
             f"{class_name} has several lists of blocks ({', '.join(lists)}) that are no single "

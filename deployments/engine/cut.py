@@ -1,4 +1,4 @@
-"""Where a shard begins and ends in its model's forward: stubs for foreign blocks, recorders at the cut.
+"""Cuts a shard out of its model's forward: stubs replace other shards' blocks, recorders end the forward.
 
 rank 0   [block 0][block 1]✂ stub   stub        ✂ ends the forward; the boundary leaves here
 rank 1    stub  ─▶ stub  ─▶[block 2][block 3]   a stub before the range replays what crossed
@@ -14,15 +14,15 @@ from torch import nn
 from deployments.engine.blocks import front_names, tail_names
 
 Output: TypeAlias = "torch.Tensor | list[torch.Tensor] | tuple[Output, ...]"
-"""What a block returns, or a model: tuples nest where a UNet block returns its skips."""
+"""Return value of a block or a model; tuples are nested where a UNet block returns its skips."""
 
 Boundary: TypeAlias = dict[str, Output]
-"""What crosses a cut: block names and what those blocks returned. The last block before the cut is always
-there, others only where the forward reads them again: a UNet's down blocks, for their skips."""
+"""Outputs that cross a cut, by block name. The last block before the cut is always included; other blocks only if
+the forward reads their outputs again, as it does those of a UNet's down blocks, for their skips."""
 
 
 class CutReached(BaseException):
-    """Ends a forward at the cut. No `Exception`, so that no `except Exception` on the way swallows it."""
+    """Ends a forward at the cut. Derives from BaseException, so that no `except Exception` swallows it."""
 
     def __init__(self, boundary: Boundary) -> None:
         super().__init__(boundary)
@@ -46,13 +46,13 @@ class Cut:
         return self.end == len(self.names)
 
     def foreign_names(self, model: nn.Module) -> tuple[str, ...]:
-        """Names of the modules this shard does not hold."""
+        """Returns the names of the modules that this shard does not hold."""
         front = () if self.is_first else front_names(model)
         tail = () if self.is_last else tail_names(model)
         return front + self.names[: self.start] + self.names[self.end :] + tail
 
     def stub_foreign(self, model: nn.Module) -> None:
-        """Replaces foreign modules for good. List lengths and indices stay, so checkpoint keys do too."""
+        """Permanently replaces foreign modules. List lengths and indices stay, so checkpoint keys do too."""
         front = front_names(model)
         for name in self.foreign_names(model):
             stub = FrontStub if name in front else Stub
@@ -60,11 +60,11 @@ class Cut:
 
     @contextmanager
     def open(self, model: nn.Module, boundary: Boundary | None) -> Iterator[None]:
-        """Lets one forward of `model` through: from `boundary` to the cut after this range, if there is one.
+        """Prepares `model` for one forward, from `boundary` to the cut after this range, if there is one.
 
-        Recorders wrap blocks only meanwhile, so blocks may be quantised, cast, offloaded, compiled or given
-        adapters at any time between two runs, and their names never change. Nothing stays behind afterwards,
-        whatever the forward raises.
+        Recorders wrap blocks only during that forward, so blocks may be quantised, cast, offloaded, compiled or
+        given adapters at any time between two runs, and their names never change. Everything is restored
+        afterwards, whatever the forward raises.
         """
         self._received = self._checked(boundary)
         blocks = {name: model.get_submodule(name) for name in self._recorded_names()}
@@ -78,10 +78,13 @@ class Cut:
             self._received, self._recorded = {}, {}
 
     def replay(self, name: str) -> Output:
-        """What the stub of `name` returns: its block's output, if that crossed; else the last that crossed of its
-        list, whose blocks return as many tensors; else that of the last block before the range.
+        """Returns what the stub of `name` returns, the first of these that there is:
 
-        Foreign blocks in between pass through: whatever they return, the last stub's answer replaces it.
+        1. the block's own output, if it was sent;
+        2. the last output that was sent of a block in the same list, which has equally many tensors;
+        3. the output of the last block before the range.
+
+        Only the values of the last stub matter, because its output replaces those of the stubs before it.
         """
         if name not in self.names[: self.start]:
             raise RuntimeError(
@@ -94,18 +97,19 @@ class Cut:
         return self._received[siblings[-1] if siblings else self.names[self.start - 1]]
 
     def record(self, name: str, output: Output) -> None:
-        """Notes what a block returned; behind the last block of the range, ends the forward."""
+        """Records what a block returned; after the last block of the range, ends the forward with CutReached."""
         self._recorded[name] = output
         if name == self.names[self.end - 1]:
             outputs = self._received | self._recorded
             raise CutReached({key: outputs[key] for key in outputs if key == name or self._is_read(key, outputs)})
 
     def _is_read(self, name: str, outputs: Boundary) -> bool:
-        """Whether the forward reads this output behind the cut, or its stub could not pass for it."""
+        """Returns whether this output must cross the cut: the forward reads it again after the cut, or its stub
+        would return something of another structure."""
         if name.startswith("down_blocks."):
             return True
         # Between double and single blocks some forwards join text and image. The values are replaced later,
-        # but unpacking a pair must find a pair.
+        # but code that unpacks a pair must get a pair.
         return name in self._list_ends() and _nesting(outputs[name]) != _nesting(outputs[self.names[self.end - 1]])
 
     def _recorded_names(self) -> list[str]:
@@ -116,7 +120,7 @@ class Cut:
         return [name for name in own if name.startswith("down_blocks.") or name in ends or name == own[-1]]
 
     def _list_ends(self) -> set[str]:
-        """The last block of each list of blocks."""
+        """Returns the last block of each list of blocks."""
         return set({_list_of(name): name for name in self.names}.values())
 
     def _checked(self, boundary: Boundary | None) -> Boundary:
@@ -135,15 +139,15 @@ class Cut:
 
 
 class Stub(nn.Module):
-    """Stands, without parameters, for a module of another shard."""
+    """Replaces a module of another shard; has no parameters."""
 
     def __init__(self, name: str, original: nn.Module, cut: Cut) -> None:
         super().__init__()
         self._name, self._cut = name, cut
-        self.__dict__["_original"] = original.to("meta")  # past nn.Module, which would list it as a child
+        self.__dict__["_original"] = original.to("meta")  # bypasses nn.Module, which would list it as a child
 
     def __getattr__(self, name: str) -> Any:
-        """What forwards ask of a block without calling it (`has_cross_attention`, `resnets`)."""
+        """Returns what forwards read of a block without calling it (`has_cross_attention`, `resnets`)."""
         return _public(self.__dict__["_original"], name, type(self).__name__)
 
     def forward(self, *_: Any, **__: Any) -> Output:
@@ -151,14 +155,14 @@ class Stub(nn.Module):
 
 
 class FrontStub(Stub):
-    """Of what runs before the chain: what it would return is replaced, so its input will do."""
+    """Stub of a module before the chain. Its output is replaced later, so it returns its input."""
 
     def forward(self, hidden_states: Output, *_: Any, **__: Any) -> Output:
         return hidden_states
 
 
 class Recorder(nn.Module):
-    """Wraps a block, and hooks and compilation with it, for one run."""
+    """Wraps a block, including its hooks and compilation, for one run, and records its output."""
 
     def __init__(self, name: str, block: nn.Module, cut: Cut) -> None:
         super().__init__()
@@ -177,7 +181,8 @@ class Recorder(nn.Module):
 
 
 def _public(module: nn.Module, name: str, owner: str) -> Any:
-    """Private names (hooks of other libraries, copying and pickling) are the wrapper's own business."""
+    """Returns a public attribute of `module`. Private names, used by other libraries' hooks and by copying and
+    pickling, are not looked up in the wrapped module."""
     if name.startswith("_"):
         raise AttributeError(f"{owner!r} object has no attribute {name!r}")
     return getattr(module, name)

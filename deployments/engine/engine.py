@@ -1,4 +1,4 @@
-"""Rank 0 of a shard group: requests' threads on one side, the ring of ranks on the other."""
+"""Rank 0 of a shard group: connects the requests' threads with the ring of ranks."""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,95 +9,89 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
-from cluster import accelerator
-from cluster.message import Message
-from cluster.ring import Agree, Ring, RingStats, StopRing, no_peers
-from cluster.transport import Transport
-from deployments.config import TransformerConfig
+from cluster.machines import accelerator
+from cluster.ranks.message import Message
+from cluster.ranks.ring import Agree, Ring, RingStats, StopRing, no_peers
+from cluster.ranks.transport import Transport
+from deployments.config.transformer import TransformerConfig
 from deployments.engine.adapters import NO_ADAPTERS, Applied
 from deployments.engine.merge import Inputs, Mergers, num_samples, num_tokens, split
-from deployments.engine.peers import Peers
+from deployments.engine.micro_batch import MicroBatchDriver
+from deployments.engine.order import ORDERS
+from deployments.engine.parallel_rings import ParallelRings
 from deployments.engine.seat import Seat
 from deployments.engine.step_queue import StepQueue
-from deployments.engine.work import Leader
-from deployments.memory.needs import Kept, Needs
-from deployments.refusal import OutOfShare, ShardGroupLost
+from deployments.errors import OutOfDeviceMemory, ShardGroupLost
+from deployments.memory.admission import MemoryAdmission, Retained
 
-TURN_S = 10.0
-"""Of one of several denoisers that are on the GPU one at a time: as long as a stage's, `OnDemandConfig.turn_s`."""
+TIME_SLICE_S = 10.0
+"""Time slice of a denoiser if one at a time is on the GPU: the same as a stage's in `TimeSharingConfig`."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Asked:
-    """One forward, as its request's thread has asked for it."""
+    """One forward, as its request's thread has submitted it."""
 
     component: str
     inputs: Inputs
     ready: Any
-    """The event after which the inputs are there: requests have a stream beside the one that computes."""
+    """The event after which the inputs are complete: requests use another stream than the one that computes."""
     adapters: Applied
 
 
 @dataclass(frozen=True)
-class _Flight:
-    """What is known of a micro-batch until it is back."""
+class _SentBatch:
+    """What rank 0 keeps of a micro-batch until its result is back."""
 
     payloads: tuple[Inputs, ...]
     released: tuple[int, ...]
-    """Keys that the other ranks are to let go of."""
-    released_by_peers: tuple[int, ...]
+    """Keys that the other ranks are told to release."""
+    released_on_parallel_rings: tuple[int, ...]
 
 
 class Engine:
-    """Takes single forwards from many threads and gives each its prediction back."""
+    """Takes single forwards from many threads and returns each one's prediction."""
 
     def __init__(
         self,
-        leader: Leader,
+        driver: MicroBatchDriver,
         mergers: Mergers,
         config: TransformerConfig,
         *,
         device: torch.device,
         transport: Transport | None = None,
-        peers: Sequence[Transport] = (),
+        parallel_transports: Sequence[Transport] = (),
         agree: Agree = no_peers,
         patch_sizes: Mapping[str, Any] = MappingProxyType({}),
-        needs: Needs | None = None,
-        foresee: Callable[[str, Inputs], tuple[int, int]] | None = None,
+        admission: MemoryAdmission | None = None,
+        estimate: Callable[[str, Inputs], tuple[int, int]] | None = None,
         adapter_bytes: Callable[[], int] = int,
         on_lost: Callable[[BaseException], None],
     ) -> None:
         """
         Args:
-            transport: to the next rank and from the last; None where there is only this one.
-            peers: to the ranks that share the first blocks with this one, each beginning a ring of its own.
-            agree: with them, on what becomes of a micro-batch (`ParallelGroup.agree`).
-            patch_sizes: by component, latent positions per token and axis, by which the cost of a forward is told.
-            needs: of memory, of this rank's forwards; None: they are not limited.
-            foresee: (component, inputs) -> (bytes of weights, bytes of tensors in one such forward); comes with
-                needs.
-            adapter_bytes: of adapters on the device.
-            on_lost: the group is no more, and the requests were told; end the process.
+            transport: to the next rank and from the last one; None if this is the only rank.
+            parallel_transports: to the ranks that share the first blocks with this one, one ring for each.
+            agree: agrees with those ranks on the error that a micro-batch fails with (`ParallelGroup.agree`).
+            patch_sizes: by component, latent positions per token and axis; needed for the cost of a forward.
+            admission: memory admission of this rank's forwards; None: they are not limited.
+            estimate: (component, inputs) -> (bytes of weights, bytes of tensors in one such forward); needed with
+                admission.
+            adapter_bytes: returns the bytes of the adapters on the device.
+            on_lost: called when the group is lost and the requests have failed; ends the process.
         """
         self._mergers, self._patch_sizes, self._on_lost = mergers, patch_sizes, on_lost
-        self._needs, self._foresee, self._leader = needs, foresee, leader
+        self._admission, self._estimate, self._driver = admission, estimate, driver
         self._adapter_bytes = adapter_bytes
         self._max_batch_size, self._device = config.max_batch_size, device
-        self._flights: dict[int, _Flight] = {}
-        self.queue = StepQueue(
-            num_shards=config.num_shards,
-            max_batch_size=config.max_batch_size,
-            batch_wait_s=config.batch_wait_ms / 1e3,
-            max_batch_tokens=config.max_batch_tokens,
-            tells_idle=config.leaves_when_idle,
-            turn_s=TURN_S if config.has_one_model_at_a_time and len(mergers) > 1 else 0.0,
-        )
-        self._peers = Peers(peers, self.lose)
+        self._sent: dict[int, _SentBatch] = {}
+        self.queue = _build_queue(config, len(mergers))
+        self._parallel_rings = ParallelRings(parallel_transports, self.lose)
         self._ring = Ring(
             self._compute,
             transport=transport,
             source=self._take,
-            sink=self._land,
+            sink=self._receive,
             on_failure=self.lose,
             stuck_after_s=config.stuck_limit_s,
             device=device,
@@ -106,31 +100,31 @@ class Engine:
         self._ring.start()
 
     def forward(self, seat: Seat, component: str, inputs: Inputs) -> Any:
-        """One forward of a denoiser, perhaps merged with others': what the model returns without `return_dict`.
-        The request's thread calls it and waits, and may use the tensors on its own stream.
+        """Runs one forward of a denoiser, perhaps merged with others; returns what the model does without
+        `return_dict`. Blocks the request's thread, which may use the tensors on its own stream.
 
-        Raises Cancelled, ShardGroupLost, NeverFits, or what the forward itself raised.
+        Raises Cancelled, ShardGroupLost, ExceedsMemory, or what the forward itself raised.
         """
         return self.begin(seat, 0, component, inputs)()
 
     def begin(
-        self, seat: Seat, place: int, component: str, inputs: Inputs, *, adapters: Applied = NO_ADAPTERS
+        self, seat: Seat, slot: int, component: str, inputs: Inputs, *, adapters: Applied = NO_ADAPTERS
     ) -> Callable[[], Any]:
-        """The same, to be waited for once, by the request's thread: what is returned does what `forward` does.
+        """Submits a forward and returns at once; call the result once, in the request's thread, to wait for it.
 
         Args:
-            place: 0, or another that no forward of this request has which has begun and was not waited for.
-            adapters: that are loaded on all ranks. Forwards with other adapters, or none, may fly with this one.
+            slot: an index that none of this request's unread forwards uses.
+            adapters: loaded on all ranks. Forwards with other adapters, or none, may be merged with this one.
         """
         signature = self._signature(component, inputs)
         tokens = num_tokens(inputs, self._patch_sizes.get(component, 1))
         under_way = [
             self.queue.submit(
-                self.queue.seat_of(seat, place),
+                self.queue.seat_of(seat, slot),
                 _Asked(component, inputs, accelerator.mark_queued(self._device), adapters),
                 signature=signature,
                 tokens=tokens,
-                at_most=self._at_most(seat, signature, tokens, component, inputs),
+                max_merged=self._max_admissible(seat, signature, tokens, component, inputs),
                 model=component,
             )
         ]
@@ -146,79 +140,96 @@ class Engine:
         return wait
 
     def _signature(self, component: str, inputs: Inputs) -> Hashable:
-        """Two denoisers' forwards are never merged."""
+        """Returns the signature of a forward. Forwards of two denoisers differ in it, so they are never merged."""
         return component, self._mergers[component].signature(inputs)
 
-    def _at_most(self, seat: Seat, signature: Hashable, tokens: int, component: str, inputs: Inputs) -> int | None:
-        """How many such forwards fit the memory at once."""
-        if self._needs is None or self._foresee is None or not self._mergers[component].knows_signatures:
+    def _max_admissible(
+        self, seat: Seat, signature: Hashable, tokens: int, component: str, inputs: Inputs
+    ) -> int | None:
+        """Returns how many such forwards fit into memory at once; None: they are not limited."""
+        if self._admission is None or self._estimate is None or not self._mergers[component].knows_signatures:
             return None
         label = f"a forward of {tokens} latent positions"
-        foresee = partial(self._foresee, component, inputs)
-        kept = Kept(seat.kept_bytes, self._kept_bytes)
-        return self._needs.at_most(signature, label, foresee, up_to=self._max_batch_size, kept=kept)
+        estimate = partial(self._estimate, component, inputs)
+        retained = Retained(seat.retained_bytes, self._retained_bytes)
+        return self._admission.max_admissible(
+            signature, label, estimate, up_to=self._max_batch_size, retained=retained
+        )
 
     @property
-    def _kept_bytes(self) -> int:
-        """On the device beside weights and forwards."""
-        return self.queue.kept_bytes() + self._adapter_bytes()
+    def _retained_bytes(self) -> int:
+        """Bytes that requests and adapters keep on the device, in addition to weights and forwards."""
+        return self.queue.retained_bytes() + self._adapter_bytes()
 
     def _compute(self, body: tuple[Sequence[_Asked], tuple[int, ...]]) -> Any:
         asked, released = body
         for forward in asked:
             accelerator.queue_after(forward.ready, self._device)
-        group = [forward.inputs for forward in asked]
+        inputs = [forward.inputs for forward in asked]
         adapters = tuple(forward.adapters for forward in asked)
-        if not group:
-            return self._leader.rest(released)
+        if not inputs:
+            return self._driver.idle(released)
         component = asked[0].component
-        if self._needs is None:
-            return self._leader.run(component, group, released, adapters)
-        signature, kept_bytes = self._signature(component, group[0]), self._kept_bytes
-        with self._needs.measured(signature, len(group), kept_bytes=kept_bytes):
-            return self._leader.run(component, group, released, adapters)
+        if self._admission is None:
+            return self._driver.run(component, inputs, released, adapters)
+        signature, retained_bytes = self._signature(component, inputs[0]), self._retained_bytes
+        with self._admission.measured(signature, len(inputs), retained_bytes=retained_bytes):
+            return self._driver.run(component, inputs, released, adapters)
 
     def lose(self, cause: BaseException) -> None:
-        """The group is lost: every waiting thread gets ShardGroupLost, and so does whoever runs this."""
+        """Ends all work after the group is lost: every waiting thread, and `on_lost`, gets a ShardGroupLost."""
         error = ShardGroupLost(f"the shard group is lost: {type(cause).__name__}: {cause}")
         self.queue.close(error)
         self._on_lost(error)
 
     def close(self) -> None:
-        """An orderly end; the other ranks end with it."""
+        """Ends the engine in an orderly way, and the other ranks with it."""
         self.queue.close(StopRing("the replica is shutting down"))
         self._ring.close()
-        self._peers.close()
+        self._parallel_rings.close()
 
     def stats(self) -> RingStats:
-        """Of rank 0."""
+        """Figures of rank 0."""
         own = self._ring.stats()
-        return replace(own, bytes_sent=own.bytes_sent + self._peers.bytes_sent)
+        return replace(own, bytes_sent=own.bytes_sent + self._parallel_rings.bytes_sent)
 
     def _take(self) -> Message:
         batch = self.queue.take()
-        group = tuple(asked.inputs for asked in batch.payloads)
+        inputs = tuple(asked.inputs for asked in batch.payloads)
         component = batch.payloads[0].component if batch.payloads else None
         ready, adapters = [each.ready for each in batch.payloads], tuple(each.adapters for each in batch.payloads)
-        to_peers = self._peers.send(batch.id, component, group, ready, adapters)
-        flight = _Flight(group, self._leader.take_released(), to_peers)
-        self._flights[batch.id] = flight
-        return Message(batch.id, (batch.payloads, flight.released))
+        released_on_parallel_rings = self._parallel_rings.send(batch.id, component, inputs, ready, adapters)
+        sent = _SentBatch(inputs, self._driver.take_released(), released_on_parallel_rings)
+        self._sent[batch.id] = sent
+        return Message(batch.id, (batch.payloads, sent.released))
 
-    def _land(self, message: Message) -> None:
-        flight = self._flights.pop(message.batch_id)
+    def _receive(self, message: Message) -> None:
+        sent = self._sent.pop(message.batch_id)
         if message.error is None:
-            sizes = [num_samples(inputs) for inputs in flight.payloads]
+            sizes = [num_samples(inputs) for inputs in sent.payloads]
             self.queue.finish(message.batch_id, split(message.body, sizes) if sizes else ())
             return
-        self._leader.release_again(flight.released)
-        self._peers.send_again(flight.payloads, flight.released_by_peers)
+        self._driver.release_again(sent.released)
+        self._parallel_rings.send_again(sent.payloads, sent.released_on_parallel_rings)
         error: BaseException = message.error
-        if isinstance(error, torch.OutOfMemoryError):  # of what a rank received; its own work says OutOfShare
-            error = OutOfShare(f"a rank has no room for what the one before hands on: {error}")
-        if len(flight.payloads) > 1 and isinstance(error, OutOfShare):
-            for inputs in flight.payloads:
-                self._leader.send_again(inputs)
-            self.queue.part(message.batch_id)
+        if isinstance(error, torch.OutOfMemoryError):  # on receiving; in a forward it is OutOfDeviceMemory
+            error = OutOfDeviceMemory(f"a rank has no memory for what the rank before it sends: {error}")
+        if len(sent.payloads) > 1 and isinstance(error, OutOfDeviceMemory):
+            for inputs in sent.payloads:
+                self._driver.send_again(inputs)
+            self.queue.retry_alone(message.batch_id)
         else:
             self.queue.fail(message.batch_id, error)
+
+
+def _build_queue(config: TransformerConfig, num_models: int) -> StepQueue:
+    return StepQueue(
+        num_shards=config.num_shards,
+        max_batch_size=config.max_batch_size,
+        batch_wait_s=None if config.batch_wait_ms is None else config.batch_wait_ms / 1e3,
+        max_batch_tokens=config.max_batch_tokens,
+        tells_idle=config.leaves_when_idle,
+        order=ORDERS[config.order](),
+        max_at_work=config.max_ongoing_requests,
+        time_slice_s=TIME_SLICE_S if config.has_one_model_at_a_time and num_models > 1 else 0.0,
+    )

@@ -1,4 +1,4 @@
-"""One rank's shards of a checkpoint's denoisers, ready to run."""
+"""Loads one rank's shards of a checkpoint's denoisers."""
 
 import tempfile
 import weakref
@@ -14,12 +14,12 @@ from torch import nn
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.utils._pytree import tree_map_only
 
-from cluster.parallel_group import ParallelGroup
-from cluster.partition import plan_cuts
+from cluster.ranks.parallel_group import ParallelGroup
+from cluster.ranks.partition import plan_cuts
 from deployments.checkpoints.components import ModelIndex, denoiser_names, fetch_stage
 from deployments.checkpoints.weights import find_variants
-from deployments.config import ModelConfig, TransformerConfig
-from deployments.device import resolve_device, resolve_dtype
+from deployments.config.model import ModelConfig
+from deployments.config.transformer import TransformerConfig
 from deployments.engine.adapters import AdapterLayers, Rows
 from deployments.engine.blocks import BlockBytes, block_bytes, build_skeleton
 from deployments.engine.cut import Boundary, Output
@@ -27,17 +27,18 @@ from deployments.engine.merge import Inputs
 from deployments.engine.parallel import Parallel, sliced
 from deployments.engine.shard import Shard, load_shard
 from deployments.families.parallel import find_parallel_faults
-from deployments.memory.keeper import Keeper
-from deployments.memory.on_demand import turn_to_load
+from deployments.memory.device import resolve_device, resolve_dtype
 from deployments.memory.quantize import plan_stage_quantization
+from deployments.memory.residency import WeightResidency
 from deployments.memory.share import take_share
 from deployments.memory.spread import memory_by_device
 from deployments.memory.stored import as_stored, stored_bytes, stored_models
+from deployments.memory.time_sharing import lease_to_load
 
 
 @dataclass(frozen=True, eq=False)
 class Denoisers:
-    """A checkpoint's denoisers before their weights are read: what every rank knows alike."""
+    """A checkpoint's denoisers before their weights are read; the same on every rank."""
 
     folder: Path
     index: ModelIndex
@@ -49,24 +50,24 @@ class Denoisers:
 
 @dataclass(frozen=True, eq=False)
 class LoadedRank:
-    """One rank's weights, and what keeps them."""
+    """One rank's weights and their residency."""
 
     shards: Mapping[str, Shard]
-    """One of each denoiser, by component name."""
-    keeper: Keeper
+    """One shard of each denoiser, by component name."""
+    residency: WeightResidency
     adapters: AdapterLayers
 
     def run(
         self, component: str, inputs: Inputs, boundary: Boundary | None = None, rows: Sequence[Rows] = ()
     ) -> Boundary | tuple[Output, ...]:
-        """`Shard.run` of that denoiser, once the weights are there. rows: adapters of the batch's samples.
+        """Calls `Shard.run` of a denoiser with its weights on the device. rows: adapters of the batch's samples.
 
-        In inference mode where no technique touches the weights: torch need not watch what becomes of tensors, and
-        a step of many small operations takes a tenth less. Its tensors may not be written in place outside of it,
-        which those techniques do to weights, and schedulers may do to a prediction.
+        Uses inference mode if no technique touches the weights: torch then does not track tensors, and a step of
+        many small operations takes a tenth less time. Tensors made in inference mode must not be written in place
+        outside of it. Those techniques do that to weights; schedulers may do it to predictions, which are cloned.
         """
-        with self.keeper.at_work():
-            with torch.inference_mode(self.keeper.is_untouched), self.adapters.applied(component, rows):
+        with self.residency.on_device():
+            with torch.inference_mode(self.residency.is_untouched), self.adapters.applied(component, rows):
                 output = self.shards[component].run(inputs, boundary)
             return output if isinstance(output, dict) else tree_map_only(torch.Tensor, _writable, output)
 
@@ -76,7 +77,7 @@ def _writable(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def open_denoisers(model: ModelConfig, config: TransformerConfig) -> Denoisers:
-    """Fetches the checkpoint if need be; reads configs only."""
+    """Fetches the checkpoint if necessary; reads only its configs."""
     folder, index = fetch_stage(model, "denoise", config.dtype)
     skeletons = build_skeletons(folder, index)
     check_parallel(skeletons, config)
@@ -84,34 +85,34 @@ def open_denoisers(model: ModelConfig, config: TransformerConfig) -> Denoisers:
 
 
 def build_skeletons(folder: Path, index: ModelIndex) -> dict[str, nn.Module]:
-    """The checkpoint's denoisers on the meta device, by component name. Not thread-safe."""
+    """Returns the checkpoint's denoisers on the meta device, by component name. Not thread-safe."""
     classes = {name: getattr(diffusers, index[name][1]) for name in denoiser_names(index)}
     return {name: build_skeleton(model_class, folder, name) for name, model_class in classes.items()}
 
 
 def check_parallel(skeletons: Mapping[str, Any], config: TransformerConfig) -> None:
-    """Raises ValueError where ranks cannot share each forward as config says. skeletons: by component name."""
+    """Raises ValueError if ranks cannot share each forward as config says. skeletons: by component name."""
     degrees = config.context_parallel, config.tensor_parallel
     for model in skeletons.values():
         for fault in find_parallel_faults(type(model).__name__, model.config, *degrees):
             raise ValueError(fault)
         if config.tensor_parallel > 1 and getattr(model, "gguf_file", None) is not None:
-            raise ValueError("transformer.tensor_parallel: weights of GGUF have no parts: use context_parallel")
+            raise ValueError("transformer.tensor_parallel: GGUF weights cannot be split: use context_parallel")
         sliced(model, config.tensor_parallel)
 
 
 def open_parallel(
     denoisers: Denoisers, config: TransformerConfig, rank: int, store: TCPStore | None
 ) -> tuple[ParallelGroup | None, Parallel | None]:
-    """This rank among those that share its forwards: returns when they have met. None where it runs them alone.
+    """Connects this rank with those that share its forwards; returns when all have connected.
 
-    store: where all ranks of the replica meet.
+    Returns (None, None) if this rank runs its forwards alone. store: where all ranks of the replica meet.
     """
     degree = config.parallel_degree
     if degree == 1:
         return None, None
     if store is None:
-        raise ValueError("ranks that share each forward meet before they load: load the stage with where")
+        raise ValueError("ranks that share each forward must meet before they load: pass `where`")
     shard, own = divmod(rank, degree)
     device, limit_s = denoisers.device, config.stuck_limit_s
     group = ParallelGroup(own, degree, store, name=f"shard {shard}", device=device, stuck_after_s=limit_s)
@@ -125,56 +126,56 @@ def load_rank(
     rank: int,
     parallel: Parallel | None = None,
 ) -> LoadedRank:
-    """Reads the weights of this rank's blocks, and only those, and keeps them as config says."""
+    """Reads only the weights of this rank's blocks, and keeps them as config says."""
     shard = rank // config.parallel_degree
     quantized: Mapping[str, Any] = {}
     if config.quantization is not None:
         names = denoisers.skeletons
         quantized = plan_stage_quantization(config.quantization, config.dtype, denoisers.index, names)
     share = take_share(config, denoisers.device)
-    with turn_to_load(config, denoisers.device), share.naming():
+    with lease_to_load(config, denoisers.device), share.translating_oom():
         shards = {}
         for name, skeleton in denoisers.skeletons.items():
             options = {"quantization_config": quantized[name]} if name in quantized else {}
             variants = find_variants(denoisers.folder / name, "diffusers")
             if config.device_map is not None:
                 options |= _spread_options(name, denoisers, config)
-                disk = tempfile.TemporaryDirectory(prefix="latent-relay-")  # for what fits nowhere
+                disk = tempfile.TemporaryDirectory(prefix="latent-relay-")  # for weights that fit on no device
                 options["offload_folder"] = disk.name
             shards[name] = load_shard(
                 type(skeleton),
                 denoisers.folder,
                 name,
-                blocks=plan_ranks(name, skeleton, config)[shard] if config.num_shards > 1 else None,
+                blocks=plan_shard_blocks(name, skeleton, config)[shard] if config.num_shards > 1 else None,
                 dtype=denoisers.dtype,
-                variant=model.variant if model.variant in variants else None,  # what was in a file has none
+                variant=model.variant if model.variant in variants else None,  # a single file has no variant
                 parallel=parallel,
                 **options,
             )
             if config.device_map is not None:
                 weakref.finalize(shards[name].model, disk.cleanup)
         models = {name: shard.model for name, shard in shards.items()}
-        keeper = Keeper(models, config, denoisers.device, config.device_map, share=share)
+        residency = WeightResidency(models, config, denoisers.device, config.device_map, share=share)
         foreign = {name: shards[name].foreign_names(skeleton) for name, skeleton in denoisers.skeletons.items()}
         adapters = AdapterLayers(models, denoisers.device, foreign=foreign, is_compiled=config.compile is not None)
-        return LoadedRank(shards, keeper, adapters)
+        return LoadedRank(shards, residency, adapters)
 
 
 def _spread_options(name: str, denoisers: Denoisers, config: TransformerConfig) -> dict[str, Any]:
-    """`from_pretrained`'s, of one denoiser: it may take of each device as large a part as it is of them all."""
+    """Returns `from_pretrained`'s options for one denoiser: each device is divided between denoisers by size."""
     sizes = {other: stored_bytes(model) for other, model in stored_models(denoisers.skeletons, config).items()}
     part = sizes[name] / sum(sizes.values())
     return {"device_map": config.device_map, "max_memory": memory_by_device(config, part)}
 
 
-def plan_ranks(name: str, skeleton: nn.Module, config: TransformerConfig) -> list[tuple[int, int]]:
-    """The block range of every shard: as configured, else so that the largest has the fewest bytes."""
+def plan_shard_blocks(name: str, skeleton: nn.Module, config: TransformerConfig) -> list[tuple[int, int]]:
+    """Returns the block range of every shard: as configured, else so that the largest has the fewest bytes."""
     stored = as_stored(skeleton, config, is_quantized=config.quantizes(name))
-    return cut_ranks(block_bytes(sliced(stored, config.tensor_parallel)), config)
+    return cut_blocks(block_bytes(sliced(stored, config.tensor_parallel)), config)
 
 
-def cut_ranks(weights: BlockBytes, config: TransformerConfig) -> list[tuple[int, int]]:
-    """`plan_ranks`, where it is known what the blocks weigh as stored."""
+def cut_blocks(weights: BlockBytes, config: TransformerConfig) -> list[tuple[int, int]]:
+    """Like `plan_shard_blocks`, from the bytes of the blocks as stored. Raises ValueError for impossible cuts."""
     num_blocks = len(weights.blocks)
     if config.cuts is not None:
         if config.cuts[-1] >= num_blocks:

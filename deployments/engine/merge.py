@@ -1,6 +1,6 @@
-"""Several forwards become one: what joins along the batch, what must be equal, how texts of two lengths meet.
+"""Merges several forwards into one: which inputs are concatenated, which must be equal, how texts are padded.
 
-The rules are a few lines per model class. A class that has none runs unmerged, which is always right.
+Each model class has a rule of a few lines. A class without a rule runs unmerged, which is always correct.
 """
 
 import hashlib
@@ -19,21 +19,25 @@ Inputs = Mapping[str, Any]
 """Keyword arguments of the denoiser's forward: tensors, nested dicts of them, lists and flags."""
 
 TEXT_BUCKET = 128
-"""Texts whose lengths round up to the same multiple of this may meet in one batch, padded and masked."""
+"""Texts whose lengths round up to the same multiple of this may be merged into one batch, padded and masked."""
 
 
 @dataclass(frozen=True)
 class MergeRule:
-    """What is particular to one model class; every other tensor joins along its first dimension, in lists too."""
+    """How to merge the inputs of one model class. Any tensor not named, in lists too, is concatenated along its
+    first dimension."""
 
     equal: frozenset[str] = frozenset()
-    """Tensors without a batch dimension, or of which the model reads the first sample alone: equal by value, or
-    no merging."""
+    """Tensors without a batch dimension, or of which the model reads only the first sample. Forwards are merged
+    only if these are equal by value."""
     lists: frozenset[str] = frozenset()
     """Lists with one entry per sample."""
     ragged: Mapping[str, str | None] = field(default_factory=dict)
     """[B, S, D] inputs whose S may differ, and the name of the boolean mask [B, S] that hides padding; None for
     lists of [S, D], which the model pads itself."""
+    pads_to: int | None = None
+    """Multiple to which the model pads each sample of a list before it concatenates them in one dimension.
+    None: it does not concatenate them."""
 
 
 _IDS = frozenset({"img_ids", "txt_ids"})
@@ -63,22 +67,24 @@ RULES: Mapping[str, MergeRule] = {
     "SanaVideoTransformer3DModel": MergeRule(),
     "UNet2DConditionModel": MergeRule(),
     "WanTransformer3DModel": MergeRule(),
-    "ZImageTransformer2DModel": MergeRule(lists=frozenset({"x", "cap_feats"}), ragged={"cap_feats": None}),
+    "ZImageTransformer2DModel": MergeRule(
+        lists=frozenset({"x", "cap_feats"}), ragged={"cap_feats": None}, pads_to=32
+    ),
 }
 
 
 def takes_any_length(class_name: str) -> bool:
-    """Whether texts come to a model of this class as long as they are; to the others they come padded."""
+    """Returns whether models of this class get texts unpadded."""
     return class_name in RULES and bool(RULES[class_name].ragged)
 
 
 def num_samples(inputs: Inputs) -> int:
-    """Samples in one forward: 2 where a pipeline puts both guidance passes into one batch."""
+    """Returns the samples in one forward: 2 if a pipeline puts both guidance passes into one batch."""
     return len(latents_of(inputs))
 
 
 def num_tokens(inputs: Inputs, patch: int | Sequence[int] = 1) -> int:
-    """Latent positions of one forward over its samples, after patching: what its cost grows with.
+    """Returns the latent positions of one forward over all samples, after patching; its cost grows with these.
 
     [B, S, D] -> B * S; [B, C, (F,) H, W], or a list of [C, (F,) H, W] -> B * F * H * W / patch volume.
     """
@@ -93,7 +99,7 @@ def num_tokens(inputs: Inputs, patch: int | Sequence[int] = 1) -> int:
 
 
 def split(output: Any, sizes: Sequence[int]) -> list[Any]:
-    """What a model returned for a merged forward, of which each part has so many samples."""
+    """Divides the output of a merged forward into parts of `sizes` samples."""
     if len(sizes) == 1:
         return [output]
     if isinstance(output, torch.Tensor):
@@ -105,19 +111,20 @@ def split(output: Any, sizes: Sequence[int]) -> list[Any]:
 
 
 class Merger:
-    """Signatures of forwards, and their union, by the rule of one model class."""
+    """Compares and merges forwards by the rule of one model class."""
 
-    def __init__(self, class_name: str) -> None:
-        self._rule = RULES.get(class_name)
+    def __init__(self, class_name: str, *, has_adapters: bool = False) -> None:
+        """has_adapters: whether LoRA is used, so that all samples must have equally many rows per layer."""
+        self._rule, self._has_adapters = RULES.get(class_name), has_adapters
         self._digests: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     @property
     def knows_signatures(self) -> bool:
-        """Whether forwards of the same kind can be told; else each is a kind of its own."""
+        """Whether forwards can be compared; if not, each forward has a signature of its own."""
         return self._rule is not None
 
     def signature(self, inputs: Inputs) -> Hashable:
-        """Forwards of equal signature may be merged. Unknown classes get a new one each time."""
+        """Returns the signature: forwards of equal signature may be merged. Without a rule, each has its own."""
         if self._rule is None:
             return object()
         masks = set(self._rule.ragged.values())
@@ -140,14 +147,17 @@ class Merger:
         return repr(value)
 
     def _describe_samples(self, name: str, samples: Sequence[Any]) -> Hashable:
-        """Of a list whose entries are alike: tensors, or nests of numbers. Nests of tensors are like no other."""
+        """Describes a list of similar entries: tensors, or nests of numbers. Nests of tensors never match."""
         if isinstance(samples[0], torch.Tensor):
-            return self._describe(name, max(samples, key=len)[None])
+            longest = self._describe(name, max(samples, key=len)[None])
+            if not self._has_adapters or self._rule is None or self._rule.pads_to is None:
+                return longest
+            return longest, tuple(math.ceil(len(sample) / self._rule.pads_to) for sample in samples)
         has_tensors = any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(samples))
         return object() if has_tensors else repr(samples[0])
 
     def _digest(self, value: torch.Tensor) -> bytes:
-        """Of shape, dtype and content; remembered, for a request passes the same tensor at every step."""
+        """Hash of shape, dtype and content; cached, because a request passes the same tensor at every step."""
         digest: bytes | None = self._digests.get(value)  # type: ignore[no-untyped-call]
         if digest is None:
             content = value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
@@ -155,23 +165,23 @@ class Merger:
             self._digests[value] = digest
         return digest
 
-    def merge(self, group: Sequence[Inputs]) -> Inputs:
-        """One forward's inputs for all of `group`, whose signatures are equal. A lone one is not touched."""
-        if len(group) == 1:
-            return group[0]
+    def merge(self, batch: Sequence[Inputs]) -> Inputs:
+        """Merges the inputs in `batch`, whose signatures are equal, into one; a lone entry stays as it is."""
+        if len(batch) == 1:
+            return batch[0]
         assert self._rule is not None
-        group = [self._pad(inputs, group) for inputs in group]
-        sizes = [num_samples(inputs) for inputs in group]
-        return {name: self._join(name, [inputs[name] for inputs in group], sizes) for name in group[0]}
+        batch = [self._pad(inputs, batch) for inputs in batch]
+        sizes = [num_samples(inputs) for inputs in batch]
+        return {name: self._join(name, [inputs[name] for inputs in batch], sizes) for name in batch[0]}
 
-    def _pad(self, inputs: Inputs, group: Sequence[Inputs]) -> Inputs:
+    def _pad(self, inputs: Inputs, batch: Sequence[Inputs]) -> Inputs:
         assert self._rule is not None
         padded = dict(inputs)
         for name, mask_name in self._rule.ragged.items():
             if mask_name is None:
                 continue
-            lengths = [int(other[name].shape[1]) for other in group]
-            if len(set(lengths)) == 1 and len({other.get(mask_name) is None for other in group}) == 1:
+            lengths = [int(other[name].shape[1]) for other in batch]
+            if len(set(lengths)) == 1 and len({other.get(mask_name) is None for other in batch}) == 1:
                 continue
             value, mask = inputs[name], inputs.get(mask_name)
             if mask is None:
@@ -197,19 +207,22 @@ class Merger:
 
 
 Mergers = Mapping[str, Merger]
-"""Of a checkpoint's denoisers, by component name: forwards of two of them are never merged."""
+"""Mergers of a checkpoint's denoisers by component name: forwards of two denoisers are never merged."""
 
 
-def build_mergers(models: Mapping[str, nn.Module]) -> Mergers:
-    """By the classes of models, or skeletons, by component name."""
-    return {name: Merger(type(model).__name__) for name, model in models.items()}
+def build_mergers(models: Mapping[str, nn.Module], *, has_adapters: bool = False) -> Mergers:
+    """Returns a merger for each model or skeleton, by component name."""
+    return {name: Merger(type(model).__name__, has_adapters=has_adapters) for name, model in models.items()}
 
 
 def patch_size(model: Any) -> Any:
-    """Latent positions per token, for all axes or each, of a denoiser or its skeleton."""
+    """Returns the latent positions per token of a denoiser or its skeleton: one number, or one for each axis."""
     return model.config.get("patch_size", 1)
 
 
 def latents_of(inputs: Inputs) -> Any:
-    """What is denoised, [B, ...] or a list of samples; of UNets, of Z-Image and of all others."""
+    """Returns what is denoised, [B, ...] or a list of samples.
+
+    UNets call this input `sample`, Z-Image calls it `x`, and all other models `hidden_states`.
+    """
     return inputs[next(name for name in ("sample", "x", "hidden_states") if name in inputs)]

@@ -1,9 +1,9 @@
 """Ranks that share each forward, by diffusers' own context and tensor parallelism.
 
-Context parallel: each rank has the whole weights and its part of the sequence; attention trades sequence for heads
-(Ulysses, https://arxiv.org/abs/2309.14509). Tensor parallel: each has its part of every large matrix, and the
-whole sequence (https://arxiv.org/abs/1909.08053). A model class says what is split and where in `_cp_plan` and
-`_tp_plan`; here they are narrowed to the blocks of one shard.
+Context parallel: each rank has all weights and its part of the sequence; for attention, ranks exchange parts of
+the sequence for heads (Ulysses, https://arxiv.org/abs/2309.14509). Tensor parallel: each rank has its part of
+every large matrix, and the whole sequence (https://arxiv.org/abs/1909.08053). `_cp_plan` and `_tp_plan` of a model
+class say what is split and where; this module narrows them to the blocks of one shard.
 """
 
 import copy
@@ -20,16 +20,16 @@ from torch import nn
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.utils._pytree import tree_map_only
 
-from cluster.parallel_group import ParallelGroup
+from cluster.ranks.parallel_group import ParallelGroup
 
 dist: Any = torch.distributed
 
 _UNEVEN = "divisible by mesh size"
-"""In what diffusers raises where it splits a sequence, before any rank waits for another."""
+"""Text of the error that diffusers raises for an uneven sequence, before any rank waits for another."""
 
 
 def _gather_uneven(part: torch.Tensor, dim: int, group: Any) -> torch.Tensor:
-    """diffusers' own gathers parts of unequal lengths as they are, which gloo cannot."""
+    """Gathers parts of unequal lengths, padded to the longest: diffusers' own does not pad, but gloo needs it."""
     lengths = gather_size_by_comm(part.shape[dim], group)
     padding = [0, 0] * (part.ndim - dim - 1) + [0, max(lengths) - part.shape[dim]]
     padded = nn.functional.pad(part, padding).contiguous()
@@ -39,7 +39,7 @@ def _gather_uneven(part: torch.Tensor, dim: int, group: Any) -> torch.Tensor:
 
 
 context_parallel._all_gather_anything = _gather_uneven
-# Its list has what its makers have tried. torch's gloo does the same for a CPU's tensors.
+# diffusers lists only devices it has tested; gloo also works on CPU.
 tensor_parallel._SUPPORTED_TP_DEVICES = ("cpu", *tensor_parallel._SUPPORTED_TP_DEVICES)
 
 
@@ -47,7 +47,10 @@ class Parallel:
     """How the ranks of one group share the forwards of a model."""
 
     def __init__(self, group: ParallelGroup, device: torch.device, *, splits_weights: bool) -> None:
-        """splits_weights: tensor parallel; else context parallel. All ranks of the group call this at once."""
+        """All ranks of the group must call this at the same time.
+
+        splits_weights: True: tensor parallel; False: context parallel.
+        """
         self._splits_weights = splits_weights
         if splits_weights:
             mesh = group.mesh("tp")
@@ -59,12 +62,11 @@ class Parallel:
         self.config.setup(group.rank, group.size, device, mesh=mesh)
 
     def run(self, forward: Callable[[], Any]) -> Any:
-        """One forward. What it returns is a tensor, or a nest of them, that has arrived."""
+        """Runs one forward, and waits until the tensors in its output have arrived from the other ranks."""
         return tree_map_only(AsyncCollectiveTensor, AsyncCollectiveTensor.wait, self._run(forward))
 
     def _run(self, forward: Callable[[], Any]) -> Any:
-        """Of unequal parts of a sequence the ranks tell each other the lengths, at every attention: so that is
-        only done where they are unequal."""
+        """Tries equal parts of the sequence first: unequal ones cost an exchange of lengths at every attention."""
         try:
             return forward()
         except AssertionError as error:
@@ -78,7 +80,7 @@ class Parallel:
             ulysses.ulysses_anything = False
 
     def narrowed(self, model_class: Any, skeleton: nn.Module, foreign: Collection[str]) -> type[ModelMixin]:
-        """A subclass whose plans name only modules that are here. The name is the model class's, as of a shard.
+        """Returns a subclass whose plans name only this shard's modules. It has the name of the model class.
 
         foreign: names of the modules of `skeleton` that other shards hold.
         """
@@ -88,7 +90,10 @@ class Parallel:
 
 
 def sliced(stored: nn.Module, degree: int) -> nn.Module:
-    """A model from `as_stored`, as each of so many tensor parallel ranks holds it. Raises ValueError."""
+    """Returns a model from `as_stored` as each of `degree` tensor parallel ranks holds it.
+
+    Raises ValueError if its weights cannot be split so.
+    """
     if degree == 1:
         return stored
     part = copy.deepcopy(stored)
@@ -104,21 +109,24 @@ def sliced(stored: nn.Module, degree: int) -> nn.Module:
 
 
 def working_share(peak_bytes: int, context_parallel: int) -> int:
-    """What a rank takes of the tensors in a forward of the whole sequence: its part, and an eighth for what is
-    whole when it is embedded and when it is gathered. Tensor parallel ranks take no more than all of it."""
+    """Returns a rank's share of the working memory of a whole forward: its part of the sequence, plus 1/8 for
+    tensors that are whole while they are embedded or gathered. Tensor parallel ranks take at most all of it."""
     if context_parallel == 1:
         return peak_bytes
     return peak_bytes // context_parallel + peak_bytes // 8
 
 
 def _as_given(model: Any, config: ParallelConfig) -> ParallelConfig:
-    """diffusers would ask for an accelerator, and take the first of this process for a rank's own."""
+    """Keeps the config as given: diffusers would require an accelerator and use this process's first one."""
     model._parallel_config = config
     return config
 
 
 def _expand(plan: Mapping[str, Any], skeleton: nn.Module, foreign: Collection[str]) -> dict[str, Any]:
-    """One entry for each module that is here: those of `blocks.0` and of `blocks.*` are joined."""
+    """Returns plan entries by the name of a module that this shard holds.
+
+    Entries that match one module, such as those of `blocks.0` and `blocks.*`, are joined.
+    """
     found: dict[str, Any] = {}
     for name, _ in skeleton.named_modules():
         if any(name == other or name.startswith(f"{other}.") for other in foreign):

@@ -1,8 +1,8 @@
-"""Both passes of classifier-free guidance under way at once, under diffusers' unmodified pipelines.
+"""Keeps both passes of classifier-free guidance in flight at once, with diffusers' unmodified pipelines.
 
-A pipeline asks for the conditional prediction, then for the unconditional one, and computes with the first only
-when it has the second. So it gets each as a `Pending`: over S shards a lone guided request takes S + 1 slots a
-step instead of 2·S.
+A pipeline calls the denoiser for the conditional prediction, then for the unconditional one, and computes with the
+first only when it has the second. So each call returns a `Pending` at once: over S shards a lone guided request
+takes S + 1 slots a step instead of 2·S.
 """
 
 import copy
@@ -15,17 +15,17 @@ from torch.utils._pytree import tree_map_only
 from deployments.engine.merge import Inputs
 
 Begin = Callable[[int, str, Inputs], Callable[[], Any]]
-"""(a place that no unread prediction has, the least, component, inputs) -> waits for what the model returns."""
+"""(lowest slot that no unread prediction uses, component, inputs) -> function that waits for the prediction."""
 
 
 class Pending(torch.Tensor):
-    """A prediction under way. Who first computes with it waits; slices, which edit pipelines take, do not."""
+    """A prediction in flight. Computing with it waits for it; slicing it, as edit pipelines do, does not."""
 
     _read: Callable[[], torch.Tensor]
 
     @classmethod
     def of(cls, read: Callable[[], torch.Tensor]) -> "Pending":
-        """read: waits for the tensor; is called once."""
+        """read: waits for the tensor; called once."""
         pending: Pending = torch.empty(0).as_subclass(cls)
         pending._read = _Answer(read)
         return pending
@@ -40,7 +40,7 @@ class Pending(torch.Tensor):
 
 
 class _Answer:
-    """What `read` returned or raised, as often as it is asked for."""
+    """Calls `read` once, and repeats what it returned or raised as often as it is called itself."""
 
     def __init__(self, read: Callable[[], torch.Tensor]) -> None:
         self._read: Callable[[], torch.Tensor] | None = read
@@ -53,7 +53,7 @@ class _Answer:
             try:
                 self._tensor = read()
             except BaseException as error:
-                # A copy: through its traceback the error would keep every frame of the call, and this in them.
+                # A copy: the error's traceback keeps every frame of the call alive, and this object is in them.
                 self._error = copy.copy(error)
                 raise
         if self._error is not None:
@@ -63,7 +63,7 @@ class _Answer:
 
 
 def waited_for(value: Any) -> Any:
-    """The same, with the tensors themselves in place of predictions under way, in tuples, lists and dicts."""
+    """Replaces pending predictions by their tensors, in tuples, lists and dicts."""
     return tree_map_only(Pending, lambda pending: pending._read(), value)
 
 
@@ -76,17 +76,17 @@ class Passes:
 
     @property
     def num_unread(self) -> int:
-        """Predictions that the pipeline has asked for and not used."""
+        """Number of predictions that the pipeline has requested and not used yet."""
         return len(self._unread)
 
     def __call__(self, component: str, inputs: Inputs) -> tuple[Pending]:
-        """As a model that returns one tensor does without `return_dict`."""
-        place = next(number for number in range(len(self._unread) + 1) if number not in self._unread)
-        wait = self._begin(place, component, inputs)
-        self._unread.add(place)
+        """Called like a model that returns one tensor without `return_dict`."""
+        slot = next(number for number in range(len(self._unread) + 1) if number not in self._unread)
+        wait = self._begin(slot, component, inputs)
+        self._unread.add(slot)
 
         def read() -> torch.Tensor:
-            self._unread.discard(place)
+            self._unread.discard(slot)
             [prediction] = wait()
             if not isinstance(prediction, torch.Tensor):
                 raise ValueError(f"{component} returns {type(prediction).__name__}, not a tensor")

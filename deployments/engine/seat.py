@@ -1,66 +1,112 @@
-"""Seats of the step queue, and what sits there: requests and their forwards."""
+"""Seats of the step queue, and the forwards of the requests that have them."""
 
+import math
 from collections.abc import Hashable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any
 
+from deployments.engine.demand import UNKNOWN, Demand
+
 
 class SeatState(Enum):
     NEW = auto()
     WAITING = auto()
-    FLYING = auto()
-    BETWEEN = auto()
+    RUNNING = auto()
+    STEPPING = auto()
     ENDED = auto()
+
+
+@dataclass(frozen=True)
+class ForwardSpec:
+    """What the queue knows of a forward, for merging and timing."""
+
+    signature: Hashable = None
+    tokens: int = 0
+    max_merged: int | None = None
+    """Most forwards of this signature that may run as one, so that they fit into memory. None: any number."""
+    model: Hashable = None
+    """Which of several models runs the forward; equal for equal signatures."""
+
+
+NO_FORWARD = ForwardSpec()
 
 
 @dataclass(eq=False)
 class Seat:
-    """A request's place in the queue. Only the queue writes to it."""
+    """A request in the queue: its state, its latest forward, its progress. Guarded by the queue's lock."""
 
     state: SeatState = SeatState.NEW
-    since: float = 0.0
-    """When it began to wait, or landed, on the queue's clock."""
-    signature: Hashable = None
-    """Of its latest forward."""
-    tokens: int = 0
-    """Of its latest forward; 0 before the first."""
-    at_most: int | None = None
-    """Of its latest forward."""
-    model: Hashable = None
-    """Of its latest forward."""
+    state_since_s: float = 0.0
+    """When the seat entered this state, on the queue's clock. Not kept for NEW and ENDED."""
+    latest: ForwardSpec = NO_FORWARD
+    """The forward that waits or runs, or ran last. Has no tensors, so that it does not keep any alive."""
     successors: dict[Hashable, Hashable] = field(default_factory=dict)
-    """Which signature came after which: the two passes of true CFG may alternate between two text lengths."""
-    passes: list["Seat"] = field(default_factory=list)
-    """Seats of the same request for forwards that it asks for before it needs the one before."""
-    is_pass: bool = False
-    kept_bytes: int = 0
-    """What the request keeps on the device from step to step, beside its forwards."""
+    """The signature that last followed each signature: the two passes of true CFG may alternate between two text
+    lengths."""
+    extra_seats: list["Seat"] = field(default_factory=list)
+    """Seats of the same request for forwards that it submits before it has used the result of the previous one."""
+    owner: "Seat | None" = None
+    """An extra seat's request; None: this is the request's own seat."""
+    demand: Demand = UNKNOWN
+    deadline: float = math.inf
+    """When the request is given up, on the queue's clock."""
+    due: float = 0.0
+    """When the request should be done, on the queue's clock; `order.py` sorts by it."""
+    estimated_s: float = 0.0
+    """Time of the request's own steps if nothing else ran, as estimated on its arrival."""
+    num_done: int = 0
+    """Number of steps that are done."""
+    step_s: float = 0.0
+    """Time that the request's forwards have run since the last step was done."""
+    fastest_step_s: float = math.inf
+    retained_bytes: int = 0
+    """Bytes that the request keeps on the device from step to step, in addition to its forwards."""
+
+    @property
+    def is_extra(self) -> bool:
+        return self.owner is not None
+
+    @property
+    def request(self) -> "Seat":
+        """The request's own seat, which has its demand and progress."""
+        return self.owner or self
+
+    @property
+    def left_s(self) -> float:
+        """What is left of `estimated_s`."""
+        num_own, num_left = self.demand.num_own_steps, self.demand.num_steps - self.num_done
+        return self.estimated_s * min(1.0, num_left / num_own) if num_own else 0.0
+
+    def enter(self, state: SeatState, now: float) -> None:
+        self.state, self.state_since_s = state, now
+
+    def wait(self, forward: ForwardSpec, now: float) -> None:
+        """Notes that the seat's next forward waits."""
+        if self.state is SeatState.STEPPING:
+            self.successors[self.latest.signature] = forward.signature
+        self.latest = forward
+        self.enter(SeatState.WAITING, now)
 
     def is_coming_to(self, signature: Hashable) -> bool:
-        """Is its next forward on the way and, going by its habits, of this signature?"""
-        next_signature = self.successors.get(self.signature, self.signature)
-        return self.state is SeatState.BETWEEN and next_signature == signature
+        """Returns whether the next forward is about to come and, judging by earlier ones, has this signature."""
+        next_signature = self.successors.get(self.latest.signature, self.latest.signature)
+        return self.state is SeatState.STEPPING and next_signature == signature
 
     def wants(self, model: Hashable, since: float) -> bool:
-        """Is its forward at this model, or the next on its way to it, having landed after `since`?"""
-        is_coming = self.state is SeatState.BETWEEN and self.since > since
-        return self.model == model and (is_coming or self.state is SeatState.FLYING)
+        """Returns whether its forward runs on this model, or ended there after `since`, so another may follow."""
+        is_coming = self.state is SeatState.STEPPING and self.state_since_s > since
+        return self.latest.model == model and (is_coming or self.state is SeatState.RUNNING)
 
 
 @dataclass(frozen=True, eq=False)
 class Forward:
-    """One call of the transformer."""
+    """One call of a denoiser."""
 
     seat: Seat
     payload: Any
-    signature: Hashable
-    tokens: int
-    at_most: int | None
-    """How many of this signature may fly as one: there is memory for no more. None: any number."""
-    model: Hashable = None
-    """Which of several models computes it; equal for equal signatures."""
+    spec: ForwardSpec
     result: Future[Any] = field(default_factory=Future)
 
 
@@ -68,7 +114,7 @@ class Forward:
 class MicroBatch:
     """Payloads of one signature that run as one; their results are due in the same order.
 
-    One without payloads tells that the last seat has left.
+    A micro-batch without payloads says that the last seat has left.
     """
 
     id: int

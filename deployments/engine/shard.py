@@ -34,13 +34,13 @@ def load_shard(
     Args:
         model_class: a diffusers model class.
         checkpoint_dir: the pipeline's folder on this machine; `subfolder` is the model's in it.
-        blocks: range of `block_names`; None loads the whole model, of the very class, with nothing added.
+        blocks: range of `block_names`; None: the whole model, as an instance of `model_class` itself.
         variant: part of the weights' file names, such as `fp16`.
-        parallel: how other ranks share each forward; None: this one runs it alone.
+        parallel: how other ranks share each forward; None: this rank runs it alone.
         loader_options: further arguments of `from_pretrained`: `quantization_config`, `device_map`.
 
     Raises:
-        ValueError: the model cannot be cut so, or the checkpoint has too few keys or too many.
+        ValueError: the model cannot be cut this way, or the checkpoint has too few keys or too many.
     """
     cut, foreign = None, tuple[str, ...]()
     if blocks is not None or parallel is not None:
@@ -48,19 +48,13 @@ def load_shard(
     if blocks is not None:
         cut = _plan_cut(skeleton, blocks)
         foreign = cut.foreign_names(skeleton)
-        model_class = _shard_class(type(skeleton), cut, foreign, is_caught=parallel is None)
+        model_class = _shard_class(type(skeleton), cut, foreign, catches_cut=parallel is None)
     if parallel is not None:
         model_class = parallel.narrowed(model_class, skeleton, foreign)
         loader_options["parallel_config"] = parallel.config
     gguf_file = find_gguf(checkpoint_dir / subfolder)
     if gguf_file is not None:
-        model = load_gguf(model_class, gguf_file, dtype)
-        missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
-        check_complete(missing, gguf_file.resolve(), model_class.__name__)
-        if parallel is not None:
-            shared: Any = model
-            shared.enable_parallelism(config=parallel.config)
-        return Shard(model, cut, parallel)
+        return Shard(_load_gguf(model_class, gguf_file, dtype, parallel), cut, parallel)
     model, keys = model_class.from_pretrained(
         checkpoint_dir,
         subfolder=subfolder,
@@ -74,8 +68,21 @@ def load_shard(
     return Shard(model, cut, parallel)
 
 
+def _load_gguf(
+    model_class: type[ModelMixin], file: Path, dtype: torch.dtype, parallel: Parallel | None
+) -> ModelMixin:
+    """Loads a model from a GGUF file. Raises ValueError if the file lacks weights."""
+    model = load_gguf(model_class, file, dtype)
+    missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    check_complete(missing, file.resolve(), model_class.__name__)
+    if parallel is not None:
+        shared: Any = model
+        shared.enable_parallelism(config=parallel.config)
+    return model
+
+
 class Shard:
-    """Consecutive blocks of one model, or all of it. One thread runs it.
+    """Consecutive blocks of one model, or the whole model. Only one thread may run it.
 
     Between two runs `model` may be quantised, cast, offloaded, compiled or given adapters.
     """
@@ -84,14 +91,14 @@ class Shard:
         self.model = model
         self._cut, self._parallel = cut, parallel
         self.blocks = None if cut is None else (cut.start, cut.end)
-        """The range of `block_names` that it holds; None for the whole model."""
+        """The range of `block_names` that this shard holds; None for the whole model."""
 
     def foreign_names(self, skeleton: nn.Module) -> tuple[str, ...]:
-        """Modules of the whole model whose weights other shards have."""
+        """Returns the modules of the whole model whose weights other shards have."""
         return () if self._cut is None else self._cut.foreign_names(skeleton)
 
     def run(self, inputs: Mapping[str, Any], boundary: Boundary | None = None) -> Boundary | tuple[Output, ...]:
-        """One forward through these blocks.
+        """Runs one forward through these blocks.
 
         Every shard gets the same `inputs`, the keyword arguments of the model's forward; on shards after the
         first, those named by `shape_only_inputs` may be zeros. `boundary` is what the shard before returned.
@@ -119,19 +126,19 @@ def _plan_cut(skeleton: nn.Module, blocks: tuple[int, int]) -> Cut:
     names, (start, end) = block_names(skeleton), blocks
     if not 0 <= start < end <= len(names):
         raise ValueError(
-            f"blocks {start}:{end} of {type(skeleton).__name__} are no shard: it has {len(names)} blocks, so "
+            f"blocks {start}:{end} of {type(skeleton).__name__} are not a shard: it has {len(names)} blocks, so "
             f"0 <= start < end <= {len(names)} must hold"
         )
     return Cut(names, start, end)
 
 
-def _shard_class(model_class: Any, cut: Cut, foreign: Iterable[str], *, is_caught: bool) -> type[ModelMixin]:
-    """A subclass that is built with stubs, and whose forward returns the boundary at the cut.
+def _shard_class(model_class: Any, cut: Cut, foreign: Iterable[str], *, catches_cut: bool) -> type[ModelMixin]:
+    """Returns a subclass that is built with stubs, and whose forward returns the boundary at the cut.
 
-    The name is the model class's, for diffusers looks classes up by name.
+    It has the model class's name, because diffusers looks classes up by name.
 
-    is_caught: inside the class, not around the call, so that hooks on the model (offloading, device maps) see the
-        forward end as usual. Those of context parallelism must not: they take a boundary for an output.
+    catches_cut: the class's forward catches CutReached, so hooks (offloading, device maps) see a normal return.
+        False for context parallelism, whose hooks would take the boundary for an output.
     """
 
     def from_config(cls: Any, *args: Any, **kwargs: Any) -> Any:
@@ -147,7 +154,7 @@ def _shard_class(model_class: Any, cut: Cut, foreign: Iterable[str], *, is_caugh
             return reached.boundary
 
     own: dict[str, Any] = {"from_config": classmethod(from_config)}
-    if is_caught:
+    if catches_cut:
         own["forward"] = forward
     foreign_keys = [rf"^{re.escape(name)}\." for name in foreign]
     return type(
@@ -164,12 +171,10 @@ def _shard_class(model_class: Any, cut: Cut, foreign: Iterable[str], *, is_caugh
 
 
 def _check_keys(keys: Mapping[str, Any], folder: Path, model_class: Any) -> None:
-    """Strict both ways: a random weight or an unread one is a wrong picture, not a warning."""
+    """Raises ValueError for missing and for unread weights, because either gives a wrong image."""
     class_name = model_class.__name__
     check_complete(keys["missing_keys"], folder, class_name)
-    foreign = (
-        model_class._keys_to_ignore_on_load_unexpected or ()
-    )  # which a tensor parallel load tells all the same
+    foreign = model_class._keys_to_ignore_on_load_unexpected or ()  # a tensor parallel load reports these too
     unread = [key for key in keys.get("unexpected_keys", ()) if not any(re.search(one, key) for one in foreign)]
     if unread:
         raise ValueError(
@@ -179,7 +184,7 @@ def _check_keys(keys: Mapping[str, Any], folder: Path, model_class: Any) -> None
 
 
 def check_complete(missing: Collection[str], folder: Path, class_name: str) -> None:
-    """Raises ValueError if from_pretrained has found no weights for `missing`, which it would draw at random."""
+    """Raises ValueError if any names are `missing` in the checkpoint: from_pretrained fills those at random."""
     if missing:
         raise ValueError(
             f"{folder} lacks weights that {class_name} needs: {_shown(missing)}; the download is incomplete, or "

@@ -1,7 +1,8 @@
-"""Step caches: steps of a request whose predictions are extrapolated from earlier ones, not computed.
+"""Step caches: extrapolate the predictions of some steps from those of earlier steps, instead of computing them.
 
-Decided in the request's thread, before its forward is in the queue: who reuses returns at once, and crosses no
-ring; who computes goes on, merged with whoever else does. All state is the request's, and ends with it.
+The choice is made in the request's thread, before its forward is queued. A reused prediction is returned at once
+and crosses no ring; a computed forward is queued and may be merged with those of other requests. All state belongs
+to the request, and ends with it.
 """
 
 from collections import deque
@@ -14,17 +15,15 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
+from deployments.answers import ForwardCounts
+from deployments.checkpoints.components import is_controlnet
 from deployments.engine.merge import Inputs, latents_of
 from deployments.engine.passes import Begin
-from deployments.request import ForwardCounts
-from deployments.step_cache import StepCacheConfig
-
-_CONTROLNET = "controlnet"
-"""Its residuals serve the forward of the same step; where that is reused, nobody reads them."""
+from deployments.options.step_cache import StepCacheConfig
 
 
 class StepCache:
-    """One request's forwards, of which it counts all and, with a config, reuses some. Not thread-safe: a request
+    """Counts one request's forwards and, with a config, reuses predictions for some. Not thread-safe: a request
     has one thread."""
 
     def __init__(
@@ -33,42 +32,42 @@ class StepCache:
         """
         Args:
             config: None computes every step, and keeps nothing.
-            keep: is told of so many bytes more that are kept until the request ends; before the first is reused.
+            keep: called with the bytes that are to be kept in addition until the request ends, before any is kept.
         """
         self._config, self._begin, self._keep = config, begin, keep
         self._num_forwards = self._num_computed = self._kept_bytes = 0
         self._restart()
 
     def _restart(self) -> None:
-        """The first step of a loop is to come."""
+        """Resets the state before the first step of a loop."""
         self._step = 0
         self._times: Sequence[float] = ()
-        """Of the scheduler, from the first step on; known once that is done."""
+        """The scheduler's times; known after the first step."""
         self._histories: dict[Hashable, _History] = {}
         self._criterion = None if self._config is None else _criterion(self._config)
         self._begin_step()
 
     def _begin_step(self) -> None:
-        self._reuses: bool | None = None  # until its first forward
+        self._reuses: bool | None = None  # None until the step's first forward
         self._calls = count()
 
     @property
     def counts(self) -> ForwardCounts:
         return ForwardCounts(self._num_computed, self._num_forwards)
 
-    def begin(self, place: int, component: str, inputs: Inputs) -> Callable[[], Any]:
-        """Like Engine.begin, for a request's forwards."""
+    def begin(self, slot: int, component: str, inputs: Inputs) -> Callable[[], Any]:
+        """Like `Engine.begin`, for one request's forwards; reuses predictions where the config allows it."""
         self._num_forwards += 1
         if self._config is None or self._criterion is None:
             self._num_computed += 1
-            return self._begin(place, component, inputs)
+            return self._begin(slot, component, inputs)
         latents = latents_of(inputs)
         if self._reuses is None:
             self._reuses = self._is_between() and self._criterion.reuses(self._step, latents)
         history, step, criterion = self._history(component, latents), self._step, self._criterion
 
         def tell(output: Any) -> None:
-            if not component.startswith(_CONTROLNET):
+            if not is_controlnet(component):
                 criterion.saw(step, latents, output)
 
         if self._reuses and history.is_full:
@@ -76,7 +75,7 @@ class StepCache:
             tell(reused)
             return lambda: reused
         self._num_computed += 1
-        wait = self._begin(place, component, inputs)
+        wait = self._begin(slot, component, inputs)
 
         def computed() -> Any:
             output = wait()
@@ -87,29 +86,29 @@ class StepCache:
         return computed
 
     def after_step(self, scheduler: Any, index: int) -> None:
-        """Timestep `index` of the scheduler is done."""
+        """Notes that timestep `index` of the scheduler is done."""
         if self._config is None:
             return
         if not self._times:
             self._times = scheduler.timesteps[index:].tolist()
         self._step += 1
         if self._step == len(self._times):
-            self._restart()  # some pipelines have another loop, of the next part of a video
+            self._restart()  # some pipelines run another loop, for the next part of a video
         self._begin_step()
 
     def _is_between(self) -> bool:
-        """Of the first and the last steps all compute."""
+        """Returns whether the step may be reused: the first and last steps are always computed."""
         assert self._config is not None
         return self._config.first_steps <= self._step < len(self._times) - self._config.last_steps
 
     def _history(self, component: str, latents: Any) -> "_History":
-        """Of this pass of guidance: the n-th call of a step, of so many samples."""
+        """Returns the history of one guidance pass, which is told by its position in the step and its shapes."""
         assert self._config is not None
         assert self._criterion is not None
         tensors = tree_leaves(latents)
         key = component, next(self._calls), tuple(tensor.shape for tensor in tensors)
         if key not in self._histories:
-            order = 0 if component.startswith(_CONTROLNET) else self._config.order
+            order = 0 if is_controlnet(component) else self._config.order
             num_kept = order + 1 + (0 if self._histories else self._criterion.num_kept)
             self._histories[key] = _History(order, num_kept * sum(tensor.nbytes for tensor in tensors))
             self._tell_kept_bytes()
@@ -123,7 +122,7 @@ class StepCache:
 
 
 class _History:
-    """The last predictions of one pass that were computed."""
+    """The last computed predictions of one guidance pass."""
 
     def __init__(self, order: int, most_bytes: int) -> None:
         self.most_bytes = most_bytes
@@ -134,7 +133,7 @@ class _History:
         return len(self._kept) == self._kept.maxlen
 
     def keep(self, step: int, output: Any) -> None:
-        """A copy, for pipelines and schedulers may write into what they get."""
+        """Stores a copy, because pipelines and schedulers may write into what they get."""
         self._kept.append((step, tree_map(torch.clone, output)))
 
     def extrapolated(self, times: Sequence[float], step: int) -> Any:
@@ -143,9 +142,9 @@ class _History:
 
 
 def extrapolation(at: Sequence[float], to: float) -> list[float]:
-    """Lagrange's weights: of values at these times, in the polynomial through them at another time.
+    """Returns the Lagrange weights of values at the times `at`, for the polynomial through them at the time `to`.
 
-    Of equal times, which schedulers of second order have, the last counts.
+    Of equal times, which second-order schedulers have, the last counts.
     """
     last = {time: index for index, time in enumerate(at)}
     weights = [0.0] * len(at)
@@ -155,7 +154,7 @@ def extrapolation(at: Sequence[float], to: float) -> list[float]:
 
 
 def _weighted(tensors: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
-    """In float32, or finer where they are."""
+    """Returns the weighted sum, computed in float32 or in the tensors' own dtype if that is finer."""
     first = tensors[0]
     dtype = torch.promote_types(first.dtype, torch.float32)
     total = torch.zeros_like(first, dtype=dtype)
@@ -165,7 +164,7 @@ def _weighted(tensors: Sequence[torch.Tensor], weights: Sequence[float]) -> torc
 
 
 class _EveryNth:
-    """TaylorSeer's: of every `interval` steps after the first ones, the last computes."""
+    """TaylorSeer's criterion: of every `interval` steps after the first ones, only the last is computed."""
 
     num_kept = 0
 
@@ -176,7 +175,7 @@ class _EveryNth:
         return (step - self._first_steps + 1) % self._interval != 0
 
     def saw(self, step: int, latents: Any, output: Any) -> None:
-        """Nothing to learn."""
+        """Does nothing: the criterion depends only on the step's number."""
 
 
 @dataclass
@@ -187,19 +186,20 @@ class _Seen:
 
 
 class _ByChange:
-    """EasyCache's: by how much the latents changed since, times how strongly predictions followed them before.
+    """EasyCache's criterion: computes a step once the estimated change of the predictions reaches the threshold.
 
-    Of the first pass of a step, for all of them.
+    The estimate is the latents' change x the rate at which predictions followed it at the last computed step. The
+    first pass of a step decides for all its passes.
     """
 
     num_kept = 2
-    """Tensors as large as the latents: those of the last step, and its prediction."""
+    """Number of tensors of the latents' size that are kept: the last step's latents and its prediction."""
 
     def __init__(self, threshold: float) -> None:
         self._threshold = threshold
         self._seen: _Seen | None = None
         self._rate: float | None = None
-        """Change of the predictions over that of the latents, when the last step computed."""
+        """Change of the prediction / change of the latents, at the last computed step."""
         self._change = 0.0
         self._is_computing = True
 
@@ -216,7 +216,7 @@ class _ByChange:
     def saw(self, step: int, latents: Any, output: Any) -> None:
         seen = self._seen
         if seen is not None and seen.step == step:
-            return  # another pass
+            return  # another pass of the same step
         if seen is not None and self._is_computing and (moved := _distance(latents, seen.latents)):
             self._rate = _distance(output, seen.output) / moved
         self._seen = _Seen(step, tree_map(torch.clone, latents), tree_map(torch.clone, output))
@@ -232,7 +232,7 @@ def _criterion(config: StepCacheConfig) -> _Criterion:
 
 
 def _distance(one: Any, other: Any) -> float:
-    """Mean absolute difference; waits for the device."""
+    """Returns the mean absolute difference. Waits for the device."""
     return sum(
         float((a.float() - b.float()).abs().mean())
         for a, b in zip(tree_leaves(one), tree_leaves(other), strict=True)

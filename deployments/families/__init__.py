@@ -1,10 +1,11 @@
-"""What the ingress must know of an architecture before anything is loaded, for those most asked for.
+"""The most used architectures: what the ingress must know of each before anything is loaded.
 
-A pipeline without an entry tells the same of itself (checkpoints/derived.py), which costs some seconds of a start.
-If its denoiser's forwards are to merge, it needs a rule in engine/merge.py; if it is to be cut into shards and
-diffusers does not declare its blocks, a line in engine/blocks.py.
+The same facts of a pipeline without an entry here are derived (checkpoints/derived.py), which takes some seconds
+at the start. If forwards of its denoiser are to merge, it needs a rule in engine/merge.py; if it is to be cut into
+shards and diffusers does not declare its blocks, it needs a line in engine/blocks.py.
 
-Nothing here imports torch: the ingress asks what sizes a checkpoint makes, and what its calls take (calls.py).
+Nothing here imports torch, because the ingress uses it for the sizes that a checkpoint makes and the parameters of
+its calls (calls.py).
 """
 
 from deployments.families.calls import Call, Defaults

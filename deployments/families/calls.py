@@ -1,22 +1,25 @@
-"""The kinds of call that a pipeline's components allow, and what each takes: read from diffusers' own source.
+"""The kinds of call that a pipeline's components allow, and the parameters of each, read from diffusers' source.
 
-Not by importing it, for that imports torch, and the ingress asks.
+The source is parsed, not imported, because importing diffusers imports torch, and the ingress uses this module.
 """
 
 import ast
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, Literal
 
+from deployments.families.sources import (
+    REQUIRED,
+    arguments_of,
+    call_parameters,
+    diffusers_folder,
+    pipeline_files,
+    pipelines_folder,
+)
 from deployments.request import CallKind
 
-REQUIRED = ...
-"""In place of a default, of a parameter that has none."""
 _TABLES: Mapping[str, CallKind] = {
     "AUTO_TEXT2IMAGE_PIPELINES_MAPPING": "generate",
     "AUTO_TEXT2VIDEO_PIPELINES_MAPPING": "generate",
@@ -25,10 +28,11 @@ _TABLES: Mapping[str, CallKind] = {
     "AUTO_IMAGE2VIDEO_PIPELINES_MAPPING": "image_to_video",
     "AUTO_VIDEO2VIDEO_PIPELINES_MAPPING": "video_to_video",
 }
-"""Of `diffusers/pipelines/auto_pipeline.py`: which pipelines run over the same components, by kind. In this order
-from what asks least of a denoiser: one that was trained to inpaint has more channels than the others fill."""
+"""Kinds of call by table in `diffusers/pipelines/auto_pipeline.py`. A table maps model names to pipeline classes;
+classes of the same name in several tables run with the same components. The order is by what a kind needs of the
+denoiser, the least first: one that was trained to inpaint has more channels than the other kinds fill."""
 _SUFFIXES: Mapping[CallKind, str] = {"edit": "Img2Img", "inpaint": "Inpaint", "video_to_video": "VideoToVideo"}
-"""Of classes that no table names, and that run over the components of the class without it."""
+"""Suffixes of classes that no table names and that run with the components of the class without the suffix."""
 _SEVERAL = frozenset(
     {
         "Flux2KleinBaseModularPipeline",
@@ -42,7 +46,7 @@ _SEVERAL = frozenset(
         "QwenImageEditPlusPipeline",
     }
 )
-"""Whose `image` may be several that make one picture; to all others a list is a batch."""
+"""Pipelines whose `image` may be several input images for one output image; all others take a list as a batch."""
 _OTHER_MEDIA = (
     "ace_step",
     "audioldm2",
@@ -53,17 +57,16 @@ _OTHER_MEDIA = (
     "stable_audio",
     "stable_audio_3",
 )
-"""Packages whose pipelines make sounds, texts or bodies."""
+"""Packages whose pipelines make sounds, texts or 3-D objects."""
 _FRAMES = ("num_frames", "frames", "video_length")
-_CLASS = re.compile(r"^class (\w+)\(", re.MULTILINE)
 MAX_IMAGES = 10
 FPS = 16
-"""Of a video whose pipeline does not ask for it."""
+"""Frame rate of a video if its pipeline has no parameter for it."""
 
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a request that says nothing gets beside its size: the defaults of the pipeline's `__call__`."""
+    """Values of fields that a request leaves out, except its size: the defaults of the pipeline's `__call__`."""
 
     num_inference_steps: int
     guidance_scale: float | None
@@ -71,11 +74,11 @@ class Defaults:
     negative_prompt: str | None = None
     fps: int = FPS
     strength: float | None = None
-    """From 0 to 1, how much of the picture that goes in is drawn anew."""
+    """From 0 to 1, how much of the input image is redrawn."""
     control_scale: float | None = None
-    """How loud a ControlNet is."""
+    """Weight of the ControlNet."""
     guidance_scale_2: float | None = None
-    """Of the second expert; None: as of the first."""
+    """Guidance scale of the second expert; None: the same as the first's."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class Call:
     kind: CallKind
     pipeline_class: str
     parameters: Mapping[str, Any]
-    """Name to default, where that is a plain value; REQUIRED where there is none."""
+    """Defaults by name: the value if it is a literal, else None; REQUIRED if there is no default."""
 
     @property
     def media(self) -> Literal["image", "video"]:
@@ -93,12 +96,12 @@ class Call:
 
     @property
     def frames(self) -> str | None:
-        """What it calls the number of frames; None: it makes pictures, or as many as go in."""
+        """Name of the parameter for the number of frames; None: it makes images, or as many frames as it gets."""
         return next((name for name in _FRAMES if name in self.parameters), None)
 
     @property
     def guidance(self) -> Literal["guidance_scale", "true_cfg_scale"]:
-        """Which field scales classifier-free guidance (two forward passes); above 1 it is on."""
+        """The field that scales classifier-free guidance (two forward passes), which is on above 1."""
         return "true_cfg_scale" if "true_cfg_scale" in self.parameters else "guidance_scale"
 
     @property
@@ -108,35 +111,35 @@ class Call:
 
     @property
     def max_sequence_length(self) -> int | None:
-        """Text tokens per prompt; None where the tokenizer alone decides."""
+        """Text tokens per prompt; None if only the tokenizer limits them."""
         limit: int | None = self._number("max_sequence_length", int)
         return limit
 
     @property
     def num_frames(self) -> int:
-        """Of a request that does not say."""
+        """Number of frames of a request that does not set it."""
         return (self.frames and self._number(self.frames, int)) or 1
 
     @property
     def max_images(self) -> int:
-        """Pictures that go into one that comes out."""
+        """Most input images for one output."""
         if "image" not in self.parameters or self.kind == "generate":
             return 0
         return MAX_IMAGES if self.pipeline_class in _SEVERAL else 1
 
     @property
     def takes_guidance_scale_2(self) -> bool:
-        """Whether its second expert may have a scale of its own."""
+        """Whether the second expert may have its own guidance scale."""
         return "guidance_scale_2" in self.parameters
 
     @property
     def takes_video(self) -> bool:
-        """Of which, one, it makes another."""
+        """Whether it makes a video from one input video."""
         return self.kind == "video_to_video"
 
     @property
     def control(self) -> str | None:
-        """What it calls the control picture, which it needs; None: it takes none."""
+        """Name of the parameter for the control image, which it requires; None: it takes none."""
         if "control_image" in self.parameters:
             return "control_image"
         return "image" if self.kind == "generate" and "controlnet_conditioning_scale" in self.parameters else None
@@ -159,14 +162,14 @@ class Call:
         return scale is not None and scale > 1 and (negative or not self.needs_negative_prompt)
 
     def _number(self, name: str, kind: type) -> Any:
-        """The default; None where it is of another kind."""
+        """Returns a parameter's default as `kind`; None if it is not a number."""
         value = self.parameters.get(name)
         return kind(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 @cache
 def find_calls(pipeline_class: str) -> Mapping[CallKind, Call]:
-    """Of the components of a checkpoint of this class; what it was saved for comes first.
+    """Returns the calls that a checkpoint of this class allows, by kind; the kind it was saved for comes first.
 
     Raises ValueError if the installed diffusers has no such class.
     """
@@ -177,38 +180,38 @@ def find_calls(pipeline_class: str) -> Mapping[CallKind, Call]:
         key = next(key for key, name in tables[own[0]].items() if name == pipeline_class)
         classes = {kind: tables[kind][key] for kind in kinds[kinds.index(own[0]) :] if key in tables[kind]}
     else:
-        classes = {kind_by_parameters(_parameters(pipeline_class)): pipeline_class}
+        classes = {kind_by_parameters(call_parameters(pipeline_class)): pipeline_class}
     if "generate" in classes:
         stem = pipeline_class.removesuffix("Pipeline")
         by_name = {kind: f"{stem}{suffix}Pipeline" for kind, suffix in _SUFFIXES.items()}
-        classes = {kind: name for kind, name in by_name.items() if name in _files()} | classes
+        classes = {kind: name for kind, name in by_name.items() if name in pipeline_files()} | classes
         classes = {kind: classes[kind] for kind in tables if kind in classes}
-    return {kind: Call(kind, name, _parameters(name)) for kind, name in classes.items()}
+    return {kind: Call(kind, name, call_parameters(name)) for kind, name in classes.items()}
 
 
 def known_calls(calls: Mapping[CallKind, Call], names: Iterable[str]) -> Mapping[CallKind, Call]:
-    """The first, and those others whose pipelines are made with all of these components and settings."""
+    """Returns the first call, and all others whose pipelines take all of these components and settings."""
     own, *others = calls.values()
-    known = [call for call in others if set(names) <= _arguments(call.pipeline_class, "__init__").keys()]
+    known = [call for call in others if set(names) <= arguments_of(call.pipeline_class, "__init__").keys()]
     return {call.kind: call for call in (own, *known)}
 
 
 def find_pipelines() -> tuple[str, ...]:
-    """Of the installed diffusers, those that draw pictures or videos from a prompt, and are not deprecated."""
+    """Returns the installed pipelines that make images or videos from a prompt and are not deprecated."""
     public = (diffusers_folder() / "__init__.py").read_text(encoding="utf-8")
     found = []
-    for name, file in sorted(_files().items()):
+    for name, file in sorted(pipeline_files().items()):
         is_other = {"deprecated", *_OTHER_MEDIA} & set(file.parts) or "Onnx" in name
         if is_other or not name.endswith("Pipeline") or f'"{name}"' not in public:
             continue
-        with suppress(ValueError):  # a base of others
-            if "prompt" in _parameters(name):
+        with suppress(ValueError):  # a base class without a `__call__`
+            if "prompt" in call_parameters(name):
                 found.append(name)
     return tuple(found)
 
 
 def kind_by_parameters(parameters: Mapping[str, Any]) -> CallKind:
-    """Of a class that no table names."""
+    """Returns the kind of call of a pipeline class that no table names."""
     has_frames = any(name in parameters for name in _FRAMES)
     if "video" in parameters and (parameters["video"] is REQUIRED or not has_frames):
         return "video_to_video"
@@ -221,9 +224,9 @@ def kind_by_parameters(parameters: Mapping[str, Any]) -> CallKind:
 
 @cache
 def _tables() -> Mapping[CallKind, Mapping[str, str]]:
-    """By kind: diffusers' name of a family, and its pipeline class."""
+    """Returns, by kind, the pipeline classes by diffusers' name of the model."""
     found: dict[CallKind, dict[str, str]] = {kind: {} for kind in _TABLES.values()}
-    for node in ast.parse((_pipelines() / "auto_pipeline.py").read_text(encoding="utf-8")).body:
+    for node in ast.parse((pipelines_folder() / "auto_pipeline.py").read_text(encoding="utf-8")).body:
         target = node.targets[0] if isinstance(node, ast.Assign) else None
         if isinstance(target, ast.Name) and target.id in _TABLES:
             found[_TABLES[target.id]] |= dict(_entries(node))
@@ -231,71 +234,8 @@ def _tables() -> Mapping[CallKind, Mapping[str, str]]:
 
 
 def _entries(node: ast.AST) -> Iterator[tuple[str, str]]:
-    """Of `OrderedDict([("flux", FluxPipeline), …])`."""
+    """Yields the pairs of `OrderedDict([("flux", FluxPipeline), …])`."""
     for pair in ast.walk(node):
         match pair:
             case ast.Tuple(elts=[ast.Constant(value=str(key)), ast.Name(id=name)]):
                 yield key, name
-
-
-def _parameters(pipeline_class: str) -> Mapping[str, Any]:
-    """Of its `__call__`. Raises ValueError."""
-    return _arguments(pipeline_class, "__call__")
-
-
-@cache
-def _arguments(pipeline_class: str, of: str) -> Mapping[str, Any]:
-    """Of a method, which may be inherited. Raises ValueError."""
-    definition = _definition(pipeline_class)
-    for method in definition.body:
-        if isinstance(method, ast.FunctionDef) and method.name == of:
-            return dict(_defaults(method.args))
-    for base in definition.bases:
-        if isinstance(base, ast.Name) and base.id != "DiffusionPipeline" and base.id.endswith("Pipeline"):
-            return _arguments(base.id, of)
-    raise ValueError(f"{pipeline_class} of diffusers has no {of} of its own")
-
-
-def _defaults(arguments: ast.arguments) -> Iterator[tuple[str, Any]]:
-    names = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)][1:]
-    num_required = len(names) - len(arguments.defaults)
-    values: list[ast.expr | None] = [*[None] * num_required, *arguments.defaults]
-    names += [argument.arg for argument in arguments.kwonlyargs]
-    values += arguments.kw_defaults
-    for name, value in zip(names, values, strict=True):
-        yield name, REQUIRED if value is None else _literal(value)
-
-
-def _literal(value: ast.expr) -> Any:
-    """None of what is computed."""
-    try:
-        return ast.literal_eval(value)
-    except ValueError:
-        return None
-
-
-def _definition(pipeline_class: str) -> ast.ClassDef:
-    file = _files().get(pipeline_class)
-    if file is None:
-        raise ValueError("the installed diffusers has none of that name")
-    nodes = ast.parse(file.read_text(encoding="utf-8")).body
-    return next(node for node in nodes if isinstance(node, ast.ClassDef) and node.name == pipeline_class)
-
-
-@cache
-def _files() -> Mapping[str, Path]:
-    """By class."""
-    files = sorted(_pipelines().glob("**/pipeline*.py"))
-    return {name: file for file in files for name in _CLASS.findall(file.read_text(encoding="utf-8"))}
-
-
-def _pipelines() -> Path:
-    return diffusers_folder() / "pipelines"
-
-
-def diffusers_folder() -> Path:
-    """Of its sources."""
-    spec = find_spec("diffusers")
-    assert spec is not None
-    assert spec.origin is not None
-    return Path(spec.origin).parent

@@ -1,4 +1,4 @@
-"""What is particular to one architecture. Everything else is said once, for all of them."""
+"""The facts that are specific to one architecture; all other code is the same for all architectures."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,46 +7,46 @@ from typing import Any, Literal
 from deployments.families.calls import Call, find_calls
 from deployments.families.geometry import Configs, Geometry
 from deployments.memory.config import Dtype
+from deployments.options.step_cache import NO_TIERS, TiersConfig
 from deployments.request import CallKind
-from deployments.step_cache import NO_TIERS, TiersConfig
 
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture: what its pipeline does not tell without torch."""
+    """One architecture: the facts that cannot be read from its pipeline without torch."""
 
     name: str
     pipeline_class: str
     """`_class_name` in a checkpoint's model_index.json."""
     geometry: Callable[[Configs], Geometry]
-    """As the pipeline computes it from its components' configs. Raises ValueError."""
+    """Computes sizes from the components' configs, as the pipeline does. Raises ValueError."""
     published: Configs
-    """Of the published model, what `geometry` reads: for whoever cannot read the checkpoint."""
+    """The published model's configs, as far as `geometry` reads them; used if the checkpoint cannot be read."""
     kinds: Sequence[CallKind] | None = None
-    """Of call, which its pipeline has told that it can do; None: all that diffusers has for it."""
+    """Kinds of call that the pipeline supports; None: all that diffusers has for it."""
     told: Mapping[CallKind, Call] | None = None
-    """Those of a modular pipeline, whose source does not say them in one place; None: the source does."""
+    """Calls of a modular pipeline, which its source does not list in one place; None: the source lists them."""
     reads_vae_buffers: bool = False
     """Whether the VAE's files hold more than parameters, which the pipeline may read before it decodes."""
     tiers: TiersConfig = NO_TIERS
-    """Step caches for requests of lower quality: measured, or none."""
+    """Step caches for requests of lower quality; only measured ones are set."""
     upcasts_vae: bool = False
-    """Whether the pipeline decodes in float32 where the VAE is in float16 and its config has `force_upcast`."""
+    """Whether the pipeline decodes in float32 if the VAE is in float16 and its config has `force_upcast`."""
 
     def vae_dtype(self, dtype: Dtype, vae_config: Mapping[str, Any]) -> Dtype:
-        """What the pipeline decodes in where the VAE is loaded in this one."""
+        """Returns the dtype in which the pipeline decodes if the VAE is loaded in `dtype`."""
         upcasts = self.upcasts_vae and dtype == "float16" and vae_config.get("force_upcast")
         return "float32" if upcasts else dtype
 
     @property
     def calls(self) -> Mapping[CallKind, Call]:
-        """What may be asked of its components, by kind; what they were trained for comes first."""
+        """Calls that its components allow, by kind; the kind that they were trained for comes first."""
         calls = self.told or find_calls(self.pipeline_class)
         return calls if self.kinds is None else {kind: calls[kind] for kind in self.kinds}
 
     @property
     def call(self) -> Call:
-        """The first of them."""
+        """The first of `calls`."""
         return next(iter(self.calls.values()))
 
     @property
@@ -55,5 +55,5 @@ class Family:
 
     @property
     def max_sequence_length(self) -> int | None:
-        """Text tokens per prompt; None where the tokenizer alone decides."""
+        """Text tokens per prompt; None if only the tokenizer limits them."""
         return self.call.max_sequence_length

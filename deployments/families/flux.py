@@ -2,10 +2,10 @@
 
 from deployments.families.family import Family
 from deployments.families.geometry import Configs, Geometry, blocks_factor
-from deployments.step_cache import StepCacheConfig, TiersConfig
+from deployments.options.step_cache import StepCacheConfig, TiersConfig
 
 DEFAULT_SAMPLE_SIZE = 128
-"""Latents each way; `default_sample_size` of the pipeline."""
+"""Default width and height in latents: `default_sample_size` of the pipeline."""
 
 
 def _geometry(configs: Configs) -> Geometry:

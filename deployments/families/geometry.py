@@ -1,6 +1,6 @@
-"""What sizes a checkpoint makes, told by its own configs: as its pipeline computes them, but without torch.
+"""Computes the sizes that a checkpoint makes from its configs, as its pipeline does, but without torch.
 
-A config.json may leave out what is its class's default; those defaults are named here.
+A config.json may leave out values that equal its class's defaults; this module repeats those defaults.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,46 +20,46 @@ _BLOCKS = {
     "AsymmetricAutoencoderKL": ("up_block_out_channels", 1),
     "ConsistencyDecoderVAE": ("encoder_block_out_channels", 4),
 }
-"""VAE class to (what its `config.block_out_channels` is, how many there are by default)."""
+"""By VAE class: (key of the config that stands for `block_out_channels`, default number of blocks)."""
 _LEAST_SAMPLE_SIZE = 64
-"""Of a UNet that was saved before diffusers 0.9. Source: `StableDiffusionPipeline.__init__`."""
+"""Least size of a UNet that was saved before diffusers 0.9. Source: `StableDiffusionPipeline.__init__`."""
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """What one checkpoint draws by default, and what may be asked of it."""
+    """The default size of one checkpoint, and the sizes that requests may ask for."""
 
     width: int | None
-    """Of a request that says nothing, in pixels; None: the checkpoint does not say."""
+    """Width of a request that does not set it, in pixels; None: the checkpoint has no default."""
     height: int | None
     size_multiple: int
     """Width and height must be multiples of this: the pipeline refuses other sizes, or silently rounds them."""
     latent_pixels: int
-    """Pixels to a latent position, each way: the VAE's factor."""
+    """Pixels per latent position in each direction: the VAE's factor."""
     latent_channels: int
-    """Of what the VAE decodes."""
+    """Channels of the latents that the VAE decodes."""
     num_frames: int = 1
     frame_stride: int = 1
-    """Frames to a latent one."""
+    """Frames per latent frame."""
     frame_multiple: int = 1
-    """num_frames must be 1 more than a multiple of this: some VAEs make latent frames by twos."""
+    """num_frames must be 1 more than a multiple of this: some VAEs make latent frames in pairs."""
     frames_per_decode: int | None = None
-    """Of a video whose VAE knows no time: how many frames the pipeline has it decode at once."""
+    """For videos with an image VAE: number of frames that the pipeline decodes at once."""
     sizes: Sequence[Sequence[int]] = ()
-    """(width, height) of all that may be asked for, where the pipeline chooses by itself; none: any."""
+    """All allowed (width, height), if the pipeline only makes certain sizes; empty: any."""
     max_side: int | None = None
-    """Pixels each way that the denoiser has positions for; None: any."""
+    """Most pixels in each direction that the denoiser has positions for; None: any."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError."""
+        """Raises ValueError if a number is not a positive integer."""
         for name, value in vars(self).items():
             is_unsaid = value is None and name in ("width", "height", "max_side", "frames_per_decode")
             if name != "sizes" and not is_unsaid and not (isinstance(value, int) and value >= 1):
-                raise ValueError(f"{name} comes to {value!r}, and must be 1 or more")
+                raise ValueError(f"{name} would be {value!r}, but must be 1 or more")
 
 
 def blocks_factor(vae: Config) -> int:
-    """`vae_scale_factor` of the pipelines whose VAE halves a picture between its blocks."""
+    """Returns `vae_scale_factor` of pipelines whose VAE halves an image between its blocks. Raises ValueError."""
     name = vae.get("_class_name", "AutoencoderKL")
     key, num_default = _BLOCKS.get(name, ("block_out_channels", 0))
     num_blocks = len(vae[key]) if vae.get(key) else num_default
@@ -69,7 +69,7 @@ def blocks_factor(vae: Config) -> int:
 
 
 def sample_sides(sample_size: int | Sequence[int] | None, factor: int) -> tuple[int | None, int | None]:
-    """(width, height) in pixels, of a denoiser's `sample_size`: one for both, or [height, width], in latents."""
+    """Returns (width, height) in pixels for a denoiser's `sample_size`: latents, one number or [height, width]."""
     if sample_size is None:
         return None, None
     height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
@@ -77,7 +77,7 @@ def sample_sides(sample_size: int | Sequence[int] | None, factor: int) -> tuple[
 
 
 def unet_sample_size(unet: Config) -> int | Sequence[int] | None:
-    """As `StableDiffusionPipeline` reads it."""
+    """Returns a UNet's sample size as `StableDiffusionPipeline` reads it."""
     size: int | Sequence[int] | None = unet.get("sample_size")
     saved_by = Version(Version(unet.get("_diffusers_version", "1")).base_version)
     if isinstance(size, int) and saved_by < Version("0.9.0.dev0"):

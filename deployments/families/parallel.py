@@ -1,4 +1,4 @@
-"""Of which denoiser classes diffusers says how ranks share a forward, and what must divide. Imports no torch."""
+"""Denoiser classes whose forwards ranks can share by diffusers' plans, and the conditions. Imports no torch."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -9,15 +9,16 @@ CONTEXT_PARALLEL = (
     "QwenImageTransformer2DModel",
     "WanTransformer3DModel",
 )
-"""Those with a `_cp_plan` that was compared with the whole model. LTX-Video and LTX-2 fail by theirs, for their
-masks are of all heads (diffusers 0.42); those of ChronoEdit, Helios and MiniMax-H3 have not been tried."""
+"""Classes with a `_cp_plan` whose results were compared with the whole model's. The plans of LTX-Video and LTX-2
+fail, because their masks are of all heads (diffusers 0.42); those of ChronoEdit, Helios and MiniMax-H3 have not
+been tried."""
 
 TENSOR_PARALLEL = (
     "FluxTransformer2DModel",
     "Flux2Transformer2DModel",
     "QwenImageTransformer2DModel",
 )
-"""Those with a `_tp_plan`, likewise. That of Qwen-Image 2.1 has not been tried."""
+"""Classes with a `_tp_plan`, checked in the same way. The plan of Qwen-Image 2.1 has not been tried."""
 
 _HEADS = "num_attention_heads"
 
@@ -25,7 +26,7 @@ _HEADS = "num_attention_heads"
 def find_parallel_faults(
     class_name: str, settings: Mapping[str, Any], context_parallel: int, tensor_parallel: int
 ) -> Iterator[str]:
-    """A sentence for each reason why a denoiser's forwards cannot be shared so. settings: its config.json's."""
+    """Yields a sentence for each reason why ranks cannot share a denoiser's forwards. settings: config.json."""
     asked = {
         "context_parallel": (context_parallel, CONTEXT_PARALLEL),
         "tensor_parallel": (tensor_parallel, TENSOR_PARALLEL),
@@ -44,5 +45,5 @@ def find_parallel_faults(
                 divisors = [str(n) for n in range(2, heads + 1) if heads % n == 0]
                 yield (
                     f"transformer.{name}: {class_name} has {heads} attention heads ({key}), which {degree} ranks "
-                    f"do not share evenly: one of {', '.join(divisors)}"
+                    f"cannot share evenly: set it to one of {', '.join(divisors)}"
                 )

@@ -1,4 +1,4 @@
-"""Qwen-Image: guidance by true_cfg_scale and a negative prompt, two forwards a step."""
+"""Qwen-Image: guidance by true_cfg_scale and a negative prompt, with two forwards per step."""
 
 from deployments.families.family import Family
 from deployments.families.flux import DEFAULT_SAMPLE_SIZE

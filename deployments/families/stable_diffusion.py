@@ -16,7 +16,11 @@ def _geometry_sdxl(configs: Configs) -> Geometry:
 
 
 def _unet_geometry(sample_size: Any, vae: Config) -> Geometry:
-    """8 by the pipelines' `check_inputs`; more where the VAE has a larger factor, for they round down to it."""
+    """Computes a UNet's geometry.
+
+    The multiple of sizes is 8 by the pipelines' `check_inputs`; more if the VAE has a larger factor, because the
+    pipelines round sizes down to that.
+    """
     factor = blocks_factor(vae)
     multiple = lcm(8, factor)
     return Geometry(*sample_sides(sample_size, factor), multiple, factor, vae.get("latent_channels", 4))
@@ -35,7 +39,7 @@ def _geometry_sd3(configs: Configs) -> Geometry:
 
 
 def _vae(latent_channels: int) -> Config:
-    """What all published ones have in common."""
+    """Returns the config values that the published VAEs have in common."""
     return {"block_out_channels": (128, 256, 512, 512), "latent_channels": latent_channels}
 
 

@@ -1,4 +1,4 @@
-"""Wan text-to-video: classifier-free guidance by two forwards a step; latents [B, C, F, H, W]."""
+"""Wan text-to-video: classifier-free guidance by two forwards per step; latents [B, C, F, H, W]."""
 
 from math import lcm
 
@@ -7,7 +7,7 @@ from deployments.families.geometry import Configs, Geometry
 
 
 def _geometry(configs: Configs) -> Geometry:
-    """The size by default is that of the pipeline's `__call__`; so is 16, by its `check_inputs`."""
+    """The default size is that of the pipeline's `__call__`; the multiple 16 is that of its `check_inputs`."""
     transformer, vae = configs["transformer"], configs["vae"]
     factor, stride = vae.get("scale_factor_spatial", 8), vae.get("scale_factor_temporal", 4)
     _, *patch = transformer.get("patch_size", (1, 2, 2))

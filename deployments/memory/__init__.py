@@ -1,1 +1,1 @@
-"""Every way to need less memory, as config per stage: quantise, cast, offload, stream, compile."""
+"""Memory techniques, set in each stage's config: quantise, cast, offload, stream, compile."""

@@ -9,14 +9,15 @@ from torch import nn
 from deployments.memory.config import LayerwiseCastingConfig
 
 T5_OUTPUT = r"\.wo$"
-"""transformers' T5 casts activations to this layer's dtype as stored, before a hook could cast its weight."""
+"""Not cast: transformers' T5 casts activations to this layer's stored dtype, before a hook can cast its weight."""
 
 TEXT_EMBEDDINGS = (r"^shared$", "embed_tokens", "token_embedding")
-"""A model's first weights, whose dtype transformers takes for the model's, and pipelines for the embeddings'."""
+"""Not cast: these are a model's first weights. transformers takes their dtype as the model's, and pipelines take
+it as that of the embeddings."""
 
 
 def cast_layers(model: nn.Module, config: LayerwiseCastingConfig, compute_dtype: torch.dtype) -> None:
-    """In place; the planner casts models on the meta device by it too."""
+    """Adds layerwise casting in place. The planner applies this to models on the meta device, too."""
     dtypes = {"storage_dtype": getattr(torch, config.storage_dtype), "compute_dtype": compute_dtype}
     if config.skip_patterns is not None:
         apply_layerwise_casting(model, skip_modules_pattern=config.skip_patterns, **dtypes)

@@ -9,18 +9,18 @@ from torch.utils._pytree import tree_map_only
 from deployments.memory.config import CompileConfig
 
 RECOMPILE_LIMIT = 1000
-"""Of graphs per function, for one object and for all: every hook, block kind and size may need one."""
+"""Limit of graphs per function, for one object and for all: every hook, block kind and size may need a graph."""
 
 
 def compile_model(model: nn.Module, config: CompileConfig) -> None:
-    """In place. Graphs are made at the first call of every kind, in the thread that calls."""
+    """Compiles the model in place. Graphs are made at the first call of every kind, in the calling thread."""
     options = {
         "mode": None if config.mode == "default" else config.mode,
         "fullgraph": config.fullgraph,
         "dynamic": config.dynamic,
         "backend": config.backend,
     }
-    # A VAE is not called by its forward, but by its decode.
+    # A VAE is called through its decode, not its forward.
     parts = repeated_blocks(model) if config.scope == "blocks" else [getattr(model, "decoder", model)]
     for part in parts:
         part.compile(**options)
@@ -29,7 +29,8 @@ def compile_model(model: nn.Module, config: CompileConfig) -> None:
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """What `compile_repeated_blocks` would compile, where the class says; else entries of its outermost lists."""
+    """Returns the blocks that `compile_repeated_blocks` would compile, if the model's class names them; else the
+    entries of the model's outermost module lists."""
     names = getattr(model, "_repeated_blocks", None)
     if names:
         return [module for module in model.modules() if type(module).__name__ in names]
@@ -40,7 +41,8 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def copied(compiled: Any) -> Any:
-    """A CUDA graph gives the same tensors at every call, and the next call may come before they are read."""
+    """Returns the function with its outputs copied: a CUDA graph returns the same tensors at every call, and the
+    next call may come before they are read."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
@@ -50,9 +52,11 @@ def copied(compiled: Any) -> Any:
 
 
 def _in_any_thread(compiled: Any) -> Any:
-    """dynamo's settings are each thread's own, and it compiles in the thread that calls.
+    """Returns the function with dynamo's settings applied in each calling thread: dynamo compiles in the thread
+    that calls, and settings are per thread.
 
-    What quantised and offloaded models need: https://huggingface.co/docs/diffusers/optimization/speed-memory-optims
+    Source of the settings, which quantised and offloaded models need:
+    https://huggingface.co/docs/diffusers/optimization/speed-memory-optims
     """
     settings = torch._dynamo.config
 

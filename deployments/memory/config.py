@@ -1,5 +1,6 @@
-"""What a stage may be told about memory and kernels, a line each: `quantization: nf4`, `offload: group`."""
+"""Config of a stage's memory techniques and kernels, one line each: `quantization: nf4`, `offload: group`."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -9,11 +10,11 @@ from deployments.memory.conflicts import find_conflict
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 GGUF_WEIGHTS = "diffusion_pytorch_model.gguf"
-"""Of a component's folder whose weights stay in a GGUF file: a link to it."""
+"""Name of the link to a GGUF file, in the folder of a component whose weights stay in that file."""
 
 
 class Technique(Config):
-    """A config that a single value may stand for: `true`, or the value of the key named `main_key`."""
+    """A config that may be written as one value: `true`, or the value of the key named `main_key`."""
 
     main_key: ClassVar[str]
 
@@ -26,32 +27,38 @@ class Technique(Config):
 
 
 class QuantizationConfig(Technique):
-    """bitsandbytes' weights of 4 or 8 bits. A checkpoint that is stored so needs none of this."""
+    """Weights quantised to 4 or 8 bits by bitsandbytes. Not needed for a checkpoint that is stored quantised."""
 
     main_key = "kind"
 
     kind: Literal["nf4", "fp4", "int8"] = Field("nf4", description="format of the weights of Linear layers")
-    compute_dtype: Dtype | None = Field(None, description="nf4, fp4: of the arithmetic; None: the stage's dtype")
+    compute_dtype: Dtype | None = Field(
+        None, description="nf4, fp4: dtype of the arithmetic; null: the stage's dtype"
+    )
     double_quant: bool = Field(False, description="nf4, fp4: quantise the scales too; saves 0.4 bit per weight")
     threshold: float = Field(
         6.0,
         ge=0,
-        description="int8: activations above it are multiplied in 16 bits; 0: none, and no layer looks for them",
+        description="int8: activations above this are multiplied in 16 bits; 0: no layer checks for them",
     )
-    skip_modules: tuple[str, ...] = Field((), description="modules to keep as they are, such as proj_out")
+    skip_modules: tuple[str, ...] = Field((), description="modules that are not quantised, such as proj_out")
     components: tuple[str, ...] | None = Field(
-        None, description="models of the stage to quantise, such as [text_encoder_2]; None: all of them"
+        None, description="models of the stage to quantise, such as [text_encoder_2]; null: all"
     )
 
 
 class LayerwiseCastingConfig(Technique):
-    """Weights stored in 8 bits and cast, layer by layer, for the arithmetic in the stage's dtype."""
+    """Weights stored in 8 bits, and cast layer by layer to the stage's dtype for the arithmetic."""
 
     main_key = "storage_dtype"
 
-    storage_dtype: Literal["float8_e4m3fn", "float8_e5m2"] = Field("float8_e4m3fn", description="of the weights")
+    storage_dtype: Literal["float8_e4m3fn", "float8_e5m2"] = Field(
+        "float8_e4m3fn", description="dtype of the stored weights"
+    )
     skip_patterns: tuple[str, ...] | None = Field(
-        None, description="regular expressions of modules to leave; None: the model's own (FLUX: all norms, 3.2 B)"
+        None,
+        description="regular expressions of modules that are not cast; null: the model's own (FLUX: all norms, "
+        "3.2 billion parameters)",
     )
 
 
@@ -61,14 +68,15 @@ class CompileConfig(Technique):
     main_key = "scope"
 
     scope: Literal["blocks", "model"] = Field(
-        "blocks", description="blocks: the repeated ones, compiled once for all; model: as one graph"
+        "blocks",
+        description="blocks: compile each kind of repeated block once; model: the whole model as one graph",
     )
     mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = Field(
-        "default", description="as torch.compile's"
+        "default", description="mode of torch.compile"
     )
     fullgraph: bool = Field(False, description="refuse graph breaks")
-    dynamic: bool | None = Field(None, description="true: one graph for all sizes; None: torch decides")
-    backend: str = Field("inductor", description="as torch.compile's; eager: only trace")
+    dynamic: bool | None = Field(None, description="true: one graph for all sizes; null: torch decides")
+    backend: str = Field("inductor", description="backend of torch.compile; eager: trace only")
 
     @property
     def has_graphs(self) -> bool:
@@ -77,54 +85,58 @@ class CompileConfig(Technique):
 
 
 class OffloadConfig(Technique):
-    """Where weights wait while they are not at work."""
+    """Where weights are kept while they are not in use."""
 
     main_key = "kind"
 
     kind: Literal["model", "sequential", "group", "disk"] = Field(
         "model",
-        description="model: all come for a call and leave when the stage is idle; sequential: layer by layer; "
-        "group: block by block, or layer by layer with prefetch; disk: layer by layer from files",
+        description="how weights are moved. model: whole models come for a call and leave when the stage is idle; "
+        "sequential: layer by layer; group: block by block, or layer by layer with prefetch; disk: layer by layer "
+        "from files",
     )
-    level: Literal["block", "leaf"] = Field("leaf", description="group: what comes and goes together")
-    blocks_per_group: int = Field(1, ge=1, description="group of level block")
+    level: Literal["block", "leaf"] = Field("leaf", description="group: what is copied in and out together")
+    blocks_per_group: int = Field(1, ge=1, description="group with level block: blocks that are copied together")
     use_stream: bool = Field(False, description="group: fetch the next while this one computes; CUDA only")
-    record_stream: bool = Field(False, description="group with use_stream: faster, some more memory")
-    non_blocking: bool = Field(False, description="group: copies do not wait")
+    record_stream: bool = Field(False, description="group with use_stream: faster, with some more memory")
+    non_blocking: bool = Field(False, description="group: the CPU does not wait for copies")
     low_cpu_memory: bool = Field(False, description="group with use_stream: pin host memory only for the copy")
     folder: str | None = Field(
-        None, description="group: keep weights in files under it; disk: None: under the temporary folder"
+        None,
+        description="group: keep weights in files in this folder; disk: the folder of the weights; null: the "
+        "temporary folder",
     )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if (self.record_stream or self.low_cpu_memory) and not self.use_stream:
-            raise ValueError("record_stream and low_cpu_memory are of use_stream: set use_stream: true")
+            raise ValueError("record_stream and low_cpu_memory need use_stream: set use_stream: true")
         if self.kind != "group" and (self.use_stream or self.non_blocking):
-            raise ValueError(f"use_stream and non_blocking are of offload: group, not of {self.kind}")
+            raise ValueError(f"use_stream and non_blocking are only for offload: group, not for {self.kind}")
         if self.folder is not None and self.kind not in {"group", "disk"}:
-            raise ValueError(f"folder is of offload: group or disk, not of {self.kind}")
+            raise ValueError(f"folder is only for offload: group or disk, not for {self.kind}")
         return self
 
 
-class OnDemandConfig(Technique):
-    """Turns at a device that several stages share: only the weights of whose turn it is are there."""
+class TimeSharingConfig(Technique):
+    """Stages that share a device use it one after another: only the working stage has its weights there."""
 
-    main_key = "turn_s"
+    main_key = "time_slice_s"
+    renamed: ClassVar[Mapping[str, str]] = {"turn_s": "time_slice_s"}
 
-    turn_s: float = Field(
-        10.0, ge=0, description="who has work without end gives way after so many seconds, if another stage waits"
+    time_slice_s: float = Field(
+        10.0, ge=0, description="a stage with endless work gives way to a waiting stage after this many seconds"
     )
 
 
 class TilingConfig(Technique):
-    """Tiles of a VAE, in pixels."""
+    """The tiles in which a VAE works, in pixels."""
 
     main_key = "tile_size"
 
-    tile_size: int | None = Field(None, ge=64, description="of a tile, in pixels; None: the VAE's own")
+    tile_size: int | None = Field(None, ge=64, description="side of a tile, in pixels; null: the VAE's own")
     overlap: float = Field(0.25, gt=0, lt=1, description="share of a tile that is blended with the next")
-    spread: bool = Field(True, description="tiles of one decode go to the stage's replicas that are idle, too")
+    spread: bool = Field(True, description="idle replicas of the stage decode tiles, too")
 
 
 def _none_if_off(value: Any) -> Any:
@@ -136,40 +148,43 @@ OFF = BeforeValidator(_none_if_off)
 
 
 class MemoryConfig(Config):
-    """What every stage may be told."""
+    """Memory and kernel keys of every stage."""
 
-    dtype: Dtype = Field("float32", description="of weights and arithmetic")
+    renamed: ClassVar[Mapping[str, str]] = {"on_demand": "time_sharing"}
+
+    dtype: Dtype = Field("float32", description="dtype of weights and arithmetic")
     quantization: Annotated[QuantizationConfig | None, OFF] = Field(None, description="nf4, fp4 or int8")
     layerwise_casting: Annotated[LayerwiseCastingConfig | None, OFF] = Field(
         None, description="float8_e4m3fn or float8_e5m2"
     )
     offload: Annotated[OffloadConfig | None, OFF] = Field(None, description="model, sequential, group or disk")
     vram_limit_gib: float | None = Field(
-        None, ge=0, description="weights on the GPU, in GiB; what exceeds them is copied in for its call"
+        None, ge=0, description="weights kept on the GPU, in GiB; the rest is copied in for each call"
     )
     host_copy: Literal["memory", "files"] = Field(
         "memory",
-        description="vram_limit_gib, on_demand: weights wait in pinned host memory, or in the checkpoint's files",
+        description="for vram_limit_gib and time_sharing: weights are kept in pinned host memory, or in the "
+        "checkpoint's files",
     )
-    on_demand: Annotated[OnDemandConfig | None, OFF] = Field(
-        None, description="true, or seconds: weights are on the device by turns with other stages that say so"
+    time_sharing: Annotated[TimeSharingConfig | None, OFF] = Field(
+        None, description="true, or seconds: stages that set this use the device one after another"
     )
     compile: Annotated[CompileConfig | None, OFF] = Field(None, description="blocks or model")
     trace: bool = Field(False, description="torch.jit.trace; UNets only")
     channels_last: bool = Field(False, description="memory format of convolutions: UNets and VAEs")
     attention_backend: str | None = Field(
-        None, description="diffusers' name, such as native, flash, sage, xformers; None: native"
+        None, description="diffusers' name, such as native, flash, sage, xformers; null: native"
     )
 
     def quantizes(self, component: str) -> bool:
-        """Whether `quantization`, if it is set, is for this model of the stage."""
+        """Whether `quantization`, if set, applies to this model of the stage."""
         components = None if self.quantization is None else self.quantization.components
         return components is None or component in components
 
     @property
     def leaves_when_idle(self) -> bool:
-        """Whether weights leave the device, or may, when there is no more work."""
-        return self.on_demand is not None or (self.offload is not None and self.offload.kind == "model")
+        """Whether weights leave the device, or may leave it, when the stage is idle."""
+        return self.time_sharing is not None or (self.offload is not None and self.offload.kind == "model")
 
     @property
     def has_one_model_at_a_time(self) -> bool:
@@ -179,12 +194,12 @@ class MemoryConfig(Config):
     @property
     def moves_weights(self) -> bool:
         """Whether weights come to the device and leave it."""
-        return self.offload is not None or self.vram_limit_gib is not None or self.on_demand is not None
+        return self.offload is not None or self.vram_limit_gib is not None or self.time_sharing is not None
 
     @model_validator(mode="after")
     def _check_combination(self) -> Self:
-        if self.host_copy == "files" and self.vram_limit_gib is None and self.on_demand is None:
-            raise ValueError("host_copy is of vram_limit_gib and on_demand: set one of them")
+        if self.host_copy == "files" and self.vram_limit_gib is None and self.time_sharing is None:
+            raise ValueError("host_copy needs vram_limit_gib or time_sharing: set one of them")
         conflict = find_conflict(self)
         if conflict is not None:
             raise ValueError(conflict)

@@ -1,7 +1,6 @@
-"""Which techniques do not combine, why, and what to use instead. Found by trying the pairs
-on tiny models on the CPU.
+"""The techniques that do not combine, why, and what to use instead; found by trying pairs on tiny models on a CPU.
 
-Some pairs run there and are refused all the same: where all devices are one, what a hook moves stays where it was.
+Some pairs are refused although they run on the CPU: if host and device are the same, hooks move nothing.
 """
 
 from collections.abc import Callable
@@ -9,7 +8,7 @@ from typing import Any, NamedTuple
 
 
 class Conflict(NamedTuple):
-    """Two techniques, each as config spells it, and whether a stage's config asks for it."""
+    """Two techniques that do not combine. Each is a key of `ASKED`, which tells whether a config uses it."""
 
     one: str
     other: str
@@ -28,7 +27,7 @@ ASKED: dict[str, Callable[[Any], bool]] = {
     "layerwise_casting": lambda c: c.layerwise_casting is not None,
     "offload": lambda c: c.offload is not None,
     "host_copy: files": lambda c: c.host_copy == "files",
-    "on_demand": lambda c: c.on_demand is not None,
+    "time_sharing": lambda c: c.time_sharing is not None,
     "offload: sequential or disk": lambda c: c.offload is not None and c.offload.kind in {"sequential", "disk"},
     "offload: sequential, group or disk": lambda c: c.offload is not None and c.offload.kind != "model",
     "offload: group": lambda c: c.offload is not None and c.offload.kind == "group",
@@ -67,11 +66,11 @@ ASKED: dict[str, Callable[[Any], bool]] = {
 
 _NO_HOOKS = "a traced graph calls no hooks: use compile: blocks"
 _FIXED = "a CUDA graph holds its weights' addresses: use mode default or max-autotune-no-cudagraphs"
-_COME_AND_GO = "weights come and go between graphs: leave out fullgraph"
+_COME_AND_GO = "weights are moved between graphs: leave out fullgraph"
 
-_HELD_TWICE = "8-bit layers hold their weights a second time, which would stay on the GPU: use offload: model"
+_HELD_TWICE = "8-bit layers hold a second copy of their weights, which would stay on the GPU: use offload: model"
 _PARTS = "each rank has a part of each large matrix"
-_UNLIKE_FILES = "weights are other than those in the files: leave out host_copy"
+_UNLIKE_FILES = "weights differ from those in the files: leave out host_copy"
 
 CONFLICTS: tuple[Conflict, ...] = (
     Conflict(
@@ -92,25 +91,27 @@ CONFLICTS: tuple[Conflict, ...] = (
     Conflict(
         "quantization: nf4 or fp4",
         "offload: group by blocks",
-        "what belongs to no block moves without a stream, and without its scales: use level: leaf",
+        "layers outside of blocks move without a stream, and so without their scales: use level: leaf",
     ),
     Conflict("quantization: int8", "offload: sequential or disk", _HELD_TWICE),
     Conflict("quantization: int8", "offload: group", _HELD_TWICE),
     Conflict(
         "quantization",
         "vram_limit_gib",
-        "bitsandbytes' weights do not move one by one: use offload: model, or on_demand",
+        "bitsandbytes' weights cannot be moved one by one: use offload: model, or time_sharing",
     ),
     Conflict(
         "channels_last",
         "offload: group with folder",
-        "files keep rows in their plain order: leave out channels_last, or the folder",
+        "the folder's files keep weights in the default memory format: leave out channels_last, or the folder",
     ),
-    Conflict("offload", "vram_limit_gib", "each moves the same weights: leave out one of them"),
+    Conflict("offload", "vram_limit_gib", "both move the same weights: leave out one of them"),
     Conflict("host_copy: files", "layerwise_casting", f"cast {_UNLIKE_FILES}"),
     Conflict("host_copy: files", "quantization", f"quantised {_UNLIKE_FILES}"),
-    Conflict("on_demand", "offload", "on_demand brings and takes away all weights itself: leave out offload"),
-    Conflict("on_demand", "device_map", "what accelerate has placed stays where it is: leave out on_demand"),
+    Conflict("time_sharing", "offload", "time_sharing moves all weights itself: leave out offload"),
+    Conflict(
+        "time_sharing", "device_map", "weights that accelerate has placed are not moved: leave out time_sharing"
+    ),
     Conflict("offload", "device_map", "device_map offloads by max_memory: leave out offload"),
     Conflict("vram_limit_gib", "device_map", "device_map offloads by max_memory: leave out vram_limit_gib"),
     Conflict(
@@ -135,11 +136,11 @@ CONFLICTS: tuple[Conflict, ...] = (
         "vram_limit_gib",
         _FIXED,
     ),
-    Conflict("compile.mode with CUDA graphs", "on_demand", _FIXED),
+    Conflict("compile.mode with CUDA graphs", "time_sharing", _FIXED),
     Conflict(
         "compile.mode with CUDA graphs",
         "compile: blocks",
-        "a block's graph takes back the memory of the one before, which it reads: use scope: model",
+        "a block's graph reuses the memory of the graph before it, whose output it reads: use scope: model",
     ),
     Conflict("trace", "compile", "one compiler is enough: leave out trace"),
     Conflict("trace", "offload", _NO_HOOKS),
@@ -147,8 +148,8 @@ CONFLICTS: tuple[Conflict, ...] = (
     Conflict("trace", "layerwise_casting", _NO_HOOKS),
     Conflict("trace", "quantization", "bitsandbytes' layers cannot be traced: use compile: blocks"),
     Conflict("trace", "device_map", _NO_HOOKS),
-    Conflict("trace", "shards", "a traced graph has no cut: leave out trace, or shards"),
-    Conflict("context_parallel", "tensor_parallel", "each shares out the same forwards: leave out one of them"),
+    Conflict("trace", "shards", "a traced graph cannot be cut: leave out trace, or shards"),
+    Conflict("context_parallel", "tensor_parallel", "both divide the same forwards: leave out one of them"),
     Conflict(
         "context_parallel or tensor_parallel",
         "transport: object_store",
@@ -157,27 +158,33 @@ CONFLICTS: tuple[Conflict, ...] = (
     Conflict(
         "context_parallel or tensor_parallel",
         "device_map",
-        "each rank has one device, and all of its weights there: leave out device_map",
+        "each rank has all of its weights on its one device: leave out device_map",
     ),
     Conflict(
         "context_parallel or tensor_parallel",
-        "on_demand",
-        "ranks that share each forward would wait for each other's turns: leave out on_demand",
+        "time_sharing",
+        "ranks that share each forward would wait for each other's lease: leave out time_sharing",
     ),
     Conflict(
         "context_parallel",
         "offload: sequential or disk",
-        "accelerate's hooks do not see a shared forward end at its cut: use offload: model or group",
+        "accelerate's hooks do not notice that a shared forward ends at its cut: use offload: model or group",
     ),
-    Conflict("tensor_parallel", "quantization", f"{_PARTS}, and quantised ones have none: use context_parallel"),
-    Conflict("tensor_parallel", "layerwise_casting", f"{_PARTS}, which is not cast: use context_parallel"),
-    Conflict("tensor_parallel", "offload", f"{_PARTS}, which stays where it is: use context_parallel, or shards"),
-    Conflict("tensor_parallel", "vram_limit_gib", f"{_PARTS}, which stays where it is: use more shards"),
+    Conflict(
+        "tensor_parallel", "quantization", f"{_PARTS}, and quantised ones cannot be split: use context_parallel"
+    ),
+    Conflict(
+        "tensor_parallel", "layerwise_casting", f"{_PARTS}, and such parts are not cast: use context_parallel"
+    ),
+    Conflict(
+        "tensor_parallel", "offload", f"{_PARTS}, and such parts are not moved: use context_parallel, or shards"
+    ),
+    Conflict("tensor_parallel", "vram_limit_gib", f"{_PARTS}, and such parts are not moved: use more shards"),
 )
 
 
 def find_conflict(config: Any) -> str | None:
-    """A sentence on the first two techniques of a stage's config that do not combine; None if all do."""
+    """Returns a sentence on the first two techniques of a stage's config that do not combine; None if all do."""
     for one, other, reason in CONFLICTS:
         if ASKED[one](config) and ASKED[other](config):
             return f"{one} and {other} do not combine: {reason}"

@@ -1,4 +1,4 @@
-"""Denoisers in GGUF files: weights stay as they are stored, and each layer makes its own whole for its call."""
+"""Denoisers in GGUF files: weights stay as they are stored, and each layer dequantises its own for each call."""
 
 import importlib
 from pathlib import Path
@@ -13,23 +13,23 @@ from deployments.memory.unread import refuse_unread
 
 
 def find_gguf(component: Path) -> Path | None:
-    """The file in a component's folder, beside its config; None where its weights are stored otherwise."""
+    """Returns the GGUF file in a component's folder; None if the weights are stored in another format."""
     file = component / GGUF_WEIGHTS
     return file if file.exists() else None
 
 
 def load_gguf(model_class: Any, file: Path, dtype: torch.dtype) -> nn.Module:
-    """By the class's own `from_single_file`. What the file lacks stays on the meta device.
+    """Loads a model by its class's `from_single_file`. Weights that the file lacks stay on the meta device.
 
-    Raises ValueError if it has weights that are not read.
+    Raises ValueError if the file has weights that the model does not use.
     """
     with refuse_unread(file.resolve()):
         return _build(model_class, str(file), file.parent, dtype, "cpu")
 
 
 def gguf_as_stored(model_class: Any, file: Path, dtype: torch.dtype) -> nn.Module:
-    """The same on the meta device: no weights are read."""
-    gguf = importlib.import_module("gguf")  # replicas that need none do without (stages/imports.py)
+    """Returns the model of `load_gguf` on the meta device, without reading weights."""
+    gguf = importlib.import_module("gguf")  # not imported by replicas without GGUF files (stages/imports.py)
     quantized = importlib.import_module("diffusers.quantizers.gguf.utils").GGUFParameter
     kinds = gguf.GGMLQuantizationType
     plain = {kinds.F32: torch.float32, kinds.F16: torch.float16}
@@ -41,7 +41,7 @@ def gguf_as_stored(model_class: Any, file: Path, dtype: torch.dtype) -> nn.Modul
     model = _build(model_class, tensors, file.parent, dtype, "meta")
     for module in model.modules():
         for name, weight in module._parameters.items():
-            if isinstance(weight, quantized):  # whose class cannot be copied
+            if isinstance(weight, quantized):  # this class cannot be copied
                 module._parameters[name] = nn.Parameter(weight.as_tensor(), requires_grad=False)
     return model
 

@@ -1,4 +1,4 @@
-"""What a model computes with: attention by another backend, convolutions on another memory format."""
+"""Choice of a model's kernels: the attention backend, and the memory format of convolutions."""
 
 from typing import Any
 
@@ -8,7 +8,10 @@ from torch import nn
 
 
 def set_attention_backend(name: str, model: Any, backend: str) -> None:
-    """By diffusers' name of it. Raises ValueError if the model has no choice, or the package is missing."""
+    """Sets the backend, by diffusers' name for it.
+
+    Raises ValueError if the model has no choice of backend, or the backend's package is missing.
+    """
     if not isinstance(model, ModelMixin):
         raise ValueError(f"attention_backend is for diffusers' models, and {name} is a {type(model).__name__}")
     try:
@@ -23,7 +26,7 @@ def set_attention_backend(name: str, model: Any, backend: str) -> None:
 
 
 def set_channels_last(name: str, model: nn.Module) -> None:
-    """Of the weights of its convolutions. Raises ValueError if it has none."""
+    """Makes the weights of all convolutions channels_last. Raises ValueError if the model has no convolution."""
     formats = {nn.Conv2d: torch.channels_last, nn.Conv3d: torch.channels_last_3d}
     found = [
         (module, to) for kind, to in formats.items() for module in model.modules() if isinstance(module, kind)

@@ -1,7 +1,7 @@
-"""Weights that were never read into memory: the checkpoint's files are mapped, and pages come when they are used.
+"""Weights that are not read into memory: the checkpoint's files are mapped, and pages are loaded when used.
 
-Loaders map safetensors files, and a weight that is wanted in the dtype it is stored in stays where it was mapped.
-The kernel takes such pages back whenever it needs room.
+Loaders map safetensors files, and a weight whose stored dtype is the requested one stays in the mapping. The
+kernel reclaims such pages whenever it needs memory.
 """
 
 import bisect
@@ -15,7 +15,7 @@ MAPS = Path("/proc/self/maps")
 
 
 def mapped_bytes(weights: Iterable[torch.Tensor]) -> int:
-    """How many bytes of these lie in mapped safetensors files. 0 where the kernel tells nothing of it."""
+    """Returns how many bytes of the weights lie in mapped safetensors files; 0 on systems without /proc."""
     if not MAPS.exists():
         return 0
     starts, ends = [], []
@@ -33,9 +33,9 @@ def mapped_bytes(weights: Iterable[torch.Tensor]) -> int:
 
 
 def check_mapped(name: str, model: nn.Module, dtype: str) -> None:
-    """Raises ValueError if none of the model's weights are used as they are stored."""
+    """Raises ValueError if none of the model's weights are mapped, because they are stored in another dtype."""
     if not mapped_bytes(model.parameters()):
         raise ValueError(
-            f"host_copy: files needs weights that are stored as {dtype}, and those of {name} are not, so they "
+            f"host_copy: files needs weights that are stored as {dtype}, but those of {name} are not, so they "
             "were read into memory: set dtype to that of the files, or leave out host_copy"
         )

@@ -1,4 +1,4 @@
-"""The offloading that accelerate and diffusers know: by model, by leaf, by group, to disk."""
+"""Offloading by accelerate and diffusers: by model, by leaf, by group, to disk."""
 
 import tempfile
 import weakref
@@ -12,16 +12,16 @@ import torch
 from diffusers.hooks import apply_group_offloading
 from torch import nn
 
-from cluster import accelerator
+from cluster.machines import accelerator
 from deployments.memory.config import OffloadConfig
 from deployments.memory.movable import make_movable
 
 
 def offload(models: Iterable[nn.Module], config: OffloadConfig, device: torch.device) -> list[Any]:
-    """In place: weights come to the device when they are called for.
+    """Adds hooks to the models, in place, that bring weights to the device when they are needed.
 
-    Returns accelerate's hooks of models that stay there until their `offload()` is called.
-    Raises ValueError where the device cannot do what config asks for.
+    Returns accelerate's hooks of models that stay on the device until the hook's `offload()` is called.
+    Raises ValueError if the device cannot do what config asks for.
     """
     if config.use_stream and device.type == "cpu":
         raise ValueError("offload.use_stream needs a GPU, and this stage runs on the CPU: leave it out")
@@ -59,9 +59,9 @@ def offload(models: Iterable[nn.Module], config: OffloadConfig, device: torch.de
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _send_away(hooks: Sequence[Any], device: torch.device, *_: Any) -> None:
-    """Of the other models: one at a time is on the device, whichever came before.
+    """Offloads the other models, so that one at a time is on the device, whichever ran before.
 
-    accelerate's hooks know one that comes before, always; requests that are at two denoisers call them by turns.
+    accelerate's hooks only offload one fixed predecessor, but requests may call two denoisers alternately.
     """
     there = [hook for hook in hooks if next(hook.model.parameters()).device != torch.device("cpu")]
     for hook in there:
@@ -73,7 +73,8 @@ def _send_away(hooks: Sequence[Any], device: torch.device, *_: Any) -> None:
 def _check_untied(model: nn.Module) -> None:
     """Raises ValueError if two layers share a weight, as T5's embeddings do.
 
-    diffusers writes it to the files of both groups, and the second time it is empty (`hooks/group_offloading.py`).
+    diffusers writes such a weight to the files of both groups, the second time empty
+    (`hooks/group_offloading.py`).
     """
     owners: dict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -81,20 +82,26 @@ def _check_untied(model: nn.Module) -> None:
     for names in owners.values():
         if len(names) > 1:
             raise ValueError(
-                f"offload: group with a folder cannot keep {type(model).__name__}, of which {' and '.join(names)} "
+                f"offload: group with a folder cannot keep {type(model).__name__}, whose {' and '.join(names)} "
                 "are one weight: use offload: disk, or leave out the folder"
             )
 
 
 def _vae_blocks(model: nn.Module) -> list[str] | None:
-    """Of a VAE whose class does not say: hooks elsewhere would wait for its forward, which nobody calls."""
+    """Returns the names of a VAE's blocks if its class does not list them; None for other models.
+
+    Without them, hooks would be called at the VAE's forward, which is never called.
+    """
     if not hasattr(model, "decoder") or hasattr(model, "_group_offload_block_modules"):
         return None
     return [name for name in ("quant_conv", "post_quant_conv", "encoder", "decoder") if hasattr(model, name)]
 
 
 def _folder(model: nn.Module, parent: str | None) -> str:
-    """A folder of the model's own, gone with it: group offloading would take files it finds for its own."""
+    """Returns a new folder for one model, deleted together with the model.
+
+    Models may not share a folder: group offloading would take files that it finds there for its own.
+    """
     folder = tempfile.TemporaryDirectory(prefix="latent-relay-", dir=parent)
     weakref.finalize(model, folder.cleanup)
     return folder.name

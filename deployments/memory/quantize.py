@@ -1,4 +1,4 @@
-"""How `from_pretrained` is told to quantise: diffusers and transformers have a class each, of equal keys."""
+"""Builds the `quantization_config` of `from_pretrained`: diffusers and transformers have a class each for it."""
 
 import logging
 from collections.abc import Iterable, Mapping
@@ -7,16 +7,16 @@ from typing import Any
 import diffusers
 import transformers
 
-from deployments.device import resolve_dtype
 from deployments.memory.config import Dtype, QuantizationConfig
+from deployments.memory.device import resolve_dtype
 
 
 def plan_quantization(config: QuantizationConfig, dtype: Dtype, library: str) -> Any:
-    """`quantization_config` of one model's `from_pretrained`; library: transformers, or else of diffusers."""
+    """Returns one model's `quantization_config`. library: "transformers"; any other means diffusers."""
     kind: Any = (transformers if library == "transformers" else diffusers).BitsAndBytesConfig
     skip = list(config.skip_modules) or None
     if config.kind == "int8":
-        # It tells of every layer, at every forward, that it computes in float16: 14,000 lines a picture of FLUX.
+        # bitsandbytes logs at each layer's every forward that it computes in float16: 14,000 lines per FLUX image.
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         return kind(load_in_8bit=True, llm_int8_threshold=config.threshold, llm_int8_skip_modules=skip)
     return kind(
@@ -31,13 +31,13 @@ def plan_quantization(config: QuantizationConfig, dtype: Dtype, library: str) ->
 def plan_stage_quantization(
     config: QuantizationConfig, dtype: Dtype, index: Mapping[str, Any], models: Iterable[str]
 ) -> dict[str, Any]:
-    """`quantization_config` of those of a stage's models that are quantised.
+    """Returns the `quantization_config` of each model of a stage that is quantised, by component name.
 
-    Raises ValueError if config names a component that is none of them.
+    Raises ValueError if config names a component that the stage does not have.
     """
     models = sorted(models)
     components = models if config.components is None else list(config.components)
     unknown = [name for name in components if name not in models]
     if unknown:
-        raise ValueError(f"quantization.components: no {unknown[0]} in this stage; it has {', '.join(models)}")
+        raise ValueError(f"quantization.components: this stage has no {unknown[0]}; it has {', '.join(models)}")
     return {name: plan_quantization(config, dtype, index[name][0]) for name in components}

@@ -1,7 +1,7 @@
-"""Which layers are bitsandbytes' own.
+"""Tells whether a layer is bitsandbytes' own.
 
-bitsandbytes is never imported here, for replicas that do not need it do without (deployments/stages/imports.py):
-who builds such a layer has imported it, and before that there is none.
+bitsandbytes is not imported here, so that replicas that do not need it do not import it
+(deployments/stages/imports.py). Code that builds such a layer imports it; before that there are no such layers.
 """
 
 import sys
@@ -22,5 +22,5 @@ def is_8bit(layer: nn.Module) -> "TypeGuard[Linear8bitLt]":
 
 
 def _layer_class(name: str) -> Any:
-    """The class; before bitsandbytes is imported `()`, of which nothing is an instance."""
+    """Returns the class; before bitsandbytes is imported `()`, of which nothing is an instance."""
     return getattr(sys.modules.get("bitsandbytes.nn"), name, ())

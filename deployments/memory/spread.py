@@ -1,5 +1,5 @@
-"""Models of one process spread over several GPUs by accelerate, layer after layer; what is too much lies behind
-them, on the CPU and on disk.
+"""Spreads the models of one process over several GPUs by accelerate, layer after layer. Layers that do not fit go
+to the CPU and then to disk.
 """
 
 import tempfile
@@ -11,14 +11,14 @@ import accelerate
 from accelerate.utils import convert_file_size_to_int, get_balanced_memory, send_to_device
 from torch import nn
 
-from deployments.config import SpreadConfig
+from deployments.config.stage import SpreadConfig
 
 Device = int | str
-"""As accelerate has it: a GPU's number, "cpu" or "disk"."""
+"""A device as accelerate names it: a GPU's number, "cpu" or "disk"."""
 
 
 def memory_by_device(config: SpreadConfig, part: float = 1.0) -> dict[Device, int] | None:
-    """`max_memory` as accelerate spells it: bytes by a GPU's number, or "cpu". part: of them, for one model."""
+    """Returns `max_memory` in accelerate's form: bytes by GPU number or "cpu". part: share for one model."""
     if config.max_memory is None:
         return None
     return {
@@ -28,9 +28,9 @@ def memory_by_device(config: SpreadConfig, part: float = 1.0) -> dict[Device, in
 
 
 def spread_models(models: Mapping[str, nn.Module], config: SpreadConfig) -> None:
-    """In place: all of them, in host memory so far, as if they were one model, so that each GPU has about as much.
+    """Spreads models that are in host memory, in place and as if they were one model, evenly over the GPUs.
 
-    A layer's inputs come to its device, and what the models return to the first's.
+    Hooks move each layer's inputs to its device, and all models' outputs to the first model's device.
     """
     together = nn.ModuleDict(models)
     whole = sorted({name for model in models.values() for name in getattr(model, "_no_split_modules", None) or ()})
@@ -40,12 +40,12 @@ def spread_models(models: Mapping[str, nn.Module], config: SpreadConfig) -> None
         _dispatch(model, _part_of(device_map, name))
     first: Any = next(iter(models.values()))
     answers_on = first._hf_hook.execution_device
-    for model in models.values():  # pipelines join what several encoders return
+    for model in models.values():  # pipelines concatenate the outputs of several encoders
         model.register_forward_hook(lambda _model, _inputs, output: send_to_device(output, answers_on))
 
 
 def _part_of(device_map: Mapping[str, Device], name: str) -> dict[str, Device]:
-    """Of one model, its modules by their names in it; "": all of it."""
+    """Returns one model's part of the map, by the modules' names within the model; "" is the whole model."""
     return {
         key.removeprefix(name).removeprefix("."): device
         for key, device in device_map.items()
@@ -54,7 +54,7 @@ def _part_of(device_map: Mapping[str, Device], name: str) -> dict[str, Device]:
 
 
 def _dispatch(model: nn.Module, device_map: dict[str, Device]) -> None:
-    if device_map == {"": "disk"}:  # of which accelerate would find no weights to write
+    if device_map == {"": "disk"}:  # for this map accelerate finds no weights to write
         device_map = dict.fromkeys((name for name, _ in model.named_children()), "disk")
     folder = None
     if "disk" in device_map.values():

@@ -1,7 +1,7 @@
-"""What a model weighs as a stage's config keeps it, told from its skeleton: no weights are read.
+"""The bytes of a model as a stage's config stores it, computed from its skeleton without reading weights.
 
-The libraries' own code changes the skeleton on the meta device, as it would change the model; only what
-bitsandbytes makes of a weight when it arrives is a formula here.
+The libraries' own code changes the skeleton on the meta device as it would change the model. Only the size of a
+weight that bitsandbytes quantises while loading is computed by a formula here.
 """
 
 import copy
@@ -16,9 +16,9 @@ from diffusers.quantizers import DiffusersAutoQuantizer
 from torch import nn
 from transformers.quantizers import AutoHfQuantizer
 
-from deployments.device import resolve_dtype
 from deployments.memory.casting import cast_layers
 from deployments.memory.config import MemoryConfig
+from deployments.memory.device import resolve_dtype
 from deployments.memory.gguf import gguf_as_stored
 from deployments.memory.quantize import plan_quantization
 from deployments.memory.quantized import is_4bit, is_8bit
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
 _BLOCK = 64
-"""Weights that share a scale in nf4 and fp4 (bitsandbytes' default on CUDA)."""
+"""Number of weights that share a scale in nf4 and fp4 (bitsandbytes' default on CUDA)."""
 _NESTED_BLOCK = 256
-"""Scales that share a scale with `double_quant`."""
+"""Number of scales that share a second scale with `double_quant`."""
 
 
 def as_stored(skeleton: nn.Module, config: MemoryConfig, *, is_quantized: bool = True) -> nn.Module:
-    """A copy of a model on the meta device with the dtypes and layers it will have once loaded.
+    """Returns a copy of a model on the meta device, with the dtypes and layers that it will have once loaded.
 
     Args:
-        is_quantized: False leaves quantisation away, the config's and the checkpoint's own.
+        is_quantized: False ignores quantisation, both the config's and the checkpoint's own.
     """
     gguf_file = getattr(skeleton, "gguf_file", None)
     if gguf_file is not None and is_quantized:
@@ -62,14 +62,15 @@ def as_stored(skeleton: nn.Module, config: MemoryConfig, *, is_quantized: bool =
 
 
 def stored_models(skeletons: Mapping[str, nn.Module], config: MemoryConfig) -> dict[str, nn.Module]:
-    """All of a stage's, by component name, each as config says of it."""
+    """Returns all models of a stage as stored, by component name; config says which of them are quantised."""
     return {n: as_stored(model, config, is_quantized=config.quantizes(n)) for n, model in skeletons.items()}
 
 
 def stored_bytes(model: nn.Module) -> int:
-    """Of all parameters and persistent buffers of a model from `as_stored`; tied ones count once.
+    """Returns the bytes of a model's parameters and persistent buffers. The model must come from `as_stored`.
+    Tied weights count once.
 
-    Remembered, for a plan asks again and again: such a model is changed no more.
+    Cached, because a plan needs it repeatedly. This is safe because such a model is not changed any more.
     """
     if model not in _weighed:
         _weighed[model] = _weigh(model)
@@ -94,14 +95,18 @@ def _weigh(model: nn.Module) -> int:
 
 
 def _own_weights(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """What a checkpoint has for this module itself."""
+    """Yields the parameters and persistent buffers that the module owns itself, as a checkpoint has them."""
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
         if tensor is not None and name not in module._non_persistent_buffers_set:
             yield name, tensor
 
 
 def _kept_in_fp32(model: Any, dtype: torch.dtype) -> set[str]:
-    """Parts of names. diffusers keeps them always, transformers those that overflow in float16."""
+    """Returns parts of the names of weights that stay in float32.
+
+    diffusers keeps all that a model lists. transformers keeps them if dtype is float16, where they would overflow;
+    for bfloat16 it keeps a separate, strict list.
+    """
     names = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     if isinstance(model, ModelMixin) or dtype == torch.float16:
         return names
@@ -110,7 +115,7 @@ def _kept_in_fp32(model: Any, dtype: torch.dtype) -> set[str]:
 
 
 def _quantize(model: Any, config: Any, kept: list[str], dtype: torch.dtype) -> None:
-    """As both libraries do before they read weights: each decides itself which layers it replaces."""
+    """Replaces layers by quantised ones, with the library's own code, which decides which layers it replaces."""
     if isinstance(model, ModelMixin):
         quantizer: Any = DiffusersAutoQuantizer.from_config(config, pre_quantized=False)
         quantizer.preprocess_model(model=model, device_map=None, keep_in_fp32_modules=kept)
@@ -123,8 +128,12 @@ def _quantize(model: Any, config: Any, kept: list[str], dtype: torch.dtype) -> N
 
 
 def _quantized_bytes(module: "Linear4bit | Linear8bitLt") -> int:
-    """LLM.int8: a byte a weight and a float32 scale a row (https://arxiv.org/abs/2208.07339). QLoRA: half a byte a
-    weight, a float32 scale per 64, which `double_quant` makes a byte (https://arxiv.org/abs/2305.14314)."""
+    """Returns the bytes of one quantised layer.
+
+    LLM.int8: 1 byte per weight and a float32 scale per row (https://arxiv.org/abs/2208.07339). QLoRA: half a byte
+    per weight and a float32 scale per 64 weights, or 1 byte with `double_quant`
+    (https://arxiv.org/abs/2305.14314).
+    """
     num_weights: int = module.in_features * module.out_features
     bias: int = 0 if module.bias is None else module.bias.nbytes
     if is_8bit(module):
@@ -140,7 +149,10 @@ def _quantized_bytes(module: "Linear4bit | Linear8bitLt") -> int:
 
 
 def dequantized_bytes(model: nn.Module, config: MemoryConfig) -> int:
-    """bitsandbytes makes one layer's weights whole for its call, and so is it with GGUF."""
+    """Returns the bytes of the largest layer's weights in full, if they are quantised, else 0.
+
+    Both bitsandbytes and GGUF layers dequantise their weights for their call, one layer at a time.
+    """
     if config.quantization is None and getattr(model, "gguf_file", None) is None:
         return 0
     return max((layer.weight.nbytes for layer in model.modules() if isinstance(layer, nn.Linear)), default=0)

@@ -1,4 +1,4 @@
-"""A VAE's tiles. The 2-D and the 3-D VAEs of diffusers name them differently."""
+"""Sets a VAE's tiles, for which diffusers' 2-D and 3-D VAEs have different attributes."""
 
 from collections.abc import Callable
 from fractions import Fraction
@@ -10,9 +10,9 @@ from deployments.memory.config import TilingConfig
 
 
 def set_tiles(vae: Any, config: TilingConfig) -> None:
-    """Decode and encode in tiles. A picture of at most one tile is not changed.
+    """Makes the VAE decode and encode in tiles. An image of at most one tile is not changed.
 
-    Raises ValueError if the tile is not a multiple of the VAE's factor.
+    Raises ValueError if the tile size is not a multiple of the VAE's compression factor.
     """
     vae.enable_tiling()
     if hasattr(vae, "tile_sample_stride_height"):
@@ -22,7 +22,7 @@ def set_tiles(vae: Any, config: TilingConfig) -> None:
 
 
 def is_tiled(vae: Any, latents: torch.Tensor) -> bool:
-    """Whether these are decoded in several tiles, or pieces of time."""
+    """Whether the VAE decodes these latents in several tiles, or in several groups of frames."""
     if not getattr(vae, "use_tiling", False):
         return False
     if not hasattr(vae, "tile_sample_stride_height"):
@@ -36,7 +36,7 @@ def is_tiled(vae: Any, latents: torch.Tensor) -> bool:
 
 
 def _set_2d(vae: Any, config: TilingConfig) -> None:
-    """AutoencoderKL: one size for both axes, and the overlap as a share."""
+    """Sets the tiles of AutoencoderKL and similar VAEs: one size for both axes, and the overlap as a share."""
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     if config.tile_size is not None:
         _check(config.tile_size, factor)
@@ -44,7 +44,8 @@ def _set_2d(vae: Any, config: TilingConfig) -> None:
         vae.tile_latent_min_size = config.tile_size // factor
     elif hasattr(vae, "spatial_scale_factor"):
         vae.tile_latent_min_size = vae.tile_sample_min_size // factor
-    # Whole latents, and exact: where rounding differs between latents and pixels, the picture gets another size.
+    # The overlap is a whole number of latents, as an exact fraction: if rounding differed between latents and
+    # pixels, the image would get another size.
     latents = vae.tile_latent_min_size
     vae.tile_overlap_factor = Fraction(min(max(1, round(latents * config.overlap)), latents - 1), latents)
     if hasattr(vae, "spatial_scale_factor"):
@@ -52,7 +53,7 @@ def _set_2d(vae: Any, config: TilingConfig) -> None:
 
 
 def _mend_tiny(vae: Any, factor: int) -> None:
-    """AutoencoderTiny takes 8 for its factor, and blends a picture of one tile with parts of itself."""
+    """Corrects AutoencoderTiny: it assumes a factor of 8, and blends an image of one tile with parts of itself."""
 
     def or_whole(tiled: Callable[..., torch.Tensor], whole: Callable[..., torch.Tensor], tile: int) -> Any:
         return lambda x: whole(x) if max(x.shape[-2:]) <= tile else tiled(x)
@@ -63,7 +64,7 @@ def _mend_tiny(vae: Any, factor: int) -> None:
 
 
 def _set_3d(vae: Any, config: TilingConfig) -> None:
-    """The VAEs of Wan and Qwen-Image: height and width apart, and a stride instead of an overlap."""
+    """Sets the tiles of the VAEs of Wan and Qwen-Image: separate height and width, and strides, not overlaps."""
     factor = vae.spatial_compression_ratio
     for axis in ("height", "width"):
         tile = config.tile_size or getattr(vae, f"tile_sample_min_{axis}")
@@ -71,7 +72,7 @@ def _set_3d(vae: Any, config: TilingConfig) -> None:
         stride = max(1, round(tile * (1 - config.overlap) / factor)) * factor
         setattr(vae, f"tile_sample_min_{axis}", tile)
         setattr(vae, f"tile_sample_stride_{axis}", stride)
-        if hasattr(vae, f"tile_latent_min_{axis}"):  # the DC-AE's: from which size on it tiles
+        if hasattr(vae, f"tile_latent_min_{axis}"):  # of the DC-AE: larger latents are tiled
             setattr(vae, f"tile_latent_min_{axis}", tile // factor)
 
 

@@ -1,4 +1,4 @@
-"""torch.jit.trace for UNets: a graph per shape of the call's arguments, recorded when first seen."""
+"""torch.jit.trace for UNets: one graph for each set of argument shapes, recorded at the first call with them."""
 
 import warnings
 from collections.abc import Hashable, Mapping
@@ -10,17 +10,17 @@ from torch.jit._trace import TracerWarning
 
 
 def trace_unet(name: str, model: nn.Module) -> None:
-    """In place. Raises ValueError for any other model."""
+    """Replaces the model's forward by traced graphs, in place. Raises ValueError if it is not a UNet."""
     if not type(model).__name__.startswith("UNet"):
         raise ValueError(f"trace is for UNets, and {name} is a {type(model).__name__}: use compile: blocks")
-    model.requires_grad_(False)  # only here: torch then chooses other kernels for some convolutions
+    model.requires_grad_(False)  # only if traced: without gradients torch chooses other convolution kernels
     model.forward = TracedForward(model)
 
 
 class TracedForward:
-    """Stands for a UNet's `forward`, and returns what it does with `return_dict=False`.
+    """Replaces a UNet's `forward`; returns what that returns with `return_dict=False`.
 
-    A graph records plain positional tensors, so nested arguments are flattened here and rebuilt inside.
+    A graph takes only positional tensors, so nested arguments are flattened before the call and rebuilt inside it.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -42,12 +42,12 @@ class TracedForward:
             return output
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", TracerWarning)  # of sizes, which are part of the key
+            warnings.simplefilter("ignore", TracerWarning)  # about fixed sizes, which are part of the key
             return torch.jit.trace(run, tuple(tensors), check_trace=False)  # type: ignore[no-untyped-call]
 
 
 def _flatten(value: Any, tensors: list[torch.Tensor]) -> Any:
-    """The nest with a `_Place` for each tensor, which goes to `tensors`."""
+    """Returns the nest with a `_Place` for each tensor; appends the tensors to `tensors`."""
     if isinstance(value, torch.Tensor):
         tensors.append(value)
         return _Place(len(tensors) - 1)
@@ -65,4 +65,4 @@ def _rebuild(outline: Any, tensors: tuple[torch.Tensor, ...]) -> Any:
 
 
 class _Place(int):
-    """Index of a tensor."""
+    """Index of a tensor in the flat list."""

@@ -1,4 +1,4 @@
-"""Weights that diffusers' `from_single_file` reads into nothing: it tells them its log alone."""
+"""Detects weights of a file that diffusers' `from_single_file` does not use, which it only reports in its log."""
 
 import logging
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ class _Listener(logging.Handler):
 
 @contextmanager
 def refuse_unread(file: Path) -> Iterator[None]:
-    """Raises ValueError at the end, if there are some."""
+    """Context around loading a file; raises ValueError at its end if diffusers has logged unused weights."""
     logger, listener = logging.getLogger(_LOGGER), _Listener()
     level = logger.level
     logger.addHandler(listener)
@@ -35,6 +35,6 @@ def refuse_unread(file: Path) -> Iterator[None]:
         logger.setLevel(level)
     if listener.told:
         raise ValueError(
-            f"{file} has weights that nothing reads, {listener.told[0]} ({len(listener.told)} such): it is of "
-            "another model than the configs, or of a format that diffusers does not know"
+            f"{file} has weights that nothing reads, {listener.told[0]} ({len(listener.told)} in all): it belongs "
+            "to another model than the configs, or has a format that diffusers does not know"
         )

@@ -1,10 +1,11 @@
-"""A budget for weights on the GPU: what fits stays there, the rest is copied in for its call and dropped after it.
+"""A budget for weights on the GPU: weights that fit stay there, others are copied in for their call, then dropped.
 
-The idea is DiffSynth-Studio's `vram_limit`; diffusers' group offloading is all or nothing, and what accelerate's
-`max_memory` leaves on the CPU has no budget either. Here sizes alone decide, once, which weights stay: as many as
-fit, spread evenly along the model, so that on a GPU a copy hides behind the computing of the layers before it.
+The idea is DiffSynth-Studio's `vram_limit`; diffusers' group offloading is all or nothing, and accelerate's
+`max_memory` has no budget for the weights that it leaves on the CPU. Here the weights that stay are chosen once,
+by size alone: as many as fit, spread evenly along the model, so that on a GPU each copy overlaps with the
+computation of the layers before it.
 
-What is stored in 8 bits (`layerwise_casting`) comes and goes so, and is cast at its call.
+Weights stored in 8 bits (`layerwise_casting`) are copied as stored, and cast at each call.
 """
 
 from collections import defaultdict
@@ -17,20 +18,20 @@ import torch
 from accelerate.utils import send_to_device
 from torch import nn
 
-from cluster import accelerator
+from cluster.machines import accelerator
 from deployments.memory.pinned import PinnedCopies
-from deployments.stats import VramLimitStats
+from deployments.memory.stats import VramLimitStats
 
 
 @dataclass(eq=False)
 class _Weight:
-    """A parameter or buffer, and where it is in the model: at several places, if it is tied."""
+    """A parameter or buffer, and its places in the model: several if it is tied."""
 
     places: list[tuple[nn.Module, str]]
     host: torch.Tensor
 
     def put(self, value: torch.Tensor) -> None:
-        """A parameter stays the object it is, for ties, hooks and the state dict."""
+        """Sets the value. A parameter stays the same object, for ties, hooks and the state dict refer to it."""
         for module, name in self.places:
             if name in module._parameters:
                 module.get_parameter(name).data = value
@@ -40,16 +41,16 @@ class _Weight:
 
 @dataclass(eq=False)
 class _Leaf:
-    """What comes and goes together: the weights that one module owns itself."""
+    """The weights that one module owns itself, which are copied in and dropped together."""
 
     modules: list[nn.Module]
-    """The module; or those that share a tied weight."""
+    """The module; or all modules that share a tied weight."""
     weights: list[_Weight]
     must_stay: bool
-    """Its module calls others, or it is tied: it may be at work at any time."""
+    """Whether the weights may be in use at any time: their module calls other modules, or they are tied."""
     is_present: bool = False
     ahead: "tuple[list[torch.Tensor], Any] | None" = None
-    """Copies under way, and the event after which they are done."""
+    """Copies in progress, and the event after which they are complete."""
     num_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -57,23 +58,23 @@ class _Leaf:
 
 
 def least_bytes(model: nn.Module) -> int:
-    """What is on the device at once under any limit, however small: what must stay, and the largest leaf."""
+    """Returns the bytes that are on the device under any limit: weights that must stay, and the largest leaf."""
     leaves = list(_find_leaves(model))
     streamed = max((leaf.num_bytes for leaf in leaves if not leaf.must_stay), default=0)
     return sum(leaf.num_bytes for leaf in leaves if leaf.must_stay) + streamed
 
 
 class VramLimit:
-    """Holds one model to `limit_bytes` of weights on `device`. One thread runs the model.
+    """Holds one model to `limit_bytes` of weights on `device`. Only one thread may run the model.
 
-    peak <= limit_bytes, unless what must stay and the largest leaf exceed it: then those are the peak. On a GPU,
-    where the limit has room for two of the largest leaf, the next is fetched while one computes.
+    peak <= limit_bytes, unless the weights that must stay and the largest leaf exceed it: then those are the peak.
+    On a GPU, if the limit has room for two of the largest leaf, the next leaf is fetched while one computes.
     """
 
     def __init__(
         self, model: nn.Module, *, limit_bytes: int, device: torch.device, is_pinned: bool = True
     ) -> None:
-        """The model's weights are in host memory. is_pinned: those that stream are pinned there, for a GPU."""
+        """The model's weights must be in host memory. is_pinned: for a GPU, pin the streamed weights there."""
         self._device = device
         self._pinned = PinnedCopies() if is_pinned and accelerator.is_accelerator(device) else None
         self._present_bytes = self._peak_bytes = self._streamed_bytes = 0
@@ -87,7 +88,7 @@ class VramLimit:
                 self._kept = room
                 self._stream = accelerator.open_stream(device)
         self._after: dict[_Leaf, _Leaf] = {}
-        """The streamed leaf that came after each, the last time."""
+        """The streamed leaf that followed each leaf in the latest forward."""
         self._latest: _Leaf | None = None
         for leaf in self._leaves:
             self._watch(leaf)
@@ -102,17 +103,18 @@ class VramLimit:
             streamed_bytes=self._streamed_bytes,
         )
 
-    def arrive(self) -> None:
-        """What is kept comes to the device now, not at its first call."""
+    def load(self) -> None:
+        """Copies the kept weights to the device now, instead of at their first call."""
         for leaf in self._leaves:
             if leaf in self._kept:
                 self._bring(leaf)
 
-    def leave(self) -> None:
-        """Everything leaves the device, for another stage needs the room; the next forward brings it again."""
+    def unload(self) -> None:
+        """Drops all weights from the device, because another stage needs the memory; the next forward copies them
+        in again."""
         for leaf in self._leaves:
             if leaf.ahead is not None:
-                self._await(leaf)  # its memory must not be used again while it is written
+                self._await(leaf)  # its memory must not be reused while a copy writes to it
             self._drop(leaf)
         self._present_bytes, self._latest = 0, None
 
@@ -128,7 +130,7 @@ class VramLimit:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _move_inputs(self, _model: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Pipelines that ask a model on the host for its device leave tensors there."""
+        """Moves the inputs to the device: pipelines leave them on the host if the model's weights are there."""
         return send_to_device((args, kwargs), self._device)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -144,7 +146,7 @@ class VramLimit:
             self._fetch_ahead(leaf)
 
     def _fetch_ahead(self, leaf: _Leaf) -> None:
-        """What came after this leaf in the last forward will most likely come after it in this one."""
+        """Starts to copy the leaf that followed this one in the last forward, and most likely does so again."""
         if self._stream is None:
             return
         if self._latest is not None:
@@ -154,9 +156,9 @@ class VramLimit:
         if following is None or following.ahead is not None or following.is_present:
             return
         self._count(following)
-        # Memory of the stream that computes, written when that is done with what is queued by now: so a layer's is
-        # free as soon as it is dropped. Of memory of the other stream, a queue that is ahead of the GPU would need
-        # ever more.
+        # The copies are allocated on the computing stream, and written after the work queued there by now: so a
+        # layer's memory can be reused as soon as the layer is dropped. If they were allocated on the copying
+        # stream, a host that queues ahead of the GPU would need more and more memory.
         copies = [torch.empty_like(weight.host, device=self._device) for weight in following.weights]
         self._stream.wait_stream(accelerator.current_stream(self._device))
         with accelerator.on_stream(self._stream):
@@ -165,7 +167,7 @@ class VramLimit:
         following.ahead = copies, accelerator.record_event(self._stream)
 
     def _await(self, leaf: _Leaf) -> list[torch.Tensor]:
-        """What is fetched ahead, for what is queued from now on."""
+        """Returns the copies fetched ahead. Work that is queued from now on waits until they are complete."""
         assert leaf.ahead is not None
         copies, done = leaf.ahead
         leaf.ahead = None
@@ -173,7 +175,7 @@ class VramLimit:
         return copies
 
     def _copy(self, leaf: _Leaf) -> list[torch.Tensor]:
-        """On the CPU a real copy too, so that what is tested there is what a GPU holds."""
+        """Copies a leaf's weights to the device; on the CPU too, so that tests there hold what a GPU holds."""
         self._count(leaf)
         return [weight.host.to(self._device, non_blocking=True, copy=True) for weight in leaf.weights]
 
@@ -191,7 +193,7 @@ class VramLimit:
 
 
 def _find_leaves(model: nn.Module) -> Iterator[_Leaf]:
-    """In the order of the model's modules, which is about that of its forward."""
+    """Yields the leaves in the order of the model's modules, which is roughly the order of its forward."""
     places: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
     tensors: dict[int, torch.Tensor] = {}
     for module in model.modules():
@@ -214,9 +216,10 @@ def _find_leaves(model: nn.Module) -> Iterator[_Leaf]:
 
 
 def _choose_kept(leaves: Sequence[_Leaf], limit_bytes: int, *, reserve_bytes: int) -> set[_Leaf]:
-    """As many as the limit has room for, evenly spread: up to each leaf, the share kept is at most the whole's.
+    """Returns as many leaves as the limit has room for, evenly spread.
 
-    reserve_bytes: left for those that come and go, if any do.
+    The share of bytes kept, from the first leaf up to any other, is at most the share kept of the whole model.
+    reserve_bytes: left free for the streamed leaves, if there are any.
     """
     kept = {leaf for leaf in leaves if leaf.must_stay}
     others = [leaf for leaf in leaves if not leaf.must_stay]

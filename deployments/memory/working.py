@@ -1,8 +1,8 @@
-"""Working memory: the most that one call has in tensors besides weights, told by a call on the meta device.
+"""Working memory: the most bytes of tensors besides weights during one call, counted in a call on the meta device.
 
-Source: the model's own forward. Every tensor that an operation makes counts from then until nobody holds it, as on
-a GPU; only attention is taken to be fused, which keeps no [heads, S, S] scores. What kernels need for themselves
-and what the allocator rounds up is not counted.
+Source: the model's own forward. Every tensor that an operation makes counts until it is released, as on a GPU;
+only attention is assumed to be fused, without [heads, S, S] scores. Kernels' own workspaces and the allocator's
+rounding are not counted.
 """
 
 import weakref
@@ -21,7 +21,7 @@ META = torch.device("meta")
 
 
 def working_bytes(model: nn.Module, call: Callable[[], Any]) -> int:
-    """Of `call()`, which runs `model` on the meta device."""
+    """Returns the working memory of `call()`, which runs `model` on the meta device."""
     with on_meta() as live:
         for tensor in (*model.parameters(), *model.buffers()):
             live.hold(tensor)
@@ -33,18 +33,18 @@ def working_bytes(model: nn.Module, call: Callable[[], Any]) -> int:
 
 @contextmanager
 def on_meta() -> "Iterator[_LiveTensors]":
-    """Calls on the meta device run fast here."""
+    """Context for fast calls on the meta device; yields the counter of live tensors."""
     with torch.no_grad(), _FusedAttention(), _LiveTensors() as live:
         yield live
 
 
 def to_meta(value: Any) -> Any:
-    """The same nest of shapes, on the meta device."""
+    """Returns the same nest with its tensors on the meta device."""
     return tree_map_only(torch.Tensor, lambda tensor: tensor.to(META), value)
 
 
 class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of all storages from their first sight to their end."""
+    """Counts the bytes of all live storages, each from its first use until it is freed."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -60,8 +60,9 @@ class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return output
 
     def _output(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Of one operation. A new tensor looks like that of an equal operation before: most of the meta device's
-        operations are Python, and a VAE repeats the same ones thousands of times for a video."""
+        """Returns the output of one operation. Layouts of new tensors are cached by operation and arguments: most
+        of the meta device's operations are Python, and a VAE repeats the same ones thousands of times for a
+        video."""
         if not _makes_one_tensor(func):
             return func(*args, **kwargs)
         key = func, _described(args), _described(tuple(kwargs.items()))
@@ -85,7 +86,7 @@ class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _Layout(NamedTuple):
-    """All that a tensor on the meta device is."""
+    """A tensor's layout; a tensor on the meta device has nothing else."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -102,7 +103,7 @@ class _Layout(NamedTuple):
 
 @cache
 def _makes_one_tensor(func: Any) -> bool:
-    """And neither a view of another, nor by writing to one."""
+    """Whether the operation returns one new tensor: not a view, and not a tensor that it writes to."""
     returns = func._schema.returns
     is_new = len(returns) == 1 and str(returns[0].type) == "Tensor" and returns[0].alias_info is None
     return is_new and not func._schema.is_mutable
@@ -113,11 +114,11 @@ def _described(value: Any) -> Hashable:
         return _Layout.of(value)
     if isinstance(value, list | tuple):
         return tuple(map(_described, value))
-    return type(value), value  # 2 == 2.0 == True, but not to an integer's dtype
+    return type(value), value  # 2 == 2.0 == True, but they can give results of different dtypes
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Attention as a GPU does it, one kernel; on the meta device torch would compute the scores."""
+    """Replaces attention by one fused operation, as on a GPU. On the meta device torch would compute scores."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.nn.functional.scaled_dot_product_attention:

@@ -1,4 +1,7 @@
-"""A checkpoint's configs and the stages' settings to bytes. Builds every model on the meta device, once."""
+"""Computes bytes from a checkpoint's configs and the stages' settings.
+
+Every model is built once, on the meta device.
+"""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -7,6 +10,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from accelerate import init_empty_weights
 from diffusers import ModelMixin
@@ -21,12 +25,16 @@ from deployments.checkpoints.modular import open_modular
 from deployments.checkpoints.packages import import_class
 from deployments.checkpoints.parts import GGUF, find_parts
 from deployments.checkpoints.source import fetch_configs
-from deployments.config import EncoderConfig, ModelConfig, StageConfig, TransformerConfig, VaeConfig
-from deployments.device import resolve_dtype
+from deployments.config.encoder import EncoderConfig
+from deployments.config.model import ModelConfig
+from deployments.config.stage import SpreadConfig, StageConfig
+from deployments.config.transformer import TransformerConfig
+from deployments.config.vae import VaeConfig
 from deployments.engine.blocks import BlockBytes, block_bytes, build_skeleton, cuttable_names
 from deployments.engine.cut import Cut, CutReached
-from deployments.engine.load import Denoisers, check_parallel, cut_ranks, open_denoisers
+from deployments.engine.load import Denoisers, check_parallel, cut_blocks, open_denoisers
 from deployments.engine.parallel import sliced, working_share
+from deployments.memory.device import resolve_dtype
 from deployments.memory.resident import device_bytes
 from deployments.memory.stored import as_stored, dequantized_bytes, stored_bytes, stored_models
 from deployments.memory.tiling import set_tiles
@@ -34,12 +42,12 @@ from deployments.memory.working import META, on_meta, to_meta, working_bytes
 from deployments.plan.inputs import first_inputs, merged_inputs
 from deployments.plan.sizes import BlockSizes, ComponentSizes, DenoiserSizes, ModelSizes, RankSizes, StageSizes
 from deployments.request import MediaSize
-from deployments.stages.foresee import decode_inputs, foresee_working
+from deployments.stages.trials.memory_estimate import decode_inputs, estimate_working
 
 BUFFERED_BOUNDARIES = 2
-"""A rank of a ring holds what crosses the cut three times: one comes, one is worked on, one goes."""
+"""Boundary tensors that a rank of a ring holds besides its forward's own: one being received, one being sent."""
 UNSAID_TOKENS = 512
-"""Of a text whose length the tokenizer alone decides, for encoders that take any (Latte's T5)."""
+"""Text tokens assumed if only the tokenizer limits them and the encoder takes any number (Latte's T5)."""
 
 _VAE = {"slicing", "tiling"}
 _WEIGHTS = _VAE | {"dtype", "quantization", "layerwise_casting", "max_batch_size", "max_batch_tokens"}
@@ -47,23 +55,23 @@ _WEIGHTS = _VAE | {"dtype", "quantization", "layerwise_casting", "max_batch_size
 
 @dataclass(frozen=True)
 class Working:
-    """Of one forward of a whole denoiser; no shard takes more."""
+    """Working memory of one forward of a whole denoiser; no shard needs more."""
 
     peak_bytes: int
     boundary_bytes: int
-    """What crosses a cut."""
+    """Bytes of the tensors that cross a cut."""
     batch_size: int
-    """Forwards merged into this one."""
+    """Number of forwards merged into this one."""
 
 
 class Description:
-    """One checkpoint; tells what its stages need under any settings. Needs its configs and no weights."""
+    """One checkpoint. Computes what its stages need under any settings, from its configs, without weights."""
 
     def __init__(self, model: ModelConfig, configs_dir: Path | None = None) -> None:
         """configs_dir: a folder in diffusers' layout to read instead of the checkpoint; weights may be missing."""
         folder = open_modular(configs_dir) if configs_dir else fetch_configs(model.layout, revision=model.revision)
         self._index = read_json(folder / "model_index.json")
-        # What is converted from files will be as large as in a folder; GGUF stays what it is.
+        # Weights converted from files will be as large as in a folder; GGUF files stay as they are.
         parts = {} if configs_dir else find_parts(model, self._index)
         gguf_files = {name: str(file) for name, file in parts.items() if file.suffix == GGUF}
         here = {"checkpoint": str(folder), "config": None, "components": gguf_files, "variant": None}
@@ -83,14 +91,16 @@ class Description:
         vae: VaeConfig,
         sizes: tuple[MediaSize, ...],
     ) -> ModelSizes:
-        """Raises ValueError if a model cannot be cut or placed so."""
+        """Returns the sizes under these settings. Raises ValueError if a model cannot be cut or placed so."""
         num_text_tokens = encoder.max_sequence_length or self._family.max_sequence_length or 0
         stored, working = self._denoisers(_key(transformer), sizes, num_text_tokens)
         check_parallel(stored, transformer)
         blocks = {name: _block_bytes(model) for name, model in stored.items()}
         return ModelSizes(
-            encode=_stage(encoder, *self._encoder(_key(encoder), num_text_tokens)),
-            denoise=StageSizes(_components(stored), _ranks(transformer, stored, working)),
+            encode=self._with_adapters(encoder, _stage(encoder, *self._encoder(_key(encoder), num_text_tokens))),
+            denoise=self._with_adapters(
+                transformer, StageSizes(_components(stored), _ranks(transformer, stored, working))
+            ),
             decode=_stage(vae, *self._vae(_key(vae), sizes)),
             denoisers=tuple(
                 DenoiserSizes(
@@ -102,13 +112,23 @@ class Description:
             sizes=sizes,
         )
 
+    def _with_adapters(self, config: SpreadConfig, sizes: StageSizes) -> StageSizes:
+        """Adds the adapters that each rank may keep, if the model takes any and they suit the stage's models."""
+        pipeline_class = getattr(diffusers, self._index["_class_name"], None)
+        known = getattr(pipeline_class, "_lora_loadable_modules", ())
+        is_given = self._model.takes_adapters and any(part.name in known for part in sizes.components)
+        return sizes.with_adapters(int(config.adapter_cache_mib * 2**20) if is_given else 0)
+
     def _describe_encoder(self, key: str, num_text_tokens: int) -> tuple[dict[str, nn.Module], int]:
-        """The encoders as stored; they run one after another, each on one prompt."""
+        """Returns the encoders as stored, and their peak of working memory.
+
+        Encoders run one after another, each on one prompt.
+        """
         config = EncoderConfig.model_validate_json(key)
         stored, peaks = {}, []
         for name, skeleton in self._skeletons("encode").items():
             stored[name] = as_stored(skeleton, config, is_quantized=config.quantizes(name))
-            if not isinstance(skeleton, PreTrainedModel):  # connectors, which take little beside the encoder
+            if not isinstance(skeleton, PreTrainedModel):  # connectors, which need less than the encoder
                 continue
             model = as_stored(skeleton, config, is_quantized=False).to(META)
             given = _encoder_input(model, num_text_tokens)
@@ -119,7 +139,7 @@ class Description:
     def _describe_denoisers(
         self, key: str, sizes: tuple[MediaSize, ...], num_text_tokens: int
     ) -> tuple[Mapping[str, nn.Module], Working]:
-        """The denoisers as stored, and what the most expensive forward takes of any of them."""
+        """Returns the denoisers as stored, and the working memory of the forward that needs the most."""
         config = TransformerConfig.model_validate_json(key)
         unquantized = _key(config.model_copy(update={"quantization": None}))
         denoisers, found = self._working(unquantized, sizes, num_text_tokens)
@@ -132,7 +152,7 @@ class Description:
     def _run_denoisers(
         self, key: str, sizes: tuple[MediaSize, ...], num_text_tokens: int
     ) -> tuple[Denoisers, list[tuple[nn.Module, Working]]]:
-        """For each size, each denoiser on the meta device, not quantised, and what its forward takes."""
+        """Returns each unquantised denoiser on the meta device with its working memory, for each size."""
         config = TransformerConfig.model_validate_json(key)
         denoisers = open_denoisers(self._model, config)
         models = {
@@ -146,7 +166,7 @@ class Description:
                 model = models[name]
                 merged, batch_size = merged_inputs(model, config, own)
                 run = partial(model, **to_meta(merged), return_dict=False)
-                peak_bytes = foresee_working(model, run)
+                peak_bytes = estimate_working(model, run)
                 boundary_bytes = _boundary_bytes(cuttable_names(model), model, run) if peak_bytes else 0
                 found.append((model, Working(peak_bytes, boundary_bytes, batch_size)))
         return denoisers, found
@@ -170,7 +190,7 @@ class Description:
         return stored_models(skeletons, config), peak
 
     def _build_skeletons(self, stage: Stage) -> dict[str, nn.Module]:
-        """The stage's models on the meta device, by component."""
+        """Builds the stage's models on the meta device, by component name."""
         skeletons: dict[str, nn.Module] = {}
         for name in sorted(stage_components(self._index, self._family, stage)):
             model_class = import_class(self._index[name])
@@ -190,22 +210,22 @@ def _ranks(
     stored: Mapping[str, nn.Module],
     working: Working,
 ) -> tuple[RankSizes, ...]:
-    takes_turns, degree = config.on_demand is not None, config.parallel_degree
+    shares_time, degree = config.time_sharing is not None, config.parallel_degree
     held = {name: sliced(model, config.tensor_parallel) for name, model in stored.items()}
     blocks = {name: _block_bytes(model) for name, model in held.items()}
     peak = working_share(working.peak_bytes, config.context_parallel)
     if config.num_shards == 1:
         whole = tuple((0, len(of.blocks)) for of in blocks.values())
         weights, on_device = sum(map(stored_bytes, held.values())), device_bytes(held, config)
-        return (RankSizes(weights, on_device, peak, whole, takes_turns, degree),) * degree
+        return (RankSizes(weights, on_device, peak, whole, shares_time, degree),) * degree
     peak += BUFFERED_BOUNDARIES * working.boundary_bytes // config.context_parallel
     ranks = []
-    for ranges in zip(*(cut_ranks(of, config) for of in blocks.values()), strict=True):
+    for ranges in zip(*(cut_blocks(of, config) for of in blocks.values()), strict=True):
         on_device = weights = sum(of.of_shard(*own) for of, own in zip(blocks.values(), ranges, strict=True))
         if config.offload is not None or config.vram_limit_gib is not None:
             shards = {name: _cut(held[name], *own) for name, own in zip(held, ranges, strict=True)}
             on_device = device_bytes(shards, config)
-        ranks += [RankSizes(weights, on_device, peak, ranges, takes_turns, degree)] * degree
+        ranks += [RankSizes(weights, on_device, peak, ranges, shares_time, degree)] * degree
     return tuple(ranks)
 
 
@@ -216,14 +236,14 @@ def _cut(stored: nn.Module, start: int, end: int) -> nn.Module:
 
 
 def _block_bytes(stored: nn.Module) -> BlockBytes:
-    """All of a model that cannot be cut is its head."""
+    """Returns a model's bytes by block; a model that cannot be cut is all head."""
     return block_bytes(stored) if cuttable_names(stored) else BlockBytes(stored_bytes(stored), (), 0)
 
 
 def _stage(config: StageConfig, stored: Mapping[str, nn.Module], peak_bytes: int) -> StageSizes:
     components = _components(stored)
     held = sum(component.weights_bytes for component in components)
-    rank = RankSizes(held, device_bytes(stored, config), peak_bytes, takes_turns=config.on_demand is not None)
+    rank = RankSizes(held, device_bytes(stored, config), peak_bytes, shares_time=config.time_sharing is not None)
     return StageSizes(components, (rank,))
 
 
@@ -237,7 +257,7 @@ def _component(name: str, stored: nn.Module) -> ComponentSizes:
 
 
 def _encoder_input(model: Any, num_text_tokens: int) -> torch.Tensor:
-    """The longest text that it is given, or a picture, where it sees those."""
+    """Returns the longest text that an encoder gets, or an image for an image encoder, on the meta device."""
     of = model.config
     if model.main_input_name == "pixel_values":
         sides = (of.image_size, of.image_size)
@@ -247,12 +267,12 @@ def _encoder_input(model: Any, num_text_tokens: int) -> torch.Tensor:
 
 
 def _key(config: StageConfig) -> str:
-    """What of a config weights and working memory hang on: the rest says where they go."""
+    """Returns the settings that weights and working memory depend on, as a key; the others only place them."""
     return config.model_dump_json(include=_WEIGHTS)
 
 
 def _boundary_bytes(names: tuple[str, ...], model: nn.Module, run: Callable[[], Any]) -> int:
-    """What a cut in the middle lets through."""
+    """Returns the bytes of the tensors that cross a cut in the middle of a denoiser."""
     if len(names) < 2:
         return 0
     cut = Cut(names, 0, len(names) // 2)

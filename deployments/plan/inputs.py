@@ -1,4 +1,4 @@
-"""What the models of a checkpoint are called with for a picture of some size: tensors on the meta device."""
+"""Finds the inputs with which a checkpoint's denoisers are called for an image of a given size."""
 
 from contextlib import suppress
 from typing import Any
@@ -7,16 +7,17 @@ import torch
 from torch import nn
 
 from deployments.checkpoints.components import weightless
-from deployments.config import ModelConfig, TransformerConfig
+from deployments.config.model import ModelConfig
+from deployments.config.transformer import TransformerConfig
+from deployments.engine.denoiser_stand_in import denoiser_stand_ins
 from deployments.engine.load import Denoisers
 from deployments.engine.merge import RULES, Inputs, Merger, num_tokens, patch_size
-from deployments.engine.stand_in import stand_ins
 from deployments.request import MediaSize
-from deployments.stages.blank import BlankTexts
 from deployments.stages.call import PipelineCall
 from deployments.stages.pipeline import load_pipeline
-from deployments.stages.zeros import Zeros
-from deployments.warm_up import default_request
+from deployments.stages.trials.blank import BlankTexts
+from deployments.stages.trials.zeros import Zeros
+from deployments.stages.warm_up import default_request
 
 
 def first_inputs(
@@ -27,8 +28,11 @@ def first_inputs(
     *,
     num_text_tokens: int,
 ) -> dict[str, Inputs]:
-    """Of each denoiser's first forward in a request by the defaults, by component name: diffusers' own pipeline is
-    run until it has asked for all, and answered with zeros meanwhile. One that it does not ask is not there."""
+    """Returns the inputs of each denoiser's first forward in a request with default values, by component name.
+
+    Runs diffusers' own pipeline, with zeros as predictions, until it has called all denoisers. A denoiser that it
+    does not call is left out.
+    """
     zeros, found = Zeros(denoisers.skeletons), dict[str, Inputs]()
 
     def submit(component: str, inputs: Inputs) -> Any:
@@ -39,7 +43,7 @@ def first_inputs(
 
     pipe = load_pipeline(denoisers.folder, denoisers.index, weightless(denoisers.index), config, variant=None)
     cpu, request = torch.device("cpu"), default_request(model, size)
-    models = stand_ins(denoisers.skeletons, dtype=denoisers.dtype, device=cpu, submit=submit)
+    models = denoiser_stand_ins(denoisers.skeletons, dtype=denoisers.dtype, device=cpu, submit=submit)
     blank = BlankTexts(denoisers.folder, denoisers.index, denoisers.dtype).on(cpu)
     call = PipelineCall(pipe, model.architecture.call)
     with suppress(_AllAsked):
@@ -53,11 +57,11 @@ def first_inputs(
 
 
 class _AllAsked(BaseException):
-    """Ends the call: no `Exception`, which somebody might take for a fault."""
+    """Ends the pipeline's call. Not an `Exception`, so that no code in between handles it as an error."""
 
 
 def merged_inputs(model: nn.Module, config: TransformerConfig, inputs: Inputs) -> tuple[Inputs, int]:
-    """As many forwards of these inputs as the step queue would merge into one, and how many those are.
+    """Returns the merged inputs of as many forwards as the step queue would merge into one, and their number.
 
     model: the denoiser, or its skeleton.
     """

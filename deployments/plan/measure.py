@@ -1,4 +1,4 @@
-"""Times of one checkpoint on this machine: every stage in this process, alone, one picture after another."""
+"""Measures one checkpoint's times on this machine: all stages in this process, one image after another."""
 
 import statistics
 import time
@@ -9,14 +9,15 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from cluster import accelerator
-from deployments.config import ModelConfig, StageConfig
+from cluster.machines import accelerator
+from deployments.config.model import ModelConfig
+from deployments.config.stage import StageConfig
 from deployments.engine.blocks import cuttable_names, tail_names
 from deployments.plan.plan import StageConfigs
 from deployments.plan.profile import DenoiserTimes, Times
 from deployments.request import MediaSize
 from deployments.stages import load_stage
-from deployments.warm_up import default_request
+from deployments.stages.warm_up import default_request
 
 _FORWARD = "the whole forward"
 Config = TypeVar("Config", bound=StageConfig)
@@ -25,9 +26,10 @@ Config = TypeVar("Config", bound=StageConfig)
 def measure(
     model: ModelConfig, stages: StageConfigs, sizes: tuple[MediaSize, ...], *, num_steps: int
 ) -> Mapping[str, Times]:
-    """By `str(size)`. Each size is drawn twice in `num_steps` steps, and the second time counts.
+    """Returns times by `str(size)`. Each is the second of two runs, in `num_steps` steps.
 
-    The denoisers are loaded whole, however config cuts them: they must fit here, if need be by `vram_limit_gib`.
+    The denoisers are loaded whole, whatever the config's shards: they must fit here, if need be by
+    `vram_limit_gib`.
     """
     loaded = _Loaded(model, stages)
     try:
@@ -37,7 +39,7 @@ def measure(
 
 
 class _Loaded:
-    """All three stages, in this process."""
+    """All three stages, loaded in this process."""
 
     def __init__(self, model: ModelConfig, stages: StageConfigs) -> None:
         self._model = model
@@ -45,14 +47,14 @@ class _Loaded:
         self._encoding = load_stage("encode", model, _alone(stages.encoder))
         self.denoising = load_stage("denoise", model, _alone(stages.transformer.model_copy(update=whole)))
         self._decoding = load_stage("decode", model, _alone(stages.vae))
-        # Else weights that come during a call would be taken for its tensors.
+        # Weights that move to the device during a call would be counted as its tensors.
         self._holds_still = not any(config.moves_weights for config in stages.by_stage().values())
         self.denoising.connect(None, _raise)
         shards = self.denoising.loaded.shards
         self._stopwatches = {name: _Stopwatch(shard.model) for name, shard in shards.items()}
 
     def draw(self, size: MediaSize, num_steps: int) -> Times:
-        """One picture, and how long every part of it took."""
+        """Makes one image, and returns how long every part took."""
         request = default_request(self._model, size, num_steps)
         usual = default_request(self._model, size).num_inference_steps
         working = dict[str, int]()
@@ -75,7 +77,7 @@ class _Loaded:
 
 
 class _Stopwatch:
-    """Times of a denoiser's forwards and of its parts in each."""
+    """Measures the times of a denoiser's forwards, and of its parts in each forward."""
 
     def __init__(self, model: nn.Module) -> None:
         self._blocks, self._tail = cuttable_names(model), tail_names(model)
@@ -86,7 +88,7 @@ class _Stopwatch:
         self._watch(_FORWARD, model)
 
     def times(self, times_more: float) -> DenoiserTimes:
-        """Since the last `clear`. times_more: forwards of a picture, over those that were made."""
+        """Returns the times since the last `clear`. times_more: usual number of steps / number of steps made."""
         blocks_s = tuple(self._median_s(name) for name in self._blocks)
         tail_s = sum(self._median_s(name) for name in self._tail)
         head_s = max(0.0, self._median_s(_FORWARD) - sum(blocks_s) - tail_s)
@@ -110,13 +112,13 @@ class _Stopwatch:
 
 
 def _alone(config: Config) -> Config:
-    """With the whole GPU: torch's cap is the process's, and this one has all three stages."""
+    """Returns the config with a whole GPU: torch's limit is per process, and this one runs all three stages."""
     num_gpus = 1 if 0 < config.num_gpus < 1 else config.num_gpus
     return config.model_copy(update={"num_gpus": num_gpus, "memory_limit_gib": None})
 
 
 def _timed(stage: str, working: dict[str, int], run: Callable[[], Any]) -> tuple[Any, float]:
-    """(result, seconds); on a GPU also notes the peak of memory over what was there before."""
+    """Returns (result, seconds). On a GPU it also stores in `working` by how many bytes memory rose at most."""
     device, before = accelerator.find_device(), 0
     if device is not None:
         accelerator.reset_peaks(device)

@@ -1,21 +1,21 @@
-"""A picture of a placement: a column per GPU, as high as its memory, filled with the processes that lie there."""
+"""Draws a placement: one column per GPU, as high as its memory, filled with the processes on that GPU."""
 
 from collections.abc import Iterator
 from html import escape
 
-from cluster.inventory import Gpu
+from cluster.machines.inventory import Gpu
 from deployments.plan.place import Process, gib
 from deployments.plan.plan import Plan
 
 COLUMN, GAP, HEIGHT, TOP, LEFT = 196, 28, 300, 70, 24
-"""Pixels: a GPU's width, between GPUs, of the largest GPU, above and left of them."""
+"""In pixels: width of a GPU's column, gap between columns, height of the largest GPU, top and left margin."""
 COLOURS = {"encode": "#2a9d8f", "denoise": "#3a7bd5", "decode": "#e09f3e"}
 LEAST_LABELLED = 14
-"""Pixels: a process that is lower has its label beside it, in the column's foot."""
+"""In pixels: a process with a lower box than this is only labelled below the column."""
 
 
 def draw_placement(plan: Plan) -> str:
-    """SVG, readable on white and on black; the same plan gives the same bytes."""
+    """Returns an SVG that is readable on white and on black; the same plan gives the same bytes."""
     gpus = plan.placement.gpus
     most = max(gpu.memory_bytes for gpu in gpus)
     foot = 18 * max((len(plan.placement.on(gpu)) for gpu in gpus), default=0) + 40

@@ -1,7 +1,7 @@
-"""Processes to GPUs, by the shares that config gives them, as Ray will: pure arithmetic.
+"""Assigns processes to GPUs by the shares that config gives them, as Ray will. Pure arithmetic.
 
-Ray keeps to shares, not to bytes. A share that covers its process's bytes makes the two the same, whichever GPU
-Ray chooses; `shortfalls` tells where one does not.
+Ray enforces shares, not bytes. If each share covers its process's bytes, a placement that fits by shares also fits
+by bytes, whichever GPU Ray chooses; `shortfalls` lists the processes whose share does not.
 """
 
 import math
@@ -9,30 +9,35 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
-from cluster.inventory import Gpu
+from cluster.machines.inventory import Gpu
+from cluster.scaling.balance import balance
 from deployments.checkpoints.components import Stage
 from deployments.memory.limit import OVERHEAD_BYTES
 from deployments.plan.sizes import STAGES, RankSizes
 
 GIB = 2**30
 _EPSILON = 1e-6
-"""Ray counts shares in ten thousandths."""
+"""Tolerance of shares, which Ray counts in ten thousandths."""
 
 
 @dataclass(frozen=True)
-class Demand:
-    """What one stage asks for."""
+class StageDemand:
+    """The replicas and GPUs that one stage needs."""
 
     ranks: tuple[RankSizes, ...]
     num_gpus: float
-    """Of each rank: a share of one GPU, or several whole ones."""
+    """GPUs of each rank: a share of one, or several whole ones."""
     min_replicas: int = 1
     max_replicas: int = 1
+    request_s: float = 1.0
+    """Seconds per image on one replica."""
+    is_auto: bool = False
+    """Whether the GPUs are the only limit on replicas."""
 
 
 @dataclass(frozen=True)
 class Process:
-    """One rank of one replica, and where it goes."""
+    """One rank of one replica, and its GPUs."""
 
     stage: Stage
     replica: int
@@ -40,16 +45,16 @@ class Process:
     sizes: RankSizes
     num_gpus: float
     gpus: tuple[Gpu, ...]
-    """None where there is no room, or no GPU is asked for."""
+    """Empty if there is no room, or the process needs no GPU."""
     model: str = ""
-    """Whose it is, where that is another one than is planned."""
+    """Name of its model, if that is not the planned one."""
 
     def __str__(self) -> str:
         of = f"{self.model} " if self.model else ""
         return f"{of}{self.stage} {self.replica}" + (f" rank {self.rank}" if self.stage == "denoise" else "")
 
     def bytes_on(self, gpu: Gpu) -> int:
-        """What it needs there; weights are spread evenly over several GPUs."""
+        """Returns the bytes that it needs on this GPU; weights are spread evenly over its GPUs."""
         if gpu not in self.gpus:
             return 0
         return self.sizes.need_bytes - self.sizes.device_bytes * (len(self.gpus) - 1) // len(self.gpus)
@@ -57,35 +62,36 @@ class Process:
 
 @dataclass(frozen=True)
 class Placement:
-    """Of all replicas."""
+    """The processes of all replicas, with their GPUs."""
 
     gpus: tuple[Gpu, ...]
     processes: tuple[Process, ...]
     beside: tuple[Process, ...] = ()
-    """Of other models, which are there at the same time."""
+    """Processes of other models that run at the same time."""
 
     def on(self, gpu: Gpu) -> list[Process]:
         return [process for process in (*self.beside, *self.processes) if gpu in process.gpus]
 
     def left(self, gpu: Gpu) -> float:
-        """Of its shares, those that nobody has."""
+        """Returns the free share of a GPU."""
         return 1.0 - sum(min(1.0, process.num_gpus) for process in self.on(gpu))
 
     def used_bytes(self, gpu: Gpu) -> int:
-        """Of those that take turns the largest counts, and of the others their CUDA contexts."""
-        steady = sum(process.bytes_on(gpu) for process in self.on(gpu) if not process.sizes.takes_turns)
-        turns = [process.bytes_on(gpu) - OVERHEAD_BYTES for process in self.on(gpu) if process.sizes.takes_turns]
-        return steady + max(turns, default=0) + OVERHEAD_BYTES * len(turns)
+        """Returns the bytes needed on a GPU. Of processes that share its time, the largest and the others' CUDA
+        contexts count."""
+        steady = sum(process.bytes_on(gpu) for process in self.on(gpu) if not process.sizes.shares_time)
+        shared = [process.bytes_on(gpu) - OVERHEAD_BYTES for process in self.on(gpu) if process.sizes.shares_time]
+        return steady + max(shared, default=0) + OVERHEAD_BYTES * len(shared)
 
     def num_replicas(self, stage: Stage) -> int:
         return len({process.replica for process in self.processes if process.stage == stage})
 
-    def has_room(self) -> bool:
-        """Whether every process that asks for a GPU has found one."""
+    def is_complete(self) -> bool:
+        """Whether every process that needs a GPU has one."""
         return all(process.gpus or not process.num_gpus for process in self.processes)
 
     def crowded_groups(self) -> list[int]:
-        """Replicas of the denoiser two of whose shards lie on one GPU."""
+        """Returns the denoiser's replicas that have two shards on one GPU."""
         found: dict[int, list[Gpu]] = {}
         for process in self.processes:
             if process.stage == "denoise":
@@ -93,7 +99,7 @@ class Placement:
         return [replica for replica, gpus in found.items() if len(set(gpus)) < len(gpus)]
 
     def split_groups(self) -> list[int]:
-        """Replicas of the denoiser whose shards lie on several nodes."""
+        """Returns the denoiser's replicas whose shards are on several nodes."""
         nodes: dict[int, set[int]] = {}
         for process in self.processes:
             if process.stage == "denoise":
@@ -101,7 +107,7 @@ class Placement:
         return [replica for replica, found in nodes.items() if len(found) > 1]
 
     def split_forwards(self) -> list[int]:
-        """Replicas of the denoiser where ranks that share each forward lie on several nodes."""
+        """Returns the denoiser's replicas in which ranks that share each forward are on several nodes."""
         nodes: dict[tuple[int, int], set[int]] = {}
         for process in self.processes:
             group = process.replica, process.rank // process.sizes.degree
@@ -110,7 +116,7 @@ class Placement:
         return sorted({replica for (replica, _), found in nodes.items() if len(found) > 1})
 
     def shortfalls(self) -> list[str]:
-        """One sentence per process that does not fit, and by how much; none if the plan holds."""
+        """Returns a sentence for each process or GPU that does not fit, with the missing bytes."""
         found = []
         for process in self.processes:
             if process.num_gpus and not process.gpus:
@@ -120,9 +126,9 @@ class Placement:
                 )
             for gpu in process.gpus:
                 granted, needed = int(min(1.0, process.num_gpus) * gpu.memory_bytes), process.bytes_on(gpu)
-                if needed > granted and not process.sizes.takes_turns:
+                if needed > granted and not process.sizes.shares_time:
                     found.append(
-                        f"{process} needs {gib(needed)} on {gpu}, and its share, {share(process.num_gpus)} of "
+                        f"{process} needs {gib(needed)} on {gpu}, but its share, {share(process.num_gpus)} of "
                         f"{gib(gpu.memory_bytes)}, is {gib(granted)}: {gib(needed - granted)} too little; give it "
                         f"num_gpus {share_for(needed, gpu)}"
                     )
@@ -130,22 +136,24 @@ class Placement:
             missing = self.used_bytes(gpu) - gpu.memory_bytes
             if missing > 0:
                 found.append(
-                    f"{gpu} has {gib(gpu.memory_bytes)}: {gib(missing)} too little for all that lies there"
+                    f"{gpu} has {gib(gpu.memory_bytes)}: {gib(missing)} too little for all that is placed there"
                 )
         return found
 
 
-def place(
-    demands: Mapping[Stage, Demand],
+def plan_placement(
+    demands: Mapping[Stage, StageDemand],
     gpus: Sequence[Gpu],
     order: Sequence[Stage] | None = None,
     beside: Sequence[Process] = (),
 ) -> Placement:
-    """Every stage's fewest replicas, then as many more as there is room for, up to its most, round by round.
+    """Places every stage's fewest replicas, then as many more as there is room for, up to its most.
+
+    Further replicas go to the slowest stage first, as on the cluster.
 
     Args:
-        order: in which the stages come; None: what asks for most comes first.
-        beside: processes of other models that have their places.
+        order: of the stages for their fewest replicas; None: the stage with the largest num_gpus first.
+        beside: processes of other models that are placed already.
     """
     others = Placement(tuple(gpus), (), tuple(beside))
     free = {gpu: others.left(gpu) for gpu in gpus}
@@ -158,36 +166,42 @@ def place(
                 stage, counts[stage], demands[stage]
             )
             counts[stage] += 1
-    grown = True
-    while grown:
-        grown = False
-        for stage in order:
-            if counts[stage] < demands[stage].max_replicas:
-                more = _place_replica(stage, counts[stage], demands[stage], free)
-                if more and all(process.gpus for process in more):
-                    processes += more
-                    counts[stage] += 1
-                    grown = True
+
+    def grow(stage: Stage) -> bool:
+        more = _place_replica(stage, counts[stage], demands[stage], free) if demands[stage].num_gpus else []
+        processes.extend(more)
+        counts[stage] += bool(more)
+        return bool(more)
+
+    times = {stage: demands[stage].request_s for stage in order}
+    balance(counts, times, {stage: demands[stage].max_replicas for stage in order}, grow)
     ordered = sorted(processes, key=lambda process: (STAGES.index(process.stage), process.replica, process.rank))
     return Placement(tuple(gpus), tuple(ordered), tuple(beside))
 
 
 def blocked_by_order(
-    demands: Mapping[Stage, Demand], gpus: Sequence[Gpu], beside: Sequence[Process] = ()
+    demands: Mapping[Stage, StageDemand], gpus: Sequence[Gpu], beside: Sequence[Process] = ()
 ) -> tuple[Stage, ...] | None:
-    """An order of start in which some process finds no place, though in another all do; None if there is none.
+    """Returns an order of starting the stages in which some process finds no place; None if every order works.
 
-    Ray starts the stages of an app at once, and packs shares of a GPU: two small stages that are meant to lie on
-    two GPUs may come first, fill up one, and leave a shard group no room, for good.
+    Ray starts the stages of an app at once, and packs shares of a GPU: two small stages that are meant for two
+    GPUs may start first, fill up one GPU, and leave no room for a shard group, permanently.
     """
     return next(
-        (order for order in permutations(demands) if not place(demands, gpus, order, beside).has_room()),
+        (
+            order
+            for order in permutations(demands)
+            if not plan_placement(demands, gpus, order, beside).is_complete()
+        ),
         None,
     )
 
 
-def _place_replica(stage: Stage, replica: int, demand: Demand, free: dict[Gpu, float]) -> list[Process]:
-    """On one node if one has room for all ranks, else wherever there is any; empty if there is none."""
+def _place_replica(stage: Stage, replica: int, demand: StageDemand, free: dict[Gpu, float]) -> list[Process]:
+    """Places a replica on one node if one has room for all ranks, else on several. Empty if there is no room.
+
+    Takes the shares from `free`.
+    """
     if not demand.num_gpus:
         return _unplaced(stage, replica, demand)
     nodes = sorted({gpu.node for gpu in free})
@@ -203,12 +217,12 @@ def _place_replica(stage: Stage, replica: int, demand: Demand, free: dict[Gpu, f
     return []
 
 
-def _unplaced(stage: Stage, replica: int, demand: Demand) -> list[Process]:
+def _unplaced(stage: Stage, replica: int, demand: StageDemand) -> list[Process]:
     return [Process(stage, replica, rank, sizes, demand.num_gpus, ()) for rank, sizes in enumerate(demand.ranks)]
 
 
 def _choose(num_gpus: float, left: dict[Gpu, float]) -> tuple[Gpu, ...]:
-    """The fullest GPU that has room, as Ray does; or so many empty ones. Takes them from `left`."""
+    """Returns the fullest GPU that has room, as Ray does, or several empty ones. Takes the shares from `left`."""
     if num_gpus > 1:
         empty = [gpu for gpu, rest in left.items() if rest > 1 - _EPSILON][: int(num_gpus)]
         if len(empty) < num_gpus:
@@ -224,15 +238,15 @@ def _choose(num_gpus: float, left: dict[Gpu, float]) -> tuple[Gpu, ...]:
 
 
 def share_for(num_bytes: int, gpu: Gpu) -> float:
-    """The least num_gpus that covers so much of this GPU; above 1 where none does."""
+    """Returns the least num_gpus that covers so many bytes of this GPU; above 1 if the GPU is too small."""
     return math.ceil(1000 * num_bytes / gpu.memory_bytes) / 1000
 
 
 def gib(num_bytes: float) -> str:
-    """`11.24 GiB`."""
+    """Returns text such as `11.24 GiB`."""
     return f"{num_bytes / GIB:.2f} GiB"
 
 
 def share(num_gpus: float) -> str:
-    """`0.8 GPU`."""
+    """Returns text such as `0.8 GPU`."""
     return f"{num_gpus:g} GPU" + ("s" if num_gpus > 1 else "")

@@ -1,21 +1,24 @@
-"""One plan: what is needed, where it goes, what it can serve, what to change."""
+"""Makes a plan: the memory that a model needs, where it goes, what it can serve, and what to change."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from cluster.inventory import Gpu
+from cluster.machines.inventory import Gpu
 from deployments.checkpoints.components import Stage
-from deployments.config import EncoderConfig, StageConfig, TransformerConfig, VaeConfig
+from deployments.config.encoder import EncoderConfig
+from deployments.config.stage import StageConfig
+from deployments.config.transformer import TransformerConfig
+from deployments.config.vae import VaeConfig
 from deployments.plan.advice import Admitted, advise
-from deployments.plan.place import Demand, Placement, Process, place
-from deployments.plan.profile import Profile
-from deployments.plan.rate import Rate, bound_rate
+from deployments.plan.place import Placement, Process, StageDemand, plan_placement
+from deployments.plan.profile import Profile, Times
+from deployments.plan.rate import Rate, bound_rate, request_s
 from deployments.plan.sizes import ModelSizes, largest
 
 
 @dataclass(frozen=True)
 class StageConfigs:
-    """How the three stages are to run."""
+    """The configs of the three stages."""
 
     encoder: EncoderConfig
     transformer: TransformerConfig
@@ -26,12 +29,12 @@ class StageConfigs:
 
 
 SizesOf = Callable[[StageConfigs], ModelSizes]
-"""`Description.sizes`, for some sizes of media."""
+"""`Description.sizes` for given sizes of media."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """For one model on given GPUs."""
+    """The plan for one model on given GPUs."""
 
     name: str
     stages: StageConfigs
@@ -40,14 +43,23 @@ class Plan:
     rate: Rate | None
     """None without a profile."""
     shortfalls: tuple[str, ...]
-    """Why it does not fit; empty if it does."""
+    """Why the model does not fit; empty if it does."""
     advice: tuple[str, ...]
+    auto: tuple[Stage, ...] = ()
+    """Stages that have as many replicas as there is room for."""
 
 
-def demands_of(stages: StageConfigs, sizes: ModelSizes) -> dict[Stage, Demand]:
-    """What the three stages ask of the GPUs."""
+def demands_of(stages: StageConfigs, sizes: ModelSizes, times: Times | None = None) -> dict[Stage, StageDemand]:
+    """Returns the GPUs that the three stages need. times: measured times; None: assumed ones."""
     return {
-        stage: Demand(sizes.stage(stage).ranks, config.num_gpus, config.min_replicas, config.max_replicas)
+        stage: StageDemand(
+            sizes.stage(stage).ranks,
+            config.num_gpus,
+            config.min_replicas,
+            config.most_replicas,
+            request_s(stage, sizes.stage(stage).ranks, times),
+            config.is_auto,
+        )
         for stage, config in stages.by_stage().items()
     }
 
@@ -63,17 +75,17 @@ def plan(
     shared: Collection[Stage] = (),
     beside: Sequence[Process] = (),
 ) -> Plan:
-    """Raises KeyError if the profile lacks the largest of the asked sizes.
+    """Makes a plan. Raises KeyError if the profile lacks the largest of the requested sizes.
 
     Args:
-        shared: stages that are another model's, and planned with it.
-        beside: processes of other models that are there at the same time.
+        shared: stages that belong to another model, and are planned with it.
+        beside: processes of other models that run at the same time.
     """
     times = None if profile is None else profile.at(largest(sizes.sizes))
     if times is not None and times.working_bytes is not None:
         sizes = sizes.with_working(times.working_bytes)
-    demands = {stage: demand for stage, demand in demands_of(stages, sizes).items() if stage not in shared}
-    placement = place(demands, gpus, beside=beside)
+    demands = {stage: demand for stage, demand in demands_of(stages, sizes, times).items() if stage not in shared}
+    placement = plan_placement(demands, gpus, beside=beside)
     configs = tuple(stages.by_stage().values())
     return Plan(
         name,
@@ -83,4 +95,5 @@ def plan(
         None if times is None or shared or beside else bound_rate(placement, times),
         tuple(placement.shortfalls()) if gpus else (),
         advise(sizes, stages.transformer, configs, demands, placement, times, admitted),
+        tuple(stage for stage, demand in demands.items() if demand.is_auto and gpus),
     )

@@ -1,18 +1,20 @@
-"""A config where only the model and the GPUs are given: the first that fits, of those that cost the least.
+"""Proposes a config if only the model and the GPUs are given: the first that fits, the least costly tried first.
 
-Everything in bf16 first; then the text encoders streamed through what is left of a GPU, which changes no picture;
-then the transformer in more shards; then in 8 and in 4 bits, which does.
+Everything is in bf16 at first, with as few shards as fit. If that does not fit, the text encoders are streamed
+through the rest of a GPU, which changes no image; then the transformer is quantised to 8 and to 4 bits, which
+changes images.
 """
 
 import math
 from dataclasses import replace
 from itertools import product
 
-from cluster.inventory import Gpu
-from deployments.config import EncoderConfig, TransformerConfig, VaeConfig
+from cluster.machines.inventory import Gpu
+from deployments.config.encoder import EncoderConfig
+from deployments.config.transformer import TransformerConfig
+from deployments.config.vae import VaeConfig
 from deployments.memory.config import QuantizationConfig, TilingConfig
-from deployments.memory.limit import OVERHEAD_BYTES
-from deployments.plan.place import GIB, blocked_by_order, place
+from deployments.plan.place import GIB, blocked_by_order, plan_placement
 from deployments.plan.plan import SizesOf, StageConfigs, demands_of
 from deployments.plan.profile import Times
 from deployments.plan.sizes import RankSizes
@@ -20,17 +22,17 @@ from deployments.plan.sizes import RankSizes
 QUANTIZATIONS = (None, QuantizationConfig(kind="int8"), QuantizationConfig(kind="nf4"))
 TILINGS = (None, TilingConfig(tile_size=512))
 MORE_THAN_HALF = 0.51
-"""The least share of a shard or replica: two on one GPU would halve each other's speed, and NCCL refuses it."""
+"""Least num_gpus of a shard or replica: two on one GPU would halve each other's speed, and NCCL refuses that."""
 _STEP_GIB = 0.5
-"""Of budgets for streamed weights."""
+"""Step of budgets for streamed weights, in GiB."""
 
 
 class DoesNotFit(ValueError):
-    """None of these configs fits the GPUs; says what the smallest one lacks."""
+    """None of the tried configs fits the GPUs. The message says what the smallest one lacks."""
 
 
 def propose(sizes_of: SizesOf, gpus: tuple[Gpu, ...], times: Times | None = None) -> StageConfigs:
-    """Raises DoesNotFit."""
+    """Returns the first config that fits. Raises DoesNotFit."""
     memory = min(gpu.memory_bytes for gpu in gpus)
     sizes = sizes_of(_stages())
     most = 1 if sizes.is_unet or not sizes.num_blocks else min(len(gpus), sizes.num_blocks)
@@ -43,7 +45,7 @@ def propose(sizes_of: SizesOf, gpus: tuple[Gpu, ...], times: Times | None = None
                 stages = _shared(replace(stages, encoder=encoder), sizes_of, memory)
                 if _fits(stages, sizes_of, gpus):
                     return _balanced(_filled(stages, sizes_of, gpus, memory), sizes_of, times)
-    lacking = place(demands_of(stages, sizes_of(stages)), gpus).shortfalls()
+    lacking = plan_placement(demands_of(stages, sizes_of(stages)), gpus).shortfalls()
     raise DoesNotFit(
         "it does not fit, not even in 4 bits, with streamed text encoders and a shard on each GPU: "
         + "; ".join(lacking)
@@ -53,18 +55,19 @@ def propose(sizes_of: SizesOf, gpus: tuple[Gpu, ...], times: Times | None = None
 def _stages(
     quantization: QuantizationConfig | None = None, shards: int = 1, tiling: TilingConfig | None = None
 ) -> StageConfigs:
+    """Returns configs with one replica of each stage; `_filled` adds replicas."""
     return StageConfigs(
-        EncoderConfig(dtype="bfloat16"),
-        TransformerConfig(dtype="bfloat16", shards=shards, quantization=quantization),
-        VaeConfig(dtype="bfloat16", tiling=tiling),
+        EncoderConfig(dtype="bfloat16", max_replicas=1),
+        TransformerConfig(dtype="bfloat16", shards=shards, quantization=quantization, max_replicas=1),
+        VaeConfig(dtype="bfloat16", tiling=tiling, max_replicas=1),
     )
 
 
 def _shared(stages: StageConfigs, sizes_of: SizesOf, memory: int) -> StageConfigs:
-    """With shares that cover what each process needs; at most a whole GPU, which may be too little."""
+    """Returns the configs with num_gpus that cover each process's need; at most 1, which may be too little."""
     sizes = sizes_of(stages)
     transformer = _share(sizes.denoise.ranks, memory)
-    if stages.transformer.shards * stages.transformer.max_replicas > 1:
+    if stages.transformer.shards * stages.transformer.most_replicas > 1:
         transformer = max(transformer, MORE_THAN_HALF)
     return StageConfigs(
         stages.encoder.model_copy(update={"num_gpus": _share(sizes.encode.ranks, memory)}),
@@ -78,18 +81,22 @@ def _share(ranks: tuple[RankSizes, ...], memory: int) -> float:
 
 
 def _budgets(stages: StageConfigs, sizes_of: SizesOf, gpus: tuple[Gpu, ...], memory: int) -> list[float]:
-    """GiB of the text encoders' weights on a GPU: what transformer and VAE leave of some GPU, or both of one."""
+    """Returns budgets, in GiB, of the text encoders' weights on a GPU: the most room that transformer and VAE
+    leave on any GPU, or the room that they leave together on one GPU."""
     demands = demands_of(stages, sizes_of(stages))
     [rank] = demands.pop("encode").ranks
-    others = place(demands, gpus)
+    others = plan_placement(demands, gpus)
     rooms = [1 - sum(process.num_gpus for process in others.on(gpu)) for gpu in gpus]
     rooms = [max(rooms), 1 - stages.transformer.num_gpus - stages.vae.num_gpus]
-    budgets = [(room * memory - rank.working_bytes - OVERHEAD_BYTES) / GIB for room in rooms]
+    budgets = [(room * memory - rank.beside_bytes) / GIB for room in rooms]
     return [max(_STEP_GIB, math.floor(budget / _STEP_GIB) * _STEP_GIB) for budget in budgets]
 
 
 def _filled(stages: StageConfigs, sizes_of: SizesOf, gpus: tuple[Gpu, ...], memory: int) -> StageConfigs:
-    """As many replicas as the GPUs hold, then as many shards: replicas serve as much, and a request sooner."""
+    """Returns the configs with as many transformer replicas as fit, then as many shards.
+
+    Replicas come first: they serve as many requests as shards do, and each request sooner.
+    """
     shards = stages.transformer.shards
     for num_replicas in range(len(gpus) // shards, 0, -1):
         for more_shards in range(_most_shards(stages, sizes_of, len(gpus) // num_replicas), shards - 1, -1):
@@ -107,7 +114,7 @@ def _most_shards(stages: StageConfigs, sizes_of: SizesOf, num_gpus: int) -> int:
 
 
 def _balanced(stages: StageConfigs, sizes_of: SizesOf, times: Times | None) -> StageConfigs:
-    """Cut by measured times, where the fullest rank still fits its share."""
+    """Returns the configs with cuts by measured times, unless the fullest rank would need more memory."""
     shards = stages.transformer.shards
     if times is None or shards == 1:
         return stages
@@ -120,6 +127,6 @@ def _balanced(stages: StageConfigs, sizes_of: SizesOf, times: Times | None) -> S
 
 
 def _fits(stages: StageConfigs, sizes_of: SizesOf, gpus: tuple[Gpu, ...]) -> bool:
-    """In whatever order Ray starts the stages."""
+    """Whether the configs fit, in whatever order Ray starts the stages."""
     demands = demands_of(stages, sizes_of(stages))
-    return not place(demands, gpus).shortfalls() and blocked_by_order(demands, gpus) is None
+    return not plan_placement(demands, gpus).shortfalls() and blocked_by_order(demands, gpus) is None

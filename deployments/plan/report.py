@@ -1,4 +1,4 @@
-"""A plan as text and as JSON."""
+"""Prints a plan as text, or converts it to JSON."""
 
 from collections.abc import Iterator
 from itertools import groupby
@@ -8,7 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from deployments.config import StageConfig
+from deployments.config.stage import StageConfig
 from deployments.memory.limit import OVERHEAD_BYTES
 from deployments.plan.place import GIB, Process
 from deployments.plan.plan import Plan
@@ -16,7 +16,7 @@ from deployments.plan.sizes import STAGES, ModelSizes, largest
 
 
 def print_plan(plan: Plan, console: Console) -> None:
-    """Components, blocks, processes, GPUs, rate, and what is wrong with it."""
+    """Prints components, blocks, processes, GPUs, rate, shortfalls and advice."""
     asked = ", ".join(map(str, plan.sizes.sizes))
     console.print(f"[bold]{plan.name}[/bold] at {asked}", highlight=False)
     console.print(_components(plan))
@@ -25,7 +25,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(_processes(plan))
     if plan.placement.gpus:
         console.print(_gpus(plan))
-    for line in _rate(plan):
+    for line in (*_replicas(plan), *_rate(plan)):
         console.print(line, highlight=False)
     if plan.placement.gpus and not plan.shortfalls:
         console.print("it fits", style="green")
@@ -36,7 +36,7 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 
 def plan_as_json(plan: Plan) -> dict[str, Any]:
-    """Everything in bytes and seconds."""
+    """Returns the plan as JSON values, in bytes and seconds."""
     sizes = plan.sizes
     return {
         "model": plan.name,
@@ -67,6 +67,7 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
             }
             for gpu in plan.placement.gpus
         ],
+        "replicas": {stage: plan.placement.num_replicas(stage) for stage in STAGES},
         "bound_per_s": None if plan.rate is None else plan.rate.bound,
         "stage_s": None if plan.rate is None else dict(plan.rate.stage_s),
         "fits": not plan.shortfalls,
@@ -87,6 +88,7 @@ def _process_as_json(process: Process, sizes: ModelSizes) -> dict[str, Any]:
         "weights_bytes": process.sizes.weights_bytes,
         "device_bytes": process.sizes.device_bytes,
         "working_bytes": process.sizes.working_bytes,
+        "adapter_bytes": process.sizes.adapter_bytes,
         "need_bytes": process.sizes.need_bytes,
     }
 
@@ -101,7 +103,7 @@ def _components(plan: Plan) -> Table:
 
 
 def _settings(config: StageConfig) -> str:
-    """What decides about bytes."""
+    """Returns the settings that determine the bytes of a stage's weights."""
     found: list[str] = [config.dtype]
     if config.quantization is not None:
         found.append(config.quantization.kind)
@@ -117,7 +119,7 @@ def _settings(config: StageConfig) -> str:
 
 
 def _blocks(plan: Plan) -> Iterator[str]:
-    """`blocks of transformer: 19 x transformer_blocks 0.61`: runs of equal blocks."""
+    """Yields runs of equal blocks, such as `blocks of transformer: 19 x transformer_blocks 0.61`."""
     for of in plan.sizes.denoisers:
         if not of.blocks:
             yield f"{of.name} cannot be cut into shards"
@@ -133,8 +135,10 @@ def _blocks(plan: Plan) -> Iterator[str]:
 
 
 def _processes(plan: Plan) -> Table:
-    table = _table("process", "blocks", "weights", "on device", "working", "needs", "num_gpus", "where")
-    for process in plan.placement.processes:
+    processes = plan.placement.processes
+    adapters = ("adapters",) if any(process.sizes.adapter_bytes for process in processes) else ()
+    table = _table("process", "blocks", "weights", "on device", "working", *adapters, "needs", "num_gpus", "where")
+    for process in processes:
         sizes = process.sizes
         table.add_row(
             str(process),
@@ -142,14 +146,15 @@ def _processes(plan: Plan) -> Table:
             _in_gib(sizes.weights_bytes),
             _in_gib(sizes.device_bytes),
             _in_gib(sizes.working_bytes),
-            _in_gib(sizes.need_bytes if process.num_gpus else sizes.device_bytes + sizes.working_bytes),
+            *(_in_gib(sizes.adapter_bytes) for _ in adapters),
+            _in_gib(sizes.need_bytes - (0 if process.num_gpus else OVERHEAD_BYTES)),
             f"{process.num_gpus:g}",
             ", ".join(map(str, process.gpus)) or ("-" if process.num_gpus else "CPU"),
         )
     batch = f", {plan.sizes.batch_size} merged" if plan.sizes.batch_size > 1 else ""
+    parts = " + ".join(("on device", "working", *adapters, _in_gib(OVERHEAD_BYTES)))
     table.caption = (
-        f"GiB; working: at {largest(plan.sizes.sizes)}{batch}; "
-        f"needs: on device + working + {_in_gib(OVERHEAD_BYTES)} of CUDA and allocator, assumed"
+        f"GiB; working: at {largest(plan.sizes.sizes)}{batch}; needs: {parts} of CUDA and allocator, assumed"
     )
     return table
 
@@ -163,6 +168,14 @@ def _gpus(plan: Plan) -> Table:
     return table
 
 
+def _replicas(plan: Plan) -> Iterator[str]:
+    """Yields the number of replicas of the stages that only these GPUs limit."""
+    found = [f"{stage} {plan.placement.num_replicas(stage)}" for stage in plan.auto]
+    if found:
+        times = "assumed" if plan.rate is None else "measured"
+        yield f"under load, with the {times} times of the stages, these GPUs hold {', '.join(found)} replicas"
+
+
 def _rate(plan: Plan) -> Iterator[str]:
     if plan.rate is None:
         yield "throughput: unknown without times (relay profile, then --profile)"
@@ -170,7 +183,7 @@ def _rate(plan: Plan) -> Iterator[str]:
     stages = ", ".join(
         f"{stage} {plan.placement.num_replicas(stage)} / {plan.rate.stage_s[stage]:.3g} s" for stage in STAGES
     )
-    yield f"throughput: at most {plan.rate.bound:.3g} a second, by replicas / time ({stages}), merging aside"
+    yield f"throughput: at most {plan.rate.bound:.3g} a second, by replicas / time ({stages}), without merging"
 
 
 def _table(*columns: str) -> Table:

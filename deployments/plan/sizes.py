@@ -1,15 +1,15 @@
-"""What a model needs, in bytes. Pure data: `describe` fills it in, everything else plans with it."""
+"""The memory that a model needs, in bytes. Pure data: `describe` creates it, all other modules use it to plan."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from deployments.checkpoints.components import Stage
-from deployments.config import ModelConfig
+from deployments.config.model import ModelConfig
 from deployments.memory.limit import OVERHEAD_BYTES
 from deployments.request import MediaSize
 
 STAGES: tuple[Stage, ...] = ("encode", "denoise", "decode")
-"""In the order in which a request meets them."""
+"""In the order in which a request passes through them."""
 
 
 @dataclass(frozen=True)
@@ -24,36 +24,46 @@ class ComponentSizes:
 
 @dataclass(frozen=True)
 class RankSizes:
-    """One process of one replica of a stage."""
+    """The memory of one process of one replica of a stage."""
 
     weights_bytes: int
-    """What it holds, wherever."""
+    """All weights of the process, wherever they are."""
     device_bytes: int
-    """How much of that is on its device at once, at most."""
+    """Most weights on its device at once."""
     working_bytes: int
-    """The most that one call of the asked sizes has in tensors besides weights."""
+    """Most bytes of tensors besides weights during one call of the requested sizes."""
     blocks: tuple[tuple[int, int], ...] | None = None
-    """Of the denoise stage: its range of blocks of each denoiser, in the order of `ModelSizes.denoisers`."""
-    takes_turns: bool = False
-    """`on_demand`: its weights and tensors are on the device only when those of the others that do so are not."""
+    """Denoise stage only: its block range in each denoiser, in the order of `ModelSizes.denoisers`."""
+    shares_time: bool = False
+    """Whether it uses `time_sharing`: only one such process at a time has weights and tensors on the device."""
     degree: int = 1
-    """Of the denoise stage: how many ranks share each forward with it, itself counted."""
+    """Denoise stage only: number of ranks that share each forward, this one included."""
+    adapter_bytes: int = 0
+    """Adapters that the process may keep for later requests."""
+
+    @property
+    def beside_bytes(self) -> int:
+        """GPU memory that the process needs besides weights."""
+        return self.working_bytes + self.adapter_bytes + OVERHEAD_BYTES
 
     @property
     def need_bytes(self) -> int:
-        """Of its GPU."""
-        return self.device_bytes + self.working_bytes + OVERHEAD_BYTES
+        """GPU memory that the process needs."""
+        return self.device_bytes + self.beside_bytes
 
 
 @dataclass(frozen=True)
 class StageSizes:
-    """One replica of a stage."""
+    """The memory of one replica of a stage."""
 
     components: tuple[ComponentSizes, ...]
     ranks: tuple[RankSizes, ...]
 
     def with_working(self, num_bytes: int) -> "StageSizes":
         return replace(self, ranks=tuple(replace(rank, working_bytes=num_bytes) for rank in self.ranks))
+
+    def with_adapters(self, num_bytes: int) -> "StageSizes":
+        return replace(self, ranks=tuple(replace(rank, adapter_bytes=num_bytes) for rank in self.ranks))
 
 
 @dataclass(frozen=True)
@@ -66,15 +76,15 @@ class BlockSizes:
 
 @dataclass(frozen=True)
 class DenoiserSizes:
-    """One denoiser, by who holds what of it."""
+    """The weights of one denoiser, by the ranks that hold them."""
 
     name: str
     blocks: tuple[BlockSizes, ...]
-    """In forward order; none where the model cannot be cut."""
+    """In forward order; empty if the model cannot be cut."""
     head_bytes: int
-    """On every rank."""
+    """Held by every rank."""
     tail_bytes: int
-    """On the last rank."""
+    """Held by the last rank."""
 
     @property
     def weights_bytes(self) -> int:
@@ -83,7 +93,7 @@ class DenoiserSizes:
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """All three stages."""
+    """The memory of all three stages."""
 
     encode: StageSizes
     denoise: StageSizes
@@ -91,13 +101,13 @@ class ModelSizes:
     denoisers: tuple[DenoiserSizes, ...]
     """In the order of the checkpoint's index."""
     batch_size: int
-    """Forwards merged into one in `working_bytes`."""
+    """Number of forwards that `working_bytes` assumes to be merged into one."""
     sizes: tuple[MediaSize, ...]
-    """What was asked for."""
+    """The requested sizes of images or videos."""
 
     @property
     def num_blocks(self) -> int:
-        """Of the denoiser that has the fewest: there can be as many shards. 0 where one cannot be cut."""
+        """Blocks of the denoiser with the fewest: the most shards there can be. 0 if one cannot be cut."""
         return min(len(denoiser.blocks) for denoiser in self.denoisers)
 
     @property
@@ -105,7 +115,7 @@ class ModelSizes:
         return any(denoiser.name == "unet" for denoiser in self.denoisers)
 
     def with_working(self, measured: Mapping[str, int]) -> "ModelSizes":
-        """With measured working memory, by stage, instead of what the meta device told."""
+        """Returns a copy with working memory by stage as measured, instead of as computed on the meta device."""
         return replace(
             self,
             encode=self.encode.with_working(measured["encode"]),
@@ -118,10 +128,10 @@ class ModelSizes:
 
 
 def default_size(model: ModelConfig) -> MediaSize:
-    """What a request gets that asks for none."""
+    """Returns the size of a request that names none."""
     return model.default_size
 
 
 def largest(sizes: Sequence[MediaSize]) -> MediaSize:
-    """By pixels."""
+    """Returns the size with the most pixels."""
     return max(sizes, key=lambda size: size.width * size.height * size.num_frames)

@@ -1,10 +1,10 @@
 """The torch side of each stage: what runs in a replica's threads.
 
-Read in this order: imports, preload, pipeline (one stage's components of a checkpoint), stub, call (the
-pipeline's own, of which each stage does its part), encoding_methods, modular (pipelines made of blocks), decodes
-(where a call ends), lockstep, encoder_forwards, truncation, weighting, encode, pictures, schedulers, denoise,
-blank, trial (a call with zeros), steps, draws, follow (on the other ranks), tiles, decode, finite, media; then
-derive (what a pipeline without an entry tells of itself).
+Modules in reading order: pipeline (one stage's components of a checkpoint), stub, call (the pipeline's own call,
+of which each stage runs its part), modular (pipelines made of blocks); then encode with `texts`, denoise with
+`loop`, worker_rank (the other ranks), decode with `pixels`. `trials` are calls that compute nothing. warm_up,
+imports and preload belong to the start; finite and faults explain failures; stats has the figures that a stage
+reports.
 Importing this package imports no torch; `load_stage` does, when a replica calls it.
 """
 
@@ -13,22 +13,26 @@ import warnings
 from socket import socket
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from cluster.meeting import MeetingPoint
+from cluster.ranks.store_address import StoreAddress
 from deployments.checkpoints.components import Stage
 from deployments.checkpoints.integrity import check_stage
-from deployments.config import EncoderConfig, ModelConfig, StageConfig, TransformerConfig, VaeConfig
+from deployments.config.encoder import EncoderConfig
+from deployments.config.model import ModelConfig
+from deployments.config.stage import StageConfig
+from deployments.config.transformer import TransformerConfig
+from deployments.config.vae import VaeConfig
 from deployments.stages.imports import silence_imports, skip_unneeded
 
 if TYPE_CHECKING:
     from deployments.stages.decode import Decoding
     from deployments.stages.denoise import Denoising
     from deployments.stages.encode import TextEncoding
-    from deployments.stages.follow import Following
+    from deployments.stages.worker_rank import WorkerRank
 
 STAGES = {
     "encode": "deployments.stages.encode:TextEncoding",
     "denoise": "deployments.stages.denoise:Denoising",
-    "follow": "deployments.stages.follow:Following",
+    "worker": "deployments.stages.worker_rank:WorkerRank",
     "decode": "deployments.stages.decode:Decoding",
 }
 
@@ -38,7 +42,7 @@ def load_stage(
     stage: Literal["encode"],
     model: ModelConfig,
     config: EncoderConfig,
-    holder: "tuple[ModelConfig, TextEncoding] | None" = None,
+    owner: "tuple[ModelConfig, TextEncoding] | None" = None,
     /,
 ) -> "TextEncoding": ...
 @overload
@@ -47,30 +51,30 @@ def load_stage(
 ) -> "Denoising": ...
 @overload
 def load_stage(
-    stage: Literal["follow"],
+    stage: Literal["worker"],
     model: ModelConfig,
     config: TransformerConfig,
     rank: int,
-    meeting: MeetingPoint | None = None,
+    store: StoreAddress | None = None,
     /,
-) -> "Following": ...
+) -> "WorkerRank": ...
 @overload
 def load_stage(
     stage: Literal["decode"],
     model: ModelConfig,
     config: VaeConfig,
-    holder: "tuple[ModelConfig, Decoding] | None" = None,
+    owner: "tuple[ModelConfig, Decoding] | None" = None,
     /,
 ) -> "Decoding": ...
 
 
 def load_stage(stage: str, model: ModelConfig, config: StageConfig, *args: Any) -> Any:
-    """Build a stage by name. Looked up late: a replica does everything of Ray before it imports torch.
+    """Builds a stage by name. Its module is imported only here, after the replica has done everything of Ray.
 
-    What torch, diffusers and transformers raise gets a note, which Python prints last: which checkpoint and stage
-    it was, and of several lines the first. Raises BrokenCheckpoint before anything is imported.
+    Exceptions of torch, diffusers and transformers get a note, which Python prints last: the checkpoint, the stage
+    and the first line of the message. Raises BrokenCheckpoint before anything is imported.
     """
-    checkpoint_stage: Stage = "denoise" if stage == "follow" else stage  # type: ignore[assignment]
+    checkpoint_stage: Stage = "denoise" if stage == "worker" else stage  # type: ignore[assignment]
     check_stage(model, checkpoint_stage, config)
     try:
         return _load(stage, model, config, *args)
@@ -82,7 +86,8 @@ def load_stage(stage: str, model: ModelConfig, config: StageConfig, *args: Any) 
 
 
 def _load(stage: str, model: ModelConfig, config: StageConfig, *args: Any) -> Any:
-    # Ray's, of every process that sends tensors: importing Ray puts its own filter before PYTHONWARNINGS.
+    # Ray gives this warning in every process that sends tensors. PYTHONWARNINGS cannot silence it, because
+    # importing Ray puts Ray's own filter first.
     warnings.filterwarnings("ignore", "Zero-copy tensor serialization")
     silence_imports()
     skip_unneeded(model, config)

@@ -1,7 +1,8 @@
 """Reads LoRA adapters with diffusers' own loaders, and keeps those that requests use.
 
-The pipeline's `load_lora_weights` runs over models without weights, so that whatever layout it knows is read, and
-PEFT's layers tell what there is for which layer. Those tensors are kept; the models that serve stay as they are.
+The pipeline's `load_lora_weights` runs on models without weights. So all layouts that it supports can be read, and
+PEFT's layers show which tensors belong to which layer. Only these tensors are kept; the models that serve stay
+unchanged.
 """
 
 import copy
@@ -19,56 +20,59 @@ import diffusers
 import torch
 from torch import nn
 
-from deployments.adapter import Adapter, ScaledAdapter
 from deployments.checkpoints.adapter_file import fetch_adapter
 from deployments.checkpoints.components import ModelIndex, component_names
 from deployments.checkpoints.packages import import_class
+from deployments.checkpoints.weights import read_header
 from deployments.engine.adapters import NO_ADAPTERS, AdapterLayers, AdapterWeights, Applied, LowRank
 from deployments.engine.blocks import build_skeleton
-from deployments.refusal import CannotServe, WrongField, describe_cause
+from deployments.errors import CannotServe, WrongField, describe_cause
+from deployments.options.adapter import Adapter, ScaledAdapter
 
 log = logging.getLogger("ray.serve")
 
 PEFT_NAME = "adapter"
-"""What PEFT knows each by."""
+"""PEFT's name for each adapter while it is read."""
 
 _READING = threading.Lock()
-"""PEFT and accelerate change `nn.Module` for as long as they build layers without weights."""
+"""Held while reading, because PEFT and accelerate patch `nn.Module` while they build layers without weights."""
 
 AskRanks = Callable[..., Sequence[Any]]
-"""(method, arguments) -> what the other ranks answer."""
+"""(method, arguments) -> the answers of the other ranks."""
 
 
 def no_ranks(_method: str, *_: Any) -> Sequence[Any]:
-    """Where this process has all."""
+    """Default `ask_ranks`: this process holds all layers."""
     return ()
 
 
 class AdapterReader:
-    """Adapters of one checkpoint."""
+    """Reads adapters for one checkpoint."""
 
     def __init__(self, pipe: Any, folder: Path, index: ModelIndex, dtype: torch.dtype) -> None:
         """
         Args:
-            pipe: of the checkpoint's class, with whatever components.
-            dtype: of the weights that are read.
+            pipe: a pipeline of the checkpoint's class, with any components.
+            dtype: dtype of the weights that are read.
 
-        Raises CannotServe where diffusers has no loader for such a pipeline.
+        Raises CannotServe if diffusers has no loader for such a pipeline.
         """
         if not hasattr(pipe, "load_lora_weights"):
-            raise CannotServe(f"model.adapters: diffusers loads none into {type(pipe).__name__}: leave them out")
+            raise CannotServe(
+                f"model.adapters: diffusers cannot load adapters into {type(pipe).__name__}: leave them out"
+            )
         self._pipe, self._folder, self._index, self._dtype = pipe, folder, index, dtype
         self._skeletons: dict[str, nn.Module] = {}
 
     def read(self, adapter: Adapter) -> AdapterWeights:
-        """Of all components. Raises WrongField: it cannot be read, or is none of this checkpoint's."""
+        """Reads the adapter's weights for all components. Raises WrongField: unreadable, or for another model."""
         with _READING:
             return self._read(adapter)
 
     def _read(self, adapter: Adapter) -> AdapterWeights:
         pipe = copy.copy(self._pipe)
         hollow = {name: _hollow(self._skeleton(name), self._dtype) for name in self._component_names()}
-        # Whatever of the models that serve it found, it would take the hooks off that offload them.
+        # No serving model may be in the pipeline, because the loader would remove the hooks that offload it.
         others = {name for name, part in pipe.components.items() if isinstance(part, nn.Module)}
         vars(pipe).update(dict.fromkeys(others) | hollow)
         load, options = pipe.load_lora_weights, {"adapter_name": PEFT_NAME, "low_cpu_mem_usage": True}
@@ -77,7 +81,7 @@ class AdapterReader:
             load(str(file), **options)
             if adapter.source_2 is not None:
                 load(str(fetch_adapter(adapter.source_2)), **options, load_into_transformer_2=True)
-        except Exception as error:  # converters raise what they like of what they do not know
+        except Exception as error:  # converters may raise anything for unknown layouts
             raise WrongField(
                 f"adapter {adapter.name!r} cannot be read: {describe_cause(error)}", "lora"
             ) from error
@@ -85,7 +89,7 @@ class AdapterReader:
         if not any(weights.values()):
             raise WrongField(
                 f"adapter {adapter.name!r} has nothing for any layer of {type(self._pipe).__name__}: it was made "
-                "for another model",
+                f"for another model, or diffusers does not know its layout ({min(read_header(file))}, …)",
                 "lora",
             )
         return {name: layers for name, layers in weights.items() if layers}
@@ -123,12 +127,14 @@ class AdapterReader:
                 raise WrongField(
                     f"{where} maps {here[0]} to {here[1]}, and the model's {there[0]} to {there[1]}", "lora"
                 )
+            if not all(bool(weight.isfinite().all()) for weight in (down.weight, up.weight)):
+                raise WrongField(f"{where} has values that are NaN or infinite as {self._dtype}", "lora")
             bias = None if up.bias is None else up.bias.detach()
             yield name, LowRank(down.weight.detach(), up.weight.detach(), bias, layer.scaling[PEFT_NAME])
 
 
 def _hollow(skeleton: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy whose tensors are on the CPU, and take no memory: PEFT puts an adapter's where they are."""
+    """Returns a copy whose tensors take no memory, on the CPU, where PEFT then puts the adapter's tensors too."""
     model = copy.deepcopy(skeleton)
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -149,21 +155,21 @@ class _Entry:
     slot: int
     num_bytes: int
     is_here: bool
-    """Whether it has anything for this stage's models."""
+    """Whether the adapter has anything for this stage's models."""
     num_users: int = 0
 
 
 class AdapterStore:
-    """The adapters of a stage that requests use, or have used: least recently used first out. Thread-safe."""
+    """The adapters that a stage's requests use, or have used; an LRU cache. Thread-safe."""
 
     def __init__(
         self, reader: AdapterReader, layers: AdapterLayers, components: Sequence[str], max_bytes: int
     ) -> None:
         """
         Args:
-            layers: of this process.
-            components: of the stage, whichever ranks have their layers.
-            max_bytes: on each rank; those in use stay beyond it.
+            layers: the adapters' layers in this process.
+            components: components of the stage, whichever ranks have their layers.
+            max_bytes: limit on each rank; adapters in use are kept beyond it.
         """
         self._reader, self._layers, self._components = reader, layers, frozenset(components)
         self._max_bytes = max_bytes
@@ -172,22 +178,25 @@ class AdapterStore:
         self._changed = threading.Condition()
         self._slots = count()
         self.ask_ranks: AskRanks = no_ranks
-        """Of the other ranks' `load_adapter` and `unload_adapter`, which are `layers`' own."""
+        """Calls `load_adapter` or `unload_adapter` on the other ranks; `layers` does the same in this process."""
         self.num_loads = 0
 
     @property
     def num_bytes(self) -> int:
-        """Of the rank that holds most."""
+        """Bytes of the adapters on the rank that holds most."""
         return sum(entry.num_bytes for entry in list(self._entries.values()))
 
     @property
     def names(self) -> list[str]:
-        """Of those that are loaded."""
+        """Names of the loaded adapters."""
         return [adapter.name for adapter in list(self._entries)]
 
     @contextmanager
     def using(self, adapters: Sequence[ScaledAdapter]) -> Iterator[Applied]:
-        """Around a request: loads what is not there, on all ranks. Blocks. Raises WrongField."""
+        """Keeps adapters loaded during a request, on all ranks; yields slots and scales. Blocks while they load.
+
+        Raises WrongField if one cannot be read.
+        """
         held: list[_Entry] = []
         try:
             held.extend(self._take(each.adapter) for each in adapters)
@@ -199,7 +208,7 @@ class AdapterStore:
             self._evict()
 
     def recall(self, adapters: Sequence[ScaledAdapter]) -> Applied | None:
-        """What `using` would yield, if it need load none; nothing is held."""
+        """Returns what `using` would yield if all adapters are loaded, else None. Does not keep them loaded."""
         entries = [self._entries.get(each.adapter) for each in adapters]
         if None in entries:
             return None
@@ -257,17 +266,17 @@ class AdapterStore:
 
 
 def _applied(entries: Sequence[_Entry], adapters: Sequence[ScaledAdapter]) -> Applied:
-    """Of those that have anything for the stage."""
+    """Returns slots and scales of the adapters that have weights for this stage."""
     return tuple((entry.slot, each.scale) for entry, each in zip(entries, adapters, strict=True) if entry.is_here)
 
 
 def using_adapters(
     store: AdapterStore | None, adapters: Sequence[ScaledAdapter]
 ) -> AbstractContextManager[Applied]:
-    """`store.using`; of a stage that takes none, nothing is asked."""
+    """Calls `store.using`; without adapters, or for a stage that takes none, yields NO_ADAPTERS."""
     return nullcontext(NO_ADAPTERS) if store is None or not adapters else store.using(adapters)
 
 
 def recall_adapters(store: AdapterStore | None, adapters: Sequence[ScaledAdapter]) -> Applied | None:
-    """`store.recall`."""
+    """Calls `store.recall`; without adapters, or for a stage that takes none, returns NO_ADAPTERS."""
     return NO_ADAPTERS if store is None or not adapters else store.recall(adapters)

@@ -1,8 +1,8 @@
-"""Diffusers' own pipeline call, of which each stage does its part.
+"""Diffusers' own pipeline call, of which each stage runs its part.
 
-encode   runs until the denoiser is asked, and keeps what the methods returned that reach a text encoder
-prepare  (where pictures go in) answers those methods with it, and keeps what `vae.encode` returned until then
-denoise  answers both, and runs until the VAEs have been asked to decode all: with what, is the result
+encode   runs until a denoiser is called; keeps the results of methods that use a text encoder
+prepare  (with input images) replays those results, runs just as far, and keeps the results of `vae.encode`
+denoise  replays both, and runs until all decodes of the VAEs have been called; returns their arguments
 """
 
 import copy
@@ -17,28 +17,28 @@ import diffusers
 import torch
 from diffusers import ModularPipeline
 
+from deployments.answers import DecodeArguments, Encodings
+from deployments.errors import WrongField, describe_cause
 from deployments.families import Call
-from deployments.refusal import WrongField, describe_cause
-from deployments.request import CallKind, DecodeArguments, Encodings, GenerationRequest
-from deployments.schedulers import SchedulerConfig
-from deployments.stages.decodes import Decodes
-from deployments.stages.draws import Draws
-from deployments.stages.encoding_methods import Method, encoding_names, replace_encoding
-from deployments.stages.modular import call_names, set_guidance
-from deployments.stages.pictures import blank_pictures, picture_arguments
-from deployments.stages.posterior import ChangedVae, Encode, blank
-from deployments.stages.schedulers import build_schedulers
-from deployments.stages.steps import AfterStep, watch_steps
+from deployments.options.schedulers import SchedulerConfig
+from deployments.request import CallKind, GenerationRequest
+from deployments.stages.call_arguments import call_arguments
+from deployments.stages.loop.draws import Draws
+from deployments.stages.loop.schedulers import build_schedulers
+from deployments.stages.loop.steps import AfterStep, watch_steps
+from deployments.stages.modular import set_guidance
+from deployments.stages.pixels.decodes import Decodes
+from deployments.stages.pixels.pictures import blank_pictures, picture_arguments
+from deployments.stages.pixels.posterior import ChangedVae, Encode, blank
 from deployments.stages.stub import Reached
 from deployments.stages.tensors import shapes_only, without_shapes
+from deployments.stages.texts.encoding_methods import Method, encoding_names, replace_encoding
 
 log = logging.getLogger("ray.serve")
-
 CONNECTORS = "connectors"
-"""The component that makes all hidden states of a text encoder, a GiB of LTX-2's, into what a denoiser takes."""
-
+"""The component that turns all hidden states of a text encoder (a GiB for LTX-2) into a denoiser's inputs."""
 Pictures = Mapping[str, Any]
-"""`image`, a list, `mask_image`, `control_image` and `video`, a list: pictures.py opens them."""
+"""`image` (a list), `mask_image`, `control_image` and `video` (a list), as opened by pictures.py."""
 NO_PICTURES: Pictures = {}
 NO_SCHEDULERS: Mapping[str, Any] = {}
 
@@ -50,26 +50,28 @@ class PipelineCalls:
         self,
         pipe: Any,
         calls: Mapping[CallKind, Call],
-        place: Callable[[Any], Any] = lambda value: value,
+        to_stage: Callable[[Any], Any] = lambda value: value,
         schedulers: Sequence[SchedulerConfig] = (),
     ) -> None:
         """
         Args:
-            pipe: the checkpoint's own pipeline, of whose components the others are made.
-            place: as PipelineCall's.
-            schedulers: that requests may ask for. Raises CannotServe.
+            pipe: the checkpoint's own pipeline; pipelines of other kinds are made from its components.
+            to_stage: as for PipelineCall.
+            schedulers: those that requests may ask for. Raises CannotServe if one cannot be built.
         """
         first, *others = calls.values()
         built = build_schedulers(pipe, schedulers)
-        self._calls = {first.kind: PipelineCall(pipe, first, place, built)}
+        self._calls = {first.kind: PipelineCall(pipe, first, to_stage, built)}
         for call in others:
             try:
-                self._calls[call.kind] = PipelineCall(related_pipeline(pipe, call), call, place, built)
-            except Exception as error:  # constructors raise what they like
-                log.warning("no %s is made of these components: %s", call.pipeline_class, describe_cause(error))
+                self._calls[call.kind] = PipelineCall(related_pipeline(pipe, call), call, to_stage, built)
+            except Exception as error:  # constructors may raise anything
+                log.warning(
+                    "no %s can be built from these components: %s", call.pipeline_class, describe_cause(error)
+                )
 
     def of(self, request: GenerationRequest) -> "PipelineCall":
-        """Raises WrongField."""
+        """Returns the call of the request's kind. Raises WrongField if the checkpoint has none."""
         if request.kind not in self._calls:
             raise WrongField(f"this checkpoint cannot {request.kind}: the log of its start says why", "model")
         return self._calls[request.kind]
@@ -81,23 +83,23 @@ class PipelineCalls:
 class PipelineCall:
     """One pipeline's call, with stubs for the models that this stage lacks. Thread-safe.
 
-    Every request has a shallow copy of the pipeline, and a scheduler and guiders of its own (they keep their state
-    in themselves). So every scheduler and guidance mode of diffusers works, and the result is the pipeline's.
+    Every request has a shallow copy of the pipeline, and its own scheduler and guiders, because these have state.
+    So every scheduler and guidance mode of diffusers works, and the result is the pipeline's.
     """
 
     def __init__(
         self,
         pipe: Any,
         call: Call,
-        place: Callable[[Any], Any] = lambda value: value,
+        to_stage: Callable[[Any], Any] = lambda value: value,
         schedulers: Mapping[str, Any] = NO_SCHEDULERS,
     ) -> None:
         """
         Args:
-            place: puts what the encode stage kept where this stage computes, each time it is asked for.
-            schedulers: in place of the pipeline's own, by what requests call them.
+            to_stage: moves what the encode stage kept to this stage's device, each time that it is read.
+            schedulers: schedulers to use instead of the pipeline's own, by their names in requests.
         """
-        self._pipe, self._place, self._schedulers = pipe, place, schedulers
+        self._pipe, self._to_stage, self._schedulers = pipe, to_stage, schedulers
         self.asked = call
         encoders = {name for name in pipe.components if name.startswith("text_encoder")}
         encoders |= {"image_encoder", CONNECTORS}
@@ -108,11 +110,11 @@ class PipelineCall:
         return f"{type(self._pipe).__name__} with {type(self._pipe.scheduler).__name__}"
 
     def describe(self, request: GenerationRequest) -> str:
-        """Which pipeline and scheduler draw it."""
+        """Returns the names of the pipeline and the scheduler that serve the request."""
         return f"{type(self._pipe).__name__} with {request.scheduler or type(self._pipe.scheduler).__name__}"
 
     def kept(self, method: str, value: Any) -> Any:
-        """What is kept of what an encoding method returned: of what connectors alone read, the shapes."""
+        """Returns what is kept of an encoding method's result: only shapes, if only connectors read it."""
         return shapes_only(value) if CONNECTORS in self._methods and method != CONNECTORS else value
 
     def encode(
@@ -124,11 +126,11 @@ class PipelineCall:
         pictures: Pictures = NO_PICTURES,
         max_sequence_length: int | None,
     ) -> None:
-        """Up to the first forward of a denoiser.
+        """Runs the call up to the first forward of a denoiser.
 
         Args:
-            replace: (name, encoding method of the pipeline) -> what is called in its place.
-            encoders: what stands for text encoders, by name.
+            replace: (name, encoding method of the pipeline) -> the function to call in its place.
+            encoders: stand-ins for text encoders, by name.
         """
         pipe = self._copy(request, blank(self._pipe.vae))
         vars(pipe).update(encoders)
@@ -139,7 +141,7 @@ class PipelineCall:
     def prepare(
         self, request: GenerationRequest, encodings: Encodings, pictures: Pictures, encode: Encode
     ) -> None:
-        """Up to the first forward of a denoiser. encode: what is called in place of `vae.encode`."""
+        """Runs the call up to the first forward of a denoiser. encode: replaces `vae.encode`."""
         pipe = self._copy(request, encode)
         self._replay(pipe, encodings)
         with suppress(Reached):
@@ -157,14 +159,14 @@ class PipelineCall:
         after_step: AfterStep | None = None,
         max_sequence_length: int | None = None,
     ) -> DecodeArguments:
-        """What the pipeline decodes in the end.
+        """Runs the call up to the decode; returns what the pipeline decodes.
 
         Args:
-            components: what stands for the denoisers, by name; without encodings, for the text models too.
-            encodings: what the encode stage kept, where it is needed.
-            encode: what is called in place of `vae.encode`; None: zeros are its answer.
-            pictures: that go in.
-            draws: for schedulers that are given no generator.
+            components: stand-ins for the denoisers, by name; without encodings, for the text models too.
+            encodings: what the encode stage kept; None: the pipeline's own encoding runs.
+            encode: called in place of `vae.encode`; None: it returns zeros.
+            pictures: the input images.
+            draws: random state for schedulers that get no generator.
         """
         pipe = self._copy(request, encode or blank(self._pipe.vae))
         vars(pipe).update(components)
@@ -183,7 +185,7 @@ class PipelineCall:
         encode: Encode | None = None,
         pictures: Pictures = NO_PICTURES,
     ) -> DecodeArguments:
-        """What the pipeline would decode if these were the latents after its last step.
+        """Returns what the pipeline would decode if these were the latents after its last step.
 
         components: denoisers that predict nothing and cost nothing.
         """
@@ -194,16 +196,16 @@ class PipelineCall:
         return self._until_decode(pipe, request, pictures, None)
 
     def blank_pictures(self, request: GenerationRequest) -> Pictures:
-        """Of the request's size, as many as it needs."""
+        """Returns blank images of the request's size, as many as its call needs."""
         return blank_pictures(self.asked, request.size)
 
     def _copy(self, request: GenerationRequest, encode: Encode) -> Any:
-        """encode: in place of the VAE's."""
+        """Copies the pipeline for one request. encode: replaces `vae.encode`."""
         pipe = copy.copy(self._pipe)
         own = {name: getattr(self._pipe, name) for name in self._stateful}
         if request.scheduler is not None:
             own["scheduler"] = self._schedulers[request.scheduler]
-        # Not by setattr, which would write each into the pipeline's config.
+        # setattr would write each of them into the pipeline's config.
         vars(pipe).update({name: copy.deepcopy(part) for name, part in own.items()})
         vars(pipe)["vae"] = ChangedVae(self._pipe.vae, encode=encode)
         return pipe
@@ -216,7 +218,7 @@ class PipelineCall:
                 if not left or left[0][0] != name:
                     there = left[0][0] if left else "nothing"
                     raise RuntimeError(f"{self} calls {name} where the encode stage's called {there}")
-                return self._place(without_shapes(left.popleft()[1]))
+                return self._to_stage(without_shapes(left.popleft()[1]))
 
             return replayed
 
@@ -236,7 +238,7 @@ class PipelineCall:
     def _run(
         self, pipe: Any, request: GenerationRequest, pictures: Pictures, max_sequence_length: int | None
     ) -> None:
-        """To its end, or to an exception: Reached, or a fault."""
+        """Runs the pipeline to its end or an exception: Reached, or a fault."""
         set_guidance(pipe, request.guidance_scale, request.guidance_scale_2)
         arguments = call_arguments(pipe, request, max_sequence_length)
         size = (request.width, request.height) if request.width else None
@@ -244,9 +246,9 @@ class PipelineCall:
 
 
 def related_pipeline(pipe: Any, call: Call) -> Any:
-    """Another class over the same components, as `from_pipe` makes it, without those that it does not know.
+    """Builds a pipeline of another class from the same components, as `from_pipe` does, without unknown ones.
 
-    Blocks choose by what they are called with.
+    A modular pipeline serves all kinds itself: its blocks choose by the call's arguments.
     """
     if isinstance(pipe, ModularPipeline):
         return pipe
@@ -260,48 +262,8 @@ def related_pipeline(pipe: Any, call: Call) -> Any:
     return related
 
 
-def call_arguments(
-    pipe: Any, request: GenerationRequest, max_sequence_length: int | None = None
-) -> dict[str, Any]:
-    """What a pipeline is called with for a request: those of its fields that are set and that it knows.
-
-    pipe: the pipeline, or its class where it is not modular.
-    """
-    values = {
-        "prompt": request.prompt.text,
-        "negative_prompt": request.prompt.negative_text,
-        "height": request.height,
-        "width": request.width,
-        **dict.fromkeys(("num_frames", "frames", "video_length"), request.num_frames),
-        "num_inference_steps": request.num_inference_steps,
-        "guidance_scale": request.guidance_scale,
-        "guidance_scale_2": request.guidance_scale_2,
-        "true_cfg_scale": request.true_cfg_scale,
-        "strength": request.strength,
-        "controlnet_conditioning_scale": request.control_scale,
-        "frame_rate": request.fps,
-        "max_sequence_length": max_sequence_length,
-        "generator": torch.Generator("cpu").manual_seed(request.seed),
-        "output_type": "np",
-        # For pipelines that would choose another size near the one that is asked for (FLUX.1-Kontext).
-        "max_area": request.width and request.width * request.height,
-        "_auto_resize": False,
-        # Language models that rewrite prompts draw from the process's generator.
-        "enable_prompt_rewrite": False,
-        "use_pe": False,
-        "use_resolution_binning": False,
-    }
-    parameters = call_names(pipe)
-    known: dict[str, Any] = {
-        name: value for name, value in values.items() if name in parameters and value is not None
-    }
-    if "guidance_schedule" in parameters and request.guidance_scale is not None:
-        known["guidance_schedule"] = None  # its default, for so many steps, and a scale exclude each other
-    return known
-
-
 class _Step(NamedTuple):
-    """As schedulers return it, as a tuple or with names."""
+    """A scheduler step's result: a tuple with names."""
 
     prev_sample: torch.Tensor
     pred_original_sample: torch.Tensor

@@ -1,4 +1,4 @@
-"""Which calls return the same: the key of what a stage keeps."""
+"""Keys of a stage's cached results, equal for calls that return the same."""
 
 import hashlib
 from collections.abc import Hashable, Mapping
@@ -9,7 +9,10 @@ from PIL import Image
 
 
 def call_key(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable:
-    """Equal for calls that return equal values. What is neither plain nor a picture is equal to nothing."""
+    """Returns a key that is equal for calls that return equal values.
+
+    An argument that is no plain value, image or tensor makes the key unequal to all others.
+    """
     return name, _plain(args), _plain(kwargs)
 
 

@@ -1,4 +1,4 @@
-"""Latents to pixels and sound; and pictures that go in to what their latents are drawn from."""
+"""The decode stage: decodes latents into pixels and sound, and encodes input images into posteriors."""
 
 import logging
 from collections.abc import Sequence
@@ -9,124 +9,122 @@ from typing import Any
 import numpy as np
 import torch
 
+from deployments.answers import DecodeArguments, Encodings, Posterior, Posteriors, Tile, num_bytes
 from deployments.checkpoints.components import fetch_stage, stage_components
 from deployments.checkpoints.geometry import with_geometry
 from deployments.checkpoints.sharing import NotTheSame, check_same
-from deployments.config import ModelConfig, VaeConfig
-from deployments.device import resolve_device, resolve_dtype
-from deployments.embedding_cache import EmbeddingCache
-from deployments.memory.keeper import Keeper
-from deployments.memory.on_demand import turn_to_load
+from deployments.config.model import ModelConfig
+from deployments.config.vae import VaeConfig
+from deployments.errors import CannotServe, describe_cause
+from deployments.media.pixels import MEDIA_TYPES, Frames, Sound, encode_media
+from deployments.media.thumbnail import make_thumbnail
+from deployments.memory.device import resolve_device, resolve_dtype
+from deployments.memory.residency import WeightResidency
 from deployments.memory.share import take_share
 from deployments.memory.tiling import is_tiled, set_tiles
-from deployments.refusal import CannotServe, describe_cause
-from deployments.request import (
-    DecodeArguments,
-    Encodings,
-    GenerationRequest,
-    InputPictures,
-    MediaSize,
-    Posterior,
-    Posteriors,
-    Tile,
-    num_bytes,
-)
+from deployments.memory.time_sharing import lease_to_load
+from deployments.request import GenerationRequest, InputPictures, MediaSize
 from deployments.stages.call import PipelineCalls
 from deployments.stages.call_key import call_key
 from deployments.stages.finite import FiniteCheck, dtype_advice
-from deployments.stages.foresee import DecodeForesight, decode_inputs
-from deployments.stages.media import MEDIA_TYPES, Frames, Sound, encode_media
-from deployments.stages.pictures import open_pictures
 from deployments.stages.pipeline import load_pipeline, loaded_models
-from deployments.stages.posterior import given, kept
+from deployments.stages.pixels.pictures import open_pictures
+from deployments.stages.pixels.posterior import given, kept
+from deployments.stages.pixels.tiles import SPREAD_CLASSES, AskPeer, SpreadDecode, decode_tile
+from deployments.stages.result_cache import ResultCache
 from deployments.stages.tensors import laid, to_device
-from deployments.stages.tiles import SPREAD_CLASSES, AskPeer, SpreadDecode, decode_tile
-from deployments.warm_up import WarmUp, tried_size
+from deployments.stages.trials.memory_estimate import DecodeMemoryEstimator, decode_inputs
+from deployments.stages.warm_up import WarmUp, tried_size
 
 log = logging.getLogger("ray.serve")
 
 
 class Decoding:
-    """The checkpoint's VAE, and what makes a video's sound."""
+    """The checkpoint's VAE, and the models that make a video's sound."""
 
     def __init__(
-        self, model: ModelConfig, config: VaeConfig, holder: "tuple[ModelConfig, Decoding] | None" = None
+        self, model: ModelConfig, config: VaeConfig, owner: "tuple[ModelConfig, Decoding] | None" = None
     ) -> None:
-        """holder: another checkpoint that has the same VAE, and has loaded it. Raises NotTheSame."""
+        """owner: another checkpoint that has loaded the same VAE. Raises NotTheSame if they differ."""
         torch.set_num_threads(config.num_threads)
         model = with_geometry(model)
         self._family, self._geometry = model.architecture, model.geometry
         self.finite = FiniteCheck()
-        self.cache: EmbeddingCache = (
-            EmbeddingCache(int(config.cache_mib * 2**20)) if holder is None else holder[1].cache
-        )
+        self.cache: ResultCache = ResultCache(int(config.cache_mib * 2**20)) if owner is None else owner[1].cache
         self.num_encoded = 0
-        """Pictures that went in and were not in the cache."""
+        """Input images that were not in the cache."""
         folder, index = fetch_stage(model, "decode", config.dtype)
         keep = stage_components(index, self._family, "decode")
         self._device, self._sound_dtype = resolve_device(config), resolve_dtype(config.dtype)
-        if holder is None:
+        if owner is None:
             share = take_share(config, self._device)
-            with turn_to_load(config, self._device), share.naming():
+            with lease_to_load(config, self._device), share.translating_oom():
                 self._pipe = load_pipeline(folder, index, keep, config, variant=model.variant)
                 said, config = config, self._with_dtype(config)
                 if config.dtype != said.dtype:
                     self._pipe.vae.to(self._dtype)
                 own = _set_up(self._pipe.vae, config)
-                self.keeper = Keeper(loaded_models(self._pipe), config, self._device, own=own, share=share)
+                self.residency = WeightResidency(
+                    loaded_models(self._pipe), config, self._device, own=own, share=share
+                )
         else:
-            check_same(holder[0], model, "decode", config.dtype)
-            self.keeper, held = holder[1].keeper, loaded_models(holder[1]._pipe)
+            check_same(owner[0], model, "decode", config.dtype)
+            self.residency, held = owner[1].residency, loaded_models(owner[1]._pipe)
             self._pipe = load_pipeline(folder, index, keep, config, variant=model.variant, held=held)
             config = self._with_dtype(config)
-            if self._dtype != holder[1]._dtype:
+            if self._dtype != owner[1]._dtype:
                 raise NotTheSame(
-                    f"{model.name!r} needs its VAE in {self._dtype}, and that of {holder[0].name!r} is in "
-                    f"{holder[1]._dtype}: set vae.dtype to float32"
+                    f"{model.name!r} needs its VAE in {self._dtype}, and that of {owner[0].name!r} is in "
+                    f"{owner[1]._dtype}: set vae.dtype to float32"
                 )
         self._calls = PipelineCalls(self._pipe, self._family.calls, schedulers=model.schedulers)
         self._ask_peer: AskPeer | None = None
         self._num_tiles_away = 0
-        self._foresee: DecodeForesight | None = None
-        if self.keeper.needs.is_limited:
+        self._estimator: DecodeMemoryEstimator | None = None
+        if self.residency.admission.is_limited:
             classes = {name: type(model) for name, model in loaded_models(self._pipe).items()}
-            self._foresee = DecodeForesight(classes, folder, config, self._geometry)
-        if config.compile is None and not config.moves_weights:  # else it would cost what a request costs
+            self._estimator = DecodeMemoryEstimator(classes, folder, config, self._geometry)
+        if config.compile is None and not config.moves_weights:  # or it would cost as much as a request
             self._try()
 
     def _with_dtype(self, config: VaeConfig) -> VaeConfig:
-        """The same, in the dtype that the VAE needs."""
+        """Returns the config with the dtype that the VAE needs."""
         dtype = self._family.vae_dtype(config.dtype, self._pipe.vae.config)
         self._dtype: torch.dtype = resolve_dtype(dtype)
         return config.model_copy(update={"dtype": dtype})
 
     def spread_tiles(self, ask_peer: AskPeer, num_away: int) -> None:
-        """From now on, where the VAE's tiles know nothing of each other. num_away: in other replicas at once."""
+        """Makes decodes spread tiles over replicas, if the VAE's are independent. num_away: most tiles at once."""
         if type(self._pipe.vae).__name__ in SPREAD_CLASSES:
             self._ask_peer, self._num_tiles_away = ask_peer, num_away
 
+    @staticmethod
+    def thumbnail(video: bytes) -> bytes:
+        """Returns a still of the video, as WebP."""
+        return make_thumbnail(video)
+
     @torch.no_grad()
     def decode_tile(self, tile: Tile) -> tuple[torch.Tensor, ...]:
-        """For another replica: what the VAE's decoder returns, on the CPU. Raises OutOfShare."""
-        with self.keeper.at_work():
+        """Decodes a tile for another replica; returns tensors on the CPU. Raises OutOfDeviceMemory."""
+        with self.residency.on_device():
             return decode_tile(self._pipe.vae.decoder, tile, self._device)
 
     @torch.no_grad()
     def _try(self) -> None:
-        """Blank latents of a small size. Raises CannotServe."""
+        """Decodes blank latents of a small size. Raises CannotServe if that fails."""
         size = tried_size(self._geometry)
         try:
-            with self.keeper.at_work():
+            with self.residency.on_device():
                 self._check_size(torch.cat([self._pixels(call) for call in self._blank(size).calls]).shape, size)
-        except Exception as error:  # VAEs raise what they like
+        except Exception as error:  # VAEs may raise anything
             raise CannotServe(
                 f"the decode stage cannot run {type(self._pipe.vae).__name__}: {describe_cause(error)}"
             ) from error
         finally:
-            self.keeper.release()
+            self.residency.release()
 
     def warm_up(self, warm_up: WarmUp) -> None:
-        """Blank latents of every size, to files."""
+        """Decodes blank latents of every size into files."""
         for request in warm_up.requests:
             self.decode_media(self._blank(request.size), request)
 
@@ -136,14 +134,18 @@ class Decoding:
         return replace(first, more=tuple(more))
 
     def check(self, request: GenerationRequest) -> None:
-        """Raises NeverFits. Thread-safe; takes up to seconds the first time for a size."""
-        if self._foresee is not None:
+        """Raises ExceedsMemory if the request can never be decoded here. Thread-safe; may take seconds for a new
+        size."""
+        if self._estimator is not None:
             size = request.size
-            self.keeper.needs.at_most(size, f"decoding {size}", partial(self._foresee, size))
+            self.residency.admission.max_admissible(size, f"decoding {size}", partial(self._estimator, size))
 
     @torch.no_grad()
     def prepare(self, encodings: Encodings, request: GenerationRequest, pictures: InputPictures) -> Posteriors:
-        """What the VAE makes of the pictures that go in, on the CPU. Raises NotFinite, WrongField, OutOfShare."""
+        """Returns the posteriors of the input images, on the CPU.
+
+        Raises NonFinite, WrongField, OutOfDeviceMemory.
+        """
         opened = open_pictures(pictures, request.size, reads_video=True)
         made: list[Posterior] = []
         failed: list[Exception] = []
@@ -159,19 +161,19 @@ class Decoding:
 
         call = self._calls.of(request)
         try:
-            with self.keeper.at_work():
+            with self.residency.on_device():
                 call.prepare(request, encodings, opened, encode)
         except Exception as error:
             if error in failed:
                 raise
-            # It fails in the denoise stage too, which knows what to say of it.
-            log.debug("%s fails beside its VAE: %s", call, error)
+            # The error occurs in the denoise stage too, which can explain it.
+            log.debug("%s fails outside of its VAE: %s", call, error)
         finally:
-            self.keeper.release()
+            self.residency.release()
         return tuple(made)
 
     def _encode(self, pixels: torch.Tensor, args: Any, kwargs: Any) -> Posterior:
-        """`vae.encode` of pictures, unless they were seen lately."""
+        """Calls `vae.encode` for images, unless the cache has the result."""
         key = call_key("encode", (pixels, *args), kwargs)
         made: Posterior | None = self.cache.get(key)
         if made is None:
@@ -184,36 +186,39 @@ class Decoding:
 
     @torch.no_grad()
     def decode(self, arguments: DecodeArguments, request: GenerationRequest) -> Frames:
-        """The call's own `vae.decode` -> uint8 [F, H, W, 3], F = 1 for a picture. Raises NeverFits."""
+        """Runs the call's own `vae.decode` -> uint8 [F, H, W, 3], F = 1 for an image. Raises ExceedsMemory."""
         self.check(request)
         try:
-            with self.keeper.at_work(), self.keeper.needs.measured(request.size):
+            with self.residency.on_device(), self.residency.admission.measured(request.size):
                 return self._decode(arguments, request)
         except BaseException:
             self._forget_frames()
             raise
         finally:
-            self.keeper.release()
+            self.residency.release()
 
     def _forget_frames(self) -> None:
-        """Of a video's VAE that failed half way: what it keeps between frames would lie there till the next."""
+        """Frees what a video VAE keeps between frames, after a decode that has failed."""
         if hasattr(self._pipe.vae, "clear_cache"):
             self._pipe.vae.clear_cache()
 
     def _decode(self, arguments: DecodeArguments, request: GenerationRequest) -> Frames:
-        """What lay on the device for it is free again; frames leave it one by one, for float pixels are large."""
+        """Decodes into frames on the CPU; the tensors on the device are freed on return.
+
+        Frames are copied from the device one by one, because float pixels are large.
+        """
         pixels = map(self._pixels, arguments.calls)
         frames = np.concatenate([self._to_uint8(frame) for some in pixels for frame in torch.split(some, 1)])
         self._check_size((len(frames), 3, *frames.shape[1:3]), request.size)
         return frames
 
     def _pixels(self, call: DecodeArguments) -> torch.Tensor:
-        """[F, C, H, W], on the device."""
+        """Decodes one call; returns [F, C, H, W], on the device."""
         args, kwargs = to_device((call.args, dict(call.kwargs)), self._device, self._dtype)
         args = (laid(args[0], call.is_channels_last), *args[1:])
         pixels = self._decoded(args, kwargs)
         if self._geometry.frames_per_decode is not None:
-            return pixels.float()  # as each pipeline does that puts a video together of frames
+            return pixels.float()  # like each pipeline that assembles a video from decoded frames
         return pixels[0].transpose(0, 1) if pixels.ndim == 5 else pixels
 
     def _decoded(self, args: Any, kwargs: Any) -> torch.Tensor:
@@ -226,10 +231,10 @@ class Decoding:
 
     @torch.no_grad()
     def decode_sound(self, call: DecodeArguments) -> Sound:
-        """The call's own `audio_vae.decode`, and the vocoder after it. Raises NotFinite, OutOfShare."""
+        """Runs the call's own `audio_vae.decode`, then the vocoder. Raises NonFinite, OutOfDeviceMemory."""
         vae, vocoder = self._pipe.audio_vae, self._pipe.vocoder
         try:
-            with self.keeper.at_work():
+            with self.residency.on_device():
                 args, kwargs = to_device((call.args, dict(call.kwargs)), self._device, self._sound_dtype)
                 made = vocoder(vae.decode(*args, **kwargs, return_dict=False)[0])
                 samples = made if isinstance(made, torch.Tensor) else made[0]
@@ -237,15 +242,18 @@ class Decoding:
                 rate = vocoder.config.get("output_sampling_rate") or vae.config.sample_rate
                 return Sound(samples[0].float().cpu().numpy(), rate)
         finally:
-            self.keeper.release()
+            self.residency.release()
 
     def _check_size(self, shape: Sequence[int], size: MediaSize) -> None:
-        """The last word on sizes: a VAE whose config says another factor than it has. shape: [F, C, H, W]"""
+        """Raises ValueError for a wrong size: the VAE's config may give another factor than the VAE has.
+
+        shape: [F, C, H, W] of the decoded pixels.
+        """
         num_frames, _, height, width = shape
         made = MediaSize(width, height, num_frames if self._family.media == "video" else size.num_frames)
         if made != size:
             raise ValueError(
-                f"{type(self._pipe.vae).__name__} made {made} of latents for {size}: its config.json describes "
+                f"{type(self._pipe.vae).__name__} made {made} from latents for {size}: its config.json describes "
                 "another VAE"
             )
 
@@ -259,17 +267,17 @@ class Decoding:
 
     def _explain_encoded(self) -> str:
         advice = dtype_advice("vae.dtype", self._dtype)
-        return f"what {type(self._pipe.vae).__name__} made of the picture is NaN or infinite: {advice}"
+        return f"what {type(self._pipe.vae).__name__} made from the image is NaN or infinite: {advice}"
 
     def _to_uint8(self, frame: torch.Tensor) -> Frames:
-        """By the pipeline's own processor, [1, C, H, W] -> [1, H, W, C]. Raises NotFinite."""
+        """Converts with the pipeline's own processor, [1, C, H, W] -> [1, H, W, C]. Raises NonFinite."""
         self.finite.check(frame, self._explain)
         processor = getattr(self._pipe, "video_processor", None) or self._pipe.image_processor
         rounded: Frames = (processor.postprocess(frame, output_type="np") * 255).round().astype(np.uint8)
         return rounded
 
     def decode_media(self, arguments: DecodeArguments, request: GenerationRequest) -> tuple[bytes, str]:
-        """The request's file and its media type: encoded where it is decoded."""
+        """Decodes into the request's file; returns the file and its media type."""
         data = encode_media(
             self.decode(arguments, request),
             request.output_format,
@@ -281,7 +289,7 @@ class Decoding:
 
 
 def _set_up(vae: Any, config: VaeConfig) -> list[str]:
-    """What diffusers' VAEs have of their own against large pictures; the names of it."""
+    """Turns on what diffusers' VAEs offer to save memory; returns the names of these techniques."""
     own = []
     if config.slicing:
         vae.enable_slicing()

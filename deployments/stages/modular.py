@@ -1,7 +1,7 @@
-"""Pipelines that diffusers has as blocks: built of them, called as any other, and what runs their text encoders.
+"""Modular pipelines, which diffusers has as blocks: how to build and call them, and which blocks encode texts.
 
-A block reads the call's values and writes others, so one that reaches a text encoder is to these pipelines what
-`encode_prompt` is to the rest: what it is asked for are its inputs, and what it returns are its outputs.
+A block reads values of the call and writes others. So a block that uses a text encoder corresponds to the
+`encode_prompt` of other pipelines: its inputs are the arguments, and its outputs are the result.
 """
 
 import copy
@@ -19,23 +19,24 @@ from diffusers.modular_pipelines.modular_pipeline import BlockState, PipelineSta
 from deployments.checkpoints.components import ModelIndex, component_names, weightless
 from deployments.checkpoints.modular import BLOCKS, locations
 from deployments.families import Call
-from deployments.families.calls import REQUIRED, kind_by_parameters
+from deployments.families.calls import kind_by_parameters
+from deployments.families.sources import REQUIRED
 from deployments.request import CallKind
 
 Replace = Callable[[str, Callable[..., Any]], Callable[..., Any]]
-"""(name, what runs a text encoder) -> what is called in its place."""
+"""(name, function that runs a text encoder) -> function to call in its place."""
 
 GUIDERS: Mapping[str, str] = {"guidance_scale": "guider", "guidance_scale_2": "guider_2"}
-"""By the field of a request that is its scale: the second guides the expert for low noise (Wan 2.2)."""
+"""Guider component by the request field of its scale; the second guides the low-noise expert (Wan 2.2)."""
 _TRIED_WITH = frozenset({"prompt", "image", "mask_image"})
-"""Of a request, by which blocks choose what they do."""
+"""Request fields by which blocks pick a workflow."""
 
-# Whatever fails in a block is raised as well, and told by whoever knows what to say of it.
+# Blocks raise the errors that they log here, and the handlers of those explain them better.
 logging.getLogger("diffusers.modular_pipelines.modular_pipeline").disabled = True
 
 
 def build_modular(folder: Path, index: ModelIndex, given: Mapping[str, Any]) -> ModularPipeline:
-    """The checkpoint's pipeline. given: components by name; all others that the checkpoint has are loaded."""
+    """Builds the checkpoint's pipeline. given: components by name; all others of the checkpoint are loaded."""
     pipeline_class: Any = getattr(diffusers, index["_class_name"])
     pipe: ModularPipeline = pipeline_class(
         blocks=build_blocks(index), pretrained_model_name_or_path=str(folder), config_dict=dict(index)
@@ -43,15 +44,15 @@ def build_modular(folder: Path, index: ModelIndex, given: Mapping[str, Any]) -> 
     known = pipe.pretrained_component_names
     others = component_names(index).intersection(known) - given.keys()
     loaded = {name: pipe.get_component_spec(name).load(local_files_only=True) for name in sorted(others)}
-    # Not by update_components, which would write each into the pipeline's config.
+    # update_components would write each of them into the pipeline's config.
     vars(pipe).update(loaded | {name: part for name, part in given.items() if name in known})
     return pipe
 
 
 def build_blocks(index: ModelIndex) -> ModularPipelineBlocks:
-    """All but those that rewrite the prompt, which is encoded as it is given.
+    """Builds the checkpoint's blocks, except those that rewrite the prompt, which is encoded as it is given.
 
-    Raises ValueError if diffusers has them not.
+    Raises ValueError if the installed diffusers does not have the blocks.
     """
     named = getattr(diffusers, index[BLOCKS], None)
     if not getattr(named, "block_classes", None):
@@ -68,7 +69,7 @@ def build_blocks(index: ModelIndex) -> ModularPipelineBlocks:
 
 
 def _hide_progress(block: Any) -> None:
-    """Of loops, wherever they are; diffusers' own setting reaches the topmost blocks."""
+    """Hides the progress bars of all loops; diffusers' own setting reaches only the topmost blocks."""
     if hasattr(block, "set_progress_bar_config"):
         block.set_progress_bar_config(disable=True)
     for part in block.sub_blocks.values():
@@ -76,7 +77,7 @@ def _hide_progress(block: Any) -> None:
 
 
 def find_modular_calls(folder: Path, index: ModelIndex) -> dict[CallKind, Call]:
-    """By kind, of those workflows that begin with a prompt and pictures, and whose components are here.
+    """Returns calls by kind, for workflows that start with a prompt and images and whose components are present.
 
     Raises ValueError if there are none.
     """
@@ -91,24 +92,26 @@ def find_modular_calls(folder: Path, index: ModelIndex) -> dict[CallKind, Call]:
         kind = kind_by_parameters(parameters)
         calls.setdefault(kind, Call(kind, index["_class_name"], parameters))
     if not lacking:
-        raise ValueError("it does not draw from a prompt and pictures alone")
+        raise ValueError("it does not draw from a prompt and images alone")
     if not calls:
         name = min(lacking[0])
+        place = locations(folder).get(name)
+        where = f"is in {place}" if place else "is nowhere else either"
         raise ValueError(
-            f"its {name} is not here: modular_model_index.json says that it is in "
-            f"{locations(folder).get(name) or 'no place'}. Fetch it into the checkpoint's folder, as {name}"
+            f"its {name} is not here: according to modular_model_index.json it {where}. Fetch it into the "
+            f"checkpoint's folder, as {name}"
         )
     return calls
 
 
 def _lacking(blocks: ModularPipelineBlocks, index: ModelIndex) -> set[str]:
-    """Components that these blocks need and the checkpoint does not have."""
+    """Returns the components that these blocks need and the checkpoint does not have."""
     needed = {each.name for each in blocks.expected_components if each.default_creation_method != "from_config"}
     return needed - component_names(index)
 
 
 def call_names(pipe: Any) -> frozenset[str]:
-    """Of the arguments of a pipeline's call, modular or not; of the latter its class will do."""
+    """Returns the argument names of a pipeline's call. pipe: the pipeline, or its class if it is not modular."""
     if isinstance(pipe, ModularPipeline):
         return frozenset(pipe._blocks.input_names)
     return _signature_names(pipe if isinstance(pipe, type) else type(pipe))
@@ -120,7 +123,7 @@ def _signature_names(pipeline_class: Any) -> frozenset[str]:
 
 
 def set_guidance(pipe: Any, *scales: float | None) -> None:
-    """In place, of the guiders, in their order: blocks are not called with it. None: as it is."""
+    """Sets the guiders' scales in place, because blocks take no scale as an argument. None: unchanged."""
     asked = dict(zip(GUIDERS, scales, strict=True))
     for field, guider in _guiders(pipe):
         if asked[field] is not None:
@@ -128,14 +131,14 @@ def set_guidance(pipe: Any, *scales: float | None) -> None:
 
 
 def _guiders(pipe: Any) -> Iterator[tuple[str, Any]]:
-    """Those that have a scale, by its field."""
+    """Yields the guiders that have a scale, each with the request field of the scale."""
     for field, name in GUIDERS.items():
         if hasattr(guider := getattr(pipe, name, None), "guidance_scale"):
             yield field, guider
 
 
 def _workflows(blocks: Any) -> list[Any]:
-    """Those blocks that run together, of blocks that choose by what they are called with; the least first."""
+    """Returns the workflows of blocks that choose by the call's arguments, each as blocks; the smallest first."""
     if blocks._workflow_map is None:
         return [blocks]
     return [
@@ -146,7 +149,7 @@ def _workflows(blocks: Any) -> list[Any]:
 
 
 def _default(parameter: Any) -> Any:
-    """None of what is no plain value."""
+    """Returns a parameter's default: REQUIRED if it must be given, None if the default is no plain value."""
     if parameter.required and parameter.default is None:
         return REQUIRED
     is_plain = isinstance(parameter.default, str | int | float | bool)
@@ -154,7 +157,7 @@ def _default(parameter: Any) -> Any:
 
 
 def encoding_blocks(block: Any, encoders: frozenset[str], name: str = "") -> Iterator[str]:
-    """Names, as paths, of the blocks in this one that reach one of these components and no VAE."""
+    """Yields the names, as paths, of the blocks in this one that use one of these components and no VAE."""
     if block.sub_blocks:
         for part, sub_block in block.sub_blocks.items():
             yield from encoding_blocks(sub_block, encoders, f"{name}.{part}".lstrip("."))
@@ -163,7 +166,7 @@ def encoding_blocks(block: Any, encoders: frozenset[str], name: str = "") -> Ite
 
 
 def replace_blocks(pipe: Any, names: Collection[str], replace: Replace) -> None:
-    """In place, of a copy of a pipeline."""
+    """Replaces the named blocks of a pipeline in place, so pass a copy of the pipeline."""
     vars(pipe)["_blocks"] = _replaced(pipe._blocks, "", names, replace)
 
 
@@ -181,7 +184,7 @@ def _replaced(block: Any, name: str, names: Collection[str], replace: Replace) -
 
 
 class EncodingBlock:
-    """In place of a block that runs a text encoder."""
+    """Replaces a block that runs a text encoder."""
 
     def __init__(self, block: Any, name: str, replace: Replace) -> None:
         self._block, self._name, self._replace = block, name, replace
@@ -208,7 +211,7 @@ class EncodingBlock:
         return components, state
 
     def _asked(self, components: Any, state: PipelineState) -> dict[str, Any]:
-        """Which outputs it makes: by its inputs, and by whether its pipeline is guided."""
+        """Returns what the block's outputs depend on: its inputs, and whether its pipeline is guided."""
         guided = getattr(components, "requires_unconditional_embeds", None)
         inputs: dict[str, Any] = self._block.get_block_state(state).as_dict()
         return inputs | {"requires_unconditional_embeds": guided}

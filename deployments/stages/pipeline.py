@@ -1,4 +1,4 @@
-"""A diffusers pipeline of which only some components are loaded."""
+"""Loads a diffusers pipeline with only some of its components."""
 
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -19,16 +19,16 @@ from deployments.checkpoints.modular import is_modular
 from deployments.checkpoints.packages import import_class, library_of
 from deployments.checkpoints.processors import is_processor, load_processor
 from deployments.checkpoints.weights import find_variants
-from deployments.config import StageConfig
-from deployments.device import resolve_device, resolve_dtype
+from deployments.config.stage import StageConfig
 from deployments.engine.blocks import build_skeleton
 from deployments.engine.shard import check_complete
+from deployments.memory.device import resolve_device, resolve_dtype
 from deployments.memory.quantize import plan_stage_quantization
 from deployments.stages.modular import build_modular
 from deployments.stages.stub import ModelStub
 
 _ENCODERS = ("text_encoder", "image_encoder", "connectors")
-"""How their names begin."""
+"""Prefixes of the component names of encoders."""
 
 
 def load_pipeline(
@@ -40,16 +40,16 @@ def load_pipeline(
     variant: str | None,
     held: Mapping[str, nn.Module] | None = None,
 ) -> Any:
-    """The checkpoint's own pipeline class with the components named in `keep`.
+    """Loads the checkpoint's own pipeline class with the components named in `keep`.
 
-    In place of denoisers and VAEs that are not among them it has stubs that know their configs, and so it knows
-    the sizes that it computes from them; all else is None, such as safety checkers, which no stage has.
+    Other denoisers and VAEs are replaced by stubs with their configs, from which the pipeline computes sizes. All
+    other components are None, such as safety checkers, which no stage has.
 
-    held: those of its models that another checkpoint's pipeline has loaded, and that this one is to share.
+    held: models that another checkpoint's pipeline has loaded and that this one is to share.
     """
     for library in (diffusers_logging, transformers_logging):
         library.disable_progress_bar()
-        library.set_verbosity_error()  # their warnings advise on calls that are not ours to change
+        library.set_verbosity_error()  # their warnings are about calls that diffusers itself makes
     absent: dict[str, Any] = dict.fromkeys((component_names(index) - keep) | left_out(index))
     known = dict(_known_models(folder, index, frozenset(absent)))
     if "requires_safety_checker" in index:
@@ -69,7 +69,7 @@ def load_pipeline(
     if is_modular(index):
         pipe: Any = build_modular(folder, index, given)
     else:
-        # DiffusionPipeline's own takes Wan's optional transformer for a setting, and would load it in every stage.
+        # DiffusionPipeline's own method takes Wan's optional transformer for a setting, and would always load it.
         pipeline_class = getattr(diffusers, index["_class_name"], diffusers.DiffusionPipeline)
         pipe = pipeline_class.from_pretrained(folder, **given, local_files_only=True)
     for name, face in known.items():
@@ -82,7 +82,7 @@ def load_pipeline(
 def _load_model(
     folder: Path, entry: tuple[str, str], dtype: torch.dtype, variant: str | None, quantization: Any
 ) -> nn.Module:
-    """As its pipeline would, but raises ValueError where that draws weights at random, which the files lack."""
+    """Loads a model as its pipeline would, but raises ValueError instead of filling missing weights at random."""
     library, class_name = library_of(entry[0]), entry[1]
     options: dict[str, Any] = {"dtype": dtype, "variant": variant, "quantization_config": quantization}
     if variant not in find_variants(folder, library):
@@ -90,7 +90,7 @@ def _load_model(
     if quantization is None:
         del options["quantization_config"]
     if library == "transformers":
-        options["ignore_mismatched_sizes"] = True  # it would refuse them without a word of which
+        options["ignore_mismatched_sizes"] = True  # or its error would not name them
     model, keys = import_class(entry).from_pretrained(
         folder, local_files_only=True, output_loading_info=True, **options
     )
@@ -98,22 +98,22 @@ def _load_model(
     if keys["mismatched_keys"]:
         name, stored, needed = sorted(keys["mismatched_keys"])[0]
         raise ValueError(
-            f"{folder}: {name} has the shape {list(stored)}, and {class_name} needs {list(needed)}: config.json "
-            "describes another model: fetch the checkpoint again"
+            f"{folder}: {name} has the shape {list(stored)}, but {class_name} needs {list(needed)}: config.json "
+            "describes another model; fetch the checkpoint again"
         )
     loaded: nn.Module = model
     return loaded
 
 
 def _known_models(folder: Path, index: ModelIndex, names: frozenset[str]) -> Iterator[tuple[str, nn.Module]]:
-    """Of diffusers' models among `names`, those whose configs are here."""
+    """Yields the diffusers models among `names` whose configs are present."""
     for name in names & component_names(index):
         library, class_name = index[name]
         model_class = getattr(diffusers, class_name, None) if library == "diffusers" else None
         if not isinstance(model_class, type) or not issubclass(model_class, ModelMixin):
             continue
         if (folder / name / "config.json").is_file():
-            # Pipelines ask a VAE for more than its config, and it is small; a denoiser takes up to 2 s to build.
+            # Pipelines read more of a VAE than its config, and it is small. A denoiser takes up to 2 s to build.
             if name in VAES:
                 yield name, _with_buffers(build_skeleton(model_class, folder, name), folder / name)
             else:
@@ -121,7 +121,7 @@ def _known_models(folder: Path, index: ModelIndex, names: frozenset[str]) -> Ite
 
 
 def _with_buffers(skeleton: nn.Module, folder: Path) -> nn.Module:
-    """Those that its files hold, where they are here: LTX's pipeline scales latents by two of its VAE's."""
+    """Fills buffers from the model's files, if these are present: LTX's pipeline reads two buffers of its VAE."""
     wanted = {name for name, _ in skeleton.named_buffers()} & skeleton.state_dict().keys()
     for file in folder.glob("*.safetensors") if wanted else ():
         with safe_open(file, "pt") as weights:
@@ -131,7 +131,7 @@ def _with_buffers(skeleton: nn.Module, folder: Path) -> nn.Module:
 
 
 def _build_face(model_class: Any, folder: Path, subfolder: str) -> nn.Module:
-    """A model without modules: of its class, with its config."""
+    """Builds an instance of the model's class with its config, but without modules."""
     parameters = signature(model_class.__init__).parameters.values()
     defaults = {each.name: each.default for each in parameters if each.default is not Parameter.empty}
     config = model_class.load_config(folder, subfolder=subfolder, local_files_only=True)
@@ -142,5 +142,5 @@ def _build_face(model_class: Any, folder: Path, subfolder: str) -> nn.Module:
 
 
 def loaded_models(pipe: Any) -> dict[str, nn.Module]:
-    """The pipeline's models by component name."""
+    """Returns the pipeline's models by component name."""
     return {name: part for name, part in pipe.components.items() if issubclass(type(part), nn.Module)}

@@ -1,36 +1,43 @@
-"""What the processes of all three stages import alike, and so may share (cluster/fork_server.py)."""
+"""Imports that the processes of all three stages have in common, and so may share (cluster/fork_server.py)."""
 
 import importlib
 import os
 import sys
 
-from deployments.config import ModelConfig, StageConfig
+from deployments.config.model import ModelConfig
+from deployments.config.stage import StageConfig
 from deployments.stages import STAGES
 from deployments.stages.imports import UNNEEDED, needed_packages, silence_imports, skip
 
+FORKABLE = frozenset({"peft"})
+"""Packages of UNNEEDED that may be imported before a fork. bitsandbytes opens a GPU, which fails after a fork."""
+
 
 def plan_preload(model: ModelConfig, config: StageConfig) -> list[str] | None:
-    """What a fork server does before it forks this stage's processes; None if they are to import for themselves.
+    """Returns what a fork server calls and imports before it forks a stage's processes.
 
-    Those are that need what others skip, or may: bitsandbytes opens a GPU when it is imported, and that does not
-    survive a fork.
+    None: the processes have to import for themselves.
     """
     try:
-        if needed_packages(model, config):
-            return None
-    except (ValueError, OSError):  # the checkpoint is elsewhere
+        needed = needed_packages(model, config)
+    except (ValueError, OSError):  # the checkpoint is not on this machine
+        return None
+    if needed - FORKABLE:
         return None
     classes = (call.pipeline_class for call in model.architecture.calls.values())
-    return [f"{__name__}:{preload.__name__}", *classes]
+    return [f"{__name__}:{preload.__name__}", *sorted(needed), *classes]
 
 
-def preload(*pipeline_classes: str) -> None:
-    """All that the stages import of a model without quantised weights."""
+def preload(*names: str) -> None:
+    """Imports all that the stages import for a model.
+
+    names: packages of UNNEEDED that the model needs, and pipeline classes.
+    """
     silence_imports()
-    skip(UNNEEDED)
+    skip(UNNEEDED - {*names})
     for path in (*STAGES.values(), "diffusers.guiders"):
         importlib.import_module(path.partition(":")[0])
     diffusers = sys.modules["diffusers"]
-    for name in pipeline_classes:  # a pipeline's module imports the classes of its models
+    for name in names:  # a pipeline's module imports the classes of its models
         getattr(diffusers, name, None)
-    os.register_at_fork(after_in_child=sys.modules["numpy"].random.seed)  # else all would draw the same
+    os.register_at_fork(after_in_child=sys.modules["numpy"].random.seed)  # or all would draw the same

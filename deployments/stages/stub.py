@@ -1,4 +1,4 @@
-"""What a pipeline finds in place of a model that another stage has: its config and its methods, and no weights."""
+"""Stubs that replace another stage's models in a pipeline: the model's config and methods, without weights."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,37 +9,38 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from deployments.engine.stand_in import attribute
+from deployments.engine.denoiser_stand_in import attribute
 
 
 class Reached(BaseException):
     """Ends a pipeline's call where another stage's work begins.
 
-    No `Exception`, so that nothing on the way takes it for a fault.
+    Derives from BaseException, so that nothing on the way handles it as an error.
     """
 
 
 def reach(*_: Any, **__: Any) -> NoReturn:
-    """Raises Reached, in place of whatever is called so."""
+    """Raises Reached, whatever its arguments, so that it can replace any method."""
     raise Reached
 
 
 class ModelStub:
-    """Its forward and its decode end the call. To pipelines that ask `isinstance` it is of the model's class."""
+    """Replaces a model: its forward and its decode end the call. To `isinstance` it is of the model's class."""
 
     def __init__(
         self, face: nn.Module, build: Callable[[], nn.Module], dtype: torch.dtype, device: torch.device
     ) -> None:
         """
         Args:
-            face: of the model's class, with its config, perhaps without modules.
-            build: the model on the meta device, for pipelines that look into it (SDXL's `unet.add_embedding`).
-            dtype: what the other stage has it in, as far as this pipeline is to know.
-            device: where this stage computes, for pipelines take their own from the first model that they have.
+            face: an instance of the model's class with its config, perhaps without modules.
+            build: builds the model on the meta device, for pipelines that read its modules (SDXL's
+                `unet.add_embedding`).
+            dtype: the model's dtype in the other stage, as far as this pipeline needs to know it.
+            device: where this stage computes, because pipelines take their device from their first model.
         """
         self._face, self._build = face, build
         self.dtype, self.device = dtype, device
-        # accelerate's, by which pipelines are told where to compute while their models' weights are elsewhere.
+        # accelerate's hook, from which pipelines read where to compute while their models' weights are elsewhere.
         self._hf_hook = SimpleNamespace(execution_device=device)
 
     @property  # type: ignore[misc]
@@ -47,12 +48,12 @@ class ModelStub:
         return type(self._face)
 
     def modules(self) -> Iterator["ModelStub"]:
-        """Nothing lies behind it."""
+        """Yields only the stub itself: it has no submodules."""
         yield self
 
     @cached_property
     def skeleton(self) -> nn.Module:
-        """The model on the meta device. The first time, not thread-safe."""
+        """The model on the meta device. The first access is not thread-safe."""
         return self._build()
 
     def __getattr__(self, name: str) -> Any:
@@ -65,12 +66,12 @@ class ModelStub:
 
     @contextmanager
     def cache_context(self, _name: str, **_: Any) -> Iterator[None]:
-        """Of a denoiser's guidance passes."""
+        """Does nothing: pipelines use it to name a denoiser's guidance passes."""
         yield
 
     def __call__(self, *_: Any, **__: Any) -> NoReturn:
         reach()
 
     def decode(self, *_: Any, **__: Any) -> NoReturn:
-        """Of a VAE."""
+        """A VAE's decode: ends the call."""
         reach()

@@ -1,4 +1,4 @@
-"""Tensors in what pipelines pass about: in tuples, lists and dicts, beside plain values."""
+"""Functions on the tensors in nests of tuples, lists, dicts and plain values, which pipelines pass around."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from deployments.memory.working import META
 
 @dataclass(frozen=True)
 class Shape:
-    """In place of a tensor whose values nobody needs: Ray sends none without."""
+    """Replaces a tensor whose values are not needed, because Ray cannot send a tensor without values."""
 
     sizes: tuple[int, ...]
     dtype: torch.dtype
 
 
 def map_tensors(change: Callable[[Any], Any], value: Any, of: type = torch.Tensor) -> Any:
-    """The same, with every tensor changed."""
+    """Returns a copy of a nest with `change` applied to every tensor, or to every instance of `of`."""
     if isinstance(value, of):
         return change(value)
     if isinstance(value, Mapping):
@@ -29,7 +29,7 @@ def map_tensors(change: Callable[[Any], Any], value: Any, of: type = torch.Tenso
 
 
 def each_tensor(value: Any) -> Iterator[torch.Tensor]:
-    """All of them."""
+    """Yields all tensors of a nest."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, Mapping):
@@ -41,9 +41,9 @@ def each_tensor(value: Any) -> Iterator[torch.Tensor]:
 
 
 def lies_channels_last(tensor: torch.Tensor) -> bool:
-    """As pictures do, and what convolutions make of them; they round otherwise than where channels come first.
+    """Returns whether a tensor is channels-last, for which convolutions round differently.
 
-    Convolutions take a picture for one such only where its batch has the largest stride, though it be of one.
+    Convolutions treat it as channels-last only if its batch dimension has the largest stride, even of size 1.
     """
     return (
         tensor.ndim == 4
@@ -54,17 +54,20 @@ def lies_channels_last(tensor: torch.Tensor) -> bool:
 
 
 def laid(tensor: torch.Tensor, is_channels_last: bool) -> torch.Tensor:
-    """As it lay before it was sent, which makes it contiguous."""
+    """Restores a channels-last layout, which is lost when a tensor is sent."""
     return tensor.contiguous(memory_format=torch.channels_last) if is_channels_last else tensor
 
 
 def to_cpu(value: Any) -> Any:
-    """For another process."""
+    """Copies tensors to the CPU, contiguous, for another process."""
     return map_tensors(lambda tensor: tensor.cpu().contiguous(), value)
 
 
 def to_device(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """Numbers in this dtype; masks and ids in their own. What has no values stays so."""
+    """Moves tensors to the device: floating point ones in this dtype, masks and ids in their own dtype.
+
+    Tensors on the meta device stay there.
+    """
 
     def move(one: torch.Tensor) -> torch.Tensor:
         return one.to(META if one.is_meta else device, dtype if one.is_floating_point() else one.dtype)
@@ -73,7 +76,7 @@ def to_device(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def to_zeros(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """As `to_device`, of tensors without values."""
+    """Like `to_device`, but with zeros as the values."""
 
     def fill(one: torch.Tensor) -> torch.Tensor:
         return torch.zeros(one.shape, dtype=dtype if one.is_floating_point() else one.dtype, device=device)
@@ -82,15 +85,15 @@ def to_zeros(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def shapes_only(value: Any) -> Any:
-    """Of numbers the shapes; masks and ids as they are."""
+    """Replaces floating point tensors by their shapes; keeps masks and ids."""
     return map_tensors(lambda one: Shape(tuple(one.shape), one.dtype) if one.is_floating_point() else one, value)
 
 
 def without_shapes(value: Any) -> Any:
-    """Shapes as tensors again, on the meta device."""
+    """Replaces each Shape by a tensor on the meta device."""
     return map_tensors(lambda one: torch.empty(one.sizes, dtype=one.dtype, device=META), value, Shape)
 
 
 def without_values(value: Any) -> Any:
-    """Tensors on the meta device, in the dtype of a skeleton's weights."""
+    """Moves tensors to the meta device; floating point ones become float32, the dtype of a skeleton's weights."""
     return map_tensors(lambda one: one.to(META, torch.float32 if one.is_floating_point() else one.dtype), value)

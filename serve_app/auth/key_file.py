@@ -1,40 +1,42 @@
-"""The file of keys, followed while it is served: a key that is revoked opens nothing a second later."""
+"""Reloads the key file when it changes: a revoked key is rejected a second later."""
 
 import logging
 from pathlib import Path
 
-from cluster.repeat import repeat
+from cluster.periodic import call_periodically
 from serve_app.auth.keys import KeyFault, KeyRing, read_keys
 
 log = logging.getLogger("ray.serve")
 
-LOOK_EVERY_S = 1.0
+LOOK_EVERY_S = 0.5
 
 
 class KeyFile:
-    """The keys of a file, as it is now."""
+    """The keys in a file, kept up to date."""
 
     def __init__(self, path: Path) -> None:
-        """Raises KeyFault, or FileNotFoundError."""
+        """Raises KeyFault or FileNotFoundError."""
         self._path = path
-        self._seen = self._look()
+        self._seen = self._read = self._look()
         self.keys = KeyRing(read_keys(path))
 
     def follow(self) -> None:
-        """From now on, in a thread of its own."""
-        repeat(self.refresh, LOOK_EVERY_S, name="keys")
+        """Starts a thread that calls `refresh` every LOOK_EVERY_S seconds."""
+        call_periodically(self.refresh, LOOK_EVERY_S, name="keys")
 
     def refresh(self) -> None:
-        """Reads the file if it is another. Without one no key opens; of one that makes no sense, perhaps because
-        it is being written, nothing is taken over."""
-        seen = self._look()
-        if seen == self._seen:
+        """Reads the file if it has changed and is no longer being written, that is, unchanged since the last look.
+
+        If the file is missing, no key is valid; if it is invalid, the keys stay as they were.
+        """
+        before, self._seen = self._seen, self._look()
+        if self._seen != before or self._seen == self._read:
             return
-        self._seen = seen
+        self._read = self._seen
         try:
             keys = read_keys(self._path)
         except FileNotFoundError as error:
-            log.error("no key opens any more: %s", error)
+            log.error("no key is valid any more: %s", error)
             self.keys = KeyRing()
         except KeyFault as error:
             log.error("the keys stay as they were: %s", error)
@@ -43,7 +45,7 @@ class KeyFile:
             self.keys = KeyRing(keys)
 
     def _look(self) -> tuple[int, ...]:
-        """What differs as soon as the file, or what a link to it points to, is another."""
+        """Returns mtime, size and inode of the file (of a link's target), which differ once it changes; or ()."""
         try:
             told = self._path.stat()
         except OSError:

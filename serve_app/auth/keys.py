@@ -1,7 +1,7 @@
-"""Keys, as they are kept: by their hashes, in one YAML file.
+"""API keys as they are stored: their SHA-256 hashes, in one YAML file.
 
-A key is 256 random bits, so SHA-256 keeps it: nobody can try so many. What makes a password's hash slow makes up
-for how few passwords people choose; here it would only cost each request a tenth of a second.
+A key is 256 random bits, too many to try, so a fast hash is enough. A slow hash, as for passwords, makes up for
+how few passwords people choose; here it would only cost each request a tenth of a second.
 """
 
 import hashlib
@@ -21,36 +21,46 @@ from cluster.config import Config, find_mistakes
 
 Period = Literal["hour", "day", "week", "month"]
 PREFIX = "relay-"
-"""By which people, and scanners of repositories, know what a lost key opens."""
+"""Prefix of every key, by which people and secret scanners recognize a leaked one."""
 _SECRET = re.compile(PREFIX + r"[\w-]+")
-"""Somebody may have put one where it does not belong, and errors quote what they found."""
+"""Matches a key, to remove it from errors: they quote what they found, which may be a key in the wrong place."""
 _NUM_BYTES = 32
 _HEX_DIGITS = 64
 HEAD = """\
-# Keys of Latent Relay, by `relay key`: their hashes alone. Limits may be changed here, too, and all is read again
-# when it changes; docs/keys.md tells what there is.
+# Hashes of Latent Relay's keys, written by `relay key`. You may change the limits here: a running server reads
+# the file again when it changes. docs/keys.md explains the limits.
 """
 
 
 class KeyFault(ValueError):
-    """A file of keys that cannot be read or used; says why."""
+    """The key file cannot be read or used; the message says why."""
 
 
 class KeyLimits(Config):
-    """What one key may ask for. What is left out has no limit."""
+    """The limits of one key. Whatever is left out has no limit."""
 
-    requests_per_minute: int | None = Field(None, ge=1, description="in any 60 s")
-    max_concurrent_requests: int | None = Field(None, ge=1, description="in progress at once")
-    budget_megapixel_steps: float | None = Field(
-        None, gt=0, description="in each `budget_period`: of each picture, width x height x frames x steps / 10⁶"
+    requests_per_minute: int | None = Field(None, ge=1, description="requests in any 60 s")
+    max_concurrent_requests: int | None = Field(None, ge=1, description="requests in progress at once")
+    max_megapixel_steps: float | None = Field(
+        None, gt=0, description="cost of one request: width x height x frames x steps x n / 10⁶"
     )
-    budget_period: Period = Field("day", description="as the calendar has them, in UTC")
+    budget_megapixel_steps: float | None = Field(
+        None, gt=0, description="cost of all requests in one `budget_period`, computed like `max_megapixel_steps`"
+    )
+    budget_period: Period = Field("day", description="calendar hour, day, week or month, in UTC")
+
+    @property
+    def has_any(self) -> bool:
+        counted = (self.requests_per_minute, self.max_concurrent_requests, self.budget_megapixel_steps)
+        return any(limit is not None for limit in counted)
 
 
 class ApiKey(Config):
-    """Whose it is, how it is known again, and what it may."""
+    """One key in the key file: its owner's name, its hash and its limits."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$", description="in logs and metrics")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$", description="name of the key in logs and metrics"
+    )
     sha256: str
     created: date
     limits: KeyLimits = KeyLimits()
@@ -58,14 +68,14 @@ class ApiKey(Config):
     @field_validator("sha256")
     @classmethod
     def _check_hash(cls, value: str) -> str:
-        """The mistake is told without the value: somebody may have put a key there."""
+        """Raises ValueError. The message leaves out the value: somebody may have put a key there."""
         if len(value) != _HEX_DIGITS or not all(digit in "0123456789abcdef" for digit in value):
-            raise ValueError(f"{_HEX_DIGITS} digits of 0-9 and a-f are a hash; `relay key create` writes one")
+            raise ValueError(f"a hash has {_HEX_DIGITS} digits of 0-9 and a-f; `relay key create` writes one")
         return value
 
 
 class KeyList(Config):
-    """The whole file."""
+    """The content of the key file."""
 
     keys: tuple[ApiKey, ...] = ()
 
@@ -76,34 +86,43 @@ class KeyList(Config):
             seen = [getattr(key, what) for key in keys]
             twice = next((key.name for i, key in enumerate(keys) if seen[i] in seen[:i]), None)
             if twice is not None:
-                raise ValueError(f"two keys have the {what} of {twice!r}")
+                raise ValueError(f"two keys have the same {what}, one of them {twice!r}")
         return keys
 
 
 class KeyRing:
-    """The keys that open."""
+    """The valid keys."""
 
     def __init__(self, keys: Collection[ApiKey] = ()) -> None:
         self._keys = [(bytes.fromhex(key.sha256), key) for key in keys]
 
     def find(self, secret: bytes) -> ApiKey | None:
-        """Compared with every key to the end, so the time tells neither whether there is one nor which."""
+        """Returns the key of that secret, or None.
+
+        Compares it with every key, so that the time reveals neither whether one matched nor which.
+        """
         digest, found = hashlib.sha256(secret).digest(), None
         for known, key in self._keys:
             if hmac.compare_digest(digest, known):
                 found = key
         return found
 
+    def named(self, name: str) -> ApiKey | None:
+        return next((key for _, key in self._keys if key.name == name), None)
+
 
 def new_key(name: str, limits: KeyLimits) -> tuple[str, ApiKey]:
-    """The key itself, which nobody keeps, and what is kept. Raises pydantic's ValidationError for a bad name."""
+    """Returns the secret, which is not stored, and its entry in the key file.
+
+    Raises pydantic's ValidationError for a bad name.
+    """
     secret = PREFIX + secrets.token_urlsafe(_NUM_BYTES)
     digest = hashlib.sha256(secret.encode()).hexdigest()
     return secret, ApiKey(name=name, sha256=digest, created=date.today(), limits=limits)
 
 
 def read_keys(path: Path) -> tuple[ApiKey, ...]:
-    """Raises KeyFault, with a line per mistake; FileNotFoundError where there is no file."""
+    """Reads a key file. Raises KeyFault with one line per mistake, or FileNotFoundError if there is no file."""
     try:
         content = yaml.safe_load(path.read_text()) or {}
     except FileNotFoundError:
@@ -112,7 +131,9 @@ def read_keys(path: Path) -> tuple[ApiKey, ...]:
             f"{where} does not exist: `relay key create NAME --file {where}` makes it"
         ) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is no YAML"  # a parser's error quotes its text
+        why = (
+            error.strerror if isinstance(error, OSError) else "it is not valid YAML"
+        )  # a parser's error quotes the file
         raise KeyFault(f"{path.absolute()} cannot be read: {why}") from None
     mistakes = find_mistakes(KeyList, content)
     if mistakes:
@@ -121,8 +142,8 @@ def read_keys(path: Path) -> tuple[ApiKey, ...]:
 
 
 def write_keys(path: Path, keys: Sequence[ApiKey]) -> None:
-    """At once: whoever reads meanwhile sees the old file or the new one. A new file is its owner's alone."""
-    path = path.resolve()  # what a link points to is replaced, not the link
+    """Writes the file atomically: a reader sees the old content or the new. A new file gets mode 0600."""
+    path = path.resolve()  # replaces the target of a link, not the link
     text = HEAD + yaml.safe_dump(
         KeyList(keys=tuple(keys)).model_dump(exclude_defaults=True) or {"keys": []}, sort_keys=False
     )

@@ -1,4 +1,4 @@
-"""What each key has used, and whether it may have more. Pure: who asks tells the time, in seconds since 1970."""
+"""What each key has used, and whether it may use more. Reads no clock: callers pass `now`, seconds since 1970."""
 
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -11,22 +11,24 @@ from serve_app.errors import OverBudget, OverLimit
 
 MINUTE_S = 60.0
 LEASE_S = 15.0
-"""A request in progress is one as long as somebody says so: whoever counted it may have died with it."""
+"""A request counts as in progress for this long after its last renewal, because its ingress may have died."""
 TYPICAL_S = 5.0
-"""Of a request, before a key's first has ended."""
+"""Assumed duration of a key's requests until its first one has ended."""
+COUNTED_S = 3600.0
+"""A request that is not known to be answered may be repeated for this long; a repetition is not counted again."""
 _NEWS = 0.2
-"""The share of the last request in what is typical."""
+"""Weight of the latest request in the moving average of durations."""
 _ROUNDING = 1e-9
 
 
 class RequestWindow:
-    """When the requests of the last minute came."""
+    """Arrival times of the requests of the last minute."""
 
     def __init__(self) -> None:
         self._times: deque[float] = deque()
 
     def wait_s(self, limit: int, now: float) -> float:
-        """Until one more makes no more than `limit` in any minute."""
+        """Returns the seconds until one more request makes no more than `limit` in any minute."""
         while self._times and self._times[0] <= now - MINUTE_S:
             self._times.popleft()
         over = len(self._times) - limit
@@ -52,7 +54,7 @@ class Leases:
         self._typical_s = TYPICAL_S
 
     def wait_s(self, limit: int, now: float) -> float:
-        """0, or a guess at when the oldest will have ended, by how long others took."""
+        """Returns 0, or an estimate of the seconds until the oldest request ends, from how long others took."""
         self._by_id = {i: lease for i, lease in self._by_id.items() if lease.seen_s > now - LEASE_S}
         if len(self._by_id) < limit:
             return 0.0
@@ -60,7 +62,7 @@ class Leases:
         return max(1.0, self._typical_s - (now - oldest))
 
     def renew(self, lease_id: str, now: float) -> None:
-        """One that is not known is new, or was counted by who has died."""
+        """Renews a lease. An unknown one is added: it is new, or was counted by a counter that has died."""
         self._by_id.setdefault(lease_id, Lease(now, now)).seen_s = now
 
     def release(self, lease_id: str, now: float) -> None:
@@ -71,78 +73,118 @@ class Leases:
 
 @dataclass(frozen=True)
 class Spent:
-    """In one period of the calendar."""
+    """Megapixel-steps that a key has used in one calendar period."""
 
     began: str
-    """ISO 8601, UTC."""
+    """Start of the period; ISO 8601, UTC."""
     megapixel_steps: float
 
 
 @dataclass
+class Counted:
+    """What was counted for a request, which is repeated if its ingress dies before it has answered."""
+
+    at: float
+    megapixel_steps: float = 0.0
+
+
+@dataclass
 class Account:
-    """All that is counted of one key."""
+    """Everything that is counted for one key."""
 
     window: RequestWindow = field(default_factory=RequestWindow)
     leases: Leases = field(default_factory=Leases)
+    counted: dict[str, Counted] = field(default_factory=dict)
+    """By request ID, until the request is answered; oldest first."""
+
+    def count(self, request_id: str, now: float) -> Counted:
+        while self.counted and (oldest := next(iter(self.counted.items())))[1].at <= now - COUNTED_S:
+            del self.counted[oldest[0]]
+        return self.counted.setdefault(request_id, Counted(now))
 
 
 class Ledger:
-    """The accounts of all keys, by their names."""
+    """The accounts of all keys, by key name."""
 
     def __init__(self, spent: Mapping[str, Spent] | None = None) -> None:
         self._accounts: dict[str, Account] = {}
         self.spent = dict(spent or {})
 
-    def admit(self, name: str, limits: KeyLimits, lease_id: str, now: float) -> OverLimit | None:
-        """Counts one more request, or tells why not."""
+    def admit(self, name: str, limits: KeyLimits, request_id: str, now: float) -> OverLimit | None:
+        """Counts one more request, or returns why it may not be made. A repeated request is not counted again."""
         account = self._account(name)
         per_minute, at_once = limits.requests_per_minute, limits.max_concurrent_requests
+        if request_id in account.counted:
+            if at_once is not None:
+                account.leases.renew(request_id, now)
+            return None
         if per_minute is not None and (wait_s := account.window.wait_s(per_minute, now)):
-            return OverLimit(f"the key {name!r} may ask {per_minute} times a minute", ceil(wait_s))
+            return OverLimit(f"the key {name!r} may send {per_minute} requests a minute", ceil(wait_s))
         if at_once is not None and (wait_s := account.leases.wait_s(at_once, now)):
             return OverLimit(f"the key {name!r} may have {at_once} requests in progress at once", ceil(wait_s))
         if per_minute is not None:
             account.window.note(now)
         if at_once is not None:
-            account.leases.renew(lease_id, now)
+            account.leases.renew(request_id, now)
+        account.count(request_id, now)
         return None
 
-    def renew(self, lease_ids: Iterable[tuple[str, str]], now: float) -> None:
-        """lease_ids: of requests that are in progress still, each with its key's name."""
-        for name, lease_id in lease_ids:
-            self._account(name).leases.renew(lease_id, now)
+    def renew(self, leases: Iterable[tuple[str, str]], now: float) -> None:
+        """Renews the leases of requests that are still in progress. leases: (key's name, request ID) of each."""
+        for name, request_id in leases:
+            self._account(name).leases.renew(request_id, now)
 
-    def release(self, name: str, lease_id: str, now: float) -> None:
-        self._account(name).leases.release(lease_id, now)
+    def release(self, name: str, request_id: str, now: float) -> None:
+        """Notes that the request is answered, so that it will not be repeated."""
+        account = self._account(name)
+        account.leases.release(request_id, now)
+        account.counted.pop(request_id, None)
 
-    def charge(self, name: str, limits: KeyLimits, megapixel_steps: float, now: float) -> OverBudget | None:
-        """Takes it off the budget, or tells why not. A negative one is given back."""
+    def charge(
+        self, name: str, limits: KeyLimits, request_id: str, megapixel_steps: float, now: float
+    ) -> OverBudget | float:
+        """Takes a request's cost off the budget.
+
+        Returns the megapixel-steps taken, 0 if the request was charged before; or why it cannot be charged.
+        """
         budget, period = limits.budget_megapixel_steps, limits.budget_period
-        if budget is None:
-            return None
+        counted = self._account(name).count(request_id, now)
+        if budget is None or counted.megapixel_steps:
+            return 0.0
         began, ends = bounds(period, now)
-        before = self.spent.get(name)
-        used = before.megapixel_steps if before is not None and before.began == began.isoformat() else 0.0
-        if megapixel_steps > 0 and used + megapixel_steps > budget * (1 + _ROUNDING):
-            asked = f"this request costs {megapixel_steps:g} megapixel-steps, and the key {name!r}"
+        used = self._used(name, began)
+        if used + megapixel_steps > budget * (1 + _ROUNDING):
+            asked = f"this request costs {megapixel_steps:g} megapixel-steps, but the key {name!r}"
             if megapixel_steps > budget:
-                why = (
-                    f"{asked} has {budget:g} for a whole {period}: ask for fewer pixels, frames, steps or pictures"
-                )
+                why = f"{asked} has {budget:g} for a whole {period}: ask for fewer pixels, frames, steps or images"
             else:
-                why = f"{asked} has used {used:g} of its {budget:g} of this {period}"
+                why = f"{asked} has used {used:g} of its {budget:g} for this {period}"
             return OverBudget(
                 f"{why}; the next {period} begins at {ends:%Y-%m-%dT%H:%MZ}", ceil(ends.timestamp() - now)
             )
-        self.spent[name] = Spent(began.isoformat(), max(0.0, used + megapixel_steps))
-        return None
+        counted.megapixel_steps = megapixel_steps
+        self.spent[name] = Spent(began.isoformat(), used + megapixel_steps)
+        return megapixel_steps
+
+    def give_back(
+        self, name: str, limits: KeyLimits, megapixel_steps: float, charged_at: float, now: float
+    ) -> None:
+        """Returns a charge to the budget, unless the period in which it was made is over."""
+        began, _ = bounds(limits.budget_period, now)
+        if charged_at >= began.timestamp():
+            self.spent[name] = Spent(began.isoformat(), max(0.0, self._used(name, began) - megapixel_steps))
+
+    def _used(self, name: str, began: datetime) -> float:
+        """Returns the megapixel-steps used in the period that started at `began`."""
+        before = self.spent.get(name)
+        return before.megapixel_steps if before is not None and before.began == began.isoformat() else 0.0
 
     def _account(self, name: str) -> Account:
         return self._accounts.setdefault(name, Account())
 
 
 def bounds(period: Period, now: float) -> tuple[datetime, datetime]:
-    """When it began, and when the next will, in UTC."""
+    """Returns the start of the current period and of the next, in UTC."""
     hour = datetime.fromtimestamp(now, UTC).replace(minute=0, second=0, microsecond=0)
     day = hour.replace(hour=0)
     if period == "hour":

@@ -1,4 +1,4 @@
-"""Where Serve's proxies listen, as Serve itself says: not every way to start one goes through `relay serve`."""
+"""Checks where Serve's proxies listen by asking Serve, because not every way to start it uses `relay serve`."""
 
 import ray
 from ray.serve.config import ProxyLocation
@@ -9,7 +9,7 @@ from serve_app.auth.listening import find_listening_fault
 
 
 def check_listening(access: Access) -> None:
-    """Where Serve runs already. Raises ValueError."""
+    """Checks the proxies if Serve is already running. Raises ValueError."""
     client = _get_global_client(raise_if_no_controller_running=False) if ray.is_initialized() else None
     if client is None:
         return

@@ -1,4 +1,4 @@
-"""What the keys have used of their budgets, kept for the next start."""
+"""Stores what the keys have used of their budgets, for the next start."""
 
 import json
 import logging
@@ -12,7 +12,7 @@ log = logging.getLogger("ray.serve")
 
 
 class UsageFile:
-    """Written at once: whoever reads meanwhile sees what was or what is."""
+    """The usage file. It is written atomically: a reader sees the old content or the new."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -20,18 +20,18 @@ class UsageFile:
         self._has_failed = False
 
     def read(self) -> dict[str, Spent]:
-        """By the keys' names. Without a file, or with one that makes no sense, nothing has been used."""
+        """Returns what was spent, by key name; nothing if the file is missing or invalid."""
         try:
             content = json.loads(self._path.read_text())
             self._written = {name: Spent(**of) for name, of in content.items()}
         except FileNotFoundError:
             pass
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            log.error("all budgets are counted from nothing: %s cannot be read: %s", self._path, error)
+            log.error("all budgets start unused, because %s cannot be read: %s", self._path, error)
         return dict(self._written)
 
     def write(self, spent: Mapping[str, Spent]) -> None:
-        """If it is another than is written. Where it cannot be written it is told once, and kept in memory."""
+        """Writes `spent` if it has changed. If that fails, logs so once; the caller keeps the data in memory."""
         now = dict(spent)
         if now == self._written:
             return
@@ -43,5 +43,9 @@ class UsageFile:
             self._written, self._has_failed = now, False
         except OSError as error:
             if not self._has_failed:
-                log.error("a restart will forget what keys have used: set auth.usage_file: %s", error)
+                log.error(
+                    "a restart will forget what the keys have used, because it cannot be stored: set "
+                    "auth.usage_file to another path: %s",
+                    error,
+                )
             self._has_failed = True

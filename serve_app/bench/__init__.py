@@ -1,4 +1,4 @@
-"""`relay bench …`: every claim of speed in the docs comes from here, against a baseline of the same run.
+"""`relay bench …`: the source of every claim about speed in the docs, each against a baseline of the same run.
 
-Read report first (how a result is shown and written); then one file per benchmark.
+Start with `report`, which prints and writes results; then there is one file per benchmark.
 """

@@ -1,6 +1,6 @@
-"""Requests per second where each request has a LoRA adapter of its own, against requests without any.
+"""Measures requests per second with a different LoRA adapter per request, against requests without adapters.
 
-One Serve application, called through its handle; the ways take turns, and adapters are loaded before.
+Runs one Serve application, called through its handle. The ways take turns; adapters are loaded beforehand.
 """
 
 import asyncio
@@ -12,17 +12,19 @@ from typing import Any
 
 import torch
 from ray import serve
-from rich.progress import Progress
 from safetensors.torch import save_file
 from torch import nn
 
-from deployments.config import ModelConfig, TransformerConfig
+from deployments.config.model import ModelConfig
+from deployments.config.transformer import TransformerConfig
 from deployments.engine.load import open_denoisers
 from serve_app.app import build_app
 from serve_app.bench.models import bench_model
+from serve_app.bench.progress import Progress
 from serve_app.bench.report import Row, report
-from serve_app.config import APP_NAME, AppConfig, parse_app_config
-from serve_app.local import private_serve
+from serve_app.commands.local import private_serve
+from serve_app.config.app import AppConfig
+from serve_app.config.serve_file import APP_NAME, parse_app_config
 
 NUM_ADAPTERS = 8
 RANK = 16
@@ -32,13 +34,13 @@ WAYS: Mapping[str, Callable[[int], list[dict[str, Any]]]] = {
     "one for all": lambda _seed: [{"name": "adapter-0"}],
     "each its own": lambda seed: [{"name": f"adapter-{seed % NUM_ADAPTERS}"}],
 }
-"""By name, the adapters of a request."""
+"""By name of the way, a function from a request's seed to its adapters."""
 
 
 def run(*, loads: Mapping[str, tuple[int, int]], concurrencies: Sequence[int], json_file: Path | None) -> None:
-    """loads: by model ("tiny" or "100M"), requests in all and steps per request.
+    """Reports rows of `model`, `concurrency`, `adapters`, `requests_per_s`, and `ratio` to no adapters.
 
-    Rows of `model`, `concurrency`, `adapters`, `requests_per_s`, and `ratio` to none.
+    loads: number of requests and steps per request, by model ("tiny" or "100M").
     """
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder, Progress() as progress, private_serve():
@@ -53,7 +55,7 @@ def run(*, loads: Mapping[str, tuple[int, int]], concurrencies: Sequence[int], j
 
 
 def write_adapter(model: ModelConfig, folder: Path, seed: int) -> Path:
-    """Random weights for every linear layer in the blocks of its denoiser."""
+    """Writes an adapter with random weights for every linear layer in the blocks of the model's denoiser."""
     config = TransformerConfig()
     [(component, skeleton)] = open_denoisers(model, config).skeletons.items()
     generator = torch.Generator().manual_seed(seed)
@@ -73,7 +75,7 @@ def write_adapter(model: ModelConfig, folder: Path, seed: int) -> Path:
 
 def _measure(handle: Any, concurrency: int, num_requests: int, steps: int) -> list[Row]:
     elapsed_s = dict.fromkeys(WAYS, 0.0)
-    for way in WAYS:  # loads them
+    for way in WAYS:  # loads the adapters
         asyncio.run(_ask(handle, concurrency, range(NUM_ADAPTERS), steps, way))
     for first in range(0, num_requests, NUM_IN_TURN):
         for way in WAYS:
@@ -88,7 +90,7 @@ def _measure(handle: Any, concurrency: int, num_requests: int, steps: int) -> li
 
 
 async def _ask(handle: Any, concurrency: int, seeds: Sequence[int], steps: int, way: str) -> None:
-    """By clients each of which sends its next when the one before is answered."""
+    """Sends requests from `concurrency` clients, each of which waits for one answer before its next request."""
     waiting = iter(seeds)
 
     async def client() -> None:

@@ -1,4 +1,4 @@
-"""What clients were answered, against what the plain pipeline draws."""
+"""Sends requests, and compares the answers with the plain pipeline's images."""
 
 import base64
 import io
@@ -20,19 +20,19 @@ TIMEOUT_S = 300.0
 
 
 def open_client(url: str) -> httpx.AsyncClient:
-    """As patient as a client should be whose request is repeated behind the scenes."""
+    """Returns a client with a long timeout, since the server may retry a request internally."""
     return httpx.AsyncClient(base_url=url, timeout=TIMEOUT_S)
 
 
 async def post(client: httpx.AsyncClient, body: Body) -> bytes:
-    """One picture. Raises httpx.HTTPStatusError."""
+    """Requests one image. Raises httpx.HTTPStatusError."""
     answer = await client.post("/v1/images/generations", json=body)
     answer.raise_for_status()
     return base64.b64decode(answer.json()["data"][0]["b64_json"])
 
 
-def is_refusal(answer: bytes | BaseException) -> bool:
-    """A 5xx whose body is an error in our form."""
+def is_rejection(answer: bytes | BaseException) -> bool:
+    """Whether the answer is an HTTP error whose body has relay's error format."""
     if not isinstance(answer, httpx.HTTPStatusError):
         return False
     try:
@@ -42,14 +42,14 @@ def is_refusal(answer: bytes | BaseException) -> bool:
 
 
 class Judge:
-    """Compares pictures with those of the plain pipeline, each of which it draws once."""
+    """Compares images with those of the plain pipeline, each of which it generates once."""
 
     def __init__(self, plain: PlainPipeline) -> None:
         self._plain = plain
         self._pictures: dict[str, bytes] = {}
 
     def judge(self, bodies: Sequence[Body], answers: Sequence[bytes | BaseException]) -> Row:
-        """`requests`, `answered`, and `grey_levels`: the largest difference of a pixel. Logs what went wrong."""
+        """Returns `requests`, `answered`, and `grey_levels`, the largest difference of a pixel. Logs errors."""
         for answer in answers:
             if isinstance(answer, BaseException):
                 log.error("not answered: %r", answer)

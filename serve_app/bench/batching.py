@@ -1,7 +1,7 @@
-"""Requests per second at rising concurrency: merging on, merging off, and the whole pipeline in one replica.
+"""Measures requests per second at rising concurrency: merging on, off, and the whole pipeline in one replica.
 
-Every way is a Serve application on the same Ray, called through its handle, with as many torch threads. Of the
-text encoders alone, in this process: prompts per second, encoded together or one by one.
+Every way is a Serve application on the same Ray, called through its handle, with the same number of torch threads.
+For the text encoders alone, in this process: prompts per second, encoded together or one by one.
 """
 
 import asyncio
@@ -15,28 +15,31 @@ from pathlib import Path
 from typing import Any
 
 from ray import serve
-from rich.progress import Progress
 
-from deployments.config import EncoderConfig, ModelConfig
+from deployments.config.encoder import EncoderConfig
+from deployments.config.model import ModelConfig
 from deployments.stages import load_stage
 from serve_app.app import build_app
 from serve_app.bench.models import bench_model, bench_request
+from serve_app.bench.progress import Progress
 from serve_app.bench.report import Row, report
 from serve_app.bench.whole import WholePipeline
-from serve_app.config import AppConfig, parse_app_config
-from serve_app.local import private_serve
+from serve_app.commands.local import private_serve
+from serve_app.config.app import AppConfig
+from serve_app.config.serve_file import parse_app_config
 
 WAYS = {"on": 8, "off": 1, "whole pipeline": 0}
-"""What the column `merging` says, and the max_batch_size behind it; 0: the baseline."""
+"""Values of the column `merging`, each with its max_batch_size; 0: the baseline."""
 NUM_IN_TURN = 8
-"""Requests of one way before it is the next one's turn."""
+"""Requests of one way before the next way's turn."""
 
 
 def run(*, loads: Mapping[str, tuple[int, int]], concurrencies: Sequence[int], json_file: Path | None) -> None:
-    """loads: by model ("tiny" or "100M"), requests in all and steps per request.
+    """Reports rows of `model` (or its text encoders), `concurrency`, `merging`, `requests_per_s`, `speedup` over
+    merging off, `p50_s`, `p99_s`.
 
-    Rows of `model` (or its text encoders), `concurrency`, `merging`, `requests_per_s`, `speedup` over merging off,
-    `p50_s`, `p99_s`."""
+    loads: number of requests and steps per request, by model ("tiny" or "100M").
+    """
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder, Progress() as progress, private_serve():
         task = progress.add_task("batching", total=len(loads) * len(concurrencies))
@@ -53,7 +56,7 @@ def run(*, loads: Mapping[str, tuple[int, int]], concurrencies: Sequence[int], j
 
 @contextmanager
 def _serving(model: str, folder: Path) -> Iterator[dict[str, Any]]:
-    """A handle to every way's application."""
+    """Runs every way's application; yields their handles by way."""
     applications = {}
     for way, max_batch_size in WAYS.items():
         config = _config(model, folder, max(1, max_batch_size))
@@ -69,7 +72,7 @@ def _serving(model: str, folder: Path) -> Iterator[dict[str, Any]]:
 def _measure(
     model: str, handles: Mapping[str, Any], concurrency: int, num_requests: int, steps: int
 ) -> Iterator[Row]:
-    """A row for each way. They take turns, so that a drifting machine is fair to all."""
+    """Yields a row for each way. They take turns, so that drift of the machine's speed affects all alike."""
     times: dict[str, list[float]] = {way: [] for way in handles}
     elapsed_s = dict.fromkeys(handles, 0.0)
     for handle in handles.values():
@@ -99,7 +102,7 @@ def _rows(
 
 
 async def _ask(handle: Any, concurrency: int, seeds: Sequence[int], steps: int) -> list[float]:
-    """Seconds of every request, by clients each of which sends its next when the one before is answered."""
+    """Returns the seconds of every request. Each client sends its next one when the one before is answered."""
     times: list[float] = []
     waiting = iter(seeds)
 
@@ -114,7 +117,7 @@ async def _ask(handle: Any, concurrency: int, seeds: Sequence[int], steps: int) 
 
 
 def _measure_prompts(model: ModelConfig, concurrency: int, num_prompts: int) -> Iterator[Row]:
-    """A row for each way of encoding so many that wait at once; in turn, too."""
+    """Yields a row for each way of encoding `concurrency` waiting prompts. The ways take turns here, too."""
     stage = load_stage("encode", model, EncoderConfig(cache_mib=0, torch_threads=1, max_sequence_length=16))
     request = bench_request(model, 1)
     sizes = {"on": concurrency, "off": 1}
@@ -131,7 +134,7 @@ def _measure_prompts(model: ModelConfig, concurrency: int, num_prompts: int) -> 
             for begin in range(0, concurrency, size):
                 stage.encode_together(asked[begin : begin + size])
                 done_s += [time.perf_counter() - start] * size
-            if first >= 0:  # the first are to warm up
+            if first >= 0:  # the first ones are for warm-up
                 times[way] += done_s
                 elapsed_s[way] += done_s[-1]
     yield from _rows(f"{model.name}, text encoders", concurrency, times, elapsed_s)

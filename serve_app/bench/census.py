@@ -1,4 +1,4 @@
-"""What the stages of the served app have done, for whom they have room, and what was done twice."""
+"""Reads the stats of the served app's stages: work done, requests in progress, and work that was done twice."""
 
 import asyncio
 from collections.abc import Sequence
@@ -9,15 +9,15 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
-from deployments.stats import EncoderStats, TransformerStats
+from deployments.stages.stats import EncoderStats, TransformerStats
 from serve_app.bench.answers import TIMEOUT_S, Body
 from serve_app.bench.report import Row
-from serve_app.config import APP_NAME
+from serve_app.config.serve_file import APP_NAME
 
 
 @dataclass(frozen=True)
 class Census:
-    """What one replica of each has done since it started."""
+    """What one replica of each stage has done since it started."""
 
     encoder: EncoderStats
     transformer: TransformerStats
@@ -29,7 +29,7 @@ class Census:
 
     @property
     def num_steps(self) -> int:
-        """Forwards of the transformer; FLUX needs one for a step."""
+        """Forwards of the transformer. FLUX needs one per step."""
         return sum(size * times for size, times in self.transformer.queue.batch_sizes.items())
 
 
@@ -38,33 +38,34 @@ async def take_census() -> Census:
 
 
 async def until_seated(num_requests: int) -> None:
-    """Until so many are in the transformer."""
+    """Waits until at least num_requests requests have a seat in the transformer."""
     async with asyncio.timeout(TIMEOUT_S):
         while (await ask("Transformer")).queue.num_seats < num_requests:
             await asyncio.sleep(0.01)
 
 
-async def until_idle() -> None:
-    """Until none is; a request whose connection was lost goes on for a while."""
+async def until_idle(app: str = APP_NAME) -> None:
+    """Waits until no request is in the transformer. One whose connection was lost goes on for a while."""
     async with asyncio.timeout(TIMEOUT_S):
-        while (await ask("Transformer")).queue.num_seats:
+        while (await ask("Transformer", app)).queue.num_seats:
             await asyncio.sleep(0.1)
 
 
-async def ask(deployment: str) -> Any:
-    """A deployment's stats; asked again while it has no replica."""
+async def ask(deployment: str, app: str = APP_NAME) -> Any:
+    """Returns a deployment's stats. Retries while it has no replica."""
     async with asyncio.timeout(TIMEOUT_S):
         while True:
             try:
-                return await serve.get_deployment_handle(deployment, APP_NAME).stats.remote()
+                return await serve.get_deployment_handle(deployment, app).stats.remote()
             except (RayError, RayServeException):
                 await asyncio.sleep(0.1)
 
 
 def work_again(before: Census, after: Census, running: Sequence[Body], new: Sequence[Body]) -> Row:
-    """Encodings and steps beyond those that had to be.
+    """Returns the number of encodings and steps beyond the necessary ones.
 
-    A stage that lives on has counted its work for all; one that has started since, at most for the new requests.
+    A stage that has survived has counted its work for all requests; one that has restarted since, at most that for
+    the new requests.
     """
     num_encoded, num_steps = len(new), sum(body["num_inference_steps"] for body in new)
     if before.encoder.pid == after.encoder.pid:

@@ -1,4 +1,4 @@
-"""The simulated day as a picture: GPUs held over the day, and what each placement makes of its GPUs."""
+"""Draws the simulated day: GPUs held over the day, and how well each placement uses its GPUs."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -8,16 +8,17 @@ import numpy.typing as npt
 
 from serve_app.bench.report import Row
 
-WIDTH, HEIGHT, MARGIN = 760, 640, 56
+WIDTH, HEIGHT, MARGIN = 760, 700, 56
 PLOT_BOTTOM, BARS_TOP, BAR = 260, 330, 15
-COLOURS = ("#8a8a8a", "#3a7bd5", "#d5803a")
-"""Of the placements, in the order of the rows."""
+COLOURS = ("#8a8a8a", "#3a7bd5", "#3aa55b", "#d5803a")
+"""Colours of the placements, in the order of the rows."""
 
 
 def draw_day(rows: Sequence[Row], held_gpus: Mapping[str, npt.NDArray[np.int64]]) -> str:
-    """SVG, readable on white and on black.
+    """Returns an SVG that is readable on white and on black.
 
-    rows: as `relay bench simulate` reports them. held_gpus: by placement, [T] at every second, of the last rows.
+    rows: as `relay bench simulate` reports them. held_gpus: by placement, [T], the GPUs held at every second in
+    the runs of the last rows.
     """
     colours = dict(zip(held_gpus, COLOURS, strict=True))
     return "\n".join(
@@ -27,7 +28,7 @@ def draw_day(rows: Sequence[Row], held_gpus: Mapping[str, npt.NDArray[np.int64]]
             ".mid{text-anchor:middle}.end{text-anchor:end}</style>",
             *_legend(colours),
             *_curves(held_gpus, colours, rows[-1]["gpus"]),
-            *_bars(rows, colours, "use", "use of held GPUs", left=MARGIN, longest=1.0, form="{:.0%}"),
+            *_bars(rows, colours, "use", "utilisation of held GPUs", left=MARGIN, longest=1.0, form="{:.0%}"),
             *_bars(rows, colours, "p95_s", "p95 latency", left=WIDTH // 2 + MARGIN, longest=60.0, form="{:.0f} s"),
             "</svg>\n",
         ]
@@ -46,11 +47,11 @@ def _legend(colours: Mapping[str, str]) -> list[str]:
 def _curves(
     held_gpus: Mapping[str, npt.NDArray[np.int64]], colours: Mapping[str, str], num_gpus: object
 ) -> list[str]:
-    """GPUs held over the hours; of many seconds the most."""
+    """Returns the curves of GPUs held over the hours. Each point is the maximum over many seconds."""
     top, right = 50, WIDTH - MARGIN
     most = max(int(held.max()) for held in held_gpus.values())
     marks = [
-        f'<text x="{MARGIN}" y="{top - 6}">GPUs held over the day, of {num_gpus}</text>',
+        f'<text x="{MARGIN}" y="{top - 6}">GPUs held over the day, out of {num_gpus}</text>',
         f'<line x1="{MARGIN}" y1="{PLOT_BOTTOM}" x2="{right}" y2="{PLOT_BOTTOM}"/>',
         f'<line x1="{MARGIN}" y1="{top}" x2="{MARGIN}" y2="{PLOT_BOTTOM}"/>',
     ]
@@ -71,7 +72,7 @@ def _curves(
 def _bars(
     rows: Sequence[Row], colours: Mapping[str, str], key: str, title: str, *, left: int, longest: float, form: str
 ) -> list[str]:
-    """A bar per row, beside the number of GPUs; one of more than `longest` is cut, and its label says how long."""
+    """Returns one bar per row, beside the number of GPUs. A bar over `longest` is cut; its label has the value."""
     marks = [f'<text x="{left}" y="{BARS_TOP - 20}">{title}</text>']
     y, gpus = float(BARS_TOP), None
     for row in rows:

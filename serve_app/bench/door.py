@@ -1,4 +1,4 @@
-"""Is the door open? A new request after another knocks, each over a connection of its own."""
+"""Checks whether the server accepts new requests, by sending one after another, each over a new connection."""
 
 import asyncio
 import time
@@ -12,23 +12,23 @@ from serve_app.bench.answers import Body, open_client, post
 NUM_STEPS = 4
 PERIOD_S = 0.3
 ATTEMPT_S = 100.0
-"""A new request that is not answered for so long hangs; it is sent again."""
+"""A new request that is not answered for this long counts as hung, and is sent again."""
 
 
 class Door:
-    """How the new requests fared."""
+    """Sends new requests, and records when they are answered."""
 
     def __init__(self, url: str) -> None:
         self._url = url
         self.sent: list[Body] = []
-        """Each time that one was sent."""
+        """One entry for each time that a request was sent, repetitions included."""
         self.answered: list[tuple[Body, bytes]] = []
         self.shut_s = 0.0
-        """The longest that one had to wait for its picture, refused, reset and sent again meanwhile."""
+        """The longest wait of a request for its image, including rejections, resets and repetitions."""
 
     @asynccontextmanager
     async def knocked_at(self) -> AsyncIterator[None]:
-        """During the block, and until the last new request is answered."""
+        """Sends new requests during the block, and waits at its end until the last is answered."""
         is_over = asyncio.Event()
         knocking = asyncio.create_task(self._knock(is_over))
         yield
@@ -36,8 +36,8 @@ class Door:
         await knocking
 
     async def answers_anew(self) -> None:
-        """Until a request that is sent from now on is answered."""
-        enough = len(self.answered) + 2  # the next one may have been sent already
+        """Waits until a request that was sent after this call is answered."""
+        enough = len(self.answered) + 2  # the next one may have been sent before this call
         while len(self.answered) < enough:
             await asyncio.sleep(0.02)
 

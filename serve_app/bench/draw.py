@@ -1,4 +1,4 @@
-"""Random weights of a model that is nowhere whole: drawn layer by layer on the device, written part by part."""
+"""Writes a model's random weights without ever holding the whole model: layer by layer, file by file."""
 
 import json
 import time
@@ -13,17 +13,17 @@ from torch import nn
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 PART_BYTES = 2**31
-"""Of one file; so much lies in host memory meanwhile, and on the device one layer."""
+"""Size of one file, which is held in host memory until it is written; the device holds one layer."""
 
 
 class OutOfTime(Exception):
-    """What is written would not be done in time."""
+    """Writing has reached its deadline."""
 
 
 def write_weights(model: nn.Module, folder: Path, device: torch.device, *, deadline: float | None = None) -> None:
-    """model: on the meta device. Beside its config, in the files that `from_pretrained` looks for.
+    """Writes the config and random weights, in the files that `from_pretrained` expects.
 
-    Raises OutOfTime at `deadline`, on the monotonic clock.
+    model: on the meta device. Raises OutOfTime at `deadline`, a time of the monotonic clock.
     """
     folder.mkdir(parents=True)
     is_diffusers = hasattr(model, "save_config")
@@ -33,7 +33,7 @@ def write_weights(model: nn.Module, folder: Path, device: torch.device, *, deadl
     places: dict[str, str] = {}
     for number, part in enumerate(_parts(model, device)):
         if deadline is not None and time.monotonic() > deadline:
-            raise OutOfTime(f"{type(model).__name__} is not written in time: {len(places)} tensors are")
+            raise OutOfTime(f"{type(model).__name__} was not written in time, only {len(places)} of its tensors")
         file = name.replace(".safetensors", f"-{number:05}.safetensors")
         save_file(part, folder / file, {"format": "pt"})
         places |= dict.fromkeys(part, file)
@@ -51,7 +51,7 @@ def _parts(model: nn.Module, device: torch.device) -> Iterator[dict[str, torch.T
 
 
 def _draw(name: str, parameter: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """So that activations stay about as large as they are: norms are 1, biases 0."""
+    """Returns random weights that keep the scale of activations about constant. Norms are 1, biases 0."""
     if parameter.ndim < 2:
         fill = torch.zeros if name.endswith("bias") else torch.ones
         return fill(parameter.shape, dtype=parameter.dtype, device=device)

@@ -1,4 +1,4 @@
-"""A picture of points of which less is better on both axes, and the frontier of those that nothing beats."""
+"""Draws points for which less is better on both axes, and the frontier of those that no other point beats."""
 
 from collections.abc import Iterable, Mapping
 from html import escape
@@ -9,7 +9,7 @@ Point = tuple[float, float]
 
 
 def draw_frontier(points: Mapping[str, Point], *, x_label: str, y_label: str) -> str:
-    """SVG, readable on white and on black; points by name, each (x, y)."""
+    """Returns an SVG that is readable on white and on black. points: by name, each (x, y)."""
     x_max, y_max = (1.1 * max(point[axis] for point in points.values()) for axis in (0, 1))
 
     def place(point: Point) -> Point:
@@ -56,7 +56,7 @@ def draw_frontier(points: Mapping[str, Point], *, x_label: str, y_label: str) ->
 
 
 def _place_labels(marks: Mapping[str, Point]) -> dict[str, Point]:
-    """By name, where its text begins, or ends if it is left of its mark; none on another."""
+    """Returns, by name, where a label starts, or where it ends if left of its mark. No two labels overlap."""
     placed: dict[str, Point] = {}
     for name, (x, y) in sorted(marks.items(), key=lambda mark: mark[1][1]):
         is_left = x > 0.75 * WIDTH
@@ -71,7 +71,7 @@ def _shown(value: float) -> str:
 
 
 def find_frontier(points: Iterable[Point]) -> list[Point]:
-    """Those that no other beats on both axes, from the least x to the least y."""
+    """Returns the points that no other beats on both axes, from the least x to the least y."""
     frontier: list[Point] = []
     for point in sorted(points):
         if not frontier or point[1] < frontier[-1][1]:

@@ -1,6 +1,6 @@
-"""Checkpoints of published sizes with random weights in bf16, made on the spot: nothing to download.
+"""Writes checkpoints of published sizes with random weights in bf16, without a download.
 
-Sizes are those of the published configs; vocabularies and tokenizers are the tiny checkpoint's.
+The sizes are those of the published configs; vocabularies and tokenizers are those of the tiny checkpoint.
 """
 
 import json
@@ -14,7 +14,7 @@ import diffusers
 import torch
 import transformers
 
-from cluster import accelerator
+from cluster.machines import accelerator
 from deployments.checkpoints.source import fetch_checkpoint
 from serve_app.bench.draw import write_weights
 
@@ -74,12 +74,12 @@ PUBLISHED: Mapping[str, Mapping[str, Settings]] = {
         "vae": {"base_dim": 96, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2},
     },
 }
-"""By family and component, what differs from the tiny checkpoint: FLUX.1-dev, Qwen-Image."""
+"""Settings of FLUX.1-dev and Qwen-Image that differ from the tiny checkpoint, by family and component."""
 
 
 MEMORY_FOLDER = Path("/dev/shm")
 SPARE_BYTES = 10 * 2**30
-"""Of host memory, beside what is written there and a pinned copy of it: for processes, and for what is loaded."""
+"""Host memory to leave free for processes and loading, beside files written there and a pinned copy of them."""
 
 
 def write_large(
@@ -91,9 +91,9 @@ def write_large(
     in_memory: Path | None = None,
     deadline: float | None = None,
 ) -> None:
-    """A checkpoint in diffusers' layout: 34 GB for FLUX, 57 GB for Qwen-Image. Weights are drawn on `device`.
+    """Writes a checkpoint in diffusers' layout: 34 GB for FLUX, 57 GB for Qwen-Image. Draws weights on `device`.
 
-    in_memory: a folder of host memory, for components that it has room for. Raises OSError where none has room,
+    in_memory: a folder in host memory, for components that fit there. Raises OSError if a component fits nowhere,
     OutOfTime at `deadline`.
     """
     tiny = fetch_checkpoint(f"tiny://{family}", ())
@@ -111,27 +111,27 @@ def write_large(
 
 
 def _find_room(name: str, num_bytes: int, folder: Path, in_memory: Path | None) -> Path:
-    """Host memory must have room for it twice: as it is written, and as its stage keeps it."""
+    """Returns the folder for a component. Host memory must fit it twice: the files, and the stage's copy."""
     room = (_available_bytes() - SPARE_BYTES) // 2
     if in_memory is not None and min(room, shutil.disk_usage(in_memory).free) > num_bytes:
         return in_memory
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
         raise OSError(
-            f"{name} takes {num_bytes / 1e9:.0f} GB: {folder} has {free / 1e9:.0f} GB free, and host memory no "
-            "room for it and a copy; set TMPDIR to a larger disk"
+            f"{name} takes {num_bytes / 1e9:.0f} GB, but {folder} has {free / 1e9:.0f} GB free, and host memory "
+            "has no room for the files and a copy of them; set TMPDIR to a larger disk"
         )
     return folder
 
 
 def _available_bytes() -> int:
-    """Of host memory, caches that can be dropped included, as Linux counts."""
+    """Returns Linux's MemAvailable, the free host memory including caches that can be dropped."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     return int(dict(line.split(":") for line in lines)["MemAvailable"].split()[0]) * 2**10
 
 
 def build_model(tiny: Path, name: str, settings: Settings) -> Any:
-    """One component of a tiny checkpoint, with other settings and random weights."""
+    """Builds one component of a tiny checkpoint with other settings and random weights."""
     library, class_name = json.loads((tiny / "model_index.json").read_text())[name]
     build = _build_diffusers if library == "diffusers" else _build_transformers
     return build(class_name, tiny / name, settings)
@@ -139,7 +139,7 @@ def build_model(tiny: Path, name: str, settings: Settings) -> Any:
 
 @contextmanager
 def _in_bf16() -> Iterator[None]:
-    """Parameters are made in bf16 meanwhile."""
+    """Creates parameters in bf16 while the context lasts."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -159,5 +159,5 @@ def _build_transformers(class_name: str, tiny: Path, settings: Settings) -> Any:
     for key, value in settings.items():
         values[key] = {**values[key], **value} if isinstance(value, Mapping) else value
         if isinstance(value, Mapping):
-            values[key].pop("layer_types", None)  # one per layer, derived from their number
+            values[key].pop("layer_types", None)  # has one entry per layer, derived from the number of layers
     return model_class(model_class.config_class.from_dict(values))

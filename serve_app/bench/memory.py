@@ -1,10 +1,10 @@
-"""What every memory technique saves and costs: one model, one way at a time, each in a process of its own.
+"""Measures what every memory technique saves and costs, with one model, each way in its own process.
 
-load_s       until all three stages are loaded
-p50_s        one picture, from prompt to pixels, compiling and first touch not counted
-peak_mib     CUDA: the most that was allocated; CPU: the largest resident set, less that of the bare imports
-time_ratio   over the plain pipeline; on the CPU over one in the same process, picture by picture in turn
-switching_s  per picture, for weights to come and go by turns
+load_s       seconds until all three stages are loaded
+p50_s        seconds of one image, from prompt to pixels, without compilation and first touch
+peak_mib     CUDA: peak of allocated memory; CPU: the largest resident set, less that of the bare imports
+time_ratio   over the plain pipeline; on the CPU, over one in the same process, image by image in turn
+switching_s  seconds per image that loading and unloading weights takes
 """
 
 import csv
@@ -22,7 +22,8 @@ from typing import Any
 
 from rich.progress import track
 
-from deployments.config import ModelConfig, TransformerConfig
+from deployments.config.model import ModelConfig
+from deployments.config.transformer import TransformerConfig
 from deployments.engine.load import open_denoisers
 from serve_app.bench.frontier import draw_frontier
 from serve_app.bench.models import bench_model
@@ -51,14 +52,14 @@ WAYS: dict[str, Stages | None] = {
     "nf4, model offload": _everywhere(offload="model") | _transformer(quantization="nf4", offload="model"),
     "compile": _transformer(compile=True),
     "model offload": _everywhere(offload="model"),
-    "on demand": _everywhere(on_demand=True),
+    "time sharing": _everywhere(time_sharing=True),
     "group offload": _transformer(offload="group"),
     "disk offload": _transformer(offload="disk"),
     "vram limit, half": _transformer(vram_limit_gib=0.5),  # of the transformer's weights
     "vram limit, none": _transformer(vram_limit_gib=0.0),
     "vram limit, half, fp8": _transformer(vram_limit_gib=0.5, layerwise_casting=True),
 }
-"""By name, what differs from the defaults, per stage; None: diffusers' own pipeline."""
+"""Settings per stage that differ from the defaults, by name of the way; None: diffusers' own pipeline."""
 QUICK = (PLAIN, "relay", "bfloat16", "group offload", "vram limit, half")
 
 
@@ -72,9 +73,9 @@ def run(
     csv_file: Path | None,
     svg_file: Path | None,
 ) -> None:
-    """model: "tiny", "100M", or any checkpoint. Rows of `way`, `load_s`, `p50_s`, `peak_mib`, and both ratios.
+    """Reports rows of `way`, `load_s`, `p50_s`, `peak_mib`, and both ratios.
 
-    A way that cannot run here has an `error` instead.
+    A way that cannot run here has an `error` instead. model: "tiny", "100M", or any checkpoint.
     """
     with tempfile.TemporaryDirectory() as folder:
         config = bench_model(model, Path(folder))
@@ -87,8 +88,23 @@ def run(
                 "steps": num_steps,
             }
             measured[way] = measure(case)
-    plain = measured[PLAIN]
-    rows: list[Row] = [
+    rows = _rows(measured, measured[PLAIN])
+    report(f"memory techniques, {model}", rows, json_file)
+    if csv_file is not None:
+        with csv_file.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    if svg_file is not None:
+        points = {
+            str(row["way"]): (float(row["peak_mib"]), float(row["time_ratio"])) for row in rows if not row["error"]
+        }
+        y_label = "time per image, relative to the plain pipeline"
+        svg_file.write_text(draw_frontier(points, x_label="peak memory, MiB", y_label=y_label))
+
+
+def _rows(measured: Mapping[str, Mapping[str, Any]], plain: Mapping[str, Any]) -> list[Row]:
+    return [
         {
             "way": way,
             "load_s": of.get("load_s", "-"),
@@ -101,22 +117,10 @@ def run(
         }
         for way, of in measured.items()
     ]
-    report(f"memory techniques, {model}", rows, json_file)
-    if csv_file is not None:
-        with csv_file.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-    if svg_file is not None:
-        points = {
-            str(row["way"]): (float(row["peak_mib"]), float(row["time_ratio"])) for row in rows if not row["error"]
-        }
-        y_label = "time per picture, over the plain pipeline's"
-        svg_file.write_text(draw_frontier(points, x_label="peak memory, MiB", y_label=y_label))
 
 
 def measure(case: Mapping[str, Any], timeout_s: float | None = None) -> dict[str, Any]:
-    """In a process that ends with it, so that no way inherits another's memory. What fails is an `error`."""
+    """Measures one way in its own process, so that it inherits no other's memory. A failure becomes an `error`."""
     command = [sys.executable, "-m", "serve_app.bench.memory_case"]
     with subprocess.Popen(
         command, stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True, start_new_session=True
@@ -124,20 +128,20 @@ def measure(case: Mapping[str, Any], timeout_s: float | None = None) -> dict[str
         try:
             output, errors = process.communicate(json.dumps(case), timeout=timeout_s)
         except subprocess.TimeoutExpired:
-            return {"error": f"not done within {timeout_s:.0f} s"}
+            return {"error": f"not done within {timeout_s:g} s"}
         finally:
-            with suppress(ProcessLookupError):  # compilers that it has started would hold its output open
+            with suppress(ProcessLookupError):  # also ends compilers, which hold its output open
                 os.killpg(process.pid, signal.SIGKILL)
     try:
         result: dict[str, Any] = json.loads(output.splitlines()[-1])
     except (IndexError, ValueError):
-        lines = errors.strip().splitlines() or ["without a word"]
+        lines = errors.strip().splitlines() or ["no output"]
         return {"error": f"exit status {process.returncode}: {lines[-1][:200]}"}
     return result
 
 
 def _in_gib(stages: Stages | None, model: ModelConfig) -> Stages | None:
-    """vram_limit_gib of WAYS is a share of the transformer's weights in float32."""
+    """Converts vram_limit_gib in WAYS, a share of the transformer's float32 weights, to GiB."""
     transformer = dict(stages or {}).get("transformer", {})
     if stages is None or "vram_limit_gib" not in transformer:
         return stages

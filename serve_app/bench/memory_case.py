@@ -1,4 +1,4 @@
-"""One way of `relay bench memory`: reads it from stdin, draws, and prints what it took."""
+"""Runs one way of `relay bench memory`: reads it from stdin, generates images, and prints times and memory."""
 
 import gc
 import json
@@ -15,13 +15,16 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from cluster import accelerator
+from cluster.machines import accelerator
 from deployments.checkpoints.geometry import with_geometry
 from deployments.checkpoints.source import fetch_checkpoint
-from deployments.config import EncoderConfig, ModelConfig, TransformerConfig, VaeConfig
+from deployments.config.encoder import EncoderConfig
+from deployments.config.model import ModelConfig
+from deployments.config.transformer import TransformerConfig
+from deployments.config.vae import VaeConfig
+from deployments.memory.stats import MemoryStats
 from deployments.stages import load_stage
-from deployments.stages.call import call_arguments
-from deployments.stats import MemoryStats
+from deployments.stages.call_arguments import call_arguments
 from serve_app.bench.models import bench_request, fail
 
 MIB = 2**20
@@ -29,7 +32,7 @@ NUM_TEXT_TOKENS = 64
 GPU = accelerator.find_device()
 HAS_GPU = GPU is not None
 STUCK_AFTER_S = 600.0
-"""A first step may compile, or read 40 GB from a cold disk; the caller has a limit of its own."""
+"""Long, since a first step may compile or read 40 GB from a cold disk; the caller has its own time limit."""
 
 
 def main() -> None:
@@ -44,7 +47,7 @@ def main() -> None:
     draw()
     draw()
     peak_mib = (draw.peak_bytes() - (0 if HAS_GPU else bare)) / MIB
-    # A CPU's speed may drift within minutes, and beside a CPU there is room for the plain pipeline, too.
+    # A CPU's speed may drift within minutes, and host memory has room for the plain pipeline as well.
     plain = None if HAS_GPU or build is _Plain else _Plain(model, None, case["steps"])
     if plain is not None:
         plain()
@@ -93,32 +96,32 @@ class _Relay:
             num_computed = self._denoising.engine.stats().num_computed
             self._denoising.leave(seat)
         while self._leaves_when_idle and self._denoising.engine.stats().num_computed == num_computed:
-            time.sleep(0.001)  # until its weights have left, for the VAE is to have the room
+            time.sleep(0.001)  # until its weights are off the device, which the VAE needs
         self._decoding.decode(arguments, self._request)
         self._num_pictures += 1
 
     def peak_bytes(self) -> int:
-        """The stages measure their calls in one process: what each has seen before it began anew is the whole."""
+        """Returns the peak of the whole process, all of which each stage measures during its calls."""
         return max(memory.peak_allocated_bytes for memory in self._memories())
 
     def _memories(self) -> list[MemoryStats]:
-        keepers = (self._encoding.keeper, self._denoising.loaded.keeper, self._decoding.keeper)
-        return [keeper.stats() for keeper in keepers]
+        residencies = (self._encoding.residency, self._denoising.loaded.residency, self._decoding.residency)
+        return [residency.stats() for residency in residencies]
 
     def stats(self) -> dict[str, float]:
-        """Seconds per picture that turns took to change; the denoiser's most weights under its limit."""
+        """Returns the seconds per image that lease changes took, and the denoiser's peak of limited weights."""
         memories = self._memories()
-        turns = [memory.turns for memory in memories if memory.turns is not None]
+        leases = [memory.lease for memory in memories if memory.lease is not None]
         told = {}
-        if turns:
-            told["switching_s"] = sum(turn.arriving_s + turn.leaving_s for turn in turns) / self._num_pictures
+        if leases:
+            told["switching_s"] = sum(lease.loading_s + lease.unloading_s for lease in leases) / self._num_pictures
         for limit in memories[1].vram_limits:
             told["limited_mib"] = limit.peak_bytes / MIB
         return told
 
 
 class _Plain:
-    """diffusers' own pipeline, all of it on the device."""
+    """diffusers' own pipeline, entirely on the device."""
 
     def __init__(self, model: ModelConfig, _stages: None, num_steps: int) -> None:
         folder = Path(fetch_checkpoint(model.checkpoint, (), revision=model.revision, variant=model.variant))
@@ -134,7 +137,7 @@ class _Plain:
         return _most_resident_bytes() if GPU is None else accelerator.peak_bytes(GPU)[0]
 
     def stats(self) -> dict[str, float]:
-        """It tells nothing more."""
+        """Returns nothing: the plain pipeline has no further figures."""
         return {}
 
 
@@ -150,7 +153,7 @@ def _most_resident_bytes() -> int:
 if __name__ == "__main__":
     try:
         main()
-    except Exception as error:  # the caller's table has a row for it
+    except Exception as error:  # the caller's table shows it
         traceback.print_exc()
         first_line = str(error).strip().partition("\n")[0]
         print(json.dumps({"error": f"{type(error).__name__}: {first_line}"}))

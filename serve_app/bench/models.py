@@ -1,4 +1,4 @@
-"""The checkpoints that benchmarks draw with: nothing to download, and weights that mean nothing."""
+"""The checkpoints that benchmarks use: made locally, without a download, with random weights."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,15 +7,18 @@ from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 
 from deployments.checkpoints.geometry import with_geometry
 from deployments.checkpoints.source import fetch_checkpoint, with_family
-from deployments.config import ModelConfig
+from deployments.config.model import ModelConfig
 from deployments.plan.sizes import default_size
 from deployments.request import GenerationRequest, Prompt
-from deployments.warm_up import default_request
+from deployments.stages.warm_up import default_request
 
 
 def bench_model(name: str, folder: Path) -> ModelConfig:
-    """name: "tiny", the tiny FLUX at 64 x 64; "100M", one of so many parameters at 256 x 256; "VAE", with a
-    VAE of a quarter of the published widths; or a checkpoint."""
+    """Returns a model config.
+
+    name: "tiny", the tiny FLUX at 64 x 64; "100M", a FLUX with 100 million parameters at 256 x 256; "VAE", the
+        tiny FLUX with a VAE of a quarter of the published widths, at 256 x 256; or a checkpoint.
+    """
     checkpoint, size = name, None
     if name == "tiny":
         checkpoint, size = "tiny://flux", 64
@@ -29,18 +32,18 @@ def bench_model(name: str, folder: Path) -> ModelConfig:
 
 
 def bench_request(model: ModelConfig, num_steps: int) -> GenerationRequest:
-    """One unguided picture or video by the model's and the family's defaults."""
+    """Returns a request for one unguided image or video, with the defaults of the model and its family."""
     request = default_request(model, default_size(model), num_steps)
     return replace(request, prompt=Prompt("a red circle", None, is_guided=False))
 
 
 def fail(error: BaseException) -> None:
-    """What a benchmark does when its engine is lost."""
+    """Raises the error: a benchmark ends when its engine is lost."""
     raise error
 
 
 def _write_medium_flux(folder: Path) -> Path:
-    """The tiny FLUX around a transformer of about 100 million random parameters."""
+    """Writes the tiny FLUX with a transformer of about 100 million random parameters."""
     if not folder.exists():
         tiny = FluxPipeline.from_pretrained(fetch_checkpoint("tiny://flux", ()))
         settings = dict(tiny.transformer.config) | {

@@ -1,59 +1,71 @@
-"""What the engine costs a request that is alone: the same denoise, plain and through the step queue.
+"""Measures the engine's cost for a lone request: the same denoising, plain and through the step queue.
 
-Both in this process and in turn, so that a drifting machine is fair to both: diffusers' pipeline over its own
-transformer, and the denoise stage, which runs that pipeline over a stand-in, a queue and one shard.
+Both run in this process, in turn, so that drift of the machine's speed affects both alike: diffusers' pipeline
+with its own transformer, and the denoise stage, which runs that pipeline with a stand-in, a queue and one shard.
 """
 
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
-from rich.progress import Progress
 
 from deployments.checkpoints.source import fetch_checkpoint
-from deployments.config import EncoderConfig, ModelConfig, TransformerConfig
+from deployments.config.encoder import EncoderConfig
+from deployments.config.model import ModelConfig
+from deployments.config.transformer import TransformerConfig
 from deployments.stages import load_stage
-from deployments.stages.call import call_arguments
+from deployments.stages.call_arguments import call_arguments
 from serve_app.bench.models import bench_model, bench_request, fail
+from serve_app.bench.progress import Progress
 from serve_app.bench.report import Row, report
 
 NUM_TEXT_TOKENS = 16
 
 
 def run(*, loads: Mapping[str, tuple[int, int]], json_file: Path | None) -> None:
-    """loads: by model ("tiny" or "100M"), how many pictures of how many steps.
+    """Reports rows of `model`, `design`, `p50_s`, `ratio` (the median of the ratios, image by image).
 
-    Rows of `model`, `design`, `p50_s`, `ratio` (the median of the ratios, picture by picture).
+    loads: number of images and of steps, by model ("tiny" or "100M").
     """
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder, Progress() as progress:
         for name, (num_pictures, num_steps) in loads.items():
             ways = _ways(bench_model(name, Path(folder)), num_steps)
-            times: dict[str, list[float]] = {design: [] for design in ways}
-            for i in progress.track(range(-1, num_pictures), description=name):
-                for design, draw in ways.items():
-                    start = time.perf_counter()
-                    draw()
-                    if i >= 0:
-                        times[design].append(time.perf_counter() - start)
+            times = _measure(ways, progress.track(range(-1, num_pictures), description=name))
             rows += [
-                {
-                    "model": name,
-                    "design": design,
-                    "p50_s": statistics.median(of),
-                    "ratio": statistics.median(a / b for a, b in zip(of, times["plain"], strict=True)),
-                }
+                {"model": name, "design": design, "p50_s": statistics.median(of), "ratio": _ratio(times, design)}
                 for design, of in times.items()
             ]
     report("a lone request's denoise", rows, json_file)
 
 
+def compare_with_plain(model: ModelConfig, num_pictures: int, num_steps: int) -> float:
+    """Returns the engine's time over the plain pipeline's: the median of the ratios, image by image."""
+    return _ratio(_measure(_ways(model, num_steps), range(-1, num_pictures)), "engine")
+
+
+def _measure(ways: Mapping[str, Callable[[], object]], numbers: Iterable[int]) -> dict[str, list[float]]:
+    """Returns the seconds of each image, by design. numbers: those below 0 are for warm-up."""
+    times: dict[str, list[float]] = {design: [] for design in ways}
+    for i in numbers:
+        for design, draw in ways.items():
+            start = time.perf_counter()
+            draw()
+            if i >= 0:
+                times[design].append(time.perf_counter() - start)
+    return times
+
+
+def _ratio(times: Mapping[str, list[float]], design: str) -> float:
+    return statistics.median(a / b for a, b in zip(times[design], times["plain"], strict=True))
+
+
 def _ways(model: ModelConfig, num_steps: int) -> dict[str, Callable[[], object]]:
-    """By design, one denoise, to latents."""
+    """Returns, by design, a function that denoises one request to latents."""
     request = bench_request(model, num_steps)
     encoding = load_stage("encode", model, EncoderConfig(max_sequence_length=NUM_TEXT_TOKENS))
     encodings = encoding.encode(request)

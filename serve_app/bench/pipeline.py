@@ -1,18 +1,19 @@
-"""How well several requests fill the shards: efficiency = ideal time / measured time.
+"""Measures how well several requests fill the shards: efficiency = ideal time / measured time.
 
-The real step queue, ring and actors, around a model that only sleeps: every shard takes `step_ms` for a step and
-hands `payload_mb` on. S shards, 2·S requests of K steps, unmerged; ideally (2·S·K + S - 1) · step_ms.
-Beside it the way of `device_map`: the same shards in one process, one request after another.
-`guided`: one request alone with two forwards a step, both under way at once; ideally (S + 1)·K · step_ms, where
-one after the other takes 2·S·K · step_ms, as `guided, in turn` shows.
-`2S guided`: 2·S of those, of K / 2 steps, which fill the shards in either way; ideally as without guidance.
+Uses the real step queue, ring and actors, with a model that only sleeps: every shard takes `step_ms` per step and
+passes on `payload_mb`. S shards, 2·S requests of K steps, unmerged; the ideal time is (2·S·K + S - 1) · step_ms.
+`device_map`: the same shards in one process, one request after another, as with diffusers' device_map.
+`guided`: one request alone with two forwards per step, both in flight at once; the ideal time is
+(S + 1)·K · step_ms. One forward after the other takes 2·S·K · step_ms, as `guided, in turn` shows.
+`2S guided`: 2·S such requests of K / 2 steps, which fill the shards in either way; the ideal time is that without
+guidance.
 """
 
 import ctypes
 import statistics
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,58 +26,60 @@ import ray
 import torch
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-from rich.progress import Progress
 
-from cluster.open_transport import open_transport
-from cluster.place import Rendezvous, plan_backend
-from cluster.resources import ResourceConfig
-from cluster.ring import Ring
-from cluster.shard_group import ShardGroup, this_address, this_place
-from cluster.transport import open_store
-from deployments.config import TransformerConfig
+from cluster.ranks.open_transport import open_transport
+from cluster.ranks.place import Rendezvous, plan_backend
+from cluster.ranks.ring import Ring
+from cluster.ranks.shard_group import ShardGroup, this_address, this_place
+from cluster.ranks.transport import open_store
+from cluster.replicas.resources import ResourceConfig
+from deployments.config.transformer import TransformerConfig
+from deployments.engine.adapters import Rows
+from deployments.engine.constant_cache import ConstantCache, ConstantSender
 from deployments.engine.cut import Boundary
+from deployments.engine.demand import Demand
+from deployments.engine.denoiser_stand_in import Submit
 from deployments.engine.engine import Engine
 from deployments.engine.merge import Merger
-from deployments.engine.outline import Holder, Outliner
+from deployments.engine.micro_batch import MicroBatchDriver, MicroBatchWorker
 from deployments.engine.passes import Passes
-from deployments.engine.stand_in import Submit
-from deployments.engine.work import Follower, Leader
-from deployments.replica import exit_replica
+from deployments.replica.lifecycle import exit_replica
+from serve_app.bench.progress import Progress
 from serve_app.bench.report import Row, report
 
 CPU = torch.device("cpu")
 COMPONENT = "transformer"
 MERGERS = {COMPONENT: Merger("PacedModel")}
-"""Of a class that `merge` has no rule for."""
+"""Merger of a class for which `merge` has no rule."""
 NUM_ROUNDS = 3
-"""Of the ring, whose median counts: whatever else the machine does disturbs S processes more than one."""
+"""Rounds of the ring, of which the median counts: other work on the machine disturbs S processes more than one."""
 RESOURCES = ResourceConfig(num_cpus=0.1)
 
 
 @dataclass(frozen=True)
 class Load:
-    """What a ring is asked for at once, by how many steps K a request without guidance has."""
+    """The requests that a ring gets at once. Methods take K, the number of steps of a request without guidance."""
 
     is_alone: bool = False
-    """One request, in place of 2·S."""
+    """Whether there is one request, in place of 2·S."""
     num_passes: int = 1
-    """Forwards of a step."""
+    """Forwards per step."""
     at_once: bool = False
-    """Whether all forwards of a step are under way before one is waited for."""
+    """Whether all forwards of a step are submitted before the first is waited for."""
 
     def num_requests(self, num_shards: int) -> int:
         return 1 if self.is_alone else 2 * num_shards
 
     def num_steps(self, num_steps: int) -> int:
-        """Of each request: those that fill the shards have as many forwards with guidance as without."""
+        """Returns the steps of each request. 2·S requests have as many forwards with guidance as without."""
         return num_steps if self.is_alone else num_steps // self.num_passes
 
     def num_forwards(self, num_shards: int, num_steps: int) -> int:
-        """Of all requests."""
+        """Returns the forwards of all requests."""
         return self.num_requests(num_shards) * self.num_passes * self.num_steps(num_steps)
 
     def num_slots(self, num_shards: int, num_steps: int) -> int:
-        """How many times a shard's step they take, ideally."""
+        """Returns the ideal time of all requests, in units of step_ms."""
         if self.is_alone:
             return (num_shards + self.num_passes - 1) * self.num_steps(num_steps)
         return self.num_forwards(num_shards, num_steps) + num_shards - 1
@@ -92,7 +95,7 @@ LOADS: Mapping[str, Load] = {
 
 _libc = ctypes.CDLL(None)
 _PR_SET_TIMERSLACK = 29
-"""Of the calling thread, in ns: linux/prctl.h."""
+"""prctl option that sets the calling thread's timer slack in ns; from linux/prctl.h."""
 
 
 def run(
@@ -102,16 +105,16 @@ def run(
     payloads_mb: tuple[float, ...],
     json_file: Path | None,
 ) -> None:
-    """Rows of `design`, `shards`, `step_ms`, `payload_mb`, `efficiency`, `speedup`.
+    """Reports rows of `design`, `shards`, `step_ms`, `payload_mb`, `efficiency`, `speedup`.
 
-    steps_ms: by milliseconds per shard and step, how many steps K a request has.
+    steps_ms: number of steps K of a request, by milliseconds per shard and step.
     """
     rows: list[Row] = []
     total = len(shards) * len(steps_ms) * len(payloads_mb)
-    with Progress() as progress, _ray():
+    with Progress() as progress, private_ray():
         task = progress.add_task("pipeline", total=total)
         for num_shards in shards:
-            with _replica(num_shards) as replica:
+            with paced_replica(num_shards) as replica:
                 for step_ms, num_steps in steps_ms.items():
                     for payload_mb in payloads_mb:
                         rows += _measured(replica, num_shards, step_ms, payload_mb, num_steps)
@@ -120,7 +123,7 @@ def run(
 
 
 def _measured(replica: Any, num_shards: int, step_ms: float, payload_mb: float, num_steps: int) -> Iterator[Row]:
-    """The designs in turn, so that a drifting machine is fair to each."""
+    """Yields a row for each design. They take turns, so that drift of the machine's speed affects all alike."""
     pace = (step_ms, payload_mb)
     times: dict[str, list[float]] = {design: [] for design in LOADS}
     for _, (design, load) in product(range(NUM_ROUNDS), LOADS.items()):
@@ -140,7 +143,7 @@ def _measured(replica: Any, num_shards: int, step_ms: float, payload_mb: float, 
 
 
 class PacedShard:
-    """Stands where a Shard stands: sleeps as long as asked for, and hands on as much."""
+    """Replaces a Shard: sleeps for a given time, and passes on a given amount of data."""
 
     def __init__(self, *, is_last: bool) -> None:
         self._is_last = is_last
@@ -148,10 +151,14 @@ class PacedShard:
         self._is_precise = False
 
     def run(
-        self, _component: str, inputs: Mapping[str, Any], boundary: Boundary | None = None
+        self,
+        _component: str,
+        inputs: Mapping[str, Any],
+        boundary: Boundary | None = None,
+        rows: Sequence[Rows] = (),
     ) -> Boundary | tuple[torch.Tensor]:
         """inputs: `pace` holds [step_ms, payload_mb]."""
-        if not self._is_precise:  # else Linux may wake this thread 50 us late, no fault of the pipeline
+        if not self._is_precise:  # by default, Linux may wake this thread 50 us late
             self._is_precise = _libc.prctl(_PR_SET_TIMERSLACK, 1) == 0
         step_ms, payload_mb = inputs["pace"]
         time.sleep(step_ms / 1e3)
@@ -166,13 +173,13 @@ class PacedShard:
 
 
 class PacedRank:
-    """Ranks 1 to S - 1."""
+    """An actor for ranks 1 to S - 1."""
 
     def __init__(self, rank: int, num_ranks: int) -> None:
         torch.set_num_threads(1)
         self._rank = rank
-        shard: Any = PacedShard(is_last=rank == num_ranks - 1)
-        self._follower = Follower(shard, MERGERS, Holder(CPU))
+        shard = PacedShard(is_last=rank == num_ranks - 1)
+        self._worker = MicroBatchWorker(shard, MERGERS, ConstantCache(CPU))
 
     def place(self) -> Any:
         return this_place()
@@ -180,7 +187,7 @@ class PacedRank:
     def connect(self, rendezvous: Rendezvous) -> None:
         transport = open_transport(self._rank, rendezvous, device=CPU)
         self._ring = Ring(
-            self._follower.run, rank=self._rank, transport=transport, on_failure=exit_replica, device=CPU
+            self._worker.run, rank=self._rank, transport=transport, on_failure=exit_replica, device=CPU
         )
         self._ring.start()
 
@@ -189,7 +196,7 @@ class PacedRank:
 
 
 class PacedReplica:
-    """Rank 0 and its requests."""
+    """An actor for rank 0, which also makes the requests."""
 
     def __init__(self, num_shards: int) -> None:
         torch.set_num_threads(1)
@@ -202,9 +209,9 @@ class PacedReplica:
             rendezvous = Rendezvous(num_shards, plan_backend(places), this_address(), store.port)
             connect = partial(open_transport, 0, rendezvous, device=CPU, store=store)
             transport = group.connect(rendezvous, connect, exit_replica)
-        shard: Any = PacedShard(is_last=num_shards == 1)
+        shard = PacedShard(is_last=num_shards == 1)
         self._engine = Engine(
-            Leader(shard, MERGERS, Outliner(), {COMPONENT: frozenset({"hidden_states"})}),
+            MicroBatchDriver(shard, MERGERS, ConstantSender(), {COMPONENT: frozenset({"hidden_states"})}),
             MERGERS,
             TransformerConfig(shards=num_shards),
             device=CPU,
@@ -213,20 +220,23 @@ class PacedReplica:
         )
 
     def in_flight(self, step_ms: float, payload_mb: float, num_steps: int, load: Load) -> float:
-        """Seconds until the last of these requests is done, which begin together."""
+        """Returns the seconds until the last of the load's requests is done, which begin together."""
         num_requests = load.num_requests(self._num_shards)
         start = threading.Barrier(num_requests + 1)
         inputs = {"hidden_states": torch.zeros(1, 16, 64), "pace": [step_ms, payload_mb]}
+        asked = load.num_steps(num_steps)
+        demand = Demand(kind=(step_ms, payload_mb), megapixels=1.0, num_steps=asked, num_own_steps=asked)
 
         def request() -> None:
-            seat = self._engine.queue.join()
+            seat = self._engine.queue.join(demand)
             begin = partial(self._engine.begin, seat)
             submit: Submit = Passes(begin) if load.at_once else partial(self._engine.forward, seat)
             latents = inputs["hidden_states"]
             start.wait()
-            for _ in range(load.num_steps(num_steps)):
+            for num_done in range(1, demand.num_steps + 1):
                 passes = [submit(COMPONENT, inputs | {"hidden_states": latents}) for _ in range(load.num_passes)]
                 latents = latents + sum(prediction for prediction, *_ in passes)
+                self._engine.queue.advance(seat, num_done)
             self._engine.queue.leave(seat)
 
         with ThreadPoolExecutor(num_requests) as threads:
@@ -237,8 +247,12 @@ class PacedReplica:
                 future.result()
             return time.perf_counter() - began
 
+    def bytes_sent(self) -> int:
+        """Returns the bytes sent to rank 1 since the start."""
+        return self._engine.stats().bytes_sent
+
     def one_by_one(self, step_ms: float, payload_mb: float, num_steps: int) -> float:
-        """Seconds for the same requests in one process, each shard's output copied for the next."""
+        """Returns the seconds for the same requests in one process, copying each shard's output for the next."""
         shards = [PacedShard(is_last=rank == self._num_shards - 1) for rank in range(self._num_shards)]
         began = time.perf_counter()
         for _ in range(2 * self._num_shards * num_steps):
@@ -252,7 +266,7 @@ class PacedReplica:
 
 
 @contextmanager
-def _replica(num_shards: int) -> Iterator[Any]:
+def paced_replica(num_shards: int) -> Iterator[Any]:
     group = placement_group([{"CPU": RESOURCES.num_cpus}] * num_shards, strategy="PACK")
     place = PlacementGroupSchedulingStrategy(
         group, placement_group_bundle_index=0, placement_group_capture_child_tasks=True
@@ -269,7 +283,7 @@ def _replica(num_shards: int) -> Iterator[Any]:
 
 
 @contextmanager
-def _ray() -> Iterator[None]:
+def private_ray() -> Iterator[None]:
     ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         yield

@@ -1,4 +1,4 @@
-"""The processes that a Ray of this process consists of, by what they call themselves."""
+"""Finds the processes of this process's Ray, by their titles."""
 
 import os
 from collections.abc import Iterator
@@ -7,39 +7,40 @@ from pathlib import Path
 
 from cluster.processes import find_descendants
 from serve_app.bench.report import Row
+from serve_app.config.serve_file import APP_NAME
 
 TITLES = {
-    "encoder": "ray::ServeReplica:relay:Encoder",
-    "rank 0": "ray::ServeReplica:relay:Transformer",
+    "encoder": "ray::ServeReplica:{app}:Encoder",
+    "rank 0": "ray::ServeReplica:{app}:Transformer",
     "rank 1": "ray::Rank",
-    "VAE": "ray::ServeReplica:relay:Vae",
-    "ingress": "ray::ServeReplica:relay:Ingress",
+    "VAE": "ray::ServeReplica:{app}:Vae",
+    "ingress": "ray::ServeReplica:{app}:Ingress",
     "HTTP proxy": "ray::ProxyActor",
     "Serve controller": "ray::ServeController",
 }
-"""How the command lines begin; of two shards each."""
+"""Starts of the processes' command lines."""
 SHARED_MEMORY = Path("/dev/shm")
 
 
-def find_processes() -> dict[str, list[int]]:
-    """Process ids by the names above, the oldest first; descendants of this process only."""
+def find_processes(app: str = APP_NAME) -> dict[str, list[int]]:
+    """Returns process IDs by the names in TITLES, oldest first. Finds descendants of this process only."""
     found: dict[str, list[int]] = {name: [] for name in TITLES}
     for pid in sorted(find_descendants()):
         title = _read(pid, "cmdline").replace("\0", " ")
         for name, start in TITLES.items():
-            if title.startswith(start):
+            if title.startswith(start.format(app=app)):
                 found[name].append(pid)
     return found
 
 
 def count_zombies() -> int:
-    """Processes of anybody that have ended and are not reaped; orphans are the child of the machine's first."""
+    """Counts all zombies on the machine, whoever's they are, since orphans become children of process 1."""
     return sum(_status(pid)[0] == "Z" for pid in _all_pids())
 
 
 @dataclass(frozen=True)
 class Leavings:
-    """What processes leave behind that nobody clears away."""
+    """What dead processes have left behind: zombies and shared memory."""
 
     zombies: int
     shm_bytes: int
@@ -49,7 +50,7 @@ class Leavings:
         return cls(count_zombies(), shared_memory_bytes())
 
     def since(self) -> Row:
-        """What is there now that was not."""
+        """Returns what has been left behind since this was taken."""
         now = Leavings.now()
         return {
             "zombies": max(0, now.zombies - self.zombies),
@@ -59,7 +60,7 @@ class Leavings:
 
 @dataclass(frozen=True)
 class Work:
-    """What a process calls itself, when it began, by CLOCK_BOOTTIME, and for how long it has computed."""
+    """A process's title, its start by CLOCK_BOOTTIME, and its processor time."""
 
     title: str
     begun_s: float
@@ -67,7 +68,7 @@ class Work:
 
 
 def find_work() -> dict[int, Work]:
-    """By process; descendants of this process only."""
+    """Returns the work by process ID, for descendants of this process only."""
     tick_s = 1 / os.sysconf("SC_CLK_TCK")
     found = {}
     for pid in find_descendants():
@@ -83,7 +84,7 @@ def is_alive(pid: int) -> bool:
 
 
 def shared_memory_bytes() -> int:
-    """Of all files there, Ray's object store included."""
+    """Returns the size of all files in /dev/shm, including Ray's object store."""
     return sum(path.stat().st_size for path in SHARED_MEMORY.iterdir() if path.is_file())
 
 
@@ -92,7 +93,7 @@ def _all_pids() -> Iterator[int]:
 
 
 def _status(pid: int) -> tuple[str, str]:
-    """State and parent of a process; empty if there is no such."""
+    """Returns state and parent of a process; empty strings if there is no such process."""
     fields = _read(pid, "stat").rpartition(")")[2].split()
     return (fields[0], fields[1]) if fields else ("", "")
 

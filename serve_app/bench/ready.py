@@ -1,8 +1,8 @@
-"""How long from deploying to ready, and which process works on it: the three stages, and one whole pipeline.
+"""Measures the time from deploying to ready, and each process's part in it: the three stages, one whole pipeline.
 
-Each on a Ray of its own that has just begun and is idle; the stages then once more on the same, where their fork
-server (cluster/fork_server.py) has imported before. The checkpoint was just written, so the kernel still has it:
-nobody waits for a disk. Seconds of processor are what to compare on a machine that does other things, too.
+Each runs on its own newly started, idle Ray; the stages run once more on theirs, where their fork server
+(cluster/fork_server.py) has done its imports already. The checkpoint was just written and is in the page cache, so
+no process waits for a disk. On a machine that also does other work, compare the seconds of processor time.
 """
 
 import statistics
@@ -14,20 +14,21 @@ from pathlib import Path
 
 from ray import serve
 from ray.serve import Application
-from rich.progress import Progress
 
 from serve_app.app import build_app
 from serve_app.bench.models import bench_model
 from serve_app.bench.processes import find_work
+from serve_app.bench.progress import Progress
 from serve_app.bench.report import Row, report
 from serve_app.bench.whole import WholePipeline
-from serve_app.config import AppConfig, parse_app_config
-from serve_app.local import private_serve
+from serve_app.commands.local import private_serve
+from serve_app.config.app import AppConfig
+from serve_app.config.serve_file import parse_app_config
 
 STAGE = {"num_cpus": 0.1, "torch_threads": 1}
 STAGES, AGAIN, WHOLE = "three stages", "three stages, again", "whole pipeline"
 SETTLE_S = 5.0
-"""A Ray that has just begun starts workers in advance."""
+"""Wait after Ray's start, in which it prestarts workers."""
 APP = "ready"
 NAMES = {
     "cluster.fork_server": "fork server",
@@ -39,14 +40,14 @@ NAMES = {
     ":WholePipeline": "pipeline",
     "ray::ServeController": "Serve controller",
 }
-"""Of processes, by what is in their titles. What else Ray has is "other"."""
+"""Names of processes, by a part of their titles. All other processes of Ray are "other"."""
 
 Seconds = dict[tuple[str, str], float]
-"""By process and figure: begun_s, cpu_s; of the process "all" ready_s, too."""
+"""Seconds by process and figure: begun_s and cpu_s; for the process "all", cpu_s and ready_s."""
 
 
 def run(*, model: str, num_rounds: int, json_file: Path | None) -> None:
-    """Rows of `design`, `process`, `begun_s`, `cpu_s`, `ready_s`, `ratio`: medians over the rounds."""
+    """Reports rows of `design`, `process`, `begun_s`, `cpu_s`, `ready_s`, `ratio`: medians over the rounds."""
     rounds: dict[str, list[Seconds]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder, Progress() as progress:
         config = parse_app_config(
@@ -92,12 +93,12 @@ def _medians(rounds: list[Seconds]) -> Seconds:
 
 
 def _measure(build: Callable[[], Application]) -> Seconds:
-    """Until Serve calls the app running, which it does when every replica has been built.
+    """Deploys the app and measures until Serve reports it as running, that is, until every replica is built.
 
     Raises RuntimeError if it cannot be deployed.
     """
     before, began = find_work(), time.clock_gettime(time.CLOCK_BOOTTIME)
-    # Serve's own wait looks every few seconds only.
+    # Serve's own wait polls every few seconds only.
     serve.run_many([serve.RunTarget(build(), name=APP, route_prefix=None)], wait_for_applications_running=False)
     while (status := serve.status().applications[APP].status) != "RUNNING":
         if status == "DEPLOY_FAILED":

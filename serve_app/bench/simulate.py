@@ -1,14 +1,14 @@
-"""A day of a large cluster: how busy its GPUs are and how long requests take, with fixed replicas and autoscaled.
+"""Simulates a day of a large cluster, with fixed replicas and autoscaled: GPU use and latency of requests.
 
-Simulated from published stage times; nothing here was measured on so many GPUs. What is assumed:
+The simulation uses published stage times; nothing here was measured on that many GPUs. Assumptions:
 
 - Qwen-Image-2512, 50 steps, one H100 per replica: 0.26 s to encode, 25.3 s to denoise, 0.31 s to decode (blog post
-  of LightX2V on disaggregation). Every request is alike; nothing is batched, cached, or lost between the stages.
-- Requests come at random (Poisson). Their rate is a wave from 20 % of its peak at 8 h to the peak at 20 h; in six
-  bursts of ten minutes it is half as high again, up to what the whole cluster can do.
+  of LightX2V on disaggregation). All requests are alike; nothing is batched, cached, or lost between the stages.
+- Requests arrive as a Poisson process. The rate is a wave from 20 % of its peak at 8 h to the peak at 20 h; in six
+  bursts of ten minutes it is 1.5 times as high, up to what the whole cluster can do.
 - The wave's peak is 80 % of what all GPUs can do; a stage's replicas are in proportion to its time.
 - A new replica serves after 85 s (readiness of a whole pipeline as vLLM-Omni reports it, PR #5885).
-- Autoscaling goes by this project's defaults, from 1 replica to those of the fixed placement.
+- Autoscaling uses this project's defaults, from 1 replica up to the number in the fixed placement.
 """
 
 from collections.abc import Sequence
@@ -19,8 +19,9 @@ import numpy as np
 import numpy.typing as npt
 from rich.progress import track
 
-from cluster.resources import ResourceConfig
-from cluster.serve_options import LOOK_BACK_S
+from cluster.replicas.resources import ResourceConfig
+from cluster.replicas.serve_options import LOOK_BACK_S
+from cluster.scaling.balance import balance
 from serve_app.bench.day_picture import draw_day
 from serve_app.bench.queueing import Scaling, Stage, StageDay, Times, simulate_stage
 from serve_app.bench.report import Row, report
@@ -35,15 +36,15 @@ NUM_BURSTS, BURST_S, BURST_FACTOR = 6, 600, 1.5
 
 @dataclass(frozen=True)
 class Day:
-    """One placement under a day's requests."""
+    """The results of one placement under a day's requests."""
 
     latencies: Times
-    """[N] s, from arrival to picture."""
+    """[N], seconds from arrival to the finished image."""
     stages: tuple[StageDay, ...]
 
     @property
     def held_gpus(self) -> npt.NDArray[np.int64]:
-        """[T], of all stages."""
+        """[T], GPUs that all stages hold, at the end of every second."""
         total: npt.NDArray[np.int64] = np.stack([stage.held_gpus for stage in self.stages]).sum(axis=0)
         return total
 
@@ -53,7 +54,7 @@ class Day:
 
     @property
     def use(self) -> float:
-        """The share of held GPU time in which a GPU works on a request."""
+        """Share of the held GPU time in which a GPU works on a request."""
         return sum(stage.busy_gpu_s for stage in self.stages) / 3600 / self.gpu_hours
 
 
@@ -65,10 +66,10 @@ def run(
     json_file: Path | None,
     svg_file: Path | None,
 ) -> None:
-    """Rows of `gpus`, `placement`, `requests`, `gpu_hours`, `use`, `p50_s`, `p95_s` and `p99_s`.
+    """Reports rows of `gpus`, `placement`, `requests`, `gpu_hours`, `use`, `p50_s`, `p95_s` and `p99_s`.
 
-    The placements: fixed replicas on all GPUs; autoscaled; and fixed replicas on as many GPUs as autoscaling holds
-    on average.
+    The placements: fixed replicas on all GPUs; autoscaled; autoscaled by the average load of the last seconds; and
+    fixed replicas on as many GPUs as autoscaling holds on average.
     """
     scaling = plan_scaling(ResourceConfig() if target_load is None else ResourceConfig(target_load=target_load))
     rows: list[Row] = []
@@ -77,7 +78,11 @@ def run(
         fixed = plan_replicas(STAGES, gpus)
         arrivals = draw_arrivals(np.random.default_rng(seed), bound_per_s(fixed))
         elastic = [replace(stage, min_replicas=1) for stage in fixed]
-        days = {"fixed": simulate(arrivals, fixed, scaling), "autoscaled": simulate(arrivals, elastic, scaling)}
+        days = {
+            "fixed": simulate(arrivals, fixed, scaling),
+            "autoscaled": simulate(arrivals, elastic, scaling),
+            "by averages": simulate(arrivals, elastic, replace(scaling, forecasts=False)),
+        }
         fewer = plan_replicas(STAGES, round(days["autoscaled"].gpu_hours / 24))
         days["fixed, as many GPU hours"] = simulate(arrivals, fewer, scaling)
         rows += [_row(gpus, placement, day) for placement, day in days.items()]
@@ -87,7 +92,7 @@ def run(
 
 
 def plan_scaling(resources: ResourceConfig) -> Scaling:
-    """As the cluster would scale a stage with this config."""
+    """Returns the scaling that the cluster would apply to a stage with this config."""
     return Scaling(
         target_load=resources.target_load,
         upscale_delay_s=resources.upscale_delay_s,
@@ -98,25 +103,30 @@ def plan_scaling(resources: ResourceConfig) -> Scaling:
 
 
 def plan_replicas(stages: Sequence[Stage], num_gpus: int) -> list[Stage]:
-    """Fixed numbers of replicas on so many GPUs with the highest bound on throughput, min(replicas / time)."""
-    num_replicas = dict.fromkeys(stages, 1)
-    while True:
-        slowest = min(stages, key=lambda stage: num_replicas[stage] * stage.num_shards / stage.service_s)
-        used = sum(number * stage.num_shards for stage, number in num_replicas.items())
-        if used + slowest.num_shards > num_gpus:
-            return [
-                replace(stage, min_replicas=number, max_replicas=number) for stage, number in num_replicas.items()
-            ]
-        num_replicas[slowest] += 1
+    """Returns the stages with fixed replica counts that fit num_gpus.
+
+    They have the highest bound on throughput, min(replicas / time).
+    """
+    used = sum(stage.num_shards for stage in stages)
+
+    def place(stage: Stage) -> bool:
+        nonlocal used
+        has_room = used + stage.num_shards <= num_gpus
+        used += stage.num_shards * has_room
+        return has_room
+
+    request_s = {stage: stage.service_s / stage.num_shards for stage in stages}
+    found = balance(dict.fromkeys(stages, 1), request_s, dict.fromkeys(stages, num_gpus), place)
+    return [replace(stage, min_replicas=number, max_replicas=number) for stage, number in found.items()]
 
 
 def bound_per_s(stages: Sequence[Stage]) -> float:
-    """Requests per second that all replicas together can do."""
+    """Returns the requests per second that all replicas together can do."""
     return min(stage.max_replicas * stage.num_shards / stage.service_s for stage in stages)
 
 
 def draw_arrivals(rng: np.random.Generator, bound: float, *, day_s: int = DAY_S) -> Times:
-    """[N], rising: a Poisson process whose rate follows the day, thinned from `bound` per second."""
+    """Returns arrival times, [N], rising: a Poisson process of `bound` per second, thinned to the day's rate."""
     starts = rng.uniform(0, day_s - BURST_S, NUM_BURSTS)
 
     def rate(times: Times) -> Times:
@@ -130,7 +140,7 @@ def draw_arrivals(rng: np.random.Generator, bound: float, *, day_s: int = DAY_S)
 
 
 def simulate(arrivals: Times, stages: Sequence[Stage], scaling: Scaling, *, day_s: int = DAY_S) -> Day:
-    """What leaves a stage arrives at the next."""
+    """Simulates the stages in sequence: a request that leaves one arrives at the next."""
     now, days = arrivals, []
     for stage in stages:
         days.append(simulate_stage(now, stage, scaling, day_s=day_s))

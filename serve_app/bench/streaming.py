@@ -1,7 +1,7 @@
-"""What it costs a lone request to be watched: partial pictures and progress, over the plain answer.
+"""Measures what partial images and progress events cost a lone request, compared with the plain answer.
 
-All over HTTP on one served app and in turn, so that a drifting machine is fair to all; every request is read to
-its last byte.
+All requests go over HTTP to one served app, in turn, so that drift of the machine's speed affects all alike. Every
+answer is read to its last byte.
 """
 
 import json
@@ -15,9 +15,10 @@ import httpx
 import yaml
 from rich.progress import track
 
-from serve_app.bench.latency import serving
 from serve_app.bench.models import bench_model
 from serve_app.bench.report import Row, report
+from serve_app.bench.serving import serving
+from serve_app.config.serve_file import read_serve_file
 
 DESIGNS: dict[str, dict[str, Any]] = {
     "plain answer": {},
@@ -37,10 +38,10 @@ def run(
     num_requests: int,
     json_file: Path | None,
 ) -> None:
-    """model: of `bench_model`, in place of the config's; num_steps: None for the model's default.
+    """Reports rows of `design`, `partials` (mean number of partial images), `p50_s` and `ratio` (the median of the
+    ratios to the plain answer, request by request).
 
-    Rows of `design`, `partials` (that came, on average), `p50_s` and `ratio` (the median of the ratios to the
-    plain answer, request by request).
+    model: a name for `bench_model`, in place of the config's model. num_steps: None: the model's default.
     """
     times: dict[str, list[float]] = {design: [] for design in DESIGNS}
     partials: dict[str, list[int]] = {design: [] for design in DESIGNS}
@@ -68,14 +69,14 @@ def run(
         }
         for design, of in times.items()
     ]
-    report(f"a lone request that is watched, {model or config_file.stem}", rows, json_file)
+    report(f"a lone request with progress and partial images, {model or config_file.stem}", rows, json_file)
 
 
 def _with_model(config_file: Path, model: str | None, folder: Path) -> Path:
-    """The config, or one in the folder that serves this model in its place."""
+    """Returns the config file, or one in `folder` that serves this model instead."""
     if model is None:
         return config_file
-    document = yaml.safe_load(config_file.read_text())
+    document = read_serve_file(config_file)
     [application] = document["applications"]
     served = bench_model(model, folder).model_dump(mode="json", exclude_defaults=True)
     application["args"] = {**application["args"], "model": served}
@@ -85,7 +86,7 @@ def _with_model(config_file: Path, model: str | None, folder: Path) -> Path:
 
 
 def _ask(client: httpx.Client, body: dict[str, Any]) -> int:
-    """How many partial pictures came before the picture."""
+    """Returns how many partial images came before the final one."""
     with client.stream("POST", "/v1/images/generations", json=body) as answer:
         answer.raise_for_status()
         if not body.get("stream"):

@@ -1,6 +1,6 @@
-"""What step caches cost and save: requests per second, how far pictures move, and whether they still show it all.
+"""Measures step caches: requests per second, how far images change, and whether they still match their prompts.
 
-One Serve application, called through its handle. Every tier draws the same prompts with the same seeds, in turn.
+Runs one Serve application, called through its handle. The tiers take turns with the same prompts and seeds.
 """
 
 import asyncio
@@ -15,27 +15,28 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from ray import serve
-from rich.progress import Progress
 
-from deployments.checkpoints.shapes.grader import grade
-from deployments.checkpoints.shapes.scene import Scene, random_scene
-from deployments.checkpoints.shapes.wording import describe_unseen
+from deployments.training.shapes.grader import grade
+from deployments.training.shapes.scene import Scene, random_scene
+from deployments.training.shapes.wording import describe_unseen
 from serve_app.app import build_app
 from serve_app.bench.frontier import draw_frontier
+from serve_app.bench.progress import Progress
 from serve_app.bench.report import Row, report
-from serve_app.config import APP_NAME, AppConfig, parse_app_config
-from serve_app.local import private_serve
+from serve_app.commands.local import private_serve
+from serve_app.config.app import AppConfig
+from serve_app.config.serve_file import APP_NAME, parse_app_config
 
 SHAPES = "embedded://shapes"
 NUM_IN_TURN = 25
-"""Requests of one tier before it is the next one's turn."""
+"""Requests of one tier before the next tier's turn."""
 ASPECTS = ("color", "place", "shape", "background", "size")
-"""What the grader tells of a picture of `shapes`."""
+"""What the grader checks in an image of `shapes`."""
 BASELINE = "high"
 CONCURRENCIES = (1, 8)
 Fields = Mapping[str, Any]
 QUICK: Mapping[str, Fields] = {tier: {"quality": tier} for tier in (BASELINE, "medium", "low")}
-"""By name, the fields of a request."""
+"""Request fields by name of the tier."""
 _CACHES: Mapping[str, Fields] = {
     "every 2nd, reused": {"kind": "taylor_seer", "interval": 2, "order": 0},
     "every 4th, reused": {"kind": "taylor_seer", "interval": 4, "order": 0},
@@ -56,10 +57,11 @@ def run(
     json_file: Path | None,
     svg_file: Path | None,
 ) -> None:
-    """tiers: by name, the fields of a request that ask for it; one is called "high".
+    """Reports rows of `tier`, `forwards` (computed, in one request), `of` (asked for, in one request),
+    `requests_per_s_1` and `_8` and their ratios to high, `psnr_db` (the median over images, against high), and the
+    shares of images that pass the grader's checks.
 
-    Rows of `tier`, `forwards` (computed, of one request), `of`, `requests_per_s_1` and `_8` and their ratios to
-    high, `psnr_db` (the median over pictures, against high), and the grader's shares.
+    tiers: request fields by name; one tier is called "high".
     """
     rng = np.random.default_rng(15)
     scenes = [random_scene(rng, is_held_out=True) for _ in range(num_prompts)]
@@ -73,7 +75,7 @@ def run(
             for concurrency in CONCURRENCIES
         }
         for place, (concurrency, of) in enumerate(ways.items()):
-            numbers = range(place, num_prompts, len(ways))  # each draws prompts of its own
+            numbers = range(place, num_prompts, len(ways))  # a different set of prompts for each
             for way in of.values():
                 way.ask(handle, concurrency, prompts, numbers[:1])
             for first in progress.track(range(0, len(numbers), NUM_IN_TURN), description=f"{concurrency} at once"):
@@ -83,7 +85,9 @@ def run(
     report(f"step caches over {num_steps} steps", rows, json_file)
     if svg_file is not None:
         points = {str(row["tier"]): (1 / float(row["speedup_1"]), _error(float(row["psnr_db"]))) for row in rows}
-        svg_file.write_text(draw_frontier(points, x_label="time, of high's", y_label="RMS of 255 from high"))
+        svg_file.write_text(
+            draw_frontier(points, x_label="time relative to high", y_label="RMS difference from high, of 255")
+        )
 
 
 class _Way:
@@ -104,7 +108,7 @@ class _Way:
         self._elapsed_s += time.perf_counter() - start
 
     def ask(self, handle: Any, concurrency: int, prompts: Sequence[str], numbers: Sequence[int]) -> dict[int, Any]:
-        """By number, the pictures, by clients each of which sends its next when the one before is answered."""
+        """Returns the images by number. Each client sends its next request when the one before is answered."""
         made: dict[int, Any] = {}
         waiting = iter(numbers)
 
@@ -120,7 +124,7 @@ class _Way:
 
 
 def _row(name: str, ways: Mapping[int, Mapping[str, _Way]], scenes: Sequence[Scene]) -> Row:
-    """scenes: none where nobody can tell what the pictures show."""
+    """Returns one tier's row. scenes: what the prompts describe; empty if the grader does not know the model."""
     images, lossless = (_all_pixels(ways, each) for each in (name, BASELINE))
     forwards = ways[1][name].pictures[0].denoised.forwards
     row: dict[str, Any] = {"tier": name, "forwards": forwards.computed, "of": forwards.asked}
@@ -135,7 +139,7 @@ def _row(name: str, ways: Mapping[int, Mapping[str, _Way]], scenes: Sequence[Sce
 
 
 def _all_pixels(ways: Mapping[int, Mapping[str, _Way]], name: str) -> dict[int, Pixels]:
-    """By number, at every concurrency."""
+    """Returns the images of a tier at every concurrency, by number."""
     return {number: _pixels(picture) for of in ways.values() for number, picture in of[name].pictures.items()}
 
 
@@ -144,13 +148,13 @@ def _pixels(picture: Any) -> Pixels:
 
 
 def _psnr(one: Pixels, other: Pixels) -> float:
-    """In dB; 99 of equal pictures."""
+    """Returns the PSNR in dB; 99 for equal images."""
     error = float(((one.astype(float) - other) ** 2).mean())
     return 99.0 if error == 0 else 10 * float(np.log10(255**2 / error))
 
 
 def _error(psnr_db: float) -> float:
-    """Root mean square, of 255."""
+    """Returns the root mean square error, on a scale of 255."""
     return 0.0 if psnr_db >= 99 else 255 / 10 ** (psnr_db / 20)
 
 

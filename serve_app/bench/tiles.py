@@ -1,7 +1,7 @@
-"""One tiled decode by one replica of the VAE, and by two: how much sooner it is done, and whether it is the same.
+"""Measures one tiled decode over one replica of the VAE and over two: the speedup, and whether images are equal.
 
 Each way is a Serve application on the same Ray, of the VAE alone, called through its handle; each replica has one
-torch thread. Seconds are the caller's: tensors and file on their way count.
+torch thread. Seconds are measured at the caller, so that the transfer of tensors and file counts.
 """
 
 import io
@@ -17,27 +17,29 @@ import numpy as np
 import torch
 from PIL import Image
 from ray import serve
-from rich.progress import Progress
 
-from cluster.serve_options import plan_serve_options
-from deployments.config import ModelConfig, VaeConfig
-from deployments.request import DecodeArguments
+from cluster.replicas.serve_options import plan_serve_options
+from deployments.answers import DecodeArguments
+from deployments.config.model import ModelConfig
+from deployments.config.vae import VaeConfig
 from deployments.vae import Vae
 from serve_app.bench.models import bench_model, bench_request
+from serve_app.bench.progress import Progress
 from serve_app.bench.report import Row, report
-from serve_app.local import private_serve
+from serve_app.commands.local import private_serve
 
 REPLICAS = (1, 2)
-"""The first is the baseline."""
+"""Numbers of replicas; the first is the baseline."""
 LATENT_CHANNELS, PIXELS_PER_LATENT = 16, 8
-"""Of FLUX's VAEs."""
+"""Values of FLUX's VAE."""
 
 
 def run(*, model: str, size: int, tile: int, num_rounds: int, json_file: Path | None) -> None:
-    """model: as `bench_model` has it. size, tile: sides of the picture and of a tile, in pixels.
+    """Reports rows of `replicas`, `size`, `tile`, `decode_s` (median), `speedup` over one replica, `grey_levels`.
 
-    Rows of `replicas`, `size`, `tile`, `decode_s` (median), `speedup` over one replica's, and `grey_levels`: the
-    largest difference from its picture.
+    grey_levels: the largest difference from the image of one replica.
+
+    model: a name for `bench_model`. size, tile: sides of the image and of a tile, in pixels.
     """
     with tempfile.TemporaryDirectory() as folder, private_serve(), Progress() as progress:
         served = bench_model(model, Path(folder))
@@ -52,11 +54,11 @@ def run(*, model: str, size: int, tile: int, num_rounds: int, json_file: Path | 
         latents = DecodeArguments.of(torch.randn(1, LATENT_CHANNELS, side, side, generator=rng))
         times: list[list[float]] = [[] for _ in handles]
         files: list[bytes] = [b"" for _ in handles]
-        for number in progress.track(range(1 + num_rounds), description="tiles"):  # in turn: a machine may drift
+        for number in progress.track(range(1 + num_rounds), description="tiles"):  # in turn, against drift
             for way, handle in enumerate(handles):
                 start = time.perf_counter()
                 files[way] = handle.decode.remote(latents, request).result().data
-                if number:  # the first is to warm up
+                if number:  # the first is for warm-up
                     times[way].append(time.perf_counter() - start)
     report("one tiled decode over replicas of the VAE", _rows(size, tile, times, files), json_file)
 

@@ -1,7 +1,8 @@
-"""Jobs: videos and pictures that are made in the background, and outlive whatever makes them.
+"""Jobs: videos and images that are made in the background and survive the death of the processes that make them.
 
-Read in this order: `config`, what a user may say; `job`, what is known of one; `store`, their rows (SQLAlchemy),
-and `files`, what goes in and comes out (fsspec); `jobs`, both as an event loop sees them; `desk`, which takes jobs
-in, with their `body`; `runner`, which takes them up by `leases` and has them drawn (`drawing`); `routes`, the HTTP
-of it, with `objects`, what clients see, and `content`, a file as an answer.
+Reading order: `config`, the settings; `job`, the data of one job; `database` and `store`, the rows (SQLAlchemy),
+and `files`, the input and output files (fsspec); `jobs`, both of these for callers on an event loop; `intake`,
+which accepts jobs, with `body`, the request as it is stored; `runner`, which takes jobs by `leases` and runs them
+(`drawing`); `metrics`; `routes`, the HTTP API, with `objects`, what clients see, and `content`, a file as a
+response.
 """

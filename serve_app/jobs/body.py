@@ -1,28 +1,28 @@
-"""A request's body as a job keeps it: fields as JSON, and what goes in as files."""
+"""Converts a request's body to what a job stores, and back: its fields as JSON, and its input files."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from deployments.request import GenerationRequest
-from serve_app.fields import parse_body
+from serve_app.http.fields import parse_body
+from serve_app.http.openai_requests import EditBody, ImageBody, VideoBody
 from serve_app.jobs.job import Asked, BodyKind, Job
 from serve_app.jobs.jobs import Jobs
-from serve_app.openai_api import EditBody, ImageBody, VideoBody
 
 BODIES: Mapping[BodyKind, type[ImageBody] | type[VideoBody]] = {
     "generation": ImageBody,
     "edit": EditBody,
     "video": VideoBody,
 }
-"""By what a job calls it."""
+"""Body classes by the job's `body_kind`."""
 
 
 def keep_body(
     body: ImageBody | VideoBody, requests: list[GenerationRequest], remixed_from: str | None = None
 ) -> tuple[Asked, dict[str, bytes]]:
-    """What a job keeps of a body that was judged, and the files that go in, by their names.
+    """Returns what a job stores of a validated body, and the input files by name.
 
-    The seed is kept, too, which may have been drawn: however often the job is drawn, it is the same picture.
+    The seed is stored even if it was chosen at random: however often the job is run, the image is the same.
     """
     inputs: dict[str, list[str]] = {}
     files: dict[str, bytes] = {}
@@ -51,12 +51,13 @@ def keep_body(
         fps=first.fps,
         num_outputs=len(requests),
         remixed_from=remixed_from,
+        megapixel_steps=sum(each.megapixel_steps for each in requests),
     )
     return asked, files
 
 
 async def read_body(jobs: Jobs, job: Job) -> ImageBody | VideoBody:
-    """Raises BadRequest where this version takes no such body any more."""
+    """Restores the body of a job. Raises BadRequest if this version no longer accepts such a body."""
     asked = job.asked
     given: dict[str, Any] = {}
     for field, names in asked.inputs.items():

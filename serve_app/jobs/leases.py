@@ -1,7 +1,8 @@
-"""Whose runner is dead.
+"""Finds the jobs whose runner is dead.
 
-No clocks of two machines are compared: who watches a job sees its beat, and that it has not changed for as long as
-a lease lasts, by its own clock.
+No clocks of two machines are compared: a watching runner measures by its own clock how long a job's beat has not
+changed. Time in which it could not read the database hardly counts, since the job's runner could not write then
+either.
 """
 
 import time
@@ -9,23 +10,31 @@ from collections.abc import Callable, Iterable
 
 from serve_app.jobs.job import Open
 
+MOST_AT_ONCE = 0.25
+"""Share of a lease that counts as passed between two looks at most, however long apart they were."""
+
 
 class Leases:
     """The beats of other runners' jobs, as one runner sees them."""
 
     def __init__(self, lease_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._lease_s, self._clock = lease_s, clock
-        self._seen: dict[str, tuple[int, float]] = {}
-        """By job: its beat, and since when."""
+        self._looked_at = clock()
+        self._silent: dict[str, tuple[int, float]] = {}
+        """By job ID: the last beat, and for how many seconds it has been seen unchanged."""
 
     def lapsed(self, running: Iterable[Open]) -> list[Open]:
-        """Those of all running jobs of others that nobody has spoken of for as long as a lease lasts."""
-        now, seen, lapsed = self._clock(), {}, []
+        """Returns the jobs whose beat has not changed for as long as a lease lasts.
+
+        running: all running jobs of other runners.
+        """
+        now, silent, lapsed = self._clock(), {}, []
+        watched_s = min(now - self._looked_at, self._lease_s * MOST_AT_ONCE)
         for job in running:
-            beat, since = self._seen.get(job.id, (job.beat, now))
-            since = since if beat == job.beat else now
-            seen[job.id] = job.beat, since
-            if now - since >= self._lease_s:
+            beat, silent_s = self._silent.get(job.id, (None, 0.0))
+            silent_s = silent_s + watched_s if beat == job.beat else 0.0
+            silent[job.id] = job.beat, silent_s
+            if silent_s >= self._lease_s:
                 lapsed.append(job)
-        self._seen = seen
+        self._silent, self._looked_at = silent, now
         return lapsed

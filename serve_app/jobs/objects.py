@@ -1,17 +1,17 @@
-"""Jobs as clients see them: a video in OpenAI's shape, a picture likewise."""
+"""Jobs as clients see them: a video job in OpenAI's format, an image job in a similar one."""
 
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
+from serve_app.http.openai_answers import Drawn
 from serve_app.jobs.job import Job
-from serve_app.openai_api import Drawn
 
 JobStatus = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
 
 
 class JobError(BaseModel):
-    """As of any other request."""
+    """The same fields as in any other request's error."""
 
     code: str
     message: str
@@ -19,7 +19,7 @@ class JobError(BaseModel):
 
 
 class AnyJob(BaseModel):
-    """What videos and pictures have in common."""
+    """The fields that video and image jobs have in common."""
 
     id: str
     model: str
@@ -31,27 +31,27 @@ class AnyJob(BaseModel):
     error: JobError | None
     prompt: str
     size: str
-    seed: int = Field(description="beyond OpenAI; of the first")
+    seed: int = Field(description="beyond OpenAI; seed of the first image, or of the video")
 
 
 class VideoJob(AnyJob):
-    """`POST /v1/videos`."""
+    """A job of `POST /v1/videos`."""
 
     object: Literal["video"] = "video"
     seconds: str
     remixed_from_video_id: str | None
     num_frames: int = Field(description="beyond OpenAI")
     fps: int = Field(description="beyond OpenAI")
-    drawn: Drawn | None = Field(description="beyond OpenAI: how it was drawn; null before")
+    drawn: Drawn | None = Field(description="beyond OpenAI: how the video was drawn; null until then")
 
 
 class ImageJob(AnyJob):
-    """`background: true`; beyond OpenAI."""
+    """A job of an image request with `background: true`; beyond OpenAI."""
 
     object: Literal["image.job"] = "image.job"
     n: int
     output_format: Literal["png", "jpeg", "webp"]
-    data: list[Drawn] = Field(description="of each picture, how it was drawn; empty before")
+    data: list[Drawn] = Field(description="how each image was drawn; empty until then")
 
 
 class AnyJobList(BaseModel):

@@ -1,28 +1,16 @@
-"""The rows of jobs, in SQLite or PostgreSQL. Every change is one statement that says what it expects to find."""
+"""The rows of jobs, in SQLite or PostgreSQL. Every change is one statement that names the state it expects."""
 
+import sqlite3
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
-from pathlib import Path
 from typing import Any, Self
 
 from sqlalchemy import (
-    JSON,
-    BigInteger,
-    Column,
     Connection,
     CursorResult,
-    Engine,
-    Float,
-    Index,
-    Integer,
-    MetaData,
-    String,
-    Table,
     bindparam,
-    create_engine,
     delete,
-    event,
     func,
     insert,
     or_,
@@ -30,56 +18,48 @@ from sqlalchemy import (
     tuple_,
     update,
 )
-from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.schema import CreateIndex, CreateTable
 
 from serve_app.errors import Unavailable
-from serve_app.jobs.config import database_file
-from serve_app.jobs.job import UNFINISHED, WAITING, Asked, Ending, Failure, Found, Job, Kind, Open, Output, Page
-
-SQLITE_PATIENCE_S = 15.0
-"""For another process's write."""
-JOBS = Table(
-    "relay_jobs",
-    MetaData(),
-    Column("id", String(64), primary_key=True),
-    Column("kind", String(16), nullable=False),
-    Column("model", String, nullable=False),
-    Column("owner", String),
-    Column("created_at", Float(53), nullable=False),
-    Column("asked", JSON, nullable=False),
-    Column("status", String(16), nullable=False),
-    Column("progress", Integer, nullable=False),
-    Column("completed_at", Float(53)),
-    Column("expires_at", Float(53)),
-    Column("outputs", JSON, nullable=False),
-    Column("failure", JSON(none_as_null=True)),
-    Column("runner", String(64)),
-    Column("beat", BigInteger, nullable=False),
-    Column("num_taken", Integer, nullable=False),
+from serve_app.jobs.database import INDEXES, JOBS, connect
+from serve_app.jobs.job import (
+    UNFINISHED,
+    WAITING,
+    Asked,
+    Ending,
+    Failure,
+    Found,
+    Job,
+    Kind,
+    Open,
+    Output,
+    Page,
+    Status,
 )
-INDEXES = (Index("relay_jobs_by_status", JOBS.c.status), Index("relay_jobs_by_time", JOBS.c.created_at, JOBS.c.id))
 
 
 class JobStore:
-    """Blocking calls, from any thread. All raise Unavailable where the database cannot be reached."""
+    """The jobs table. The methods block, may be called from any thread, and raise Unavailable if the database
+    cannot be reached."""
 
     def __init__(self, url: str) -> None:
-        self._engine = _connect(url)
-        for attempt in (1, 2):  # of two that make the tables at once, PostgreSQL lets one fail
+        self._engine = connect(url)
+        for attempt in (1, 2):  # if two processes create the tables at once, PostgreSQL fails one
             try:
                 with self._transaction() as connection:
                     connection.execute(CreateTable(JOBS, if_not_exists=True))
                     for index in INDEXES:
                         connection.execute(CreateIndex(index, if_not_exists=True))
                 break
-            except DBAPIError:
+            except (DBAPIError, Unavailable):
                 if attempt == 2:
+                    self.close()
                     raise
 
     def add(self, job: Job, max_queued: int) -> bool:
-        """Whether there was room among those that wait, or it is there from before."""
+        """Adds the job if fewer than max_queued jobs wait. Returns whether it is stored, now or from before."""
         row = asdict(job)
         num_waiting = select(func.count()).where(JOBS.c.status.in_(WAITING)).scalar_subquery()
         values = [bindparam(f"new_{name}", value, JOBS.c[name].type) for name, value in row.items()]
@@ -90,16 +70,16 @@ class JobStore:
             return True
 
     def put_in_queue(self, job_id: str) -> None:
-        """All that goes in is stored."""
+        """Queues a job whose input files are all stored."""
         self._changes(_job(job_id, "receiving").values(status="queued", expires_at=None))
 
     def get(self, job_id: str, kind: Kind, owner: str | None) -> Job | None:
-        """None: there is none such of that owner."""
+        """Returns the job, or None if that owner has no such job."""
         found = self._jobs(_told(kind, owner).where(JOBS.c.id == job_id))
         return found[0] if found else None
 
     def page(self, kind: Kind, owner: str | None, page: Page) -> Found:
-        """By the time they came; nothing after a job that is not there."""
+        """Returns a page of jobs by creation time; an empty one if the job `page.after` does not exist."""
         told, place = _told(kind, owner), tuple_(JOBS.c.created_at, JOBS.c.id)
         if page.after is not None:
             last = self.get(page.after, kind, owner)
@@ -113,15 +93,15 @@ class JobStore:
         return Found(jobs[: page.limit], len(jobs) > page.limit)
 
     def unfinished(self, models: Collection[str]) -> list[Open]:
-        """Queued and running ones of these models, the oldest first."""
-        columns = (JOBS.c.id, JOBS.c.status, JOBS.c.runner, JOBS.c.beat)
+        """Returns the queued and running jobs of these models, oldest first."""
+        columns = (JOBS.c.id, JOBS.c.model, JOBS.c.status, JOBS.c.runner, JOBS.c.beat)
         wanted = select(*columns).where(JOBS.c.status.in_(UNFINISHED), JOBS.c.model.in_(models))
         with self._transaction() as connection:
             rows = connection.execute(wanted.order_by(JOBS.c.created_at, JOBS.c.id))
             return [Open(*row) for row in rows]
 
     def take(self, seen: Open, runner: str) -> Job | None:
-        """For that runner, if nobody else has as much as spoken of it since it was seen so."""
+        """Assigns the job to the runner and returns it, or None if its row has changed since it was seen."""
         taken = (
             _job(seen.id, seen.status)
             .where(JOBS.c.beat == seen.beat)
@@ -133,18 +113,25 @@ class JobStore:
         return found[0] if found else None
 
     def renew(self, job_id: str, runner: str, beat: int, progress: int) -> bool:
-        """Whether it is still that runner's."""
-        return self._changes(_own(job_id, runner, beat).values(beat=beat + 1, progress=progress)) == 1
+        """Writes a beat; returns whether the job still belongs to that runner.
+
+        Also succeeds when it repeats a renewal whose answer was lost.
+        """
+        own = _own(job_id, runner, beat, beat + 1)
+        return self._changes(own.values(beat=beat + 1, progress=progress)) == 1
 
     def give_back(self, job_id: str, runner: str, beat: int) -> bool:
-        """To the queue, by a runner that ends in order."""
+        """Puts the job of a runner that shuts down back into the queue."""
         back = _own(job_id, runner, beat).values(
             status="queued", runner=None, beat=beat + 1, num_taken=JOBS.c.num_taken - 1
         )
         return self._changes(back) == 1
 
     def end(self, job_id: str, runner: str, beat: int, ending: Ending, now: float, expires_at: float) -> bool:
-        """Whether it was still that runner's, and has ended so; also if it had, and the answer was lost."""
+        """Ends the job; returns whether it still belonged to that runner.
+
+        Also succeeds when it repeats a call whose answer was lost.
+        """
         told = asdict(ending) | ({"progress": 100} if ending.status == "completed" else {})
         ended = _own(job_id, runner, beat).values(
             **told, runner=None, beat=beat + 1, completed_at=now, expires_at=expires_at
@@ -152,22 +139,36 @@ class JobStore:
         return self._changes(ended) == 1 or self._has_ended(job_id, ending)
 
     def _has_ended(self, job_id: str, ending: Ending) -> bool:
-        """Files of an attempt have names of their own."""
+        """Whether the job has this very ending. Two attempts cannot have the same: their file names differ."""
         found = self._jobs(select(JOBS).where(JOBS.c.id == job_id, JOBS.c.status == ending.status))
         return [(job.outputs, job.failure) for job in found] == [(ending.outputs, ending.failure)]
 
-    def cancel(self, job_id: str, now: float, expires_at: float) -> bool:
-        """Whether it had not ended yet."""
-        cancelled = _job(job_id, *UNFINISHED).values(
-            status="cancelled", runner=None, beat=JOBS.c.beat + 1, completed_at=now, expires_at=expires_at
-        )
-        return self._changes(cancelled) == 1
+    def cancel(self, job_id: str, now: float, expires_at: float) -> Status | None:
+        """Cancels the job. Returns its status before; None if it had ended or does not exist."""
+        while found := self._jobs(select(JOBS).where(JOBS.c.id == job_id, JOBS.c.status.in_(UNFINISHED))):
+            [job] = found
+            cancelled = (
+                _job(job_id, job.status)
+                .where(JOBS.c.beat == job.beat)
+                .values(
+                    status="cancelled", runner=None, beat=job.beat + 1, completed_at=now, expires_at=expires_at
+                )
+            )
+            if self._changes(cancelled) == 1:
+                return job.status
+        return None
 
-    def give_up(self, came_before: float, failure: Failure, now: float, expires_at: float) -> int:
-        """Of jobs that nobody serves any more, or whose runners keep them for ever."""
-        lost = update(JOBS).where(JOBS.c.status.in_(UNFINISHED), JOBS.c.created_at < came_before)
+    def give_up(
+        self, came_before: float, served: Collection[str], failure: Failure, now: float, expires_at: float
+    ) -> list[Job]:
+        """Fails the old jobs of models that are not served here, and apparently nowhere else."""
         told = {"failure": asdict(failure), "completed_at": now, "expires_at": expires_at}
-        return self._changes(lost.values(status="failed", runner=None, beat=JOBS.c.beat + 1, **told))
+        lost = (
+            update(JOBS)
+            .where(JOBS.c.status.in_(UNFINISHED), JOBS.c.created_at < came_before, JOBS.c.model.not_in(served))
+            .values(status="failed", runner=None, beat=JOBS.c.beat + 1, **told)
+        )
+        return self._jobs(lost.returning(JOBS))
 
     def expired(self, now: float) -> list[str]:
         with self._transaction() as connection:
@@ -177,11 +178,11 @@ class JobStore:
         self._changes(delete(JOBS).where(JOBS.c.id == job_id))
 
     def clear(self) -> None:
-        """Of all rows."""
+        """Deletes all rows."""
         self._changes(delete(JOBS))
 
     def withdraw(self, job_id: str) -> None:
-        """What goes in could not be stored."""
+        """Deletes a job whose input files could not be stored."""
         self._changes(delete(JOBS).where(JOBS.c.id == job_id, JOBS.c.status == "receiving"))
 
     def close(self) -> None:
@@ -199,7 +200,7 @@ class JobStore:
 
     def _changes(self, statement: Any) -> int:
         with self._transaction() as connection:
-            counting = {"preserve_rowcount": True}  # of an INSERT, too
+            counting = {"preserve_rowcount": True}  # otherwise an INSERT has none
             result: CursorResult[Any] = connection.execute(statement, execution_options=counting)
             return result.rowcount
 
@@ -208,12 +209,14 @@ class JobStore:
         try:
             with self._engine.begin() as connection:
                 yield connection
-        except (OperationalError, InterfaceError, PoolTimeout) as error:
-            raise Unavailable("the jobs' database does not answer; ask again") from error
+        except (IntegrityError, DataError):  # the fault of the statement or its values
+            raise
+        except (DBAPIError, sqlite3.Error, PoolTimeout) as error:  # a PRAGMA's error is not wrapped
+            raise Unavailable("the jobs' database does not answer; try again") from error
 
 
 def _told(kind: Kind, owner: str | None) -> Any:
-    """Those that their owner may see."""
+    """Selects the jobs of that kind that the owner may see."""
     is_owners = JOBS.c.owner.is_(None) if owner is None else JOBS.c.owner == owner
     return select(JOBS).where(JOBS.c.kind == kind, is_owners, JOBS.c.status != "receiving")
 
@@ -222,12 +225,12 @@ def _job(job_id: str, *statuses: str) -> Any:
     return update(JOBS).where(JOBS.c.id == job_id, or_(*(JOBS.c.status == status for status in statuses)))
 
 
-def _is_of(runner: str, beat: int) -> Any:
-    return (JOBS.c.runner == runner) & (JOBS.c.beat == beat) & (JOBS.c.status == "in_progress")
+def _is_of(runner: str, *beats: int) -> Any:
+    return (JOBS.c.runner == runner) & JOBS.c.beat.in_(beats) & (JOBS.c.status == "in_progress")
 
 
-def _own(job_id: str, runner: str, beat: int) -> Any:
-    return update(JOBS).where(JOBS.c.id == job_id, _is_of(runner, beat))
+def _own(job_id: str, runner: str, *beats: int) -> Any:
+    return update(JOBS).where(JOBS.c.id == job_id, _is_of(runner, *beats))
 
 
 def _read(row: dict[str, Any]) -> Job:
@@ -240,26 +243,3 @@ def _read(row: dict[str, Any]) -> Job:
         outputs=tuple(Output(**output) for output in outputs),
         failure=None if failure is None else Failure(**failure),
     )
-
-
-def _connect(url: str) -> Engine:
-    file = database_file(url)
-    if file is None:
-        driven = "postgresql+psycopg:" + url.partition(":")[2]
-        return create_engine(driven, pool_pre_ping=True, pool_size=4, max_overflow=0)
-    _make_private(file.parent)
-    engine = create_engine(url, connect_args={"timeout": SQLITE_PATIENCE_S})
-
-    @event.listens_for(engine, "connect")
-    def _share(connection: Any, _: Any) -> None:
-        """Readers and a writer do not wait for each other."""
-        connection.execute("PRAGMA journal_mode = WAL")
-
-    return engine
-
-
-def _make_private(folder: Path) -> None:
-    """What it holds are prompts and pictures."""
-    if not folder.exists():
-        folder.mkdir(parents=True)
-        folder.chmod(0o700)

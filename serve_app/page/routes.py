@@ -1,4 +1,4 @@
-"""Serves the pages. Nothing is built, and nothing is loaded from anywhere else."""
+"""Serves the pages. There is no build step, and nothing is loaded from other hosts."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from fastapi.staticfiles import StaticFiles
 
 PAGES = {"/": "index.html", "/docs": "docs.html"}
 FILES = "/page"
-"""Under which their scripts and styles lie."""
+"""Path of their scripts and styles."""
 POLICY = {
     "default-src": "'none'",
     "script-src": "'self'",
@@ -21,7 +21,7 @@ POLICY = {
     "frame-ancestors": "'self'",
     "require-trusted-types-for": "'script'",
 }
-"""Only this server's own files may run, they may talk to this server alone, and no text becomes markup."""
+"""Only this server's own files may run, they may connect only to this server, and no text becomes markup."""
 HEADERS = {
     "Cache-Control": "no-cache",
     "Content-Security-Policy": "; ".join(f"{what} {where}" for what, where in POLICY.items()),
@@ -31,7 +31,7 @@ HEADERS = {
 
 
 class PageFiles(StaticFiles):
-    """Asked again each time, and answered 304 where nothing is new."""
+    """Files that browsers revalidate each time, with a 304 if nothing has changed."""
 
     def file_response(self, *args: Any, **kwargs: Any) -> Response:
         response = super().file_response(*args, **kwargs)
@@ -40,7 +40,7 @@ class PageFiles(StaticFiles):
 
 
 def add_pages(api: FastAPI) -> None:
-    """Answers `GET` with them."""
+    """Adds routes that answer `GET` with the pages."""
     files = PageFiles(directory=Path(__file__).with_name("files"), follow_symlink=True)  # installers may link
     for path, name in PAGES.items():
 

@@ -1,12 +1,13 @@
-"""The base of every config class, and the resources of a stage."""
+"""Tests of the base of every config class, and of a stage's resources."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import pytest
 from pydantic import Field, ValidationError
 
 from cluster.config import Config, describe_errors, find_mistakes
-from cluster.resources import ResourceConfig
+from cluster.replicas.resources import ResourceConfig
 
 
 class OvenConfig(Config):
@@ -32,6 +33,22 @@ def test_an_unknown_key_is_named_with_the_allowed_ones() -> None:
 def test_a_near_miss_gets_a_hint() -> None:
     [line] = mistakes(OvenConfig, {"heat": 200})
     assert line == "config: unknown key 'heat' (did you mean 'heat_c'?); allowed: heat_c, name"
+
+
+class RenamedConfig(OvenConfig):
+    renamed: ClassVar[Mapping[str, str]] = {"temperature": "heat_c"}
+
+
+def test_a_key_that_was_renamed_still_works_and_warns() -> None:
+    with pytest.warns(FutureWarning, match="'temperature' is now called 'heat_c'"):
+        assert RenamedConfig.model_validate({"temperature": 200}) == RenamedConfig(heat_c=200)
+    with pytest.warns(FutureWarning, match="'temperature' is now called 'heat_c'"):
+        assert find_mistakes(RenamedConfig, {"temperature": 200}) == []
+
+
+def test_a_key_that_stands_under_both_names_is_refused() -> None:
+    [line] = mistakes(RenamedConfig, {"temperature": 200, "heat_c": 100})
+    assert line == "config: unknown key 'temperature' (did you mean 'heat_c'?); allowed: heat_c, name"
 
 
 def test_a_key_that_is_no_text_is_an_unknown_key() -> None:

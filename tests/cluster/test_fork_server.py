@@ -1,4 +1,5 @@
-"""Workers that are forked. Without Ray: whoever starts a fork server is its raylet, and any file is a worker."""
+"""Tests of forked workers, without Ray: a plain process stands for the raylet, and a Python file for the
+worker."""
 
 import json
 import os
@@ -13,12 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from cluster import accelerator
 from cluster.forked_worker import FORK_SERVER, PRELOAD
+from cluster.machines import accelerator
 from cluster.processes import find_descendants
 
 PROGRAM = """
 import json, os, sys
+from ray._raylet import JobID, TaskID
 
 told = {
     "argv": sys.argv[1:],
@@ -28,6 +30,7 @@ told = {
     "group": os.getpgrp(),
     "parent": os.getppid(),
     "is_preloaded": "colorsys" in sys.modules,
+    "task_id": TaskID.for_fake_task(JobID.from_int(1)).hex(),
     "num_threads": len(os.listdir("/proc/self/task")),
 }
 print(json.dumps(told), flush=True)
@@ -38,13 +41,14 @@ MODULE = "def preload(name): __import__(name)"
 
 
 class Node:
-    """What its raylet starts, in a folder of its own."""
+    """A raylet and the workers started for it, in a folder of their own."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.errors = folder, folder / "errors"
         self.raylet = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
         (folder / "worker.py").write_text(PROGRAM)
         (folder / "what_to_preload.py").write_text(MODULE)
+        (folder / "draws_an_id.py").write_text("import colorsys, ray\nray.NodeID.from_random()")
 
     def start_worker(
         self, *args: str, imports: str = "colorsys", variable: str | None = None
@@ -58,7 +62,7 @@ class Node:
         }
         if variable is not None:
             variables["VARIABLE"] = variable
-        with self.errors.open("a") as errors:  # of the server too, if this starts it
+        with self.errors.open("a") as errors:  # also the server's errors, if this worker starts it
             return subprocess.Popen(
                 [sys.executable, "-P", "-m", "cluster.forked_worker", "worker.py", *args],
                 cwd=self.folder,
@@ -81,14 +85,14 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
 
 
 def read(worker: "subprocess.Popen[str]") -> dict[str, Any]:
-    """What it says of itself; raises if it says nothing."""
+    """Returns what the worker prints about itself; raises if it prints nothing."""
     assert worker.stdout is not None
     told: dict[str, Any] = json.loads(worker.stdout.readline())
     return told
 
 
 def has_ended(pid: int) -> bool:
-    """Within 20 s; who has is a zombie until somebody asks for its exit status."""
+    """Whether the process ends within 20 s. An ended process is a zombie until its exit status is read."""
     try:
         return bool(select.select([os.pidfd_open(pid)], [], [], 20.0)[0])
     except ProcessLookupError:
@@ -104,6 +108,24 @@ def test_a_worker_begins_with_what_was_imported_and_is_otherwise_as_asked_for(no
     assert told["folder"] == str(node.folder)
     assert told["variable"] == "a value"
     assert told["num_threads"] == 1
+
+
+def test_workers_draw_ids_of_their_own(node: Node) -> None:
+    """With equal IDs Ray would mistake a task or an object of one worker for another's."""
+    workers = [node.start_worker() for _ in range(4)]
+    told = [read(worker) for worker in workers]
+    for worker in workers:
+        worker.communicate(timeout=20)
+    assert all(each["is_preloaded"] for each in told)
+    assert len({each["task_id"] for each in told}) == 4
+
+
+def test_what_would_give_ids_twice_is_not_forked(node: Node) -> None:
+    worker = node.start_worker(imports="draws_an_id")
+    told = read(worker)
+    worker.communicate(timeout=20)
+    assert not told["is_preloaded"]
+    assert "IDs would be given twice" in node.errors.read_text()
 
 
 def test_workers_have_one_server_and_groups_of_their_own(node: Node) -> None:
@@ -146,7 +168,7 @@ def test_a_worker_outlives_its_server(node: Node) -> None:
 
 
 def test_workers_are_found_though_who_started_their_server_has_ended(node: Node) -> None:
-    first = node.start_worker(imports="this")  # so that the server is its child
+    first = node.start_worker(imports="this")  # imports something else, so that the server is this worker's child
     read(first)
     second = node.start_worker(imports="this")
     told = read(second)
@@ -160,7 +182,7 @@ def test_a_worker_imports_for_itself_where_the_server_cannot(node: Node) -> None
     told = read(worker)
     worker.communicate(timeout=20)
     assert told["pid"] == worker.pid
-    assert "imports for itself" in node.errors.read_text()
+    assert "imports everything itself" in node.errors.read_text()
     assert worker.returncode == 7
 
 

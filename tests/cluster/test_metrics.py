@@ -1,4 +1,4 @@
-"""A process's metrics, without a Ray to export them."""
+"""Tests of a process's metrics, without Ray to export them."""
 
 import contextlib
 import re

@@ -1,4 +1,4 @@
-"""The processes that come of this one."""
+"""Tests of finding and killing a process's descendants."""
 
 import subprocess
 import sys
@@ -14,10 +14,10 @@ def test_children_of_children_are_found_and_killed() -> None:
         assert child.stdout is not None
         assert child.stdout.readline() == "1\n"
         assert child.pid in find_descendants()
-        found = {child.pid} | find_descendants(child.pid)  # this process may have others, of other tests
+        found = {child.pid} | find_descendants(child.pid)  # other tests may have started other children
         assert len(found) == 2
         kill_all(found)
         assert child.wait(timeout=30) == -9
         assert child.stdout.read() == ""  # the grandchild held it open
     assert not found & find_descendants()
-    kill_all(found)  # nobody is there any more
+    kill_all(found)  # all of them are gone already

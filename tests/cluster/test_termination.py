@@ -1,4 +1,4 @@
-"""SIGTERM in a process whose main thread belongs to somebody else, as a worker's belongs to Ray."""
+"""Tests of SIGTERM in a process whose main thread runs other code, as a worker's runs Ray's."""
 
 import asyncio
 import os
@@ -15,7 +15,7 @@ from ray._common.utils import import_attr
 from ray.exceptions import RayActorError
 
 from cluster.termination import DrainOnSigterm, ToldToGo, exit_on_sigterm
-from serve_app.ray_environment import RAY_ENVIRONMENT
+from serve_app.commands.ray_environment import RAY_ENVIRONMENT
 
 ROOT = Path(__file__).parent.parent.parent
 PROGRAM = """
@@ -42,7 +42,7 @@ def test_another_thread_hears_of_it_in_place_of_the_main_threads_handler() -> No
 
 
 class Replica(DrainOnSigterm):
-    """What Serve makes an actor of."""
+    """A minimal deployment, run as a Ray actor."""
 
     def __init__(self) -> None:
         self.drain_on_sigterm()
@@ -77,7 +77,7 @@ def test_a_replica_that_got_one_is_unhealthy_and_serves_on(ray_cluster: None) ->
 
 
 class Controller:
-    """Like Serve's: a call that waits for news runs in it always."""
+    """Like Serve's controller: one of its calls never ends."""
 
     def __init__(self) -> None:
         exit_on_sigterm()

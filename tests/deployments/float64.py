@@ -1,4 +1,4 @@
-"""Plain diffusers in float64, beside which it shows how wrong float32 is."""
+"""Plain diffusers in float64, the reference for the rounding errors of float32."""
 
 import warnings
 from collections.abc import Iterator, Mapping
@@ -18,16 +18,17 @@ DRAWS = frozenset({torch.randn, torch.rand})
 
 
 class _Widened(TorchFunctionMode):
-    """Whatever asks for float32 gets float64: rotary embeddings and norms, which models compute so in any dtype.
+    """Replaces float32 by float64 in every call: models compute rotary embeddings and norms in float32, whatever
+    their dtype.
 
-    What is drawn at random is drawn in float32, or it would be another picture.
+    Random numbers are still drawn in float32, because draws in float64 would give another image.
     """
 
     is_off = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.is_off or func is torch.Tensor.view:  # as another dtype, of the same bytes: so weights are read
+        if self.is_off or func is torch.Tensor.view:  # reads weights' bytes as another dtype
             return func(*args, **kwargs)
         if func in DRAWS:
             return func(*args, **kwargs | {"dtype": torch.float32}).double()
@@ -42,10 +43,10 @@ def _wider(value: Any) -> Any:
 
 @contextmanager
 def in_float64() -> Iterator[None]:
-    """For all that torch does meanwhile in this thread, but for sines and cosines of timesteps.
+    """Context in which torch computes in float64 in this thread, except for the sines and cosines of timesteps.
 
-    Those are inputs, and the same in float32 whatever the model's dtype: their angles, of up to 1000, are off by
-    3e-5, far more than what is computed with them.
+    These are inputs, the same in float32 whatever the model's dtype: their angles, of up to 1000, are off by 3e-5,
+    far more than what is computed with them.
     """
     widened, embed, from_numpy = _Widened(), embeddings.get_timestep_embedding, torch.from_numpy
 
@@ -57,7 +58,7 @@ def in_float64() -> Iterator[None]:
             widened.is_off = False
 
     def wider_from_numpy(array: Any) -> torch.Tensor:
-        """A schedule's noise levels."""
+        """Widens a schedule's noise levels."""
         made = from_numpy(array)
         return made.double() if made.is_floating_point() else made
 
@@ -74,9 +75,9 @@ def in_float64() -> Iterator[None]:
 
 
 def load_float64(folder: Path) -> Any:
-    """A pipeline of float32 weights, which float64 holds exactly, and of a schedule, which is in float32 in any.
+    """Returns a pipeline in float64, with weights of float32, which float64 holds exactly.
 
-    Call it in `in_float64`, too.
+    Its schedule is computed in float32, as in a pipeline of any dtype. Call the pipeline in `in_float64`, too.
     """
     with in_float64(), warnings.catch_warnings(action="ignore"):
         pipeline = load_plain(folder).to(torch.float64)

@@ -13,24 +13,29 @@ from peft.utils import get_peft_model_state_dict
 from deployments.checkpoints.components import denoiser_names, read_index
 
 LAYERS = r".*(to_q|to_k|to_v|to_out\.0|net\.0\.proj|net\.2|proj_mlp|proj_in|conv1|ffn\.net\.2)"
-"""Linear ones, and where there are some convolutions."""
+"""Names of the layers that adapters change: linear ones, and the convolutions of models that have any."""
 
 
-def write_lora(folder: Path, checkpoint: Path, *, seed: int, rank: int = 4, texts: bool = False) -> Path:
-    """For the first denoiser; texts: for the text encoders too, where diffusers takes them."""
+def write_lora(
+    folder: Path, checkpoint: Path, *, seed: int, rank: int = 4, texts: bool = False, layers: str = LAYERS
+) -> Path:
+    """Writes an adapter for the first denoiser.
+
+    texts: whether it is for the text encoders too, where diffusers supports that.
+    """
     pipe: Any = DiffusionPipeline.from_pretrained(checkpoint)
     [denoiser, *_] = denoiser_names(read_index(checkpoint))
     torch.manual_seed(seed)
-    layers = {f"{denoiser}_lora_layers": _add(getattr(pipe, denoiser), LAYERS, rank)}
+    written = {f"{denoiser}_lora_layers": _add(getattr(pipe, denoiser), layers, rank)}
     for name in ("text_encoder", "text_encoder_2") if texts else ():
         if name in pipe._lora_loadable_modules:
-            layers[f"{name}_lora_layers"] = _add(getattr(pipe, name), r".*(q_proj|v_proj|fc1)", rank)
-    type(pipe).save_lora_weights(folder, **layers)
+            written[f"{name}_lora_layers"] = _add(getattr(pipe, name), r".*(q_proj|v_proj|fc1)", rank)
+    type(pipe).save_lora_weights(folder, **written)
     return folder
 
 
 def load_with(checkpoint: Path, adapters: Mapping[str, Path]) -> Any:
-    """The plain pipeline, these loaded by PEFT."""
+    """Returns the plain pipeline, with these adapters loaded by PEFT."""
     pipe: Any = DiffusionPipeline.from_pretrained(checkpoint)
     pipe.set_progress_bar_config(disable=True)
     with warnings.catch_warnings():

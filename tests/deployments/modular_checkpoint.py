@@ -1,4 +1,4 @@
-"""A modular checkpoint over the components of a classic tiny one, which lie in a folder of their own."""
+"""Writes modular checkpoints that refer to the components of a classic tiny checkpoint in another folder."""
 
 import json
 from pathlib import Path
@@ -8,11 +8,11 @@ import diffusers
 from deployments.checkpoints.components import component_names, read_index
 from deployments.checkpoints.modular import BLOCKS, MODULAR_INDEX
 from deployments.checkpoints.source import fetch_checkpoint
-from serve_app.families_docs import OVER_CLASSIC
+from serve_app.commands.families_docs import OVER_CLASSIC
 
 
 def write_modular(pipeline_class: str, folder: Path) -> Path:
-    """Its index alone."""
+    """Writes the index, the only file of the checkpoint's own folder."""
     classic = fetch_checkpoint(f"tiny://{OVER_CLASSIC[pipeline_class]}", ())
     index = dict(read_index(classic))
     for name in component_names(index):

@@ -1,4 +1,4 @@
-"""Whole pipelines of diffusers, of checkpoints in its layout: classic ones, and those that it has as blocks."""
+"""Whole diffusers pipelines, classic and modular, loaded from checkpoints in diffusers' layout."""
 
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,7 +14,7 @@ from deployments.checkpoints.processors import is_processor, load_processor
 
 
 def load_plain(folder: Path) -> Any:
-    """With all its components. Plain diffusers fails where a processor needs torchvision."""
+    """Loads a pipeline with all its components. Plain diffusers fails where a processor needs torchvision."""
     index = read_index(folder)
     processors = {
         part: load_processor(folder / part, index[part][1])
@@ -30,7 +30,7 @@ def load_plain(folder: Path) -> Any:
 
 
 def draw(pipeline: Any, **arguments: Any) -> tuple[Any, Any]:
-    """What the call draws, of either kind, and its sound."""
+    """Returns (images or videos, sound or None) of one call of either kind of pipeline."""
     if isinstance(pipeline, ModularPipeline):
         drawn = next(name for name in pipeline.blocks.output_names if name in ("images", "videos"))
         return pipeline(**arguments, output=drawn), None
@@ -39,7 +39,7 @@ def draw(pipeline: Any, **arguments: Any) -> tuple[Any, Any]:
 
 
 def latents_of(pipeline: Any, **arguments: Any) -> torch.Tensor:
-    """What the call has its VAE decode."""
+    """Returns the latents that the call passes to its VAE's `decode`."""
     pipeline.vae.decode = _reach
     try:
         pipeline(**arguments)
@@ -61,7 +61,7 @@ def _reach(latents: torch.Tensor, *_: Any, **__: Any) -> NoReturn:
 
 
 def _load_modular(folder: Path, processors: dict[str, Any]) -> Any:
-    """As its documentation has it where a prompt is to be encoded as it is given: a block is taken away."""
+    """Loads it as its documentation says for prompts that are encoded unchanged: without the upsampler's block."""
     told = read_json(folder / MODULAR_INDEX)
     blocks = getattr(diffusers, told["_blocks_class_name"])()
     blocks.sub_blocks.pop("prompt_upsampler", None)

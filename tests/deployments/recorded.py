@@ -1,4 +1,4 @@
-"""What a tiny pipeline asks of its denoisers, and what they answer: plain diffusers, nothing in between."""
+"""Records the forwards of a tiny pipeline's denoisers in plain diffusers: their inputs and outputs."""
 
 import inspect
 import warnings
@@ -26,12 +26,12 @@ class Recorded:
     component: str
     model: Any
     inputs: Mapping[str, Any]
-    """By name, as `Shard` and `Merger` take them."""
+    """Arguments by name, as `Shard` and `Merger` take them."""
     output: tuple[Any, ...]
 
     @property
     def layout(self) -> str:
-        """Equal for forwards that differ in values alone."""
+        """A key that is equal for forwards that differ only in values."""
         return f"{self.component} {tree_map_only(torch.Tensor, lambda tensor: tensor.shape, dict(self.inputs))}"
 
 
@@ -42,7 +42,7 @@ def load_tiny(name: str) -> Any:
 
 
 def record(name: str, prompt: str = "a red fox", *, seed: int = 0, **changes: Any) -> list[Recorded]:
-    """Every forward of one call, in order."""
+    """Returns every forward of one call, in order."""
     pipeline = load_tiny(name)
     forwards: list[Recorded] = []
     with _hooks(pipeline, forwards), warnings.catch_warnings(action="ignore"):
@@ -78,7 +78,7 @@ def _hook(component: str, forwards: list[Recorded]) -> Any:
 
 
 def _parts(output: Any) -> tuple[Any, ...]:
-    """As without `return_dict`."""
+    """Returns the output as a tuple, as `return_dict=False` does."""
     if isinstance(output, torch.Tensor):
         return (output,)
     return tuple(output.values() if isinstance(output, Mapping) else output)

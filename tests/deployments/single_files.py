@@ -1,4 +1,4 @@
-"""Tiny models in one file, under the names that their authors gave the tensors before diffusers renamed them."""
+"""Writes tiny models as single files, with the tensor names of their authors, before diffusers renamed them."""
 
 import re
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 Tensors = dict[str, torch.Tensor]
 
 _LAYERS_PER_BLOCK = 1
-"""Of the tiny UNet; with its down- or upsampler a block is one more."""
+"""Number of layers in a block of the tiny UNet; a block's down- or upsampler counts as one more."""
 _UNET = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
@@ -61,7 +61,7 @@ _WAN = {
 
 
 def write_sd15(folder: Path, file: Path) -> Path:
-    """UNet, VAE and text encoder of a checkpoint of Stable Diffusion 1.5 in one file."""
+    """Writes UNet, VAE and text encoder of a Stable Diffusion 1.5 checkpoint into one file."""
     unet = read(folder / "unet")
     vae = read(folder / "vae")
     text = read(folder / "text_encoder")
@@ -74,7 +74,7 @@ def write_sd15(folder: Path, file: Path) -> Path:
 
 
 def wan_tensors(folder: Path) -> Tensors:
-    """Wan's denoiser as its authors have it."""
+    """Returns the tensors of Wan's denoiser under its authors' names."""
     return {_wan_name(name): tensor for name, tensor in read(folder / "transformer").items()}
 
 
@@ -87,7 +87,7 @@ def read(component: Path) -> Tensors:
 
 
 def write_gguf(tensors: Mapping[str, torch.Tensor], file: Path) -> Path:
-    """Matrices as Q8_0, 8 bits and a scale for each 32; all else as it is."""
+    """Writes matrices as Q8_0 (8 bits for each value, and a scale for each 32), other tensors as they are."""
     writer = gguf.GGUFWriter(file, "tiny")
     for name, tensor in tensors.items():
         values = tensor.float().numpy()
@@ -130,7 +130,7 @@ def _vae_name(name: str) -> str:
 
 
 def _as_kernel(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """The attention's matrices were kernels of 1 x 1 pixel."""
+    """Returns attention's matrices as kernels of 1 x 1 pixel, which they originally were."""
     return tensor[:, :, None, None].contiguous() if ".attentions." in name and tensor.ndim == 2 else tensor
 
 

@@ -1,20 +1,21 @@
-"""The three stages, each in an operating-system process of its own; what crosses is pickled, as in the real hop.
-
-Imports no torch: in those processes loading a stage does, as in a replica.
-"""
+"""Runs the three stages in a process each; what passes between them is pickled, as between replicas."""
 
 import pickle
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
 
-from deployments.config import EncoderConfig, ModelConfig, StageConfig, TransformerConfig, VaeConfig
+from deployments.config.encoder import EncoderConfig
+from deployments.config.model import ModelConfig
+from deployments.config.stage import StageConfig
+from deployments.config.transformer import TransformerConfig
+from deployments.config.vae import VaeConfig
+from deployments.media.pixels import Sound
 from deployments.request import GenerationRequest, InputPictures
 from deployments.stages import load_stage
-from deployments.stages.media import Sound
+from tests.deployments.forked import forking
 
 CONFIGS: Mapping[str, StageConfig] = {
     "encode": EncoderConfig(),
@@ -24,19 +25,22 @@ CONFIGS: Mapping[str, StageConfig] = {
 
 
 class StageProcesses:
-    """Each process keeps the stage of the model that it was last asked for."""
+    """A process for each stage; it keeps the stage of the model that it was last called for."""
 
     def __init__(self) -> None:
-        spawn = get_context("spawn")
-        self._processes = {stage: ProcessPoolExecutor(1, spawn) for stage in CONFIGS}
+        context = forking()
+        self._processes = {stage: ProcessPoolExecutor(1, context) for stage in CONFIGS}
 
     def draw(
         self, model: ModelConfig, request: GenerationRequest, pictures: InputPictures | None = None
     ) -> tuple[np.ndarray, Sound | None]:
-        """([F, H, W, 3], its sound). pictures: that go in."""
+        """Returns frames [F, H, W, 3] and their sound.
+
+        pictures: input images.
+        """
         of, asked, shown = (pickle.dumps(each) for each in (model, request, pictures))
         for stage, process in self._processes.items():
-            process.submit(_load, stage, of)  # side by side
+            process.submit(_load, stage, of)  # all three load at once
 
         def ask(stage: str, method: str, *given: bytes) -> bytes:
             return self._processes[stage].submit(_answer, stage, of, method, *given).result()
@@ -56,7 +60,7 @@ class StageProcesses:
 
 
 _kept: dict[bytes, Any] = {}
-"""By its model, the one stage of this process."""
+"""The one stage of this process, by its pickled model."""
 
 
 def _load(stage: str, model: bytes) -> None:

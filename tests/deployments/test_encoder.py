@@ -8,12 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from deployments.config import EncoderConfig, ModelConfig
+from deployments.answers import Conditioning
+from deployments.config.encoder import EncoderConfig
+from deployments.config.model import ModelConfig
 from deployments.encoder import Encoder
 from deployments.families import FAMILIES
-from deployments.request import Conditioning, GenerationRequest, Prompt
+from deployments.options.qos import Qos
+from deployments.request import GenerationRequest, Prompt
+from deployments.stages.stats import EncoderStats
 from deployments.stages.tensors import each_tensor
-from deployments.stats import EncoderStats
+from tests.deployments.held import ended_in
 
 MODEL = ModelConfig(name="tiny", checkpoint="tiny://sd15", family="sd15")
 CAT = GenerationRequest(
@@ -21,7 +25,7 @@ CAT = GenerationRequest(
     output_format="png", output_compression=100, fps=8,
 )  # fmt: skip
 IMPOSSIBLE = replace(CAT, prompt=Prompt("\ud800", None, is_guided=False))
-"""Half a character, which no tokenizer takes."""
+"""A prompt with a lone surrogate, which no tokenizer accepts."""
 
 
 @pytest.fixture
@@ -58,8 +62,20 @@ def test_equal_prompts_at_the_same_time_share_one_forward(encoder: Encoder) -> N
     assert stats(encoder).num_forwards == 1
 
 
+def test_one_prompt_waits_for_no_crowd() -> None:
+    encoder = Encoder(MODEL, EncoderConfig(max_batch_size=1))
+    asked = [("crowd", Qos(share="crowd"))] * 6 + [("alone", Qos(share="alone")), ("high", Qos("high"))]
+    requests = [replace(CAT, prompt=replace(CAT.prompt, text=f"a cat and {i} dogs")) for i in range(len(asked))]
+    calls = [
+        (name, encoder.encode(request, None, qos)) for request, (name, qos) in zip(requests, asked, strict=True)
+    ]
+    order = asyncio.run(ended_in(encoder._executor, calls))
+    assert {"alone", "high"} < set(order[:4])
+    assert order[4:] == ["crowd"] * 4
+
+
 def test_what_the_encoder_raises_knows_its_stage(encoder: Encoder) -> None:
-    """It comes out of the denoiser's call, which is given the encoder's answer."""
+    """The error is raised by the denoiser's call, which takes the encoder's answer as an argument."""
     with pytest.raises(TypeError) as raised:
         asyncio.run(encoder.encode(IMPOSSIBLE))
     assert pickle.loads(pickle.dumps(raised.value)).stage == "encode"
@@ -84,7 +100,7 @@ def test_the_same_texts_at_another_size_or_in_other_steps_cost_no_forward(
 
 
 def test_what_cannot_be_drawn_is_left_to_the_denoise_stage_to_tell(encoder: Encoder) -> None:
-    """The encode stage runs the pipeline's own checks too, and knows of no field to blame."""
+    """The encode stage runs the pipeline's own checks too, but does not know which field is wrong."""
     assert asyncio.run(encoder.encode(replace(CAT, width=63))).encodings == ()
 
 

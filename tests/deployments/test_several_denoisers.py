@@ -14,14 +14,15 @@ import numpy as np
 import pytest
 import torch
 
+from deployments.answers import Encodings
 from deployments.checkpoints.source import fetch_checkpoint
 from deployments.engine.seat import Seat
-from deployments.refusal import CannotServe, WrongField
-from deployments.request import Encodings, GenerationRequest, Prompt
-from deployments.stages.call import call_arguments
+from deployments.errors import CannotServe, WrongField
+from deployments.request import GenerationRequest, Prompt
+from deployments.stages.call_arguments import call_arguments
 from deployments.stages.denoise import Denoising
-from deployments.stages.derive import Derived
-from deployments.warm_up import WarmUp
+from deployments.stages.trials.derive import Derived
+from deployments.stages.warm_up import WarmUp
 from tests.conftest import decoded_by
 from tests.deployments.variants import (
     build_request,
@@ -41,11 +42,11 @@ SOON_S = 60.0
 EXPERTS = ("transformer", "transformer_2")
 MODEL = read_model(fetch_checkpoint("tiny://wan22-a14b", ()))
 TOLERANCE = 2e-5 / 0.13
-"""Of the scheduler's latents 2e-5; before decoding they are divided by the VAE's factors."""
+"""2e-5 for the scheduler's latents, which are divided by the VAE's factors before decoding."""
 
 
 def request(seed: int = 3, num_inference_steps: int = 6, text: str = "a red cat") -> GenerationRequest:
-    """Two of its six steps are the first expert's, by the checkpoint's boundary_ratio."""
+    """Returns a request whose first two of six steps use the first expert, by the checkpoint's boundary_ratio."""
     plain = build_request(MODEL, guidance_scale=3.0)
     return replace(
         plain, seed=seed, num_inference_steps=num_inference_steps, prompt=Prompt(text, "blurry", is_guided=True)
@@ -77,7 +78,7 @@ Open = Callable[..., Denoising]
 
 @pytest.fixture
 def open_ranks() -> Iterator[Open]:
-    """All ranks of a config in this process; rank 0, connected."""
+    """Yields a function that opens all ranks of a config in this process and returns rank 0, connected."""
     opened: list[Denoising] = []
 
     def open_all(**settings: Any) -> Denoising:
@@ -96,7 +97,7 @@ def draw(stage: Denoising, of: GenerationRequest) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", ["wan22-a14b", "wan22-5b"])
 def test_three_stages_draw_what_the_plain_pipeline_draws(name: str) -> None:
-    """The one of 5B has no second expert, but a timestep for each token."""
+    """The 5B model has no second expert, but a timestep for each token."""
     model = read_model(fetch_checkpoint(f"tiny://{name}", ()))
     asked = replace(request(), height=96)
     frames = draw_staged(model, asked)
@@ -117,7 +118,7 @@ def test_three_stages_draw_what_the_plain_pipeline_draws(name: str) -> None:
 def test_both_passes_of_a_lone_request_are_under_way_at_once_over_shards(
     open_ranks: Open, settings: dict[str, Any], most_at_once: int, tolerance: float
 ) -> None:
-    """Over one shard only by config, for there they merge."""
+    """Over one shard both passes are under way at once only if the config says so, because they merge there."""
     stage = open_ranks(**settings)
     num_unread: list[int] = []
     begin = stage.engine.begin
@@ -148,7 +149,7 @@ def test_a_scale_for_an_expert_that_is_not_there_is_the_requests_mistake() -> No
 
 @pytest.mark.parametrize("name", ["wan22-a14b", "wan22-5b"])
 def test_kinds_of_call_whose_pipeline_knows_one_expert_or_no_timestep_a_token_are_not_offered(name: str) -> None:
-    """WanVideoToVideoPipeline would draw with the first expert alone."""
+    """WanVideoToVideoPipeline would draw with the first expert only."""
     assert list(read_model(fetch_checkpoint(f"tiny://{name}", ())).architecture.calls) == ["generate"]
     assert "video_to_video" in read_model(fetch_checkpoint("tiny://wan", ())).architecture.calls
 
@@ -162,7 +163,7 @@ def test_every_rank_has_its_blocks_of_each_expert(open_ranks: Open, cuts: tuple[
 def test_requests_at_either_expert_are_merged_with_those_at_the_same(
     open_ranks: Open, settings: dict[str, Any]
 ) -> None:
-    """Of different lengths, so that some are at the first expert while others are at the second."""
+    """The requests differ in length, so that some use the first expert while others use the second."""
     stage = open_ranks(batch_wait_ms=100, **settings)
     texts = ("a red cat", "two blue whales under a paper moon")
     requests = [request(seed, num_steps, texts[seed % 2]) for seed, num_steps in enumerate([4, 9, 4, 9, 6, 6])]
@@ -186,15 +187,15 @@ def test_requests_at_either_expert_are_merged_with_those_at_the_same(
 
 
 def note_flights(stage: Denoising) -> list[tuple[str, int]]:
-    """(component, how many merged) of each micro-batch."""
-    leader, flown = stage.engine._leader, list[tuple[str, int]]()
-    run = leader.run
+    """Returns a list that collects (component, number of merged forwards) of each micro-batch."""
+    driver, flown = stage.engine._driver, list[tuple[str, int]]()
+    run = driver.run
 
     def noting(component: str, group: Any, *more: Any) -> Any:
         flown.append((component, len(group)))
         return run(component, group, *more)
 
-    leader.run = noting  # type: ignore[method-assign]
+    driver.run = noting  # type: ignore[method-assign]
     return flown
 
 
@@ -243,7 +244,7 @@ def test_an_expert_without_weights_is_told_by_name_at_start(tmp_path: Path) -> N
 
 
 def test_a_warm_up_asks_every_expert(open_ranks: Open) -> None:
-    """Of one step, the second is asked nothing."""
+    """A request of one step alone would not run the second expert."""
     stage = open_ranks()
     flown = note_flights(stage)
     stage.warm_up(WarmUp((request(num_inference_steps=1),), 16))
@@ -255,10 +256,10 @@ def test_an_expert_that_nothing_asks_is_told_in_the_log(tmp_path: Path, caplog: 
     edit(folder / "model_index.json", boundary_ratio=None)
     with caplog.at_level("WARNING"):
         load_denoising(read_model(folder)).close()
-    assert "asks nothing of its transformer_2 in a request by the defaults" in caplog.text
+    assert "does not call its transformer_2 in a request with the defaults" in caplog.text
 
 
-@pytest.mark.filterwarnings("ignore:The following device_map keys do not match any submodules")  # a parameter
+@pytest.mark.filterwarnings("ignore:The following device_map keys do not match any submodules")  # parameters
 def test_a_device_map_gives_each_expert_its_part_of_the_memory(open_ranks: Open) -> None:
     held = sum(p.nbytes for name in EXPERTS for p in getattr(plain_pipeline(), name).parameters())
     stage = open_ranks(device_map="auto", max_memory={"cpu": f"{held * 3 // 4 // 1000}KB"})
@@ -274,7 +275,7 @@ def test_a_device_map_gives_each_expert_its_part_of_the_memory(open_ranks: Open)
 def test_experts_that_come_by_turns_stay_for_more_than_a_forward(
     open_ranks: Open, settings: dict[str, Any]
 ) -> None:
-    """Of two requests that are at both, else the experts would change at nearly each of their 26 forwards."""
+    """Two requests use both experts; without this, the experts would change at nearly each of the 26 forwards."""
     stage = open_ranks(offload="model", max_batch_size=1, **settings)
     requests = [request(1, 4), request(2, 9)]
     flown = note_flights(stage)

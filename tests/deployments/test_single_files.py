@@ -9,7 +9,9 @@ import torch
 from diffusers import GGUFQuantizationConfig, StableDiffusionPipeline, WanPipeline, WanTransformer3DModel
 from safetensors.torch import save_file
 
-from deployments.config import EncoderConfig, TransformerConfig, VaeConfig
+from deployments.config.encoder import EncoderConfig
+from deployments.config.transformer import TransformerConfig
+from deployments.config.vae import VaeConfig
 from deployments.engine.load import load_rank, open_denoisers
 from deployments.plan.describe import Description
 from deployments.request import MediaSize
@@ -21,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is converted goes to a cache under the user's home."""
+    """Moves the cache of converted models, under the user's home, to a temporary folder."""
     write_tiny("sd15", tmp_path / "sd15"), write_tiny("wan", tmp_path / "wan")
     monkeypatch.setenv("HOME", str(tmp_path))
 
@@ -42,6 +44,7 @@ def test_a_whole_model_in_one_file(tmp_path: Path) -> None:
     np.testing.assert_array_equal(draw_staged(model, request), draw_plain(pipe, request))
 
 
+@pytest.mark.thorough
 def test_a_denoiser_in_one_file_beside_a_folder(tmp_path: Path) -> None:
     folder, file = tmp_path / "wan", tmp_path / "wan.safetensors"
     save_file(wan_tensors(folder), file)
@@ -84,7 +87,7 @@ def test_ranks_read_their_blocks_of_a_gguf_file_and_weigh_what_was_planned(tmp_p
     assert torch.equal(drawn, expected)
     sizes = (MediaSize(64, 64, 5),)
     planned = Description(model).sizes(EncoderConfig(max_sequence_length=64), config, VaeConfig(), sizes)
-    held = [sum(rank.keeper.stats().weights_bytes.values()) for rank in ranks]
+    held = [sum(rank.residency.stats().weights_bytes.values()) for rank in ranks]
     assert [rank.weights_bytes for rank in planned.denoise.ranks] == held
     assert sum(held) < file.stat().st_size * 1.5
     offloaded = TransformerConfig(shards=2, offload={"kind": "model"})

@@ -1,4 +1,4 @@
-"""What a stage may be told, and what follows from it."""
+"""Configs of stages: what they accept, and what follows from their values."""
 
 import logging
 import os
@@ -8,8 +8,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from deployments.config import EncoderConfig, StageConfig, TransformerConfig
-from deployments.device import resolve_device, resolve_dtype
+from deployments.config.encoder import EncoderConfig
+from deployments.config.stage import StageConfig
+from deployments.config.transformer import TransformerConfig
+from deployments.memory.device import resolve_device, resolve_dtype
 
 no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 
@@ -46,7 +48,7 @@ def test_cuts_or_shards_say_how_many_ranks_there_are(config: StageConfig, num_ra
 
 @pytest.mark.parametrize("cuts", [(0,), (5, 5), (7, 3), (-1, 4)])
 def test_cuts_must_rise_from_one(cuts: tuple[int, ...]) -> None:
-    with pytest.raises(ValidationError, match="cuts must be rising block numbers from 1"):
+    with pytest.raises(ValidationError, match="cuts must be ascending block numbers from 1"):
         TransformerConfig(cuts=cuts)
 
 
@@ -75,7 +77,7 @@ def test_a_named_cpu_is_taken_at_its_word() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_missing_is_told() -> None:
-    with pytest.raises(RuntimeError, match=r"num_gpus is 1, and torch .* sees no GPU.*nvidia-smi"):
+    with pytest.raises(RuntimeError, match=r"num_gpus is 1, but torch .* sees no GPU.*nvidia-smi"):
         resolve_device(StageConfig(device="cuda", num_gpus=1))
 
 
@@ -91,7 +93,7 @@ def test_a_gpu_that_is_a_name_only_is_the_cpu_with_a_warning(caplog: pytest.LogC
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_torch_cannot_use_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rather than a model on the CPU while Ray holds the GPU."""
+    """Otherwise the model would run on the CPU while Ray reserves the GPU."""
     driver = tmp_path / "nvidia-smi"
     driver.write_text("#!/bin/sh\necho 24564\n")
     driver.chmod(0o755)

@@ -9,29 +9,27 @@ from typing import Any
 import pytest
 import torch
 
-from deployments import news
-from deployments.config import EncoderConfig, ModelConfig, TransformerConfig
-from deployments.engine.step_queue import StepQueueStats
-from deployments.request import (
-    Conditioning,
-    DecodeArguments,
-    Denoised,
-    GenerationRequest,
-    PartialDenoised,
-    Progress,
-    Prompt,
-    StreamOptions,
-)
+from deployments.answers import Conditioning, DecodeArguments, Denoised, PartialDenoised, Progress
+from deployments.config.encoder import EncoderConfig
+from deployments.config.model import ModelConfig
+from deployments.config.transformer import TransformerConfig
+from deployments.engine.queue_stats import StepQueueStats
+from deployments.errors import NotBegun, OutOfTime
+from deployments.options.qos import Qos
+from deployments.options.resume import ResumeConfig
+from deployments.options.step_cache import StepCacheConfig
+from deployments.replica import request_events
+from deployments.request import GenerationRequest, Prompt, StreamOptions
 from deployments.stages import load_stage
-from deployments.step_cache import StepCacheConfig
 from deployments.transformer import Transformer
 
 MODEL = ModelConfig(name="tiny", checkpoint="tiny://flux", family="flux")
 PROMPT = Prompt("a red fox", None, is_guided=False)
 PROGRESS = StreamOptions(wants_progress=True)
 NUM_THREADS = 4
+NO_JOURNAL = ResumeConfig(every_steps=None)
 ENDLESS = 10_000
-"""Steps; minutes of work, which a test that cancels must not wait for."""
+"""Number of steps: minutes of work, which a test that cancels must not wait for."""
 
 
 def build_request(num_inference_steps: int = 3, seed: int = 5) -> GenerationRequest:
@@ -52,7 +50,8 @@ def build_request(num_inference_steps: int = 3, seed: int = 5) -> GenerationRequ
 
 @pytest.fixture(scope="module")
 def transformer() -> Transformer:
-    return Transformer(MODEL, TransformerConfig(max_ongoing_requests=NUM_THREADS))
+    """A deployment without a journal, whose parts would come between the asserted items on a busy machine."""
+    return Transformer(MODEL, TransformerConfig(max_ongoing_requests=NUM_THREADS, resume=NO_JOURNAL))
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +61,7 @@ def conditioning() -> Conditioning:
 
 
 async def collect(transformer: Transformer, conditioning: Conditioning, request: GenerationRequest) -> list[Any]:
-    """What is to be decoded, as bare latents."""
+    """Returns all items of the stream, with latents in place of DecodeArguments."""
     return await _items(transformer.denoise(conditioning, request, PROGRESS))
 
 
@@ -108,7 +107,7 @@ def test_nobody_gets_progress_who_did_not_ask(transformer: Transformer, conditio
 def test_the_time_left_is_known_once_a_step_is_done(
     transformer: Transformer, conditioning: Conditioning, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(news, "PROGRESS_PERIOD_S", 0.0)
+    monkeypatch.setattr(request_events, "PROGRESS_PERIOD_S", 0.0)
     first, *later, last = [
         item
         for item in asyncio.run(collect(transformer, conditioning, build_request(6)))
@@ -161,7 +160,7 @@ def test_the_seed_alone_decides_the_latents(transformer: Transformer, conditioni
 def test_requests_at_once_of_different_lengths_give_what_each_gives_alone(
     transformer: Transformer, conditioning: Conditioning
 ) -> None:
-    """So that some join and leave while others go on. Batches round differently."""
+    """The lengths differ so that some requests join and leave while others go on. Batches round differently."""
     requests = [build_request(4 + 2 * i, seed=i) for i in range(NUM_THREADS)]
     alone = [asyncio.run(collect(transformer, conditioning, request))[-1] for request in requests]
 
@@ -183,13 +182,13 @@ def test_a_step_cache_counts_as_its_requests_need_until_its_seat_is_free(
         async for item in stream:
             if isinstance(item, Progress) and item.step:
                 break
-        kept_bytes = transformer._stage.engine.queue.kept_bytes()
+        retained_bytes = transformer._stage.engine.queue.retained_bytes()
         await stream.aclose()  # type: ignore[attr-defined]
-        return kept_bytes
+        return retained_bytes
 
     tokens, channels, float32 = (64 // 16) * (48 // 16), 64, 4
-    assert asyncio.run(run()) == 2 * tokens * channels * float32  # two predictions of the first order
-    assert transformer._stage.engine.queue.kept_bytes() == 0
+    assert asyncio.run(run()) == 2 * tokens * channels * float32  # order 1 keeps two predictions
+    assert transformer._stage.engine.queue.retained_bytes() == 0
 
 
 def test_requests_at_once_share_forwards(transformer: Transformer, conditioning: Conditioning) -> None:
@@ -246,7 +245,7 @@ def test_cancelled_requests_leave_their_threads_to_others(
 def test_a_cancelled_request_leaves_no_complaint_behind(
     transformer: Transformer, conditioning: Conditioning
 ) -> None:
-    """Its thread ends with an error that nobody awaits; asyncio would log it with a traceback."""
+    """The request's thread ends with an error that nothing awaits; asyncio would log it with a traceback."""
     complaints: list[Any] = []
 
     async def run() -> None:
@@ -279,6 +278,72 @@ def test_a_request_that_fails_frees_its_seat(transformer: Transformer, condition
     with pytest.raises(RuntimeError, match="calls encode_prompt where the encode stage's called nothing"):
         asyncio.run(collect(transformer, impossible, build_request()))
     assert asyncio.run(queue_stats(transformer)).num_seats == 0
+
+
+async def until(transformer: Transformer, num_waiting_requests: int, num_seats: int) -> None:
+    while ((queue := await queue_stats(transformer)).num_waiting_requests, queue.num_seats) != (
+        num_waiting_requests,
+        num_seats,
+    ):
+        await asyncio.sleep(0.001)
+
+
+def test_what_may_not_begin_yet_waits_without_a_thread_and_others_may_pass_it(
+    transformer: Transformer, conditioning: Conditioning
+) -> None:
+    """Sends as many requests as may be at work, and one more of the same share, which waits.
+
+    A request of another share does not wait.
+    """
+
+    async def run() -> tuple[Any, StepQueueStats]:
+        endless = [
+            asyncio.create_task(collect(transformer, conditioning, build_request(ENDLESS, seed=i)))
+            for i in range(NUM_THREADS + 1)
+        ]
+        await until(transformer, num_waiting_requests=1, num_seats=NUM_THREADS + 1)
+        given: dict[str, Any] = {"qos": Qos(share="another")}
+        *_, latents = await _items(transformer.denoise(conditioning, build_request(2), **given))
+        for task in endless:
+            task.cancel()
+        await asyncio.wait(endless)
+        return latents, await queue_stats(transformer)
+
+    latents, after = asyncio.run(run())
+    assert isinstance(latents, torch.Tensor)
+    assert (after.num_waiting_requests, after.num_seats) == (0, 0)
+
+
+def test_what_cannot_be_done_in_time_is_ended_and_frees_its_seat(
+    transformer: Transformer, conditioning: Conditioning
+) -> None:
+    given: dict[str, Any] = {"qos": Qos(deadline_s=2.0)}
+    with pytest.raises(OutOfTime, match="steps that are left take at least"):
+        asyncio.run(_items(transformer.denoise(conditioning, build_request(ENDLESS), **given)))
+    after = asyncio.run(queue_stats(transformer))
+    assert after.num_seats == 0
+    assert after.num_out_of_time == 1
+
+
+def test_one_of_several_replicas_gives_back_what_has_not_begun(
+    transformer: Transformer, conditioning: Conditioning, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transformer, "_start_timeout_s", 0.05)
+
+    async def run() -> None:
+        endless = [
+            asyncio.create_task(collect(transformer, conditioning, build_request(ENDLESS, seed=i)))
+            for i in range(NUM_THREADS)
+        ]
+        await until(transformer, num_waiting_requests=0, num_seats=NUM_THREADS)
+        with pytest.raises(NotBegun):
+            await collect(transformer, conditioning, build_request(ENDLESS))
+        assert not any(task.done() for task in endless)
+        for task in endless:
+            task.cancel()
+        await asyncio.wait(endless)
+
+    asyncio.run(run())
 
 
 def test_stats_tell_blocks_bytes_and_work(transformer: Transformer, conditioning: Conditioning) -> None:

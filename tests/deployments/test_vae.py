@@ -12,13 +12,17 @@ import pytest
 import torch
 from PIL import Image
 
-from deployments.config import ModelConfig, VaeConfig
-from deployments.request import DecodeArguments, GenerationRequest, Media, OutputFormat, Prompt
+from deployments.answers import DecodeArguments, Media
+from deployments.config.model import ModelConfig
+from deployments.config.vae import VaeConfig
+from deployments.options.qos import Qos
+from deployments.request import GenerationRequest, OutputFormat, Prompt
 from deployments.stages.decode import Decoding
 from deployments.vae import Vae
+from tests.deployments.held import ended_in
 
 LATENTS = {"flux": (1, 16, 6, 8), "sd15": (1, 4, 6, 8), "wan": (1, 16, 2, 6, 8)}
-"""Of 64 x 48 pixels; five frames of them."""
+"""Shapes of latents for 64 x 48 pixels; Wan's are for five frames."""
 
 
 def build_model(family: str) -> ModelConfig:
@@ -35,7 +39,7 @@ def build_latents(family: str) -> DecodeArguments:
 
 
 def decode(family: str, request: GenerationRequest) -> tuple[Media, Any]:
-    """What the deployment makes of some latents, and the frames in it before they became a file."""
+    """Returns the file that the deployment makes of some latents, and the frames before they were encoded."""
     vae, stage = Vae(build_model(family), VaeConfig()), Decoding(build_model(family), VaeConfig())
     latents = build_latents(family)
     return asyncio.run(vae.decode(latents, request)), stage.decode(latents, request)
@@ -48,6 +52,15 @@ def test_a_picture_is_a_file_of_the_decoded_pixels(family: str) -> None:
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(media.data))), frames[0])
     assert frames.shape == (1, 48, 64, 3)
     assert frames.std() > 10
+
+
+def test_one_image_waits_for_no_crowd_of_videos() -> None:
+    vae, video, latents = Vae(build_model("wan"), VaeConfig()), build_request("mp4"), build_latents("wan")
+    image = replace(video, num_frames=1, output_format="png")
+    one_frame = DecodeArguments.of(latents.latents[:, :, :1].contiguous())
+    calls = [("video", vae.decode(latents, video, None, Qos(share="crowd"))) for _ in range(4)]
+    calls += [("image", vae.decode(one_frame, image, None, Qos(share="alone"))) for _ in range(3)]
+    assert asyncio.run(ended_in(vae._executor, calls)) == ["video", *["image"] * 3, *["video"] * 3]
 
 
 def test_the_requests_compression_is_used() -> None:
@@ -70,7 +83,8 @@ def test_a_video_is_written_to_its_target_and_answered_without_its_bytes(tmp_pat
     expected = asyncio.run(vae.decode(latents, request)).data
     media = asyncio.run(vae.decode(latents, request, f"file://{tmp_path}/video.mp4"))
     assert (media.data, media.num_written, media.media_type) == (b"", len(expected), "video/mp4")
-    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("video.mp4", expected)]
+    assert {path.name for path in tmp_path.iterdir()} == {"video.mp4", "video.mp4.webp"}
+    assert (tmp_path / "video.mp4").read_bytes() == expected
 
 
 def test_a_target_that_is_not_on_this_machine_is_answered_with_the_bytes(tmp_path: Path) -> None:
@@ -81,7 +95,7 @@ def test_a_target_that_is_not_on_this_machine_is_answered_with_the_bytes(tmp_pat
 
 
 def test_latents_that_may_not_be_written_to_are_left_as_they_are() -> None:
-    """So they come from Ray: as views of shared memory."""
+    """Latents come from Ray as read-only views of shared memory."""
     vae, latents = Vae(build_model("sd15"), VaeConfig()), build_latents("sd15")
     before = latents.latents.clone()
     asyncio.run(vae.decode(latents, build_request("png")))
@@ -105,7 +119,7 @@ def test_a_partial_picture_is_decoded_like_a_picture() -> None:
 
 
 def test_pictures_go_before_partial_pictures_that_came_first() -> None:
-    """As long as there are any: each comes while another waits."""
+    """Images keep this precedence as long as any wait: here each arrives while another waits."""
     vae, latents, request = (
         Vae(build_model("sd15"), VaeConfig()),
         build_latents("sd15"),

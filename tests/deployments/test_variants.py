@@ -1,4 +1,4 @@
-"""Checkpoints as people have them draw what plain diffusers draws of the same folder, bit for bit."""
+"""Common variants of checkpoints draw what plain diffusers draws from the same folder, bit for bit."""
 
 import shutil
 from collections.abc import Callable, Mapping
@@ -19,6 +19,7 @@ from tests.deployments.variants import (
     set_model,
     write_tiny,
 )
+from tests.thorough import usually
 
 pytestmark = pytest.mark.slow
 
@@ -97,18 +98,23 @@ def test_a_variant_that_some_components_lack_draws_what_the_plain_pipeline_draws
     ("family", "change"),
     [
         ("flux", kl_of_factor(3)),
-        ("flux", kl_of_factor(5)),
-        ("sd15", kl_of_factor(3)),
-        ("sdxl", kl_of_factor(5)),
-        ("sd3", kl_of_factor(3)),
-        ("qwen-image", qwen_of_factor(3)),
         ("qwen-image", qwen_of_factor(5)),
         ("wan", wan_22),
         ("wan", wan_of_two_frames),
         ("sd15", tiny_vae(4)),
-        ("flux", tiny_vae(16)),
         ("sd3", without_t5),
         ("flux", in_parts),
+        *usually(
+            [
+                ("flux", kl_of_factor(5)),
+                ("sd15", kl_of_factor(3)),
+                ("sdxl", kl_of_factor(5)),
+                ("sd3", kl_of_factor(3)),
+                ("qwen-image", qwen_of_factor(3)),
+                ("flux", tiny_vae(16)),
+            ],
+            lambda _: False,
+        ),
     ],
 )
 def test_a_variant_draws_what_the_plain_pipeline_draws(

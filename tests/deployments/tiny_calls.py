@@ -1,4 +1,4 @@
-"""What each tiny pipeline is called with beside a prompt: 64 px, 2 steps, and what its smallness needs."""
+"""Arguments of each tiny pipeline's call besides the prompt: 64 px, 2 steps, and what its small size needs."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Tiny checkpoints changed on disk, as people's are."""
+"""Changes tiny checkpoints on disk into the variants that users have, and draws from them."""
 
 import json
 import shutil
@@ -12,16 +12,21 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
-from cluster.place import Place
+from cluster.ranks.place import Place
+from deployments.answers import DecodeArguments, Encodings
 from deployments.checkpoints.components import left_out, read_index
 from deployments.checkpoints.geometry import with_geometry
-from deployments.checkpoints.source import fetch_checkpoint, with_family
-from deployments.config import EncoderConfig, ModelConfig, TransformerConfig, VaeConfig
-from deployments.request import CallKind, DecodeArguments, Encodings, GenerationRequest, InputPictures, MediaSize
+from deployments.checkpoints.source import fetch_checkpoint
+from deployments.config.encoder import EncoderConfig
+from deployments.config.model import ModelConfig
+from deployments.config.transformer import TransformerConfig
+from deployments.config.vae import VaeConfig
+from deployments.request import CallKind, GenerationRequest, InputPictures, MediaSize
 from deployments.stages import load_stage
 from deployments.stages.decode import Decoding
 from deployments.stages.denoise import Denoising
-from deployments.warm_up import default_request
+from deployments.stages.warm_up import default_request
+from tests.deployments.derived_here import with_family_here
 
 SEED = 3
 SOON_S = 60.0
@@ -33,7 +38,7 @@ def write_tiny(family: str, folder: Path) -> Path:
 
 
 def edit(file: Path, **changes: Any) -> None:
-    """A JSON file."""
+    """Changes values of a JSON file."""
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
@@ -44,7 +49,8 @@ def set_scheduler(folder: Path, class_name: str, **config: Any) -> None:
 
 
 def set_model(folder: Path, name: str, class_name: str, **config: Any) -> None:
-    """Random weights for a component; what config does not say is as it was, if the class is the same."""
+    """Replaces a component by one with random weights; config overrides the previous config if the class is the
+    same."""
     model_class, path = getattr(diffusers, class_name), folder / name
     was = model_class.load_config(path)
     own = {key: value for key, value in was.items() if not key.startswith("_")}
@@ -61,13 +67,16 @@ def set_model(folder: Path, name: str, class_name: str, **config: Any) -> None:
 
 
 def read_model(folder: Path, family: str | None = None, **settings: Any) -> ModelConfig:
-    """As an app is built with it."""
+    """Returns the config with its family and geometry, as when an app is built."""
     config = ModelConfig(name="variant", checkpoint=str(folder), family=family, **settings)
-    return with_geometry(with_family(config))
+    return with_geometry(with_family_here(config))
 
 
 def build_request(model: ModelConfig, kind: CallKind | None = None, **changes: Any) -> GenerationRequest:
-    """kind: of call; None: what the checkpoint was saved for."""
+    """Returns a request of 3 steps for 64 x 64 pixels; a video has 5 frames.
+
+    kind: the kind of call; None: the one that the checkpoint was saved for.
+    """
     call = model.architecture.call if kind is None else model.architecture.calls[kind]
     size = MediaSize(64, 64, 5 if call.media == "video" else 1)
     request = default_request(model, size, 3, call=call)
@@ -79,13 +88,13 @@ def load_denoising(model: ModelConfig) -> Denoising:
 
 
 def load_ranks(model: ModelConfig, **settings: Any) -> Denoising:
-    """All ranks of a config in this process; rank 0, connected."""
+    """Loads all ranks of a config in this process and returns rank 0, connected."""
     config = TransformerConfig(**settings)
     head = load_stage("denoise", model, config)
     if config.num_ranks == 1:
         head.connect(None, _raise)
         return head
-    others = [load_stage("follow", model, config, rank) for rank in range(1, config.num_ranks)]
+    others = [load_stage("worker", model, config, rank) for rank in range(1, config.num_ranks)]
     rendezvous = head.open_rendezvous("127.0.0.1", [Place("node", None)] * config.num_ranks)
     with ThreadPoolExecutor(config.num_ranks) as threads:
         for joining in [threads.submit(rank.connect, rendezvous, _raise) for rank in (head, *others)]:
@@ -100,7 +109,10 @@ def encode(model: ModelConfig, request: GenerationRequest, pictures: InputPictur
 
 
 def denoise(stage: Denoising, encodings: Encodings, request: GenerationRequest, **given: Any) -> DecodeArguments:
-    """given: what was prepared of pictures that go in, and those."""
+    """Denoises one request.
+
+    given: the input images (`pictures`) and what the VAE prepared of them (`posteriors`).
+    """
     seat = stage.join()
     try:
         return stage.denoise(seat, encodings, request, **given)
@@ -111,7 +123,10 @@ def denoise(stage: Denoising, encodings: Encodings, request: GenerationRequest, 
 def draw_staged(
     model: ModelConfig, request: GenerationRequest, pictures: InputPictures | None = None, **vae: Any
 ) -> np.ndarray:
-    """[F, H, W, 3] by the three stages. pictures: that go in."""
+    """Returns frames [F, H, W, 3], drawn by the three stages.
+
+    pictures: input images.
+    """
     last, arguments = denoise_staged(model, request, pictures, **vae)
     return last.decode(arguments, request)
 
@@ -119,7 +134,7 @@ def draw_staged(
 def denoise_staged(
     model: ModelConfig, request: GenerationRequest, pictures: InputPictures | None = None, **vae: Any
 ) -> tuple[Decoding, DecodeArguments]:
-    """The last of the three stages, and what it is to decode."""
+    """Returns the decode stage and what it is to decode."""
     encodings, last = encode(model, request, pictures), load_stage("decode", model, VaeConfig(**vae))
     posteriors = () if pictures is None else last.prepare(encodings, request, pictures)
     stage = load_denoising(model)
@@ -130,7 +145,10 @@ def denoise_staged(
 
 
 def draw_plain(checkpoint: Path | DiffusionPipeline, request: GenerationRequest, **call: Any) -> np.ndarray:
-    """[F, H, W, 3] by diffusers itself. call: in place of what the request says, or beside it."""
+    """Returns frames [F, H, W, 3], drawn by diffusers itself.
+
+    call: arguments that replace those of the request, or add to them.
+    """
     pipe: Any = checkpoint
     if isinstance(checkpoint, Path):
         pipe = DiffusionPipeline.from_pretrained(checkpoint, **dict.fromkeys(left_out(read_index(checkpoint))))

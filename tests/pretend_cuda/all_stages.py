@@ -1,6 +1,9 @@
-"""A pytest plugin: every stage that says nothing of GPUs has one. Loaded before any config is built."""
+"""A pytest plugin that gives a GPU to every stage whose config does not set num_gpus.
 
-from cluster.resources import ResourceConfig
+It must be loaded before any config is built.
+"""
+
+from cluster.replicas.resources import ResourceConfig
 
 ResourceConfig.model_fields["num_gpus"].default = 1.0
 ResourceConfig.model_rebuild(force=True)

@@ -1,4 +1,5 @@
-"""Builds the library with the compiler that torch's own extensions need, once for its sources and for torch."""
+"""Builds the library with the compiler that torch's own extensions need, once for each version of its sources and
+of torch."""
 
 import hashlib
 import shutil
@@ -18,11 +19,11 @@ FLAGS = ("-O1", "-std=c++20", "-fPIC", "-shared", "-w")
 
 
 class NoCompiler(Exception):
-    """There is nothing to build it with."""
+    """The compiler or Python.h is missing."""
 
 
 def build() -> Path:
-    """The library; 20 s of a core the first time. Raises NoCompiler."""
+    """Returns the library; building it takes 20 s of a core the first time. Raises NoCompiler."""
     if shutil.which(COMPILER) is None:
         raise NoCompiler(f"the pretended CUDA device is built with {COMPILER}, and there is none: install it")
     if not (HEADERS / "Python.h").exists():
@@ -40,7 +41,7 @@ def build() -> Path:
 
 
 def _version() -> str:
-    """Of everything that the library is made of."""
+    """Returns a digest of everything that the library is built from."""
     digest = hashlib.sha256(f"{torch.__version__} {sys.version} {FLAGS}".encode())
     for source in sorted(NATIVE.iterdir()):
         digest.update(source.read_bytes())

@@ -1,4 +1,5 @@
-"""Which tests run on the pretended device: those that need a GPU, and some of the CPU's, again."""
+"""Collects the tests that run on the simulated device: those that need a GPU and, a second time, some of the
+CPU's."""
 
 import os
 from collections.abc import Iterator
@@ -11,21 +12,23 @@ from tests.pretend_cuda.sweep import is_for_gpu, is_swept
 
 ALL_STAGES = ("-p", "tests.pretend_cuda.all_stages")
 IS_FOR_CUDA = torch.version.cuda is not None or torch.version.hip is not None
-"""torch itself: there is no place for another CUDA then."""
+"""Whether torch itself is built for CUDA or ROCm, which leaves no place for a simulated one."""
 HAS_PRETENDED = "PRETEND_CUDA" in os.environ
-"""This process is one of a group's."""
+"""Whether this process already runs a group of tests on the simulated device."""
 
 
 class Groups:
-    """A process for each."""
+    """The groups of tests on the simulated device, by name; each has its own process."""
 
     def __init__(self) -> None:
         self._groups: dict[str, Group] = {}
 
     def take_over(self, items: list[pytest.Item], *, is_wanted: bool, is_thorough: bool) -> None:
-        """In place: tests that need a GPU run on the pretended one, and those of the sweep run there too.
+        """Changes items in place: tests that need a GPU run on the simulated one, and those of the sweep run there
+        too.
 
-        is_wanted: else they are skipped, as where torch has a CUDA of its own: there a real GPU runs what it can.
+        is_wanted: if False, tests that need a GPU are skipped. They are also skipped if torch has its own CUDA,
+        where a real GPU runs what it can.
         """
         if HAS_PRETENDED:
             return

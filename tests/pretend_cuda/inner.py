@@ -1,7 +1,10 @@
-"""The plugin of the pytest that runs on the pretended device: a problem that it saw fails the test."""
+"""The plugin of the pytest that runs on the simulated device: a problem that the device reports fails the test."""
 
 import json
 import os
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -21,20 +24,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture
 def problems() -> Problems:
-    """For who expects some. What is left at the end of a test fails it."""
+    """The problems, for tests that expect some and take them. Problems left at the end of a test fail it."""
     return PROBLEMS
 
 
 @pytest.fixture
 def lose_gpu() -> Callable[[str], AbstractContextManager[None]]:
-    """`with lose_gpu("ServeReplica:app:Vae"):` who has this in its command line loses its GPU, for good."""
+    """Yields a context: `with lose_gpu("ServeReplica:app:Vae"):` loses the GPU, for good, of each process that has
+    this text in its command line."""
 
     @contextmanager
     def lose(whose: str) -> Iterator[None]:
         lost = Path(os.environ["PRETEND_CUDA_LOST"])
         unseen = lost.with_suffix(".unseen")
         unseen.write_text(whose)
-        unseen.replace(lost)  # nobody reads half of it
+        unseen.replace(lost)  # atomic, so that no process reads half of it
         yield
         lost.unlink()
 
@@ -46,15 +50,15 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     install.native.forget_problems()
     result = yield
     for index in range(torch.cuda.device_count()):
-        torch.cuda.synchronize(index)  # what ends with the test has no work under way then
-        torch.cuda.set_per_process_memory_fraction(1.0, index)  # a stage's share is its process's
+        torch.cuda.synchronize(index)  # no work is under way when the test's objects end
+        torch.cuda.set_per_process_memory_fraction(1.0, index)  # resets the share that a stage of the test set
     if seen := PROBLEMS.take():
         pytest.fail("the pretended GPU saw:\n" + "\n".join(seen), pytrace=False)
     return result
 
 
 class Reporter:
-    """Writes a line for every report."""
+    """Writes a line for every report to a file."""
 
     def __init__(self, config: pytest.Config, path: Path) -> None:
         self._config, self._path = config, path
@@ -65,6 +69,14 @@ class Reporter:
             file.write(json.dumps(data, default=str) + "\n")
 
 
+def _end_with_reader() -> None:
+    """Ends this process when the process that reads its reports ends: if killed, that one cannot stop this one."""
+    while str(os.getppid()) == os.environ["PRETEND_CUDA_READER"]:
+        time.sleep(1.0)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    threading.Thread(target=_end_with_reader, daemon=True).start()
     if config.option.reports is not None:
         config.pluginmanager.register(Reporter(config, config.option.reports))

@@ -1,4 +1,4 @@
-"""torch.cuda's functions, for the pretended device. What torch.accelerator asks, the library answers itself."""
+"""torch.cuda's functions for the simulated device; what torch.accelerator calls is in the native library."""
 
 import os
 import sys
@@ -26,7 +26,7 @@ native: Any = None
 
 
 class Device:
-    """torch.cuda.device, a context."""
+    """torch.cuda.device: a context that selects a device."""
 
     def __init__(self, device: Any) -> None:
         self._index = index_of(device)
@@ -39,7 +39,7 @@ class Device:
 
 
 def install() -> None:
-    """In this process, once, before anything asks torch for a device."""
+    """Installs the device in this process; call it once, before any code asks torch for a device."""
     global native
     native = load_native()
     native.set_cards(visible_cards(), int(os.environ["PRETEND_CUDA_GIB"]) * GIB)
@@ -51,12 +51,12 @@ def install() -> None:
     torch._C._cuda_clearCublasWorkspaces = lambda: None
     torch._C._cuda_getCurrentRawStream = lambda index: current_stream(index).stream_id
     torch.distributed.ProcessGroupNCCL = ProcessGroupNCCL  # type: ignore[attr-defined, misc, assignment]
-    # bitsandbytes would load its CUDA kernels; the library has put the CPU's in their place.
+    # bitsandbytes would load its CUDA kernels; the library has registered the CPU's instead.
     sys.modules["bitsandbytes.backends.cuda.ops"] = ModuleType("bitsandbytes.backends.cuda.ops")
 
 
 def visible_cards() -> list[str]:
-    """By their numbers, in the order that the process knows them in."""
+    """Returns the numbers of the cards that this process sees, in its order."""
     cards = [str(number) for number in range(int(os.environ["PRETEND_CUDA_GPUS"]))]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return cards if visible is None else [name for name in visible.split(",") if name in cards]
@@ -141,4 +141,4 @@ RANDOM = {
     "get_rng_state": lambda device=None: torch.get_rng_state(),
     "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
 }
-"""The device's numbers are the CPU's."""
+"""Random numbers of the device come from the CPU's generator."""

@@ -1,7 +1,7 @@
-"""Tests that need a GPU, where there is none: run on the pretended one, and reported under their own names.
+"""Runs tests that need a GPU on the simulated one, and reports them under their own names.
 
-The device must be there before torch is imported, so a process of its own runs them: one pytest for all tests of a
-group, of which the reports are taken over as they come.
+The device must exist before torch is imported, so another process runs them: one pytest for all tests of a group.
+Its reports are taken over as they arrive.
 """
 
 import json
@@ -31,15 +31,16 @@ TAIL = 3000
 
 
 def environment(library: Path, problems: Path, *, root: Path = ROOT) -> dict[str, str]:
-    """Of a process that has pretended GPUs, as all processes that it starts."""
+    """Returns the environment of a process with simulated GPUs; processes that it starts have them too."""
     folder = root / "tests" / "pretend_cuda"
     here = {
         "PRETEND_CUDA": str(library),
         "PRETEND_CUDA_GPUS": str(NUM_GPUS),
         "PRETEND_CUDA_GIB": str(GIB),
         "PRETEND_CUDA_PROBLEMS": str(problems),
+        "PRETEND_CUDA_READER": str(os.getpid()),
         "PRETEND_CUDA_LOST": str(problems.with_name("lost")),
-        "OMP_NUM_THREADS": "1",  # in every thread, so that sums are the same to the bit
+        "OMP_NUM_THREADS": "1",  # in every thread, so that sums are equal bit for bit
         "PATH": os.pathsep.join([str(folder / "bin"), os.environ["PATH"]]),  # nvidia-smi
         "PYTHONPATH": os.pathsep.join([str(folder / "preload"), str(root)]),
     }
@@ -48,17 +49,17 @@ def environment(library: Path, problems: Path, *, root: Path = ROOT) -> dict[str
 
 @dataclass(eq=False)
 class Group:
-    """The tests that one process runs."""
+    """A group of tests that one process runs."""
 
     name: str
     options: tuple[str, ...]
-    """pytest's."""
+    """Options of its pytest."""
     _process: "subprocess.Popen[bytes] | None" = None
     _num_read: int = 0
     _reports: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     def reports(self, node_id: str) -> list[dict[str, Any]]:
-        """Of one test: setup, call and teardown; empty if the process ended without."""
+        """Waits for the reports of one test: setup, call and teardown; empty if the process ended without them."""
         assert self._process is not None
         deadline = time.monotonic() + MUST_END_IN_S
         while time.monotonic() < deadline:
@@ -74,7 +75,7 @@ class Group:
         return self._output.read_text(errors="replace")[-TAIL:]
 
     def close(self) -> None:
-        """It has told of its last test, and shuts its Ray down; or this session ends early."""
+        """Ends the process: it shuts its Ray down after its last test, or this session ends early."""
         if self._process is None:
             return
         for end in (lambda: None, partial(self._process.send_signal, signal.SIGINT), self._process.kill):
@@ -89,7 +90,7 @@ class Group:
         return self._process is not None
 
     def start(self, node_ids: list[str]) -> None:
-        """To run all of these. Raises NoCompiler."""
+        """Starts a process that runs all of these tests. Raises NoCompiler."""
         library = build()
         self._folder = tempfile.TemporaryDirectory(prefix="latent-relay-pretend-")
         folder = Path(self._folder.name)
@@ -119,12 +120,12 @@ class Group:
 
 
 class Pretended(pytest.Item):
-    """One test of a group."""
+    """A test of a group, which another process runs."""
 
     def __init__(self, *, origin: pytest.Item, group: Group, **of_item: Any) -> None:
         super().__init__(**of_item)
         self._origin, self._group = origin, group
-        self.node_id = origin.nodeid  # in the process that runs it; xdist adds a group to it here
+        self.node_id = origin.nodeid  # the id in the process that runs it; xdist adds a group to the id here
         self.own_markers = [mark for mark in origin.own_markers if mark.name not in {"skipif", "xdist_group"}]
         self.add_marker(pytest.mark.xdist_group(group.name))
 
@@ -135,7 +136,7 @@ class Pretended(pytest.Item):
         raise AssertionError("another process runs it")
 
     def tell(self) -> None:
-        """Its reports are this session's."""
+        """Reports the test in this session, with the other process's reports."""
         self.ihook.pytest_runtest_logstart(nodeid=self.nodeid, location=self.location)
         for report in self._told():
             report.nodeid = self.nodeid
@@ -159,7 +160,7 @@ class Pretended(pytest.Item):
     def _restored(self, data: dict[str, Any]) -> pytest.TestReport:
         report: Any = self.config.hook.pytest_report_from_serializable(config=self.config, data=data)
         if isinstance(report.longrepr, list):
-            report.longrepr = tuple(report.longrepr)  # a skip's; JSON knows only lists
+            report.longrepr = tuple(report.longrepr)  # the reason of a skip; JSON has no tuples
         return report  # type: ignore[no-any-return]
 
     def _report(self, outcome: Any, longrepr: Any) -> pytest.TestReport:

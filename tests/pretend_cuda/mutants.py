@@ -1,4 +1,4 @@
-"""Faults put into the product on purpose: one line each, and the test on the pretended device that sees it."""
+"""Deliberate faults of the product: one changed line each, and the test on the simulated device that finds it."""
 
 import re
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ class Mutant:
     name: str
     file: str
     line: str
-    """Regular expression of what is replaced; it is there once."""
+    """Regular expression of the code to replace, which must match once."""
     by: str
     killed_by: str
 
     def apply(self, root: Path) -> None:
-        """Raises ValueError where the product has no such line any more."""
+        """Changes the line in the copy of the product at root. Raises ValueError unless it is there once."""
         path = root / self.file
         changed, number = re.subn(self.line, self.by, path.read_text())
         if number != 1:
@@ -24,19 +24,19 @@ class Mutant:
 
 
 ENGINE = "deployments/engine/engine.py"
-VRAM_LIMIT, TRANSPORT = "deployments/memory/vram_limit.py", "cluster/transport.py"
+VRAM_LIMIT, TRANSPORT = "deployments/memory/vram_limit.py", "cluster/ranks/transport.py"
 TEST_VRAM_LIMIT = "tests/deployments/memory/test_vram_limit.py"
-TEST_GLOO = "tests/cluster/test_transport.py::test_gloo_brings_tensors_between_two_ranks_of_one_gpu"
+TEST_GLOO = "tests/cluster/ranks/test_transport.py::test_gloo_brings_tensors_between_two_ranks_of_one_gpu"
 TEST_GPU = "tests/deployments/stages/test_on_gpu.py::test_a_gpu_gives_what_the_cpu_gives"
 TEST_REQUESTS = "tests/deployments/stages/test_request_stream.py"
 
 MUTANTS = (
     Mutant(
         "a receiver's memory without record_stream",
-        "cluster/message.py",
+        "cluster/ranks/message.py",
         r"payload\.record_stream\(.*",
         "pass",
-        "tests/cluster/test_message.py::test_what_arrived_is_not_overwritten_while_the_gpu_still_reads_it",
+        "tests/cluster/ranks/test_message.py::test_what_arrived_is_not_overwritten_while_the_gpu_still_reads_it",
     ),
     Mutant(
         "weights fetched ahead into memory that may be in use",
@@ -62,7 +62,7 @@ MUTANTS = (
     Mutant(
         "a message sent before its copies are done",
         TRANSPORT,
-        r"self\.synchronize\(\)  # the copies.*",
+        r"self\.synchronize\(\)  # copies.*",
         "pass",
         TEST_GLOO,
     ),
@@ -75,10 +75,10 @@ MUTANTS = (
     ),
     Mutant(
         "a micro-batch sent before it is computed",
-        "cluster/ring.py",
+        "cluster/ranks/ring.py",
         r"accelerator\.synchronize_stream\(self\._device\)",
         "pass",
-        "tests/cluster/test_ring.py::test_two_ranks_of_one_gpu_compute_what_one_would",
+        "tests/cluster/ranks/test_ring.py::test_two_ranks_of_one_gpu_compute_what_one_would",
     ),
     Mutant(
         "a forward that does not wait for its inputs",
@@ -103,10 +103,10 @@ MUTANTS = (
     ),
     Mutant(
         "a replica that stays without its GPU",
-        "deployments/memory/keeper.py",
+        "deployments/memory/residency.py",
         r"return accelerator\.is_lost\(.*",
         "return False",
-        "tests/deployments/test_replica.py",
+        "tests/deployments/replica/test_lifecycle.py",
     ),
     Mutant(
         "a share without a cap",

@@ -1,4 +1,4 @@
-"""The library, as a Python module."""
+"""Loads the native library as a Python module."""
 
 import importlib.util
 import os

@@ -1,18 +1,18 @@
-"""What the pretended GPUs have seen go wrong."""
+"""Reads the problems that the simulated GPUs have reported."""
 
 from pathlib import Path
 
 
 class Problems:
-    """Of all processes, so far."""
+    """The problems of all processes so far."""
 
     def __init__(self, path: Path) -> None:
-        """path: of the file that the device writes them to."""
+        """path: the file that the device writes them to."""
         self._path, self._num_read = path, 0
         self._path.touch()
 
     def take(self) -> list[str]:
-        """Those that nobody has taken yet, once each."""
+        """Returns the problems since the last call, each once."""
         with self._path.open() as file:
             file.seek(self._num_read)
             lines = file.read().splitlines()

@@ -1,4 +1,4 @@
-"""torch.distributed's ProcessGroupNCCL, of two ranks, by way of their store."""
+"""torch.distributed's ProcessGroupNCCL for two ranks, over their store."""
 
 import time
 from datetime import timedelta
@@ -10,7 +10,7 @@ from torch import Tensor
 from tests.pretend_cuda.streams import Stream, StreamContext, current_stream
 
 CHUNK_BYTES = 4 * 2**20
-"""A store takes no more at once."""
+"""Bytes of one transfer; a store takes no more at once."""
 PERIOD_S = 0.001
 
 
@@ -19,7 +19,7 @@ class Aborted(RuntimeError):
 
 
 class Work:
-    """What the current stream may wait for."""
+    """A transfer that the current stream may wait for."""
 
     def __init__(self, event: torch.Event) -> None:
         self._event = event
@@ -29,9 +29,9 @@ class Work:
 
 
 class ProcessGroupNCCL:
-    """Each transfer runs on a stream of the group's own that waits for the caller's, as NCCL's does.
+    """A process group whose transfers run on its own stream, which waits for the caller's, as in NCCL.
 
-    A receive returns when it is done, though; NCCL's does at once. What is aborted ends like what is done.
+    Unlike NCCL's, a receive returns only when it is done. An aborted transfer ends like one that is done.
     """
 
     class Options:
@@ -40,7 +40,7 @@ class ProcessGroupNCCL:
 
     def __init__(self, store: Any, rank: int, size: int, options: Options) -> None:
         assert size == 2
-        self._store = store.clone()  # a get holds its connection, and the other edge would wait for that
+        self._store = store.clone()  # a get blocks its connection, for which the other group would wait
         self._rank = rank
         self._streams: dict[torch.device, Stream] = {}
         self._num_sent = self._num_received = 0

@@ -1,4 +1,4 @@
-"""torch.cuda's streams and events: torch's own, of the pretended device."""
+"""torch.cuda's streams and events, made of torch's own for the simulated device."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ CUDA = int(torch._C._autograd.DeviceType.CUDA)
 
 
 def index_of(device: Any = None) -> int:
-    """As torch.cuda takes it: None, a number, a name or a device."""
+    """Returns the index of a device, given as torch.cuda takes it: None, a number, a name or a device."""
     if device is None:
         return torch._C._accelerator_getDeviceIndex()
     if isinstance(device, int):
@@ -46,7 +46,7 @@ class Event(torch.Event):
 
 
 class StreamContext:
-    """None: the stream stays."""
+    """A context that makes the stream current; None leaves the current stream."""
 
     def __init__(self, stream: torch.Stream | None) -> None:
         self._stream = stream

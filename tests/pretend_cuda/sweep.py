@@ -1,6 +1,7 @@
-"""Which tests run on the pretended device: those for GPUs, and some of the CPU's, a GPU for every stage.
+"""Lists the tests that run on the simulated device: those for GPUs, and some of the CPU's, with a GPU for every
+stage.
 
-Not one claim of theirs may change.
+None of their assertions may differ there.
 """
 
 import re
@@ -19,18 +20,18 @@ ALWAYS: tuple[str, ...] = (
     "deployments/test_encoder.py",
     "deployments/test_transformer.py",
     "deployments/test_vae.py",
-    "deployments/test_warm_up.py::test_a_replica_is_warm_once_it_is_built",
+    "deployments/stages/test_warm_up.py::test_a_replica_is_warm_once_it_is_built",
 )
-"""Files, or beginnings of the names of their tests."""
+"""Test files, or prefixes of the names of their tests."""
 
 THOROUGH: tuple[str, ...] = (
-    f"{MEMORY}/test_keeper.py",
+    f"{MEMORY}/test_residency.py",
     f"{MEMORY}/test_mapped.py",
     f"{MEMORY}/test_techniques.py",
     f"{MEMORY}/test_vram_limit.py::test_every_family_draws_the_same_under_a_limit",
-    "deployments/stages/test_encoder_forwards.py",
-    "deployments/stages/test_tiles.py",
-    "deployments/test_warm_up.py",
+    "deployments/stages/texts/test_encoder_forwards.py",
+    "deployments/stages/pixels/test_tiles.py",
+    "deployments/stages/test_warm_up.py",
 )
 
 CONFIG = "test_configs_on_gpu.py::test_a_config_draws_what_it_draws_where_all_weights_lie_on_the_gpu"
@@ -41,7 +42,10 @@ GIVES = "deployments/stages/test_on_gpu.py::test_a_gpu_gives_what_the_cpu_gives"
 GPU_THOROUGH: tuple[str, ...] = (
     "deployments/test_same_picture.py",
     "serve_app/test_on_gpu.py",
-    *(f"{CONFIG}[{name}" for name in ("flux_dev]", "flux_dev_2x16gb", "flux_schnell", "qwen_image]", "sd", "wan")),
+    *(
+        f"{CONFIG}[{name}"
+        for name in ("flux_dev]", "flux_dev_2x", "flux_schnell", "qwen_image]", "qwen_image_2", "sd", "wan")
+    ),
     *(
         f"{MOVES}[{{{way}"
         for way in (
@@ -51,8 +55,8 @@ GPU_THOROUGH: tuple[str, ...] = (
             "'vram_limit_gib': 0.001, ",
             "'quantization': 'nf4', 'offload': 'model'",
             "'quantization': 'nf4', 'offload': {'kind': 'group', 'folder'",
-            "'quantization': 'nf4', 'on_demand'",
-            "'quantization': 'int8', 'on_demand'",
+            "'quantization': 'nf4', 'time_sharing'",
+            "'quantization': 'int8', 'time_sharing'",
         )
     ),
     *(f"{EXPERTS}[{{{way}" for way in ("'offload': 'group'", "'vram", "'quantization'")),
@@ -60,8 +64,8 @@ GPU_THOROUGH: tuple[str, ...] = (
     *(f"{RANKS}[{family}-gpus{number}-gloo" for family, number in (("sdxl", 7), ("wan", 8))),
     *(f"{GIVES}[{family}]" for family in ("sd15", "sd3", "qwen-image")),
 )
-"""Of the tests for GPUs, those whose processes take long to start, in place of which others claim the same in one
-process; and configs, ways and families of which others have the parts."""
+"""Tests for GPUs that run only with --thorough: those whose processes take long to start, while other tests assert
+the same in one process; and configs, techniques and families whose parts other tests cover."""
 
 OTHER_WAY = "on a GPU bitsandbytes takes another way than in the plain pipeline on the CPU"
 EXCEPT: dict[str, str] = {
@@ -73,11 +77,11 @@ EXCEPT: dict[str, str] = {
     r"test_techniques.*an_8_bit_model_that_moves": "another place in memory stands for a device",
     r"test_transformer.*stats_tell_blocks_bytes_and_work": "it names the CPU",
 }
-"""What assumes the CPU, as regular expressions, and why."""
+"""Tests that assume the CPU, as regular expressions, and the reason."""
 
 
 def is_for_gpu(item: pytest.Item, *, is_thorough: bool) -> bool:
-    """Whether it needs a GPU, and is worth the time."""
+    """Whether the test needs a GPU, and is worth the time."""
     if not (item.get_closest_marker("gpu") or item.get_closest_marker("pretended_gpu")):
         return False
     return is_thorough or not _is_of(item, GPU_THOROUGH)

@@ -1,4 +1,4 @@
-"""What of the suite runs on the pretended device, and what is said where it cannot be built."""
+"""The tests that run on the simulated device, and the messages where it cannot be built."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What the pretended device checks, it does see, and nothing else."""
+"""The simulated device finds the mistakes that it checks for, and reports nothing else."""
 
 import os
 import subprocess
@@ -112,7 +112,7 @@ def test_who_overwrites_what_another_stream_may_still_read_is_seen(
 def test_who_writes_to_new_memory_waits_for_the_stream_that_it_is_of(
     side: torch.cuda.Stream, problems: Problems
 ) -> None:
-    """Whoever had it before may be at work there."""
+    """Earlier work on that stream may still use the memory."""
     torch.ones(3, device="cuda") + 1
     tensor = torch.empty(3, device="cuda")
     with torch.cuda.stream(side):

@@ -1,6 +1,6 @@
-"""A test that cannot fail shows nothing: faults of the kinds that GPUs forgive silently are seen.
+"""Faults of kinds that GPUs silently accept are found: a test that cannot fail would show nothing.
 
-They take minutes: `pytest tests/pretend_cuda --thorough -k mutant`.
+The tests take minutes: `pytest tests/pretend_cuda --thorough -k mutant`.
 """
 
 import shutil
@@ -16,7 +16,7 @@ from tests.pretend_cuda.mutants import MUTANTS, Mutant
 
 COPIED = ("cluster", "deployments", "serve_app", "tests", "configs", "pyproject.toml")
 TESTS_FAILED = 1
-"""pytest's exit code; others mean that it could not run them."""
+"""pytest's exit code for failed tests; others mean that it could not run them."""
 
 
 @pytest.fixture

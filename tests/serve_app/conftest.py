@@ -1,4 +1,4 @@
-"""One Chromium for all tests that look at the page, a fresh tab for each."""
+"""One Chromium for all tests of the page, and a new tab for each."""
 
 from collections.abc import Iterator
 
@@ -16,7 +16,8 @@ def browser() -> Iterator[webdriver.Chrome]:
 
 @pytest.fixture
 def page(browser: webdriver.Chrome) -> Iterator[Page]:
-    """Fails a test whose page complains in the console; a refused request is the network's complaint."""
+    """A new tab. Fails the test if the page logs to the console; network errors, such as of a refused request, are
+    ignored."""
     [first] = browser.window_handles
     browser.switch_to.new_window("tab")
     browser.get_log("browser")

@@ -1,4 +1,4 @@
-"""Pictures as clients send them."""
+"""Images as clients send them."""
 
 import base64
 import struct
@@ -17,7 +17,7 @@ def noise(seed: int = 0, size: tuple[int, int] = (SIDE, SIDE)) -> Image.Image:
 
 
 def half_mask() -> Image.Image:
-    """As OpenAI's: the right half is transparent, and drawn anew."""
+    """A mask in OpenAI's form: its right half is transparent and is drawn again."""
     mask = noise(1).convert("RGBA")
     mask.putalpha(Image.fromarray(np.uint8(np.arange(SIDE)[None].repeat(SIDE, 0) <= SIDE // 2) * 255))
     return mask
@@ -34,11 +34,11 @@ def data_url(data: bytes) -> str:
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
-    """Of a PNG."""
+    """Returns a chunk of a PNG file."""
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def png_of(width: int, height: int, *chunks: bytes) -> bytes:
-    """Grey, whatever its pixels say."""
+    """Returns a PNG with the header of an 8-bit grey image and these chunks, which need not fit."""
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + b"".join(chunks) + chunk(b"IEND", b"")

@@ -1,4 +1,4 @@
-"""LoRA adapters over HTTP, on two shards: any client chooses one, and each gets what PEFT draws with it."""
+"""Tests of LoRA adapters over HTTP, on two shards: each request gets what PEFT draws with its adapters."""
 
 import base64
 import io
@@ -22,7 +22,7 @@ from ray import serve
 from deployments.checkpoints.adapter_file import USUAL_NAME
 from deployments.checkpoints.source import fetch_checkpoint
 from serve_app.app import build_app
-from serve_app.config import parse_app_config
+from serve_app.config.serve_file import parse_app_config
 from tests.conftest import TEXT_TOKENS
 from tests.deployments.lora import load_with, write_lora
 from tests.serve_app.page.browser import Page, rgb
@@ -34,7 +34,7 @@ SEED = 5
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """a, with text encoders, and b; c, of another model, is in none of the app's places."""
+    """Adapters `a`, also for the text encoders, and `b`; and `c`, of another model, which the app is not given."""
     folder = tmp_path_factory.mktemp("lora")
     for seed, (name, tiny) in enumerate({"a": "flux", "b": "flux", "c": "wan"}.items()):
         write_lora(folder / name, fetch_checkpoint(f"tiny://{tiny}", ()), seed=seed, texts=name == "a")
@@ -74,7 +74,7 @@ def client(url: str) -> Iterator[OpenAI]:
 
 @pytest.fixture(scope="module")
 def peft(files: Path) -> Callable[..., np.ndarray]:
-    """`peft(prompt, a=1.0)`: what plain diffusers draws with these adapters, at these scales."""
+    """Returns `peft(prompt, a=1.0)`, which draws with plain diffusers and these adapters, at these scales."""
     pipe = load_with(fetch_checkpoint("tiny://flux", ()), {name: files / name for name in "ab"})
 
     @cache
@@ -103,7 +103,7 @@ def test_models_lists_adapters_as_models(client: OpenAI) -> None:
 def test_a_client_that_knows_of_models_alone_chooses_an_adapter(
     client: OpenAI, peft: Callable[..., np.ndarray]
 ) -> None:
-    """At its own scale."""
+    """The adapter is used at the scale of the config."""
     drawn = ask(client, "a cat", model=f"{MODEL}:b")
     assert np.abs(drawn - peft("a cat", b=0.6)).max() <= 1
     assert np.abs(drawn - ask(client, "a cat")).max() > 1
@@ -122,7 +122,7 @@ def test_four_requests_at_once_over_one_the_other_both_and_none_are_each_as_alon
         drawn = list(threads.map(draw, *zip(*asked, strict=True)))
     for pixels, (prompt, of) in zip(drawn, asked, strict=True):
         assert np.abs(pixels - peft(prompt, **of)).max() <= 1, (prompt, of)
-    time.sleep(1.5)  # status is as last seen
+    time.sleep(1.5)  # the status may be a second old
     [transformer] = httpx.get(f"{url}/v1/status").json()["transformer"]["replicas"]
     assert max(map(int, transformer["queue"]["batch_sizes"])) > 1
     assert set(transformer["adapters"]) == {"a", "b"}

@@ -1,4 +1,4 @@
-"""What Serve gives the builder, and what the builder says to Serve."""
+"""Tests of the app builder as Serve calls it."""
 
 import pytest
 from ray.serve.exceptions import RayServeException
@@ -7,7 +7,7 @@ from serve_app.app import build_app
 
 
 def test_serve_gives_what_the_yaml_says_and_prints_a_line_for_each_mistake() -> None:
-    """Of a RayServeException Serve prints the words alone; of anything else tracebacks, and it tries again."""
+    """Serve prints a RayServeException's message alone; for other errors it prints tracebacks and tries again."""
     args = {"model": {"name": "m", "checkpoint": "tiny://flux"}, "encodr": {}, "vae": {"num_gpus": -1}}
     with pytest.raises(RayServeException) as refused:
         build_app(args)

@@ -1,4 +1,4 @@
-"""`relay`, as a shell runs it."""
+"""Tests of `relay` as a shell runs it."""
 
 import io
 import os
@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,12 +22,14 @@ from ray import serve
 from typer.testing import CliRunner
 
 from deployments.checkpoints.source import fetch_checkpoint
-from deployments.video_file import read_frames
+from deployments.media.video_file import read_frames
 from serve_app.cli import cli, main
-from serve_app.config import APP_NAME, ConfigError
-from serve_app.generate_cli import choose_file, read_files
-from tests.conftest import ENDLESS
+from serve_app.commands.generate import choose_file, read_files
+from serve_app.config.app import ConfigError
+from serve_app.config.serve_file import APP_NAME
+from tests.keyed_app import ENDLESS, FOREVER_S
 from tests.serve_app.pictures import file, half_mask, noise
+from tests.thorough import usually
 
 pytestmark = pytest.mark.slow
 
@@ -40,15 +42,18 @@ QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
 def relay(
     *args: str, ray_address: str = "local", mark: str = "", cwd: Path = ROOT
 ) -> subprocess.CompletedProcess[str]:
-    """`ray_address` is where it looks for a running app, `mark` is in its environment and in that of every process
-    that comes of it."""
+    """Runs `relay`.
+
+    ray_address: where it looks for a running app.
+    mark: is in its environment and in that of every process that it starts.
+    """
     env = os.environ | {"RAY_ADDRESS": ray_address, "COLUMNS": "200", "NO_COLOR": "1", MARK: mark}
     return subprocess.run([RELAY, *args], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture
 def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """What the command says that starts nothing, in this process; on one line."""
+    """Runs a command, in this process, that fails before it starts anything; returns its error on one line."""
 
     def told(*args: str) -> str:
         monkeypatch.setattr(sys, "argv", ["relay", *args])
@@ -67,11 +72,10 @@ def address(ray_cluster: None) -> str:
     return found
 
 
-@pytest.fixture
-def relay_app(start_ingress: Callable[..., Any]) -> Iterator[Any]:
+@pytest.fixture(scope="module")
+def relay_app(start_ingress: Callable[..., Any]) -> Any:
     """An app with the name that the command looks for."""
-    yield start_ingress(APP_NAME, max_num_inference_steps=ENDLESS)
-    serve.delete(APP_NAME)
+    return start_ingress(APP_NAME, max_num_inference_steps=ENDLESS, request_timeout_s=FOREVER_S)
 
 
 def test_tiny_writes_a_checkpoint_that_diffusers_lays_out(tmp_path: Path) -> None:
@@ -110,6 +114,14 @@ def test_generate_starts_an_app_of_its_own_and_leaves_no_process(tmp_path: Path)
     assert [p for p in psutil.process_iter(["environ"]) if (p.info["environ"] or {}).get(MARK) == mark] == []
 
 
+def test_generate_says_so_when_no_app_runs(address: str, tmp_path: Path) -> None:
+    done = relay("generate", "a fox", "--out", str(tmp_path / "fox.png"), ray_address=address)
+    assert done.returncode == 2
+    assert done.stderr.strip() == (
+        "relay: no running app found: start one (`relay serve CONFIG`), or name a --config to start"
+    )
+
+
 def test_generate_asks_the_running_app(relay_app: Any, address: str, tmp_path: Path) -> None:
     out = tmp_path / "fox.webp"
     fields = {"seed": "7", "steps": "3", "size": "64x64", "guidance-scale": "2.5", "strength": "0.8"}
@@ -135,21 +147,34 @@ def test_generate_asks_the_running_app(relay_app: Any, address: str, tmp_path: P
     assert Image.open(io.BytesIO(picture.media.data)).format == "WEBP"
 
 
-@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("end", usually([signal.SIGINT, signal.SIGTERM, signal.SIGHUP], signal.SIGHUP.__ne__))
 def test_generate_that_is_ended_ends_its_request(
     flux_app: Any, relay_app: Any, address: str, tmp_path: Path, end: signal.Signals
 ) -> None:
     command = [RELAY, "generate", "a fox", "--steps", str(ENDLESS), "--out", str(tmp_path / "fox.png")]
     waiting = subprocess.Popen(command, env=os.environ | {"RAY_ADDRESS": address}, stderr=subprocess.DEVNULL)
-    flux_app.wait_for_seats(1)
-    waiting.send_signal(end)
-    assert waiting.wait(60) != 0
+    try:
+        flux_app.wait_for_seats(1)
+        waiting.send_signal(end)
+        assert waiting.wait(60) != 0
+    finally:
+        waiting.kill()  # a shell's background jobs ignore some signals: the request would never end
     flux_app.wait_for_seats(0)
+
+
+def test_what_the_running_app_refuses_is_told_in_one_line(relay_app: Any, address: str, tmp_path: Path) -> None:
+    out = tmp_path / "fox.png"
+    done = relay("generate", "a fox", "--size", "65x64", "--out", str(out), ray_address=address)
+    assert done.returncode == 2
+    expected = "relay: size: width and height must be multiples of 16, got 65x64; nearest: 64x64"
+    assert done.stderr.strip() == expected
+    assert not out.exists()
 
 
 def test_a_video_models_file_is_an_mp4(
     wan_app: Any, start_ingress: Callable[..., Any], address: str, tmp_path: Path
 ) -> None:
+    """The app replaces the one of earlier tests, if there is one."""
     start_ingress(APP_NAME, family="wan", stages_of=wan_app)
     try:
         asked = ["generate", "waves", "--seconds", "1.2", "--fps", "4", "--steps", "1"]
@@ -162,7 +187,7 @@ def test_a_video_models_file_is_an_mp4(
     assert b"ftyp" in video[:12]
     assert len(list(read_frames(video))) == 5
     assert refused.returncode == 2
-    assert "does not take this guidance_scale_2" in refused.stderr  # which is a second expert's
+    assert "does not take this guidance_scale_2" in refused.stderr  # only a second expert has this scale
 
 
 @pytest.mark.parametrize(
@@ -215,23 +240,6 @@ def test_a_checkpoint_that_is_not_there_is_told_in_one_line(refused: Callable[..
     told = refused("generate", "a fox", "--config", str(config))
     assert told.startswith("relay: model.checkpoint: checkpoint './no-such-model' looks like a path")
     assert "Traceback" not in told
-
-
-def test_what_the_running_app_refuses_is_told_in_one_line(relay_app: Any, address: str, tmp_path: Path) -> None:
-    out = tmp_path / "fox.png"
-    done = relay("generate", "a fox", "--size", "65x64", "--out", str(out), ray_address=address)
-    assert done.returncode == 2
-    expected = "relay: size: width and height must be multiples of 16, got 65x64; nearest: 64x64"
-    assert done.stderr.strip() == expected
-    assert not out.exists()
-
-
-def test_generate_says_so_when_no_app_runs(address: str, tmp_path: Path) -> None:
-    done = relay("generate", "a fox", "--out", str(tmp_path / "fox.png"), ray_address=address)
-    assert done.returncode == 2
-    assert done.stderr.strip() == (
-        "relay: no running app found: start one (`make serve`), or name a --config to start"
-    )
 
 
 def test_generate_refuses_a_wrong_value_before_it_starts_anything(

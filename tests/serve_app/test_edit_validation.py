@@ -1,4 +1,4 @@
-"""Bodies with pictures become requests of the kind that they ask for, or an error that names the field."""
+"""Tests that bodies with images become requests of the right kind, or an error that names the field."""
 
 from dataclasses import replace
 from typing import Any, get_type_hints
@@ -7,18 +7,19 @@ import pytest
 from openai.types.image_edit_params import ImageEditParamsBase
 from PIL import Image
 
-from deployments.config import DefaultsConfig, ModelConfig
+from deployments.config.model import DefaultsConfig, ModelConfig
 from deployments.families import FAMILIES, Family
 from deployments.families.calls import find_calls
 from deployments.families.flux import FLUX
 from deployments.families.wan import WAN
 from deployments.request import GenerationRequest
-from serve_app.config import ConfigError, LimitsConfig
-from serve_app.config_check import check_defaults, plan_warm_up
+from serve_app.config.app import ConfigError
+from serve_app.config.check import check_defaults, plan_warm_up
+from serve_app.config.limits import LimitsConfig
 from serve_app.errors import BadRequest
-from serve_app.fields import parse_body
-from serve_app.model_card import model_card
-from serve_app.openai_api import EditBody, ImageBody
+from serve_app.http.fields import parse_body
+from serve_app.http.openai_requests import EditBody, ImageBody
+from serve_app.models.card import model_card
 from serve_app.validation import Validator
 from tests.serve_app.pictures import data_url, file, noise
 from tests.serve_app.test_validation import choices
@@ -32,7 +33,7 @@ def build_model(family: Family, **defaults: Any) -> ModelConfig:
 
 
 def served(pipeline_class: str, **limits: Any) -> Validator:
-    """As such a checkpoint would be: all but its class is FLUX's, or Wan's."""
+    """Returns the validator of a checkpoint of this class. All but the class is FLUX's, or Wan's for videos."""
     entry = WAN if next(iter(find_calls(pipeline_class).values())).media == "video" else FLUX
     return Validator(build_model(replace(entry, pipeline_class=pipeline_class)), LimitsConfig(**limits))
 
@@ -46,7 +47,7 @@ def blank(width: int, height: int) -> bytes:
     return file(Image.new("L", (width, height)))
 
 
-def refusal(validator: Validator, **fields: Any) -> BadRequest:
+def rejection(validator: Validator, **fields: Any) -> BadRequest:
     with pytest.raises(BadRequest) as refused:
         one(validator, **fields)
     return refused.value
@@ -63,23 +64,33 @@ def test_the_kind_goes_by_the_pictures_and_the_defaults_by_the_kind(family: str)
 
 
 def test_pictures_go_in_as_they_were_sent() -> None:
-    judged = served("Flux2Pipeline").judge_fields({"prompt": ["a cat", "a dog"], "image": [PICTURE, OTHER]})
-    assert judged.pictures is not None
-    assert (judged.pictures.images, judged.pictures.mask) == ((PICTURE, OTHER), None)
-    assert [request.prompt.text for request in judged.requests] == ["a cat", "a dog"]
+    validated = served("Flux2Pipeline").validate_fields({"prompt": ["a cat", "a dog"], "image": [PICTURE, OTHER]})
+    assert validated.pictures is not None
+    assert (validated.pictures.images, validated.pictures.mask) == ((PICTURE, OTHER), None)
+    assert [request.prompt.text for request in validated.requests] == ["a cat", "a dog"]
 
 
 @pytest.mark.parametrize(
     ("pipeline_class", "fields", "param", "told"),
     [
-        ("FluxFillPipeline", {}, "image", "image is missing: say what to begin with"),
-        ("FluxFillPipeline", {"image": PICTURE}, "mask", "mask is missing: this model fills in what a mask says"),
-        ("QwenImageEditPlusPipeline", {"image": PICTURE, "mask": OTHER}, "mask", "mask: this model takes none"),
-        ("QwenImageEditPlusPipeline", {"image": [PICTURE] * 11}, "image", "takes 10, got 11"),
-        ("FluxPipeline", {"image": [PICTURE, OTHER]}, "image", "takes 1, got 2"),
-        ("Flux2KleinPipeline", {"image": [PICTURE] * 2, "mask": OTHER}, "image", "takes 1 beside a mask, got 2"),
+        ("FluxFillPipeline", {}, "image", "image is missing: send the image to begin with"),
+        (
+            "FluxFillPipeline",
+            {"image": PICTURE},
+            "mask",
+            "mask is missing: this model redraws only the masked part",
+        ),
+        ("QwenImageEditPlusPipeline", {"image": PICTURE, "mask": OTHER}, "mask", "mask: this model takes no mask"),
+        ("QwenImageEditPlusPipeline", {"image": [PICTURE] * 11}, "image", "takes at most 10, got 11"),
+        ("FluxPipeline", {"image": [PICTURE, OTHER]}, "image", "takes at most 1, got 2"),
+        (
+            "Flux2KleinPipeline",
+            {"image": [PICTURE] * 2, "mask": OTHER},
+            "image",
+            "takes at most 1 beside a mask, got 2",
+        ),
         ("ChromaPipeline", {"image": PICTURE, "strength": 0}, "strength", "greater than 0"),
-        ("FluxKontextPipeline", {"image": PICTURE, "strength": 0.5}, "strength", "means nothing to this model"),
+        ("FluxKontextPipeline", {"image": PICTURE, "strength": 0.5}, "strength", "has no effect on this model"),
         ("FluxPipeline", {"image": PICTURE, "guidance_scale": 101}, "guidance_scale", "less than or equal to 100"),
         ("SanaPipeline", {"image": PICTURE}, "model", "from text alone: use /v1/images/generations"),
         ("MochiPipeline", {"input_reference": PICTURE}, "input_reference", "makes videos from text alone"),
@@ -88,12 +99,12 @@ def test_pictures_go_in_as_they_were_sent() -> None:
         ("WanImageToVideoPipeline", {"input_reference": b"GIF89a"}, "input_reference", "it is a GIF"),
         ("FluxPipeline", {"control_image": PICTURE}, "control_image", "has no ControlNet"),
         ("FluxPipeline", {"image": PICTURE, "control_scale": 1}, "control_scale", "has no ControlNet"),
-        ("FluxControlNetPipeline", {}, "control_image", "by which this model draws: send it to /v1/images/edits"),
+        ("FluxControlNetPipeline", {}, "control_image", "this model needs one; send it to /v1/images/edits"),
         ("FluxControlNetPipeline", {"image": PICTURE}, "control_image", "control_image is missing"),
         ("FluxControlNetPipeline", {"control_image": b"GIF89a"}, "control_image", "it is a GIF"),
         ("FluxControlNetPipeline", {"mask": PICTURE, "control_image": PICTURE}, "image", "image is missing"),
-        ("FluxPipeline", {"strength": 0.5}, "strength", "pictures go in at /v1/images/edits"),
-        ("FluxPipeline", {"init_image": PICTURE}, "init_image", "pictures go in at /v1/images/edits"),
+        ("FluxPipeline", {"strength": 0.5}, "strength", "send images to /v1/images/edits"),
+        ("FluxPipeline", {"init_image": PICTURE}, "init_image", "send images to /v1/images/edits"),
         ("FluxPipeline", {"image": PICTURE, "denoising_strength": 0.5}, "denoising_strength", "mean strength?"),
         ("FluxPipeline", {"image": PICTURE, "mask_image": OTHER}, "mask_image", "did you mean mask?"),
     ],
@@ -101,13 +112,13 @@ def test_pictures_go_in_as_they_were_sent() -> None:
 def test_what_a_model_does_not_take_is_refused_by_its_field(
     pipeline_class: str, fields: dict[str, Any], param: str, told: str
 ) -> None:
-    error = refusal(served(pipeline_class), **fields)
+    error = rejection(served(pipeline_class), **fields)
     assert (error.param, told in error.message) == (param, True), error.message
 
 
 def test_a_model_that_makes_nothing_from_text_says_where_it_is_asked() -> None:
-    with pytest.raises(BadRequest, match="makes pictures of pictures: use /v1/images/edits") as refused:
-        served("FluxFillPipeline").judge(parse_body(ImageBody, {"prompt": "a cat"}))
+    with pytest.raises(BadRequest, match="makes images from images: use /v1/images/edits") as refused:
+        served("FluxFillPipeline").validate(parse_body(ImageBody, {"prompt": "a cat"}))
     assert refused.value.param == "model"
 
 
@@ -117,12 +128,12 @@ def test_a_model_that_makes_nothing_from_text_says_where_it_is_asked() -> None:
 )
 def test_a_control_picture_goes_with_every_kind_of_call(pictures: dict[str, Any], kind: str) -> None:
     validator = served("FluxControlNetPipeline")
-    judged = validator.judge_fields(
+    validated = validator.validate_fields(
         {"prompt": "a cat", "control_image": blank(96, 64), "control_scale": 0.5} | pictures
     )
-    [request] = judged.requests
-    assert judged.pictures is not None
-    assert (request.kind, request.control_scale, judged.pictures.control) == (kind, 0.5, blank(96, 64))
+    [request] = validated.requests
+    assert validated.pictures is not None
+    assert (request.kind, request.control_scale, validated.pictures.control) == (kind, 0.5, blank(96, 64))
     assert (request.width, request.height) == ((64, 64) if pictures else (96, 64))
 
 
@@ -136,7 +147,7 @@ def test_a_strength_that_leaves_no_step_is_refused_and_what_is_said_instead_is_t
     steps: int, strength: float
 ) -> None:
     validator, fields = served("FluxPipeline"), {"image": PICTURE, "strength": strength}
-    error = refusal(validator, num_inference_steps=steps, **fields)
+    error = rejection(validator, num_inference_steps=steps, **fields)
     assert error.param == "strength"
     enough = int(error.message.partition("num_inference_steps of ")[2].partition(" ")[0])
     assert enough > steps
@@ -178,28 +189,28 @@ def test_auto_stays_within_the_limits_and_an_explicit_size_goes_before_it() -> N
     [
         ("https://example.com/cat.png", "never fetched"),
         ("HTTP://example.com/cat.png", "never fetched"),
-        ("file:///etc/passwd", "no file (in curl: -F image=@FILE) and no data URL"),
-        ("/etc/passwd", "no data URL"),
+        ("file:///etc/passwd", "neither a file (in curl: -F image=@FILE) nor a data URL"),
+        ("/etc/passwd", "nor a data URL"),
         ("data:image/png;base64,%%%", "not base64"),
-        ("data:image/png,abc", "no data URL"),
+        ("data:image/png,abc", "nor a data URL"),
         ({"file_id": "file-1"}, "send a file, or a data URL"),
         (5, "send a file, or a data URL"),
         ([], "the list is empty"),
-        ([PICTURE, "x" * 10**6], "no data URL"),
+        ([PICTURE, "x" * 10**6], "nor a data URL"),
         ("data:;base64,", "it is empty"),
         (data_url(b"GIF89a"), "it is a GIF"),
     ],
     ids=lambda value: str(value)[:30],
 )
 def test_what_is_no_picture_is_refused_without_being_repeated(image: Any, told: str) -> None:
-    error = refusal(served("FluxPipeline"), image=image)
+    error = rejection(served("FluxPipeline"), image=image)
     assert error.param == "image"
     assert told in error.message
     assert len(error.message) < 200
 
 
 def test_what_openais_types_let_an_app_say_of_an_edit_is_taken() -> None:
-    """But for GIF, SVG, transparency, URLs, and marks on a picture."""
+    """Exceptions: GIF, SVG, transparency, URLs, and marks on an image."""
     fields, validator = get_type_hints(ImageEditParamsBase), served("FluxPipeline")
     elsewhere = {"complexity", "frame_count", "frame_duration_ms", "svg", "markup"}
     assert fields.keys() - EditBody.model_fields.keys() == elsewhere
@@ -237,5 +248,5 @@ def test_defaults_are_judged_and_warmed_up_in_the_kind_that_the_checkpoint_was_s
 
 def test_a_strength_by_default_that_no_kind_takes_is_refused_at_start() -> None:
     check_defaults(build_model(FLUX, strength=0.5), LimitsConfig())
-    with pytest.raises(ConfigError, match="strength means nothing"):
+    with pytest.raises(ConfigError, match="strength has no effect on flux"):
         check_defaults(build_model(replace(FLUX, pipeline_class="Flux2Pipeline"), strength=0.5), LimitsConfig())

@@ -1,4 +1,4 @@
-"""Pictures that go in over HTTP: the openai client gets what plain diffusers draws of them."""
+"""Tests of input images over HTTP: the openai client gets what plain diffusers draws from them."""
 
 import base64
 import io
@@ -37,7 +37,7 @@ STEPS = {"num_inference_steps": 5, "strength": 0.8}
 
 
 def edit(app: Any, prompt: str, **settings: Any) -> Any:
-    """One call of the unmodified client; what OpenAI has no name for goes into extra_body."""
+    """Makes one call of the unmodified client; fields that OpenAI does not know go into extra_body."""
     extra = {name: settings.pop(name) for name in OURS & settings.keys()}
     with OpenAI(base_url=f"{app.url}/v1", api_key="none", max_retries=0) as client:
         answer = client.images.edit(model=app.model.name, prompt=prompt, extra_body=extra, **settings)
@@ -50,7 +50,8 @@ def pixels(data: Any) -> np.ndarray:
 
 @pytest.fixture(scope="session")
 def redraw(plain_pipeline: Callable[[str], Any]) -> Callable[..., np.ndarray]:
-    """`redraw(app, kind, prompt, image, seed=…, **settings)`: what diffusers' own pipeline of that kind draws."""
+    """Returns `redraw(app, kind, prompt, image, seed=…, **settings)`, which draws with diffusers' own pipeline of
+    that kind."""
 
     @cache
     def pipe(tiny: str, pipeline_class: str) -> Any:
@@ -101,7 +102,7 @@ def test_json_with_data_urls_draws_what_a_form_draws(flux_app: Any) -> None:
 
 
 def test_picture_i_of_n_has_seed_plus_i(flux_app: Any, redraw: Redraw) -> None:
-    """Together they share forwards, and a batch rounds differently: one grey level of 255 is allowed."""
+    """The requests share forwards, and a batch rounds differently: one grey level of 255 is allowed."""
     answer = edit(flux_app, "two dogs", image=file(noise()), n=2, seed=40, **STEPS)
     assert [data.seed for data in answer.data] == [40, 41]
     for data in answer.data:
@@ -110,7 +111,7 @@ def test_picture_i_of_n_has_seed_plus_i(flux_app: Any, redraw: Redraw) -> None:
 
 
 def test_the_openai_client_sees_an_edit_form(flux_app: Any, redraw: Redraw) -> None:
-    settings = {"num_inference_steps": 45, "strength": 0.8, "seed": 9}  # time for both partial pictures
+    settings = {"num_inference_steps": 45, "strength": 0.8, "seed": 9}  # enough steps for both partial images
     events = edit(
         flux_app, "a fish", image=file(noise()), stream=True, partial_images=2, progress=True, **settings
     )
@@ -128,14 +129,15 @@ def test_the_openai_client_sees_an_edit_form(flux_app: Any, redraw: Redraw) -> N
 
 @pytest.fixture(scope="session")
 def klein_app(start_app: Callable[..., Any]) -> Any:
-    """FLUX.2 klein, which makes one picture of several, over two shards."""
+    """An app of FLUX.2 klein, which makes one image from several, over two shards."""
     return start_app("flux2-klein", shards=2)
 
 
 LOUD = {"guidance_scale": 40.0}
-"""So that a tiny klein, whose weights are random, draws another picture where another one goes in."""
+"""High guidance: a tiny klein, whose weights are random, then draws different images from different inputs."""
 
 
+@pytest.mark.thorough
 def test_the_openai_client_sees_one_picture_of_two_form(klein_app: Any, redraw: Redraw) -> None:
     settings, images = {"num_inference_steps": 40, "seed": 9, **LOUD}, [noise(1), noise(2)]
     files = [file(image) for image in images]
@@ -148,8 +150,9 @@ def test_the_openai_client_sees_one_picture_of_two_form(klein_app: Any, redraw: 
     assert np.abs(swapped - expected).max() > 1
 
 
+@pytest.mark.thorough
 def test_eight_at_once_over_two_shards_get_their_own_pictures(klein_app: Any, redraw: Redraw) -> None:
-    """Of one picture, of two, and where a mask says, of one."""
+    """The requests take one image, two images, or one image and a mask."""
     white_is_anew = Image.fromarray(255 - np.asarray(half_mask())[..., 3])
 
     def ask(i: int) -> Any:
@@ -184,7 +187,7 @@ def test_a_handle_takes_bytes_and_gives_what_http_gives(flux_app: Any) -> None:
     [picture] = flux_app.handle.generate.remote(**fields).result()
     *_, last = flux_app.handle.options(stream=True).stream.remote(**fields)
     answer = edit(flux_app, **fields)
-    assert picture.media.data == last.news.media.data == base64.b64decode(answer.data[0].b64_json)
+    assert picture.media.data == last.payload.media.data == base64.b64decode(answer.data[0].b64_json)
 
 
 def test_pixels_that_are_broken_behind_a_good_header_are_a_400(flux_app: Any) -> None:
@@ -197,8 +200,9 @@ def test_pixels_that_are_broken_behind_a_good_header_are_a_400(flux_app: Any) ->
     assert refused.value.param == "mask"
 
 
+@cache
 def bombs() -> list[tuple[bytes, int]]:
-    """Files that unfold to far more than they are, and the status of what comes of each."""
+    """Returns files that expand to much more than their size or are broken, and the expected status of each."""
     wide = png_of(4999, 5000, chunk(b"IDAT", zlib.compress(bytes(5000 * 5000), 9)))
     more_than_wanted = png_of(SIDE, SIDE, chunk(b"IDAT", zlib.compress(bytes(2**26), 9)))
     texts = [chunk(b"zTXt", b"C\0\0" + zlib.compress(bytes(2**19), 9))] * 200
@@ -234,17 +238,18 @@ def test_bombs_are_a_400_or_a_picture_and_memory_stays_flat(flux_app: Any) -> No
     grown = {name: (after[name] - before[name]) / 2**20 for name in before}
     assert max(grown.values()) < 300, (
         grown
-    )  # of one 25 MP picture 75 MB would stay, of all that were sent over 1 GB
+    )  # a leak of one 25 MP image would be 75 MB, of all that were sent over 1 GB
 
 
 def resident(app: Any) -> dict[str, int]:
-    """Bytes of each of the app's replicas, without the object store, of which each maps what it has read."""
+    """Returns the resident bytes of each of the app's replicas, without shared memory: each maps what it has read
+    from the object store."""
     mine = f"ServeReplica:{app.name}:"
     found = {}
     for process in psutil.process_iter(["cmdline", "memory_info"]):
         title = " ".join(process.info["cmdline"] or ())
         if mine in title:
             memory = process.info["memory_info"]
-            deployment = re.split(r"\W", title.partition(mine)[2])[0]  # what it is called for follows
+            deployment = re.split(r"\W", title.partition(mine)[2])[0]  # the method's name follows
             found[f"{deployment} {process.pid}"] = memory.rss - memory.shared
     return found

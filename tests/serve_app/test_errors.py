@@ -1,6 +1,7 @@
-"""Bad input gets a 4xx that names the field, in OpenAI's form; afterwards the server serves on."""
+"""Tests that bad input gets a 4xx in OpenAI's form that names the field, and that the server keeps serving."""
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,10 +12,13 @@ from openai import BadRequestError, NotFoundError, OpenAI
 from ray import serve
 
 from deployments.vae import Vae
-from tests.conftest import ENDLESS, PATIENCE_S
+from tests.app import PATIENCE_S
+from tests.keyed_app import ENDLESS, UNMEASURED
 
 pytestmark = pytest.mark.slow
 PROMPT = {"prompt": "a cat"}
+FORESEEN = r"(: the \d+ steps that are left take at least [\d.e+]+ s, but only [\d.e-]+ s are left)?"
+"""The reason that an error gives if a stage foresaw that the deadline cannot be met."""
 
 WRONG_IMAGES: list[tuple[dict[str, Any], str]] = [
     ({"size": "65x64"}, "size"),
@@ -45,6 +49,11 @@ WRONG_IMAGES: list[tuple[dict[str, Any], str]] = [
     ({"prompt": ["a cat", "a dog"]}, "prompt"),
     ({"n": 1.5}, "n"),
     ({"quality": "best"}, "quality"),
+    ({"priority": "urgent"}, "priority"),
+    ({"priority": 5}, "priority"),
+    ({"deadline_s": 0}, "deadline_s"),
+    ({"deadline_s": "soon"}, "deadline_s"),
+    ({"user": "x" * 513}, "user"),
     ({"background": "transparent"}, "background"),
     ({"num_frames": 5}, "num_frames"),
     ({"colour": "red"}, "colour"),
@@ -76,7 +85,7 @@ def test_a_wrong_field_is_named(flux_app: Any, fields: dict[str, Any], param: st
 
 def test_a_url_is_refused_with_what_there_is_instead(flux_app: Any) -> None:
     answer = flux_app.client.post("/v1/images/generations", json=PROMPT | {"response_format": "url"})
-    assert "pictures come as b64_json" in check_error(answer, 400, "response_format")["message"]
+    assert "images are in the answer itself, as b64_json" in check_error(answer, 400, "response_format")["message"]
 
 
 def test_a_missing_prompt_is_named(flux_app: Any) -> None:
@@ -115,7 +124,7 @@ def test_a_wrong_form_is_a_400(wan_app: Any, content_type: str, body: str, param
 def test_json_that_is_not_called_json_is_refused_by_naming_the_header(
     flux_app: Any, wan_app: Any, content_type: str | None
 ) -> None:
-    """The last is what curl says unless told otherwise."""
+    """The last one is curl's default."""
     headers = {"content-type": content_type} if content_type else {}
     asked = [(flux_app, "/v1/images/generations")]
     if content_type and "form" in content_type:
@@ -127,7 +136,7 @@ def test_json_that_is_not_called_json_is_refused_by_naming_the_header(
 
 
 def in_pieces(num_bytes: int) -> Iterator[bytes]:
-    """Without a Content-Length."""
+    """Yields a body in pieces, so that it is sent without a Content-Length."""
     for _ in range(num_bytes // 2**16):
         yield b" " * 2**16
 
@@ -203,7 +212,7 @@ def test_what_openai_has_and_is_not_here_says_what_to_do_instead(wan_app: Any) -
     with OpenAI(base_url=f"{wan_app.url}/v1", api_key="none", max_retries=0) as client:
         with pytest.raises(BadRequestError, match="makes videos: use /v1/videos/sync"):
             client.images.edit(image=b"a cat", prompt="a cat")
-        with pytest.raises(NotFoundError, match="POST the picture to /v1/images/edits, with a prompt"):
+        with pytest.raises(NotFoundError, match="POST the image to /v1/images/edits, with a prompt"):
             client.post("/images/variations", cast_to=object)
 
 
@@ -244,9 +253,7 @@ def test_a_stage_whose_replicas_are_full_is_healthy(flux_app: Any, patient_app: 
     running = [patient_app.handle.generate.remote(**fields) for _ in range(4)]
     try:
         told = wait_until_full(patient_app)
-        assert told["transformer"]["message"].startswith(
-            "1 did not answer: as many requests as max_ongoing_requests"
-        )
+        assert told["transformer"]["message"].startswith("1 did not answer: full (max_ongoing_requests)")
         assert told["num_in_progress"] == len(running)
         assert len(told["vae"]["replicas"]) == 1
         stages = patient_app.client.get("/health").json()["stages"]
@@ -258,7 +265,7 @@ def test_a_stage_whose_replicas_are_full_is_healthy(flux_app: Any, patient_app: 
 
 
 def wait_until_full(app: Any) -> dict[str, Any]:
-    """Until the transformer has no room for the question how it goes; what is told then."""
+    """Waits until the transformer has no room for a call of its stats, and returns the status at that time."""
     deadline = time.monotonic() + PATIENCE_S
     while (status := app.client.get("/v1/status")).json()["transformer"]["replicas"]:
         assert time.monotonic() < deadline, "there never were too many requests for the transformer"
@@ -290,7 +297,7 @@ def test_a_redeploy_leaves_no_moment_without_an_ingress(start_ingress: Callable[
 
 
 def test_a_stage_that_sleeps_is_healthy_and_is_not_woken_to_say_so(start_ingress: Callable[..., Any]) -> None:
-    """The VAE starts asleep here, and would fail to wake: it is not given what it needs."""
+    """The VAE starts asleep here. It would fail to wake, because it is bound without arguments."""
     scaling = {"min_replicas": 0, "initial_replicas": 0, "max_replicas": 1}
     vae = serve.deployment(Vae).options(autoscaling_config=scaling).bind()
     app = start_ingress("asleep", vae=vae)
@@ -313,8 +320,18 @@ def test_one_request_too_many_gets_a_429_with_retry_after(flux_app: Any, narrow_
 
 
 def test_a_request_past_its_deadline_gets_a_504_and_frees_its_seat(flux_app: Any, hasty_app: Any) -> None:
-    answer = hasty_app.client.post("/v1/images/generations", json=PROMPT | {"num_inference_steps": ENDLESS})
-    error = check_error(answer, 504, None)
-    assert error["message"] == "not done within request_timeout_s (1 s)"
+    asked = PROMPT | {"size": UNMEASURED, "num_inference_steps": ENDLESS}
+    error = check_error(hasty_app.client.post("/v1/images/generations", json=asked), 504, None)
+    assert re.fullmatch(r"not done within request_timeout_s \(1 s\)" + FORESEEN, error["message"])
+    assert error["code"] == "deadline_exceeded"
+    flux_app.wait_for_seats(0)
+
+
+def test_a_request_past_its_own_deadline_gets_a_504_that_names_it_and_frees_its_seat(
+    flux_app: Any, patient_app: Any
+) -> None:
+    asked = PROMPT | {"size": UNMEASURED, "num_inference_steps": ENDLESS, "deadline_s": 0.5}
+    error = check_error(patient_app.client.post("/v1/images/generations", json=asked), 504, "deadline_s")
+    assert re.fullmatch(r"not done within deadline_s \(0.5 s\)" + FORESEEN, error["message"])
     assert error["code"] == "deadline_exceeded"
     flux_app.wait_for_seats(0)

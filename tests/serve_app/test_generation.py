@@ -1,7 +1,7 @@
-"""What is told on the way, and what is repeated when a stage is lost. The handles play Serve's part: each call
-ends as its script says.
+"""Tests of the events of a request, and of what is repeated when a stage is lost.
 
-Which error stands for which loss was seen in Ray 2.60 (`relay bench faults`).
+The handles are stand-ins for Serve's, whose calls end as a test specifies. Which error stands for which loss was
+observed in Ray 2.60 (`relay bench faults`).
 """
 
 import asyncio
@@ -15,24 +15,19 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostErro
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 
-from deployments.refusal import NeverFits, NotFinite, ShardGroupLost, WrongField, raised_in
-from deployments.request import (
-    NO_NEWS,
-    Denoised,
-    ForwardCounts,
-    GenerationRequest,
-    Media,
-    PartialDenoised,
-    Progress,
-    Prompt,
-    StreamOptions,
-)
-from serve_app import losses
+from deployments import errors as stage_errors
+from deployments.answers import Denoised, ForwardCounts, Media, PartialDenoised, Progress
+from deployments.errors import ExceedsMemory, NotBegun, OutOfTime, ShardGroupLost, WrongField, raised_in
+from deployments.options.qos import DEFAULT_QOS, Qos
+from deployments.request import NO_EVENTS, GenerationRequest, Prompt, StreamOptions
 from serve_app.errors import BadRequest, DeadlineExceeded, NonFinite, StageFailed
-from serve_app.generation import News, Picture, Stages, generate
-from serve_app.losses import LOSSES_ALONE, LOSSES_TOGETHER
-from serve_app.partials import PartialImage
-from serve_app.suspects import Suspects
+from serve_app.flow import retries
+from serve_app.flow.events import Payload, Picture
+from serve_app.flow.isolation import PoisonIsolation
+from serve_app.flow.partials import PartialImage
+from serve_app.flow.retries import MAX_ISOLATED_LOSSES, MAX_SHARED_LOSSES
+from serve_app.flow.stages import Stages
+from serve_app.generation import generate
 
 REQUEST = GenerationRequest(
     prompt=Prompt("a cat", None, False),
@@ -47,24 +42,25 @@ REQUEST = GenerationRequest(
     output_compression=100,
     fps=8,
 )
-SUSPECTS = Suspects(f"test_generation-{os.getpid()}")
+ISOLATION = PoisonIsolation(f"test_generation-{os.getpid()}")
 REPLICA_DIED = ActorDiedError()
 INPUT_LOST = RayServeException("failed because an upstream actor died before finishing a dependent task")
 AWAY = DeploymentUnavailableError(DeploymentID("Vae", "relay"))
 
 
 def raised_in_replica(cause: Exception) -> Exception:
-    """As Ray hands it over: a RayTaskError that is of the cause's class, too."""
+    """Returns the error as Ray raises it: a RayTaskError that is also an instance of the cause's class."""
     error: Exception = RayTaskError("denoise", f"Traceback\n{cause!r}", cause).as_instanceof_cause()
     return error
 
 
 class Calls:
-    """A stage whose calls end with the errors given, one after another, and succeed from then on."""
+    """A stage whose first calls raise the given errors, in this order; later calls succeed."""
 
     def __init__(self, *errors: Exception) -> None:
         self._errors: Iterator[Exception] = iter(errors)
         self.arguments: list[Any] = []
+        self.qos_seen: list[Qos] = []
 
     def start(self, argument: Any) -> Exception | None:
         self.arguments.append(argument)
@@ -78,13 +74,14 @@ class EncodeHandle(Calls):
         self.session_id = session_id
         return self
 
-    def remote(self, prompt: Prompt) -> str:
+    def remote(self, prompt: Prompt, _pictures: None, qos: Qos) -> str:
+        self.qos_seen.append(qos)
         self.start(prompt)
         return f"conditioning {len(self.arguments)}"
 
 
 class DenoiseHandle(Calls):
-    """num_partials: how many partial pictures every call gives before it ends."""
+    """num_partials: number of partial images that every call yields before it ends."""
 
     denoise = property(lambda self: self)
 
@@ -96,14 +93,15 @@ class DenoiseHandle(Calls):
         assert stream
         return self
 
-    def remote(self, conditioning: str, *_: Any) -> "Stream":
+    def remote(self, conditioning: str, *_: Any, qos: Qos) -> "Stream":
+        self.qos_seen.append(qos)
         return Stream(self.start(conditioning), f"latents {len(self.arguments)}", self._num_partials)
 
 
 class Stream:
     """An asynchronous and a synchronous iterator, as Ray's generators of references are.
 
-    An error comes after the partial pictures.
+    An error is raised after the partial images.
     """
 
     def __init__(self, error: Exception | None, latents: str, num_partials: int) -> None:
@@ -161,7 +159,10 @@ class DecodeHandle(Calls):
         assert isinstance(self._partials, DecodeHandle)
         return self._partials
 
-    def remote(self, latents: str, _: GenerationRequest, target: str | None = None) -> "asyncio.Task[Media]":
+    def remote(
+        self, latents: str, _: GenerationRequest, target: str | None = None, qos: Qos = DEFAULT_QOS
+    ) -> "asyncio.Task[Media]":
+        self.qos_seen.append(qos)
         return asyncio.create_task(self._decode(latents))
 
     async def _decode(self, latents: str) -> Media:
@@ -173,41 +174,43 @@ class DecodeHandle(Calls):
 
 @pytest.fixture(autouse=True)
 def _no_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "FIRST_BACKOFF_S", 0.001)
-    monkeypatch.setattr(losses, "MAX_BACKOFF_S", 0.001)
+    monkeypatch.setattr(retries, "FIRST_BACKOFF_S", 0.001)
+    monkeypatch.setattr(retries, "MAX_BACKOFF_S", 0.001)
 
 
-def news(
-    encoder: Calls, transformer: Calls, vae: Calls, options: StreamOptions = NO_NEWS, **how: Any
-) -> list[News | None]:
-    return told(Stages(encoder, transformer, vae, SUSPECTS), options, **how)
+def payloads(
+    encoder: Calls, transformer: Calls, vae: Calls, options: StreamOptions = NO_EVENTS, **how: Any
+) -> list[Payload | None]:
+    return told(Stages(encoder, transformer, vae, ISOLATION), options, **how)
 
 
 def told(
     stages: Stages,
-    options: StreamOptions = NO_NEWS,
+    options: StreamOptions = NO_EVENTS,
     *,
     timeout_s: float = 10,
     heartbeat_s: float | None = None,
     requests: Sequence[GenerationRequest] = (REQUEST,),
-) -> list[News | None]:
-    async def collect() -> list[News | None]:
-        events = generate(stages, requests, options, timeout_s=timeout_s, heartbeat_s=heartbeat_s)
-        return [event and event.news async for event in events]
+    qos: Qos = DEFAULT_QOS,
+) -> list[Payload | None]:
+    async def collect() -> list[Payload | None]:
+        limits = {"timeout_s": timeout_s, "heartbeat_s": heartbeat_s}
+        events = generate(stages, requests, options, qos=qos, **limits)
+        return [event and event.payload async for event in events]
 
     return asyncio.run(collect())
 
 
-def run(encoder: Calls, transformer: Calls, vae: Calls, timeout_s: float = 10) -> Picture:
-    [picture] = news(encoder, transformer, vae, timeout_s=timeout_s)
+def run(encoder: Calls, transformer: Calls, vae: Calls, **how: Any) -> Picture:
+    [picture] = payloads(encoder, transformer, vae, **how)
     assert isinstance(picture, Picture)
     return picture
 
 
 def partials(transformer: Calls, decode_partial: Calls) -> list[tuple[int, bytes]]:
-    """Index and data of the partial pictures that were told; after them there was a picture."""
+    """Returns index and data of each partial image. Asserts that the final image follows them."""
     vae = DecodeHandle(partials=decode_partial)
-    *before, picture = news(EncodeHandle(), transformer, vae, StreamOptions(num_partial_images=3))
+    *before, picture = payloads(EncodeHandle(), transformer, vae, StreamOptions(num_partial_images=3))
     assert isinstance(picture, Picture)
     assert all(isinstance(partial, PartialImage) for partial in before)
     return [(partial.partial_image_index, partial.media.data) for partial in before]  # type: ignore[union-attr]
@@ -217,17 +220,17 @@ def test_every_prompt_of_a_request_is_encoded_once_for_all_its_pictures() -> Non
     dog = Prompt("a dog", None, False)
     requests = [REQUEST, replace(REQUEST, seed=1), replace(REQUEST, prompt=dog)]
     encoder, transformer = EncodeHandle(), DenoiseHandle()
-    news(encoder, transformer, DecodeHandle(), requests=requests)
+    payloads(encoder, transformer, DecodeHandle(), requests=requests)
     assert [request.prompt for request in encoder.arguments] == [REQUEST.prompt, dog]
     assert transformer.arguments == ["conditioning 1", "conditioning 1", "conditioning 2"]
 
 
 def test_the_encoder_is_told_which_prompts_are_the_same() -> None:
-    """By which they meet in one replica."""
+    """Requests with the same prompt have the same session, so they reach the same replica."""
 
     def session_id(request: GenerationRequest) -> str:
         encoder = EncodeHandle()
-        news(encoder, DenoiseHandle(), DecodeHandle(), requests=[request])
+        payloads(encoder, DenoiseHandle(), DecodeHandle(), requests=[request])
         return encoder.session_id
 
     other = replace(REQUEST, prompt=Prompt("a dog", None, False))
@@ -256,13 +259,13 @@ def test_no_partial_picture_is_told_twice_when_the_denoise_is_repeated() -> None
 
 
 def test_progress_ends_with_the_decode() -> None:
-    last, picture = news(EncodeHandle(), DenoiseHandle(), DecodeHandle(), StreamOptions(wants_progress=True))
+    last, picture = payloads(EncodeHandle(), DenoiseHandle(), DecodeHandle(), StreamOptions(wants_progress=True))
     assert last == Progress(4, 4, 0.0, "decode")
     assert isinstance(picture, Picture)
 
 
 def test_silence_is_told_by_heartbeats() -> None:
-    *silence, picture = news(EncodeHandle(), DenoiseHandle(), DecodeHandle(takes_s=0.2), heartbeat_s=0.02)
+    *silence, picture = payloads(EncodeHandle(), DenoiseHandle(), DecodeHandle(takes_s=0.2), heartbeat_s=0.02)
     assert 2 <= len(silence) <= 10
     assert set(silence) == {None}
     assert isinstance(picture, Picture)
@@ -302,7 +305,7 @@ def test_a_request_that_kills_replicas_is_given_up() -> None:
     transformer = DenoiseHandle(*[REPLICA_DIED] * 100)
     with pytest.raises(StageFailed, match=r"denoise stage was lost.* 4 times"):
         run(EncodeHandle(), transformer, DecodeHandle())
-    assert len(transformer.arguments) == LOSSES_TOGETHER + LOSSES_ALONE
+    assert len(transformer.arguments) == MAX_SHARED_LOSSES + MAX_ISOLATED_LOSSES
 
 
 @pytest.mark.parametrize("error", [AWAY, ActorUnavailableError("no answer", None)])
@@ -312,7 +315,7 @@ def test_an_absent_stage_is_waited_for(error: Exception) -> None:
 
 
 def test_what_the_vae_could_never_decode_is_refused_while_it_is_denoised() -> None:
-    check = CheckHandle(raised_in_replica(NeverFits("decoding 64x64 needs too much")))
+    check = CheckHandle(raised_in_replica(ExceedsMemory("decoding 64x64 needs too much")))
     encoder, transformer, vae = EncodeHandle(), DenoiseHandle(), DecodeHandle(takes_s=60, check=check)
     with pytest.raises(BadRequest, match="size: in the decode stage decoding 64x64 needs too much"):
         run(encoder, transformer, vae)
@@ -326,7 +329,7 @@ def test_a_check_that_fails_leaves_it_to_the_decode(error: Exception) -> None:
 
 def test_the_vae_is_asked_once_for_all_pictures_of_a_size() -> None:
     check = CheckHandle()
-    stages = Stages(EncodeHandle(), DenoiseHandle(), DecodeHandle(check=check), SUSPECTS)
+    stages = Stages(EncodeHandle(), DenoiseHandle(), DecodeHandle(check=check), ISOLATION)
     for _ in range(2):
         told(stages, requests=[REQUEST, replace(REQUEST, seed=1)])
     assert check.arguments == [REQUEST]
@@ -337,6 +340,39 @@ def test_waiting_ends_with_the_deadline() -> None:
         run(EncodeHandle(), DenoiseHandle(), DecodeHandle(*[AWAY] * 10**6), timeout_s=0.2)
 
 
+def test_stages_are_told_who_goes_first_and_what_is_left_of_its_deadline() -> None:
+    encoder, transformer, vae = EncodeHandle(), DenoiseHandle(REPLICA_DIED), DecodeHandle()
+    asked = Qos("high", "ann", deadline_s=5)
+    run(encoder, transformer, vae, qos=asked)
+    first, again = transformer.qos_seen
+    assert (first.priority, first.share) == ("high", "ann")
+    assert first.left_s is not None
+    assert again.left_s is not None
+    assert 0 < again.left_s < first.left_s <= 5
+    assert again.waited_s > first.waited_s
+    for [told] in (encoder.qos_seen, vae.qos_seen):
+        assert (told.priority, told.share, told.left_s is not None) == ("high", "ann", True)
+
+
+def test_what_has_not_begun_is_asked_for_anew_with_the_time_that_it_has_waited() -> None:
+    encoder, transformer = EncodeHandle(), DenoiseHandle(*[raised_in_replica(NotBegun("in 10 s"))] * 5)
+    assert run(encoder, transformer, DecodeHandle()).media.data == b"latents 6"
+    assert len(encoder.arguments) == 1
+    waited = [each.waited_s for each in transformer.qos_seen]
+    assert waited == sorted(waited)
+    assert waited[0] < waited[-1]
+
+
+@pytest.mark.parametrize("deadline_s", [None, 5.0])
+def test_a_stage_that_foresees_the_deadline_ends_the_request(deadline_s: float | None) -> None:
+    """The error names the limit that applies."""
+    transformer = DenoiseHandle(raised_in_replica(OutOfTime("9 steps are left")))
+    with pytest.raises(DeadlineExceeded, match="9 steps are left") as ended:
+        run(EncodeHandle(), transformer, DecodeHandle(), qos=Qos(deadline_s=deadline_s))
+    assert ended.value.param == (None if deadline_s is None else "deadline_s")
+    assert len(transformer.arguments) == 1
+
+
 def test_an_error_of_the_stage_itself_is_not_repeated() -> None:
     transformer = DenoiseHandle(*[raised_in_replica(ValueError("bad shape"))] * 2)
     with pytest.raises(StageFailed, match=r"denoise stage failed: ValueError.*bad shape"):
@@ -345,7 +381,7 @@ def test_an_error_of_the_stage_itself_is_not_repeated() -> None:
 
 
 def test_an_error_is_told_of_the_stage_in_which_it_was_raised() -> None:
-    """What the encoder raises comes out of the call that was given its answer."""
+    """An error of the encoder is raised by the denoise call, which takes the encoder's answer."""
     with pytest.raises(ValueError, match="no such token") as raised, raised_in("encode"):
         raise ValueError("no such token")
     with pytest.raises(StageFailed, match=r"the encode stage failed: ValueError.*no such token"):
@@ -353,7 +389,7 @@ def test_an_error_is_told_of_the_stage_in_which_it_was_raised() -> None:
 
 
 def test_what_is_not_finite_is_an_error_of_its_own_and_not_repeated() -> None:
-    transformer = DenoiseHandle(*[raised_in_replica(NotFinite("the latents are NaN"))] * 2)
+    transformer = DenoiseHandle(*[raised_in_replica(stage_errors.NonFinite("the latents are NaN"))] * 2)
     with pytest.raises(NonFinite, match="the denoise stage: the latents are NaN") as refused:
         run(EncodeHandle(), transformer, DecodeHandle())
     assert len(transformer.arguments) == 1

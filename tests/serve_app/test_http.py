@@ -1,4 +1,4 @@
-"""Through the running app: the openai client draws what plain diffusers draws."""
+"""Tests that the openai client gets from a running app what plain diffusers draws."""
 
 import base64
 import io
@@ -16,8 +16,8 @@ from diffusers import WanVideoToVideoPipeline
 from openai import OpenAI
 from PIL import Image
 
-from deployments.stages.media import encode_media
-from deployments.video_file import read_frames
+from deployments.media.pixels import encode_media
+from deployments.media.video_file import read_frames
 from tests.conftest import TEXT_TOKENS
 from tests.pictures import video
 
@@ -26,7 +26,7 @@ Plain = Callable[..., Any]
 
 
 def generate(app: Any, prompt: str, **settings: Any) -> Any:
-    """One call of the unmodified client; what OpenAI has no name for goes into extra_body."""
+    """Makes one call of the unmodified client; fields that OpenAI does not know go into extra_body."""
     ours = {"seed", "negative_prompt", "num_inference_steps", "guidance_scale", "true_cfg_scale"}
     extra = {name: settings.pop(name) for name in ours & settings.keys()}
     with OpenAI(base_url=f"{app.url}/v1", api_key="none", max_retries=0) as client:
@@ -56,7 +56,7 @@ def test_a_picture_over_http_is_the_plain_pipelines(image_app: Any, plain: Plain
 
 
 def test_picture_i_of_n_has_seed_plus_i(image_app: Any, plain: Plain) -> None:
-    """Three at once share forwards, and a batch rounds differently: one grey level of 255 is allowed."""
+    """The three images share forwards, and a batch rounds differently: one grey level of 255 is allowed."""
     answer = generate(image_app, "two dogs", n=3, seed=40)
     assert [data.seed for data in answer.data] == [40, 41, 42]
     for data in answer.data:
@@ -134,7 +134,7 @@ def test_a_video_over_http_is_the_plain_pipelines(wan_app: Any, plain: Plain, bo
         frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
     expected = plain("wan", "waves", seed=9, guidance_scale=3.0, output_type="np") * 255
     assert frames.shape == (5, 64, 64, 3)
-    # H.264 halves the colour resolution, and these pictures are noise: brightness is what must agree
+    # H.264 halves the colour resolution, and these images are noise: only their brightness must agree
     assert np.abs(frames.mean(axis=3) - expected.mean(axis=3)).mean() < 12
 
 

@@ -1,4 +1,4 @@
-"""The ingress as Serve sees it: a replica that has just started."""
+"""Test of an ingress replica that has just started."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ def test_a_new_one_serves_its_first_request_while_serves_controller_is_silent(
     start_ingress: Callable[..., Any],
 ) -> None:
     client = start_ingress("untried").client
-    assert client.get("/v1/models").status_code == 200  # so the proxy knows it; no stage was asked
+    assert client.get("/v1/models").status_code == 200  # now the proxy knows the replica; no stage has been called
     [controller] = find_processes()["Serve controller"]
     os.kill(controller, signal.SIGSTOP)
     try:

@@ -1,4 +1,4 @@
-"""Limits of memory over HTTP: what never fits gets a 400."""
+"""Tests of memory limits over HTTP: a request that can never fit gets a 400."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -7,13 +7,17 @@ from typing import Any
 import pytest
 from ray import serve
 
+from cluster.replicas.serve_options import plan_serve_options
 from deployments.checkpoints.geometry import with_geometry
-from deployments.config import ModelConfig, TransformerConfig, VaeConfig
+from deployments.config.model import ModelConfig
+from deployments.config.transformer import TransformerConfig
+from deployments.config.vae import VaeConfig
+from deployments.stages.preload import plan_preload
 from deployments.transformer import Transformer
 from deployments.vae import Vae
-from serve_app.config import LimitsConfig
+from serve_app.config.limits import LimitsConfig
 from serve_app.ingress import Ingress
-from tests.conftest import App
+from tests.app import App
 
 DEFAULTS = {"width": 64, "height": 64, "num_inference_steps": 4}
 MODEL = with_geometry(
@@ -22,14 +26,14 @@ MODEL = with_geometry(
     )
 )
 TRANSFORMER_GIB = 15.8e6 / 2**30
-"""14.2 MB of weights, and 0.66 MB for each forward of 64 x 64, 2.6 MB for one of 256 x 256: two small ones fit."""
+"""Room for 14.2 MB of weights and two forwards of 64 x 64 (0.66 MB each), not for one of 256 x 256 (2.6 MB)."""
 VAE_GIB = 2e6 / 2**30
-"""64 x 64 fits and 128 x 128, whose forward the transformer takes, does not."""
+"""Room for 64 x 64, but not for 128 x 128, which fits the transformer."""
 
 
 @contextmanager
 def ingress_over(flux_app: App, name: str, stages: Sequence[Any]) -> Iterator[App]:
-    """An application of its own on the server of `flux_app`."""
+    """Yields an app of its own, with these stages, on the server of `flux_app`."""
     ingress = serve.deployment(serve.ingress()(Ingress)).options(ray_actor_options={"num_cpus": 0})
     handle = serve.run(
         ingress.bind(LimitsConfig(), (MODEL, tuple(stages), ())), name=name, route_prefix=f"/{name}"
@@ -42,16 +46,16 @@ def ingress_over(flux_app: App, name: str, stages: Sequence[Any]) -> Iterator[Ap
 
 @pytest.fixture(scope="module")
 def app(flux_app: App) -> Iterator[App]:
-    """Over the encoder of `flux_app`."""
+    """An app with memory limits, over the encoder of `flux_app`."""
 
     def stage(deployment: type, config: Any) -> Any:
-        options = {"max_ongoing_requests": 32, "ray_actor_options": {"num_cpus": 0.1}}
+        options = plan_serve_options(config, graceful_shutdown_timeout_s=5.0, preload=plan_preload(MODEL, config))
         return serve.deployment(deployment).options(**options).bind(MODEL, config)
 
     stages = (
         flux_app.deployment("Encoder"),
-        stage(Transformer, TransformerConfig(memory_limit_gib=TRANSFORMER_GIB, batch_wait_ms=50)),
-        stage(Vae, VaeConfig(memory_limit_gib=VAE_GIB)),
+        stage(Transformer, TransformerConfig(num_cpus=0.1, memory_limit_gib=TRANSFORMER_GIB, batch_wait_ms=50)),
+        stage(Vae, VaeConfig(num_cpus=0.1, memory_limit_gib=VAE_GIB)),
     )
     with ingress_over(flux_app, "tight", stages) as app:
         yield app
@@ -59,7 +63,7 @@ def app(flux_app: App) -> Iterator[App]:
 
 @pytest.fixture(scope="module")
 def roomy_app(app: App, flux_app: App) -> Iterator[App]:
-    """The same transformer before a VAE without a limit."""
+    """An app with the same transformer and a VAE without a limit."""
     stages = (flux_app.deployment("Encoder"), app.deployment("Transformer"), flux_app.deployment("Vae"))
     with ingress_over(flux_app, "roomy", stages) as roomy:
         yield roomy

@@ -1,4 +1,4 @@
-"""A pipeline that diffusers has as blocks alone, served: two shards draw what the whole draws."""
+"""Tests of a pipeline that exists in diffusers only as blocks: two shards draw what the whole pipeline draws."""
 
 import base64
 import io
@@ -16,7 +16,7 @@ from ray import serve
 
 from deployments.checkpoints.source import fetch_checkpoint
 from serve_app.app import build_app
-from serve_app.config import parse_app_config
+from serve_app.config.serve_file import parse_app_config
 from tests.deployments import plain
 from tests.serve_app.pictures import SIDE, data_url, file, noise
 
@@ -49,7 +49,7 @@ def client(request: pytest.FixtureRequest) -> Iterator[httpx.Client]:
 
 @pytest.fixture(scope="module")
 def draw() -> Callable[..., np.ndarray]:
-    """`draw(prompt, seed, **arguments)`: the plain pipeline."""
+    """Returns `draw(prompt, seed, **arguments)`, which draws with the plain pipeline."""
     pipeline = cache(lambda: plain.load_plain(fetch_checkpoint(f"tiny://{NAME}", ())))
 
     def draw(prompt: str, seed: int, *, guidance_scale: float = 3.5, **arguments: Any) -> np.ndarray:
@@ -93,7 +93,7 @@ def test_an_edit_is_the_plain_pipelines(
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_eight_at_once_get_each_their_own(client: httpx.Client, draw: Callable[..., np.ndarray]) -> None:
-    """They share forwards, and a batch rounds differently: one grey level of 255 is allowed."""
+    """The requests share forwards, and a batch rounds differently: one grey level of 255 is allowed."""
     prompts = [f"{number} dogs" for number in range(8)]
     with ThreadPoolExecutor(len(prompts)) as pool:
         drawn = list(pool.map(lambda prompt: ask(client, prompt=prompt, seed=9), prompts))

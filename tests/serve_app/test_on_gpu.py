@@ -1,4 +1,4 @@
-"""Through the running app, with a part of a GPU for every process: what one user sees of it."""
+"""Tests of a running app, each of whose processes has a part of a GPU."""
 
 import base64
 import io
@@ -61,7 +61,7 @@ def test_a_gpu_that_is_lost_costs_no_request_and_its_replica_comes_back(
 
 
 def process_of(app: Any, stage: str, rank: int) -> int | None:
-    """Its id; None while it is not there."""
+    """Returns the process id of this rank, or None while the process does not exist."""
     replicas = app.client.get("/v1/status").json()[stage]["replicas"]
     if not replicas:
         return None

@@ -1,12 +1,12 @@
-"""That the replicas of a served app are forked of one process."""
+"""Tests that the replicas of a served app are forked from one process."""
 
 import psutil
 
-from tests.conftest import App
+from tests.app import App
 
 
 def fork_servers(app: App, deployment: str) -> list[int]:
-    """Parents of that replica that are fork servers."""
+    """Returns the pid of the replica's parent, in a list; the list is empty if the parent is not a fork server."""
     pid = app.deployment(deployment).stats.remote().result()
     pid = getattr(pid, "pid", None) or pid.ranks[0].pid
     parent = psutil.Process(pid).parent()

@@ -1,4 +1,4 @@
-"""Over HTTP: a long prompt's end is told where it is cut off, and schedulers are chosen by name."""
+"""Tests over HTTP that a warning tells what is cut off a long prompt, and that schedulers are chosen by name."""
 
 import base64
 import io
@@ -69,7 +69,7 @@ def test_one_that_is_not_allowed_is_refused_with_a_list(sd15_app: Any) -> None:
     assert refused.status_code == 400
     error = refused.json()["error"]
     assert error["param"] == "scheduler"
-    assert error["message"].endswith("is not among this model's: PNDMScheduler, DDIMScheduler")
+    assert error["message"].endswith("is not one of this model's: PNDMScheduler, DDIMScheduler")
 
 
 def _pixels(answer: dict[str, Any]) -> Any:

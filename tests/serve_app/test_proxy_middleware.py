@@ -1,4 +1,4 @@
-"""What stands before every application, in front of a real uvicorn server, and asked over real sockets."""
+"""Tests of the middleware of Serve's proxies, in a real uvicorn server and over real sockets."""
 
 import contextlib
 import json
@@ -12,21 +12,22 @@ import pytest
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serve_app import http_connection, proxy_middleware
-from serve_app.http_connection import BoundedConnection
-from serve_app.proxy_exit import ExitOnSigterm
+from serve_app import proxy_middleware
+from serve_app.http import connection as http_connection
+from serve_app.http.connection import BoundedConnection
+from serve_app.http.proxy_exit import ExitOnSigterm
 from serve_app.proxy_middleware import ProxyMiddleware
 
 NOT_FOUND = "Path '/x' not found. Ping http://.../-/routes for available routes."
 
 
 class Proxy:
-    """Like Serve's: hands a request on, or says in a text without a length why not. One ingress after another."""
+    """Stands for Serve's proxy: passes requests to an ingress, or answers with an error text without a length."""
 
     def __init__(self) -> None:
         self.routes: dict[str, str] = {"/": "relay"}
         self.num_lost = 0
-        """So many ingresses die before they answer."""
+        """How many of the next ingresses die before they answer."""
         self.own_words: tuple[int, str] | None = None
         self.seen: list[tuple[str, bytes, dict[str, str]]] = []
 
@@ -45,6 +46,10 @@ class Proxy:
             self.num_lost -= 1
         elif self.own_words is not None:
             await self._say(send, *self.own_words)
+        elif scope["path"] == "/busy":
+            wait = [(b"retry-after", b"7"), (b"content-length", b"2"), (b"content-type", b"application/json")]
+            await send({"type": "http.response.start", "status": 429, "headers": wait})
+            await send({"type": "http.response.body", "body": b"{}"})
         elif scope["path"] == "/large":
             await self._say(send, 200, "x" * 2**25, "application/octet-stream")
         else:
@@ -88,12 +93,12 @@ def address(proxy: Proxy) -> Iterator[Address]:
 
 @pytest.fixture
 def client(address: Address) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=f"http://{address[0]}:{address[1]}") as made:
+    with httpx.Client(base_url=f"http://{address[0]}:{address[1]}", timeout=60) as made:
         yield made
 
 
 def ask(address: Address, data: bytes, *, patience_s: float = 10.0) -> bytes:
-    """All that is answered until the server closes; raises TimeoutError if it does not."""
+    """Returns all that the server answers until it closes. Raises TimeoutError if it does not close."""
     with socket.create_connection(address, timeout=patience_s) as connection:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # refused while it was sent
             connection.sendall(data)
@@ -105,7 +110,7 @@ def ask(address: Address, data: bytes, *, patience_s: float = 10.0) -> bytes:
 
 
 def status_of(answer: bytes) -> int:
-    """Of an error in the API's form."""
+    """Returns the status of an answer. Asserts that it is an error in the API's form."""
     head, _, body = answer.partition(b"\r\n\r\n")
     error = json.loads(body)["error"]
     assert error.keys() == {"message", "type", "param", "code"}
@@ -134,7 +139,7 @@ def test_a_request_whose_ingress_died_is_asked_again_as_it_was(
 
 
 def test_all_repeats_of_a_request_have_one_idempotency_key(proxy: Proxy, client: httpx.Client) -> None:
-    """So that whatever the first has begun is known to the second."""
+    """By the key, the second attempt finds what the first has begun."""
     keys = []
     for own in ({}, {}, {"idempotency-key": "the client's"}):
         proxy.num_lost, proxy.seen = 1, []
@@ -144,6 +149,20 @@ def test_all_repeats_of_a_request_have_one_idempotency_key(proxy: Proxy, client:
         keys.append(first)
     assert len(set(keys)) == 3
     assert keys[2] == "the client's"
+
+
+def test_a_request_and_its_repeats_are_one_to_whoever_counts_and_no_client_says_which(
+    proxy: Proxy, client: httpx.Client
+) -> None:
+    """A client that could choose the id would be charged only once for all its requests."""
+    told = []
+    for _ in range(2):
+        proxy.num_lost, proxy.seen = 1, []
+        client.post("/v1/images/generations", content=b"{}", headers={"x-relay-request": "mine"})
+        first, second = (headers["x-relay-request"] for _, _, headers in proxy.seen)
+        assert first == second
+        told.append(first)
+    assert len({*told, "mine"}) == 3
 
 
 def test_an_ingress_that_dies_again_and_again_is_a_503_in_the_apis_form(
@@ -239,7 +258,7 @@ def test_headers_that_do_not_come_are_a_408(address: Address, monkeypatch: pytes
 def test_hundreds_of_half_requests_shut_nobody_out(
     address: Address, client: httpx.Client, monkeypatch: pytest.MonkeyPatch, half: bytes
 ) -> None:
-    """The oldest gives way, so each that is whole passes."""
+    """The oldest half request is cut off for a new connection, so complete requests are served."""
     monkeypatch.setattr(http_connection, "MAX_CONNECTIONS", 150)
     with contextlib.ExitStack() as crowd:
         for _ in range(400):
@@ -263,6 +282,70 @@ def test_an_answer_that_nobody_takes_is_cut_off(address: Address, monkeypatch: p
         assert received < 2**25
 
 
+def test_a_body_that_breaks_off_in_no_chunk_is_a_400_and_is_asked_of_nobody(
+    proxy: Proxy, address: Address
+) -> None:
+    answer = ask(address, HEAD + b"transfer-encoding: chunked\r\n\r\nzz\r\n{}")
+    assert status_of(answer) == 400
+    assert proxy.seen == []
+
+
+def ask_large(stack: contextlib.ExitStack, address: Address, *, buffer_bytes: int = 2**12) -> socket.socket:
+    connection = stack.enter_context(socket.socket())
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
+    connection.settimeout(10.0)
+    connection.connect(address)
+    connection.sendall(b"GET /large HTTP/1.1\r\nhost: x\r\n\r\n")
+    return connection
+
+
+def num_received(connection: socket.socket, *, pause_s: float = 0.0) -> int:
+    received = 0
+    with contextlib.suppress(ConnectionResetError, TimeoutError):
+        while received < 2**25 and (piece := connection.recv(2**21)):
+            received += len(piece)
+            time.sleep(pause_s)
+    return received
+
+
+def test_an_answer_in_one_piece_that_is_taken_slowly_is_not_cut_off(
+    address: Address, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client reads for many times STALL_TIMEOUT_S, but never stops reading."""
+    monkeypatch.setattr(http_connection, "STALL_TIMEOUT_S", 0.3)
+    with contextlib.ExitStack() as stack:
+        assert num_received(ask_large(stack, address, buffer_bytes=2**17), pause_s=0.005) >= 2**25
+
+
+def test_of_too_many_answers_that_nobody_takes_the_one_that_waits_longest_is_cut(
+    address: Address, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_connection, "MAX_WAITING_ANSWERS", 2)
+    with contextlib.ExitStack() as stack:
+        first, *others = [(ask_large(stack, address), time.sleep(0.3))[0] for _ in range(3)]
+        assert num_received(first) < 2**25
+        assert all(num_received(other) >= 2**25 for other in others)
+
+
+def test_bytes_that_wait_for_clients_are_bounded_in_all(address: Address, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_connection, "MAX_WAITING_BYTES", 2**26)
+    with contextlib.ExitStack() as stack:
+        first, *others = [(ask_large(stack, address), time.sleep(0.3))[0] for _ in range(3)]
+        assert num_received(first) < 2**25
+        assert all(num_received(other) >= 2**25 for other in others)
+
+
+def test_the_proxys_own_429_tells_what_an_ingress_told_last(proxy: Proxy, client: httpx.Client) -> None:
+    proxy.own_words = (429, "Request dropped due to backpressure (num_queued_requests=3).")
+    assert client.get("/x").headers["Retry-After"] == "5"
+    proxy.own_words = None
+    assert client.get("/busy").status_code == 429
+    proxy.own_words = (429, "Request dropped due to backpressure (num_queued_requests=3).")
+    refused = client.get("/x")
+    assert (refused.status_code, refused.headers["Retry-After"]) == (429, "7")
+    assert refused.json()["error"]["code"] == "overloaded"
+
+
 def test_a_client_that_leaves_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     left = threading.Event()
 
@@ -278,10 +361,10 @@ def test_a_client_that_leaves_is_noticed(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_serves_proxies_load_it() -> None:
-    """By the name in their environment, as Serve does; then uvicorn's `auto` is the bounded connection."""
+    """Loads the middleware by name from the environment, as Serve does. uvicorn then uses BoundedConnection."""
     from ray.serve._private.http_util import call_function_from_import_path, validate_http_proxy_callback_return
 
-    from serve_app.ray_environment import RAY_ENVIRONMENT
+    from serve_app.commands.ray_environment import RAY_ENVIRONMENT
 
     path = RAY_ENVIRONMENT["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"]
     made = validate_http_proxy_callback_return(call_function_from_import_path(path))

@@ -1,4 +1,4 @@
-"""The same generation by a Python handle, as `serve.get_app_handle("relay")` gives it."""
+"""Tests of generation by a Python handle, as `serve.get_app_handle("relay")` returns it."""
 
 import base64
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 from ray import serve
 
-from deployments.request import Progress
+from deployments.answers import Progress
 from serve_app.errors import BadRequest, UnknownModel
-from serve_app.generation import Picture
-from serve_app.partials import PartialImage
-from tests.conftest import ENDLESS
+from serve_app.flow.events import Picture
+from serve_app.flow.partials import PartialImage
+from tests.keyed_app import ENDLESS
 
 pytestmark = pytest.mark.slow
 
@@ -43,9 +43,9 @@ def test_a_handle_gives_n_pictures_in_the_order_of_their_seeds(handle: Any) -> N
 def test_a_stream_tells_progress_before_the_pictures(handle: Any) -> None:
     events = list(stream(handle, **FIELDS, n=2))
     for i in range(2):
-        *progress, picture = [event.news for event in events if event.index == i]
-        assert all(isinstance(news, Progress) and news.num_steps == 5 for news in progress)
-        steps = [news.step for news in progress]
+        *progress, picture = [event.payload for event in events if event.index == i]
+        assert all(isinstance(payload, Progress) and payload.num_steps == 5 for payload in progress)
+        steps = [payload.step for payload in progress]
         assert steps == sorted(steps)
         assert (steps[0], steps[-1], progress[-1].phase) == (0, 5, "decode")
         assert picture.seed == 21 + i
@@ -54,21 +54,24 @@ def test_a_stream_tells_progress_before_the_pictures(handle: Any) -> None:
 def test_a_stream_ends_with_the_picture_that_generate_gives(handle: Any) -> None:
     *_, last = stream(handle, **FIELDS)
     [picture] = handle.generate.remote(**FIELDS).result()
-    assert isinstance(last.news, Picture)
-    assert last.news.media.data == picture.media.data
+    assert isinstance(last.payload, Picture)
+    assert last.payload.media.data == picture.media.data
 
 
 def test_a_stream_gives_partial_pictures_when_asked(handle: Any) -> None:
-    events = stream(handle, **FIELDS | {"num_inference_steps": 12}, partial_images=2, progress=False)
-    *partials, picture = [event.news for event in events]
+    events = stream(handle, **FIELDS | {"num_inference_steps": 48}, partial_images=2, progress=False)
+    *partials, picture = [event.payload for event in events]
     assert isinstance(picture, Picture)
-    assert [(type(news), news.partial_image_index) for news in partials] == [(PartialImage, 0), (PartialImage, 1)]
+    assert [(type(payload), payload.partial_image_index) for payload in partials] == [
+        (PartialImage, 0),
+        (PartialImage, 1),
+    ]
 
 
 def test_a_videos_stream_tells_progress(wan_app: Any) -> None:
     *progress, last = stream(wan_app.handle, prompt="waves", seed=3, num_frames=5)
-    assert isinstance(last.news, Picture)
-    assert [event.news.step for event in progress][-1] == 4
+    assert isinstance(last.payload, Picture)
+    assert [event.payload.step for event in progress][-1] == 4
 
 
 def test_a_video_models_handle_gives_one_mp4(wan_app: Any) -> None:

@@ -1,9 +1,12 @@
-"""The quickstart as `make serve` starts it, and its model as an oracle: a picture that belongs to another request
-would be seen. The last test ends it.
+"""Tests of the quickstart as a new user starts it: by name, in an empty folder, with the installed wheel.
+
+Its images can be compared with their prompts, so an image that belongs to another request is noticed. The last
+test ends the server.
 """
 
 import base64
 import io
+import re
 import signal
 import socket
 import subprocess
@@ -20,10 +23,11 @@ import psutil
 import pytest
 from PIL import Image
 
-from deployments.checkpoints.shapes.grader import grade
-from deployments.checkpoints.shapes.scene import random_scene
-from deployments.checkpoints.shapes.wording import describe_unseen
-from tests.relay_server import QUICKSTART, free_port, left_over, serving, wait_for
+from deployments.training.shapes.grader import grade
+from deployments.training.shapes.scene import random_scene
+from deployments.training.shapes.wording import describe_unseen
+from tests.relay_server import free_port, left_over, serving, wait_for
+from tests.wheel import build_wheel, install_wheel
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +37,7 @@ CONCURRENCY = 16
 
 @dataclass(frozen=True)
 class Server:
-    """`relay serve`, its log, and who asks it."""
+    """A process of `relay serve`, its log and a client."""
 
     process: "subprocess.Popen[bytes]"
     log: Path
@@ -44,9 +48,11 @@ class Server:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("quickstart")
-    port, log, config = free_port(), folder / "log", folder / "config.yaml"
-    config.write_text(QUICKSTART)
-    with serving(config, log, "--port", str(port), "--grace", "1") as process:
+    relay = install_wheel(build_wheel(folder), folder / "venv") / "relay"
+    port, log, empty = free_port(), folder / "log", folder / "empty"
+    empty.mkdir()
+    options = ("--port", str(port), "--grace", "1")
+    with serving(Path("quickstart"), log, *options, relay=str(relay), cwd=empty) as process:
         wait_for(log, f"quickstart is ready: http://127.0.0.1:{port}/", process)
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
             yield Server(process, log, port, client)
@@ -59,8 +65,15 @@ def draw(client: httpx.Client, prompt: str, seed: int) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
+def test_the_page_is_there_with_all_that_it_loads(server: Server) -> None:
+    page = server.client.get("/").text
+    named = re.findall(r'(?:src|href)="([^"#:]+)"', page)
+    assert {name.rpartition(".")[2] for name in named} >= {"css", "js"}
+    assert [name for name in named if server.client.get(name).status_code != 200] == []
+
+
 def test_sixteen_at_once_each_get_what_they_asked_for(server: Server) -> None:
-    """Colour, place and background, every one: two mixed-up requests would show."""
+    """Colour, place and background of every image are checked, so that mixed-up requests are noticed."""
     rng = np.random.default_rng(3)
     scenes = [random_scene(rng, is_held_out=True) for _ in range(NUM_REQUESTS)]
     prompts = [describe_unseen(scene, rng) for scene in scenes]
@@ -95,9 +108,9 @@ def test_at_sigterm_it_cuts_what_runs_over_its_grace_and_leaves_nothing(server: 
     text = server.log.read_text()
     assert (len(errors), left_over(children, after_s=5)) == (1, [])
     assert "relay: encoder: ready" in text
-    assert "1 request in progress: 1 s more" in text
+    assert "1 request in progress: waiting up to 1 s" in text
     assert "graceful_shutdown" not in text
-    assert text.rstrip().endswith("relay: ending")
+    assert text.rstrip().endswith("relay: stopping")
     with socket.socket() as again:
         again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that have ended may linger
         again.bind(("127.0.0.1", server.port))

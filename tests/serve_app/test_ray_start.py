@@ -1,4 +1,4 @@
-"""docs/operations.md's commands for machines of one's own, after a local Ray has written its token."""
+"""Test of docs/operations.md's commands for one's own machines, after a local Ray has written its token."""
 
 import os
 import signal
@@ -29,7 +29,7 @@ def ports() -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def env(tmp_path_factory: pytest.TempPathFactory, ports: dict[str, int]) -> dict[str, str]:
-    """Of a person with an empty home, who has run the README first and reads operations.md then."""
+    """Environment of a user with an empty home folder who follows first the README, then operations.md."""
     home = tmp_path_factory.mktemp("home")
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {"HOME": str(home)}
     picture = [BIN / "relay", "generate", "a red circle", "--config", "configs/quickstart.yaml"]
@@ -44,7 +44,7 @@ def env(tmp_path_factory: pytest.TempPathFactory, ports: dict[str, int]) -> dict
 
 @pytest.fixture(scope="module")
 def head(env: dict[str, str], ports: dict[str, int]) -> Iterator[None]:
-    """`ray start --head`, held in the foreground: `ray stop` would end every Ray of this machine."""
+    """Runs `ray start --head` in the foreground, because `ray stop` would end every Ray of this machine."""
     command = [BIN / "ray", "start", "--head", "--block", "--num-cpus=4", "--node-ip-address=127.0.0.1"]
     command += [f"--port={ports['gcs']}", f"--dashboard-port={ports['dashboard']}"]
     starting = {name: value for name, value in env.items() if name not in {"RAY_ADDRESS", "RAY_DASHBOARD_ADDRESS"}}
@@ -79,7 +79,7 @@ def wait_for(url: str, status: int = 200) -> None:
 def test_serve_deploy_and_serve_status_work_with_the_token_that_a_local_ray_wrote(
     env: dict[str, str], ports: dict[str, int], tmp_path: Path
 ) -> None:
-    """Starts two Rays, on both cores."""
+    """Starts two Rays, which load two cores."""
     config = tmp_path / "quickstart.yaml"
     config.write_text(
         (ROOT / "configs" / "quickstart.yaml").read_text().replace("port: 8000", f"port: {ports['http']}")

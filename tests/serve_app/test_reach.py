@@ -1,4 +1,4 @@
-"""Who can reach what a served app listens on."""
+"""Tests of who can reach the ports of a served app."""
 
 import os
 import pickle
@@ -15,11 +15,11 @@ import psutil
 from ray._raylet import AuthenticationTokenLoader
 from ray.serve.generated import serve_pb2, serve_pb2_grpc
 
-from tests.conftest import App
+from tests.app import App
 
 
 def listening() -> Iterator[tuple[str, str, int]]:
-    """(process, address, port) of this process and its descendants: Ray, Serve and the stages."""
+    """Yields (process, address, port) where this process or a descendant listens: Ray, Serve and the stages."""
     here = psutil.Process()
     for process in (here, *here.children(recursive=True)):
         for socket in process.net_connections("tcp"):
@@ -28,7 +28,8 @@ def listening() -> Iterator[tuple[str, str, int]]:
 
 
 def replica_ports(app: App) -> list[int]:
-    """Of this app alone: a transformer of several shards listens for its other ranks, too, in another protocol."""
+    """Returns the ports of this app's replicas alone: in other apps, a transformer of several shards also listens
+    for its ranks, in another protocol."""
     mine = f"ray::ServeReplica:{app.name}:"
     return [port for name, _, port in listening() if name.startswith(mine)]
 
@@ -46,7 +47,7 @@ def is_loopback(address: str) -> bool:
 
 
 class Intrusion:
-    """Its pickle writes a file wherever it is read."""
+    """An object whose pickle creates a file where it is loaded."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -69,7 +70,7 @@ def test_a_replica_runs_a_pickle_only_of_who_has_the_token(flux_app: App, tmp_pa
 
 
 def call(port: int, request: Any, metadata: Mapping[str, str] = MappingProxyType({})) -> grpc.StatusCode:
-    """How the port answers what a replica asks another."""
+    """Calls the port as one replica calls another, and returns the status of the answer."""
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         stub = serve_pb2_grpc.ASGIServiceStub(channel)
         try:
@@ -81,7 +82,7 @@ def call(port: int, request: Any, metadata: Mapping[str, str] = MappingProxyType
 
 
 def test_what_the_command_line_starts_is_a_ray_of_this_machine_only() -> None:
-    """Ray reads that while it is imported."""
+    """Ray reads this setting when it is imported."""
     program = """if True:
         import contextlib, sys
         from serve_app.cli import main

@@ -1,4 +1,4 @@
-"""Errors say the same on the other side of a process."""
+"""Tests of errors: their form, and that they are the same in another process."""
 
 import pickle
 import threading
@@ -82,7 +82,7 @@ def test_openais_client_repeats_what_will_pass_and_nothing_else(
     sleep, me = time.sleep, threading.current_thread()
 
     def wait(seconds: float) -> None:
-        """Other threads of this process really do."""
+        """Records this thread's waits; other threads really sleep."""
         (waits.append if threading.current_thread() is me else sleep)(seconds)
 
     monkeypatch.setattr(time, "sleep", wait)

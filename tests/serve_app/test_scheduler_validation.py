@@ -1,14 +1,15 @@
-"""Which scheduler a request may ask for, and whether its prompt's words may weigh. Over HTTP: test_prompts.py."""
+"""Tests of the schedulers and prompt weights that a request may ask for. Over HTTP: test_prompts.py."""
 
 from typing import Any
 
 import pytest
 
-from deployments.config import ModelConfig
-from serve_app.config import ConfigError, LimitsConfig
-from serve_app.config_check import check_defaults
+from deployments.config.model import ModelConfig
+from serve_app.config.app import ConfigError
+from serve_app.config.check import check_defaults
+from serve_app.config.limits import LimitsConfig
 from serve_app.errors import BadRequest
-from serve_app.model_card import model_card
+from serve_app.models.card import model_card
 from serve_app.validation import Validator
 from tests.serve_app.test_validation import published
 
@@ -41,14 +42,14 @@ def test_a_request_may_ask_for_what_the_config_lists_and_for_the_checkpoints_own
     [
         (build_model(schedulers=["DDIMScheduler", KARRAS]), "PNDMScheduler, DDIMScheduler, karras"),
         (build_model(), "PNDMScheduler"),
-        (build_model(None), "none but the checkpoint's own, which is the default"),
+        (build_model(None), "only the checkpoint's own, which is the default"),
     ],
 )
 @pytest.mark.parametrize("asked", ["DPMSolverMultistepScheduler", "ddimscheduler", "euler", "🐈"])
 def test_another_is_refused_with_a_list_of_those_that_there_are(
     model: ModelConfig, known: str, asked: str
 ) -> None:
-    with pytest.raises(BadRequest, match=f"is not among this model's: {known}$") as refused:
+    with pytest.raises(BadRequest, match=f"is not one of this model's: {known}$") as refused:
         scheduler_of(model, scheduler=asked)
     assert refused.value.param == "scheduler"
 
@@ -72,7 +73,7 @@ def test_the_card_lists_them_the_default_first() -> None:
     ],
 )
 def test_what_no_request_could_tell_from_the_checkpoints_own_is_refused(scheduler: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="PNDMScheduler is what the checkpoint's own is called: set `name`"):
+    with pytest.raises(ConfigError, match="PNDMScheduler is the name of the checkpoint's own: set `name`"):
         check_defaults(build_model(schedulers=[scheduler]), LimitsConfig())
 
 

@@ -1,6 +1,6 @@
-"""Two models on one app, of which one has room at a time: they share encoder and VAE, and their denoisers sleep.
+"""Tests of an app with two models that share encoder and VAE; only one of their transformers has room at a time.
 
-Room is CPUs here, of which the cluster has 16: Ray places by all resources alike.
+Room means CPUs here, of which the cluster has 16: Ray places replicas by all resources alike.
 """
 
 import base64
@@ -20,19 +20,20 @@ from PIL import Image
 from ray import serve
 
 from serve_app.app import build_app
-from serve_app.config import parse_app_config
-from serve_app.files import resolve_family
-from tests.conftest import PATIENCE_S, TEXT_TOKENS, App
+from serve_app.config.checkpoint_files import resolve_family
+from serve_app.config.serve_file import parse_app_config
+from tests.app import PATIENCE_S, App
+from tests.conftest import TEXT_TOKENS
 
 pytestmark = pytest.mark.slow
 
 DRAWS, EDITS = "tiny-flux", "tiny-flux-kontext"
 STEPS = {DRAWS: 4, EDITS: 2}
-"""Their tiny denoisers have the same weights; so they draw differently."""
+"""Different for each model, so that they draw differently: their tiny denoisers have the same weights."""
 COLD_MS = 500.0
-"""A process is not there sooner."""
+"""Less than any new process takes to start."""
 NUM_ASKED: Counter[str] = Counter()
-"""Requests, by model."""
+"""Number of requests sent, by model."""
 
 
 def entry(name: str, **stages: Any) -> dict[str, Any]:
@@ -74,7 +75,7 @@ def app(serve_url: str) -> Iterator[App]:
 
 
 def ask(app: App, model: str) -> tuple[np.ndarray, float]:
-    """The picture, and for how long its model was waited for, in ms."""
+    """Returns the image, and the time in ms for which the request waited for its model to wake."""
     body = {"model": model, "prompt": "a red fox", "seed": 7}
     answer = app.client.post("/v1/images/generations", json=body)
     assert answer.status_code == 200, answer.text
@@ -91,7 +92,7 @@ def stage_pids(app: App, stage: str) -> set[int]:
 
 @pytest.fixture(scope="module")
 def expected(plain_pipeline: Callable[[str], Any]) -> dict[str, np.ndarray]:
-    """What each draws alone."""
+    """What plain diffusers draws with each model, by name."""
     drawn = {}
     for name, more in ((DRAWS, {}), (EDITS, {"max_area": 64 * 64})):
         output = plain_pipeline(name.removeprefix("tiny-"))(
@@ -107,6 +108,7 @@ def expected(plain_pipeline: Callable[[str], Any]) -> dict[str, np.ndarray]:
     return drawn
 
 
+@pytest.mark.thorough
 def test_models_that_take_turns_in_the_room_draw_what_each_draws_alone(
     app: App, expected: dict[str, np.ndarray]
 ) -> None:
@@ -120,7 +122,7 @@ def test_models_that_take_turns_in_the_room_draw_what_each_draws_alone(
 
 
 def num_counted(model: str) -> float:
-    """Requests that an ingress has taken up, as Prometheus sees them."""
+    """Returns the number of requests for this model that an ingress has accepted, as Prometheus sees it."""
     text = httpx.get(f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}").text
     found = re.findall(r"^ray_relay_requests_total\{(.*)\} (\S+)$", text, re.MULTILINE)
     counts = {tags: float(value) for tags, value in found}

@@ -1,4 +1,4 @@
-"""A served model whose ranks share each forward: what HTTP sees when one of them is killed."""
+"""Tests over HTTP of a served model whose ranks share each forward, also when one of them is killed."""
 
 import base64
 import io
@@ -16,8 +16,8 @@ from PIL import Image
 from ray import serve
 
 from serve_app.app import build_app, resolve_family
-from serve_app.config import parse_app_config
-from tests.conftest import PATIENCE_S, App
+from serve_app.config.serve_file import parse_app_config
+from tests.app import PATIENCE_S, App
 from tests.thorough import usually
 
 pytestmark = [pytest.mark.slow, pytest.mark.thorough]
@@ -67,7 +67,7 @@ def test_both_ranks_of_a_shard_compute_every_micro_batch_and_hold_its_weights(ap
 
 @pytest.mark.parametrize("lost", usually([0, 1, 2, 3], {3}.__contains__))
 def test_a_request_survives_the_death_of_any_rank(app: App, lost: int) -> None:
-    """The replica goes with it; the ingress asks its successor, and the picture is the same."""
+    """The replica ends with the rank. The ingress repeats the request on its successor: the image is the same."""
     before, pids = draw(app), {rank.pid for rank in ranks(app)}
     answers: list[httpx.Response] = []
     asking = threading.Thread(target=lambda: answers.append(draw(app)))

@@ -1,10 +1,10 @@
-"""What Serve says of a stage, judged without Serve."""
+"""Tests, without Serve, of what is concluded from Serve's status of a stage."""
 
 import pytest
 from ray.serve._private.common import DeploymentStatusTrigger
 from ray.serve.schema import ApplicationStatus, DeploymentStatus, DeploymentStatusOverview, ReplicaState
 
-from serve_app.replicas import ASLEEP, MAX_MESSAGE_CHARACTERS, WAKING, Told, _told
+from serve_app.models.replicas import ASLEEP, MAX_MESSAGE_CHARACTERS, WAKING, Told, _told
 
 TOO_MANY_CPUS = 'Resources required for each replica: {"CPU": 64.0}, total resources available: {"CPU": 2.0}.'
 
@@ -22,7 +22,7 @@ TOO_MANY_CPUS = 'Resources required for each replica: {"CPU": 64.0}, total resou
         (Told("DOWNSCALING", "", {"RUNNING": 1, "STOPPING": 1}), None),
         (Told("UPSCALING", "", {"RUNNING": 1, "STARTING": 1}), None),
         (Told("UPSCALING", TOO_MANY_CPUS, {"STARTING": 1}), None),
-        (Told("UPSCALING", TOO_MANY_CPUS, {"STARTING": 1}, takes_turns=True), WAKING),
+        (Told("UPSCALING", TOO_MANY_CPUS, {"STARTING": 1}, may_sleep=True), WAKING),
         (Told("UPDATING", "", {"STARTING": 1}), None),
         (Told("UNHEALTHY", "", {}), None),
         (Told("DEPLOY_FAILED", "", {}), None),
@@ -52,7 +52,7 @@ class Handle:
 
 
 class Application:
-    """As Serve tells of one whose deploy failed: without its deployments."""
+    """Serve's status of an application whose deploy failed: it lists no deployments."""
 
     status = ApplicationStatus.DEPLOY_FAILED
     deployments: dict[str, object] = {}  # noqa: RUF012

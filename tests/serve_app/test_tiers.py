@@ -1,4 +1,4 @@
-"""`quality` and `step_cache`: over HTTP, as OpenAI's client and others ask for them."""
+"""Tests of `quality` and `step_cache` over HTTP, with OpenAI's client and others."""
 
 import json
 from typing import Any
@@ -15,7 +15,7 @@ def ask(app: Any, **fields: Any) -> Any:
 
 
 def drawn(app: Any, **fields: Any) -> tuple[Any, Any]:
-    """(the answer, its first picture)"""
+    """Returns the answer and its first image."""
     answer = ask(app, **fields).raise_for_status().json()
     return answer, answer["data"][0]
 
@@ -47,7 +47,7 @@ def test_openais_client_asks_for_a_tier(flux_app: Any) -> None:
 
 
 def test_a_tier_without_effect_is_told(flux_app: Any) -> None:
-    """Of four steps the first three and the last compute in any case."""
+    """With four steps nothing is reused, because the first three and the last are always computed."""
     answer, picture = drawn(flux_app, quality="medium", num_inference_steps=4)
     assert answer["quality"] == "high"
     [warning] = picture["warnings"]
@@ -66,11 +66,11 @@ def test_a_step_cache_of_the_requests_own_goes_before_quality(flux_app: Any) -> 
     [
         ({"kind": "tea_cache"}, "Input should be 'taylor_seer' or 'easy_cache'"),
         ({"kind": "taylor_seer", "interval": 1}, "greater than or equal to 2"),
-        ({"kind": "easy_cache", "interval": 2}, "interval is of kind taylor_seer"),
+        ({"kind": "easy_cache", "interval": 2}, "interval is only for kind taylor_seer"),
         ({"intervall": 2}, "did you mean 'interval'"),
         ([1], "step_cache"),
         ("tea", "Input should be"),
-        ("{half", "no JSON"),
+        ("{half", "not JSON"),
     ],
 )
 def test_a_wrong_step_cache_is_a_400_that_names_it(flux_app: Any, step_cache: Any, message: str) -> None:

@@ -1,4 +1,4 @@
-"""OpenTelemetry spans: of every stage, in the client's trace, over OTLP."""
+"""Tests of OpenTelemetry spans: every stage has one in the client's trace, and OTLP exports them."""
 
 import json
 import re
@@ -26,7 +26,7 @@ CALLS = ("Encoder encode", "Transformer denoise", "Vae decode")
 
 @pytest.mark.slow
 def test_every_stage_has_a_span_in_the_trace_of_the_client(flux_app: Any) -> None:
-    """The session's Serve samples nothing by itself; `01` says that the client does."""
+    """Serve samples nothing by itself in this session; `01` in the header says that the client does."""
     trace_id = uuid.uuid4().hex
     headers = {"traceparent": f"00-{trace_id}-{trace_id[:16]}-01"}
     answer = flux_app.client.post("/v1/images/generations", json={"prompt": "spans"}, headers=headers)
@@ -53,7 +53,7 @@ def wait_for_spans(trace_id: str, names: set[str]) -> list[dict[str, Any]]:
 
 
 def parse(text: str) -> list[dict[str, Any]]:
-    """Serve writes one indented JSON object after another; the last may be half written."""
+    """Returns the spans of a file: indented JSON objects, of which the last may be half written."""
     return [json.loads(part) for part in re.findall(r"^\{$.*?^\}$", text, re.MULTILINE | re.DOTALL)]
 
 
@@ -75,7 +75,7 @@ class Collector(BaseHTTPRequestHandler):
         self.end_headers()
 
     def log_message(self, *_: Any) -> None:
-        """Silent."""
+        """Logs nothing."""
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Bodies become requests, or an error that names the field. Over HTTP: test_errors.py."""
+"""Tests that bodies become requests, or an error that names the field. Over HTTP: test_errors.py."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -9,18 +9,20 @@ from openai.types.image_generate_params import ImageGenerateParamsBase
 
 from deployments.checkpoints.geometry import with_geometry
 from deployments.checkpoints.source import with_family
-from deployments.config import DefaultsConfig, ModelConfig
+from deployments.config.model import DefaultsConfig, ModelConfig
 from deployments.families import FAMILIES, Geometry
+from deployments.options.qos import DEFAULT_QOS, Qos
 from deployments.request import GenerationRequest, Prompt
 from serve_app.app import build_app
-from serve_app.config import AppConfig, ConfigError, LimitsConfig
+from serve_app.config.app import AppConfig, ConfigError
+from serve_app.config.limits import LimitsConfig
 from serve_app.errors import BadRequest, UnknownModel
-from serve_app.model_card import model_card
-from serve_app.openai_api import ImageBody
+from serve_app.http.openai_requests import ImageBody
+from serve_app.models.card import model_card
 from serve_app.validation import Validator
 
 NEVER_GUIDED_ALONE = {"flux", "qwen-image"}
-"""Guidance needs a negative prompt."""
+"""Families whose guidance needs a negative prompt."""
 
 
 def build_validator(family: str, *, limits: dict[str, Any] | None = None, **defaults: Any) -> Validator:
@@ -30,7 +32,7 @@ def build_validator(family: str, *, limits: dict[str, Any] | None = None, **defa
 
 
 def published(family: str) -> Geometry:
-    """What sizes the published model makes."""
+    """Returns the geometry of the family's published model."""
     return FAMILIES[family].geometry(FAMILIES[family].published)
 
 
@@ -39,7 +41,7 @@ def one(family: str, **fields: Any) -> GenerationRequest:
     return request
 
 
-def refusal(family: str, **fields: Any) -> BadRequest:
+def rejection(family: str, **fields: Any) -> BadRequest:
     with pytest.raises(BadRequest) as refused:
         one(family, **fields)
     return refused.value
@@ -113,15 +115,15 @@ def test_guidance_without_a_negative_prompt_is_each_familys_own(family: str) -> 
     ("family", "field"), [("sd15", "true_cfg_scale"), ("wan", "true_cfg_scale"), ("qwen-image", "guidance_scale")]
 )
 def test_a_scale_that_means_nothing_to_a_family_is_refused(family: str, field: str) -> None:
-    error = refusal(family, **{field: 2.0})
+    error = rejection(family, **{field: 2.0})
     assert error.param == field
-    assert error.message == f"{field} means nothing to {family}; use {FAMILIES[family].call.guidance}"
+    assert error.message == f"{field} has no effect on {family}; use {FAMILIES[family].call.guidance}"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_size_error_names_the_nearest_size_and_that_one_is_taken(family: str) -> None:
     multiple = published(family).size_multiple
-    error = refusal(family, size=f"{5 * multiple + 1}x{4 * multiple - 1}")
+    error = rejection(family, size=f"{5 * multiple + 1}x{4 * multiple - 1}")
     assert error.param == "size"
     assert f"nearest: {5 * multiple}x{4 * multiple}" in error.message
     request = one(family, size=error.message.rpartition(" ")[2])
@@ -130,7 +132,7 @@ def test_a_size_error_names_the_nearest_size_and_that_one_is_taken(family: str) 
 
 @pytest.mark.parametrize(("output_format", "most"), [("jpeg", 65_500), ("webp", 16_383), ("png", 99_984)], ids=str)
 def test_a_side_that_a_format_cannot_hold_is_refused_at_once(output_format: str, most: int) -> None:
-    """The file's own limits; 99,984 is the longest side of five digits."""
+    """The limits are those of the file formats; 99,984 is the longest valid side of five digits."""
     validator = build_validator("flux")
     longest = most // 16 * 16
     for size in (f"{longest}x16", f"16x{longest}"):
@@ -138,19 +140,19 @@ def test_a_side_that_a_format_cannot_hold_is_refused_at_once(output_format: str,
     if output_format == "png":
         return
     for size in (f"{longest + 16}x16", f"16x{longest + 16}"):
-        error = refusal("flux", size=size, output_format=output_format)
+        error = rejection("flux", size=size, output_format=output_format)
         assert error.param == "size"
-        assert f"output_format {output_format}, which has at most {most} pixels a side" in error.message
+        assert f"output_format {output_format}, which allows at most {most} pixels a side" in error.message
 
 
 def test_a_side_that_h264_cannot_hold_is_refused_at_once() -> None:
-    error = refusal("wan", size="16400x16", num_frames=1)
+    error = rejection("wan", size="16400x16", num_frames=1)
     assert (error.param, "16384 pixels" in error.message) == ("size", True)
 
 
 def test_a_side_that_the_denoiser_has_no_positions_for_is_refused() -> None:
     assert one("sd3", size="3072x16").width == 3072
-    assert "draws 3072 pixels each way at most, got 3088x16" in refusal("sd3", size="3088x16").message
+    assert "draws at most 3072 pixels each way, got 3088x16" in rejection("sd3", size="3088x16").message
 
 
 def test_frames_go_by_the_checkpoints_vae() -> None:
@@ -192,24 +194,24 @@ def test_num_frames_goes_before_seconds() -> None:
 
 
 def test_too_many_seconds_are_told_as_seconds() -> None:
-    error = refusal("wan", seconds=60)
+    error = rejection("wan", seconds=60)
     assert (error.param, error.message) == ("seconds", "seconds asks for 961 frames; the limit is 161")
 
 
 def test_a_frame_count_error_names_the_nearest_two() -> None:
-    assert "nearest: 5 or 9" in refusal("wan", num_frames=6).message
+    assert "nearest: 5 or 9" in rejection("wan", num_frames=6).message
 
 
 @pytest.mark.parametrize("family", ["flux", "wan"])
 def test_null_stands_for_a_field_left_out(family: str) -> None:
-    """So OpenAI's clients send it, where their types say optional."""
+    """OpenAI's clients send null for fields whose types are optional."""
     nulls = dict.fromkeys(["model", "size", "user", "seed", "negative_prompt", "num_inference_steps"])
     assert one(family, **nulls, **({} if family == "wan" else {"n": None, "output_format": None})).width
-    assert refusal(family, prompt=None).message == "prompt: Field required"
+    assert rejection(family, prompt=None).message == "prompt: Field required"
 
 
 def test_what_openais_types_let_an_app_say_is_taken() -> None:
-    """But for GIF, SVG, transparency and URLs."""
+    """Exceptions: GIF, SVG, transparency and URLs."""
     fields = get_type_hints(ImageGenerateParamsBase)
     assert fields.keys() - ImageBody.model_fields.keys() == {
         "complexity",
@@ -225,14 +227,39 @@ def test_what_openais_types_let_an_app_say_is_taken() -> None:
     assert one("flux", seed=1, user="me", safety_identifier="me") == plain
 
 
+QOS: list[tuple[dict[str, Any], Qos]] = [
+    ({}, DEFAULT_QOS),
+    ({"priority": None, "deadline_s": None, "user": None}, DEFAULT_QOS),
+    ({"priority": "high", "deadline_s": 20, "user": "ann"}, Qos("high", "ann", 20)),
+    ({"safety_identifier": "a1b2"}, Qos(share="a1b2")),
+    ({"user": "ann", "safety_identifier": "a1b2"}, Qos(share="ann")),
+]
+
+
+@pytest.mark.parametrize(("fields", "qos"), QOS)
+@pytest.mark.parametrize("family", ["flux", "wan"])
+def test_who_goes_first_is_judged_beside_the_request(family: str, fields: dict[str, Any], qos: Qos) -> None:
+    validator = build_validator(family)
+    asked = {"prompt": "a cat", "seed": 1} | fields
+    assert validator.validate_fields(asked).qos == qos
+    assert validator.validate_stream(asked).qos == qos
+    assert validator.validate_fields(asked | {"prompt": ["a cat", "a dog"]}).qos == qos
+    assert one(family, seed=1, **fields) == one(family, seed=1)
+
+
+def test_a_keys_name_counts_more_than_what_its_client_says() -> None:
+    assert Qos(share="ann").asked_by("team-a").share == "team-a"
+    assert Qos(share="ann").asked_by(None).share == "ann"
+
+
 def choices(hint: Any) -> Iterator[str]:
-    """What the Literals in a type allow."""
+    """Yields the values that the Literals in a type allow."""
     for part in get_args(hint):
         yield from choices(part) if get_args(part) else [part] if isinstance(part, str) else []
 
 
 def test_an_error_repeats_no_more_of_the_input_than_one_can_read() -> None:
-    assert len(refusal("flux", seed=["1234567890"] * 10_000).message) < 500
+    assert len(rejection("flux", seed=["1234567890"] * 10_000).message) < 500
 
 
 def test_the_served_models_name_may_be_left_out_but_not_wrong() -> None:
@@ -247,11 +274,11 @@ def test_the_served_models_name_may_be_left_out_but_not_wrong() -> None:
         ("flux", {"width": 100}, {}, "size: width and height must be multiples of 16, got 100x1024"),
         ("flux", {}, {"max_pixels": 256 * 256}, "1024x1024 has 1048576 pixels; the limit is 65536"),
         ("flux", {"num_inference_steps": 200}, {}, "num_inference_steps must be between 1 and 150, got 200"),
-        ("sd15", {"true_cfg_scale": 2.0}, {}, "true_cfg_scale means nothing to sd15"),
-        ("sdxl", {"num_frames": 5}, {}, "num_frames: this field is not known"),
+        ("sd15", {"true_cfg_scale": 2.0}, {}, "true_cfg_scale has no effect on sd15"),
+        ("sdxl", {"num_frames": 5}, {}, "num_frames: unknown field"),
         ("wan", {"num_frames": 6}, {}, "num_frames must be 1 more than a multiple of 4, got 6"),
         ("wan", {}, {"max_num_frames": 33}, "num_frames asks for 81 frames; the limit is 33"),
-        ("flux", {"negative_prompt": "dog \ud83d"}, {}, "negative_prompt: character 4 is half of one"),
+        ("flux", {"negative_prompt": "dog \ud83d"}, {}, "negative_prompt: character 4 is half a character"),
     ],
 )
 def test_a_default_that_a_request_could_not_ask_for_is_refused_before_anything_starts(

@@ -1,4 +1,4 @@
-"""Bodies with a video become requests that draw it anew, or an error that names the field."""
+"""Tests that bodies with a video become requests that redraw it, or an error that names the field."""
 
 from dataclasses import replace
 from typing import Any
@@ -8,10 +8,10 @@ import pytest
 from deployments.families.calls import find_calls
 from deployments.families.wan import WAN
 from deployments.request import GenerationRequest
-from serve_app.config import LimitsConfig
-from serve_app.config_check import check_defaults, plan_warm_up
+from serve_app.config.check import check_defaults, plan_warm_up
+from serve_app.config.limits import LimitsConfig
 from serve_app.errors import BadRequest
-from serve_app.model_card import model_card
+from serve_app.models.card import model_card
 from serve_app.validation import Validator
 from tests.pictures import video
 from tests.serve_app.pictures import file, noise
@@ -23,7 +23,7 @@ LIMITS = LimitsConfig(max_num_frames=33)
 
 
 def served(pipeline_class: str = "WanPipeline") -> Validator:
-    """As such a checkpoint would be: all but its class is Wan's."""
+    """Returns the validator of a checkpoint of this class. All but the class is Wan's."""
     return Validator(build_model(replace(WAN, pipeline_class=pipeline_class)), LIMITS)
 
 
@@ -40,7 +40,7 @@ def test_the_kind_and_its_defaults_go_by_what_goes_in() -> None:
 
 
 def test_a_video_goes_in_as_it_was_sent() -> None:
-    pictures = served().judge_fields({"prompt": "a cat", "input_reference": FILM}).pictures
+    pictures = served().validate_fields({"prompt": "a cat", "input_reference": FILM}).pictures
     assert pictures is not None
     assert (pictures.video, pictures.images, pictures.field) == (FILM, (), "input_reference")
 
@@ -69,16 +69,16 @@ def test_a_request_may_say_how_much_of_it_and_how_fast(fields: dict[str, Any], n
         ("WanPipeline", {"strength": 0.01}, "strength", "is less than one"),
         ("WanPipeline", {"strength": 0}, "strength", "greater than 0"),
         ("WanPipeline", {"strength": 0.5, "input_reference": None, "num_frames": 9}, "strength", "without a"),
-        ("LucyEditPipeline", {"strength": 0.5}, "strength", "means nothing to this model"),
+        ("LucyEditPipeline", {"strength": 0.5}, "strength", "has no effect on this model"),
         ("WanPipeline", {"size": "100x64"}, "size", "multiples of 16"),
         ("WanPipeline", {"input_reference": video(40)}, "input_reference", "has over 33 frames, the limit: send"),
         (
             "WanPipeline",
             {"input_reference": PICTURE},
             "input_reference",
-            "it is no video: this model takes a",
+            "it is not a video: this model takes a",
         ),
-        ("WanImageToVideoPipeline", {}, "input_reference", "it is a video: this model takes the picture"),
+        ("WanImageToVideoPipeline", {}, "input_reference", "it is a video: this model takes the image"),
         ("LucyEditPipeline", {"input_reference": None}, "input_reference", "is missing: this model needs a video"),
         ("MochiPipeline", {}, "input_reference", "makes videos from text alone"),
         ("WanPipeline", {"video": FILM}, "video", "did you mean input_reference?"),

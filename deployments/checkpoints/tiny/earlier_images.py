@@ -1,4 +1,4 @@
-"""Tiny pipelines that draw pictures as those before them did: after T5 and CLIP, or with a UNet."""
+"""Tiny image pipelines of earlier designs: with T5 and CLIP as text encoders, or with a UNet."""
 
 from typing import Any
 
@@ -67,7 +67,7 @@ def build_lcm() -> LatentConsistencyModelPipeline:
 
 
 def build_sd15_inpaint() -> StableDiffusionInpaintPipeline:
-    """Stable Diffusion 1.5 for inpainting: the masked picture's latents and the mask beside the 4 of the noise."""
+    """Stable Diffusion 1.5 for inpainting: 4 noise channels, then the masked image's latents and the mask."""
     parts = build_sd15().components
     config = dict(parts["unet"].config) | {"in_channels": 9, "_use_default_values": []}
     parts["unet"] = UNet2DConditionModel.from_config(config)
@@ -80,7 +80,7 @@ def build_pixart_alpha() -> PixArtAlphaPipeline:
 
 
 def build_pixart_sigma() -> PixArtSigmaPipeline:
-    """PixArt-sigma: the same model for larger pictures."""
+    """PixArt-sigma: the model of PixArt-alpha, for larger images."""
     return PixArtSigmaPipeline(**_build_pixart())
 
 
@@ -100,7 +100,7 @@ def _build_pixart() -> dict[str, Any]:
 
 
 def build_cogview3() -> CogView3PlusPipeline:
-    """CogView 3 Plus: T5 as text encoder; pictures up to 256 px."""
+    """CogView 3 Plus: T5 as text encoder; images up to 256 px."""
     return CogView3PlusPipeline(
         **build_t5(),
         vae=build_sd_vae(),
@@ -120,7 +120,7 @@ def build_cogview3() -> CogView3PlusPipeline:
 
 
 def build_hunyuan_dit() -> HunyuanDiTPipeline:
-    """Hunyuan-DiT: the second half of the blocks reads what the first half gave, as in a UNet."""
+    """Hunyuan-DiT: the second half of the blocks reads the outputs of the first half, as in a UNet."""
     tokenizer, t5_tokenizer = build_clip_tokenizer(), build_t5_tokenizer()
     return HunyuanDiTPipeline(
         vae=build_sd_vae(),
@@ -153,12 +153,12 @@ def build_hunyuan_dit() -> HunyuanDiTPipeline:
 
 
 def build_kandinsky5() -> Kandinsky5T2IPipeline:
-    """Kandinsky 5 for pictures: Qwen2.5-VL and CLIP as text encoders."""
+    """Kandinsky 5 for images: Qwen2.5-VL and CLIP as text encoders."""
     return Kandinsky5T2IPipeline(**build_kandinsky5_parts(visual_cond=False), vae=build_flux_vae())
 
 
 def build_kandinsky5_parts(visual_cond: bool) -> dict[str, Any]:
-    """All but the VAE. visual_cond: whether the denoiser's latents come with those of a picture and a mask."""
+    """All components but the VAE. visual_cond: whether the denoiser also reads an image's latents and a mask."""
     qwen, clip_tokenizer = build_qwen_image(), build_clip_tokenizer()
     return {
         "transformer": Kandinsky5Transformer3DModel(

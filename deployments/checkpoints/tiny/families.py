@@ -1,7 +1,7 @@
-"""The six families that the most tests rest on: the published structure, with small widths.
+"""The six families that most tests use: the published structure, with small widths.
 
-What must not shrink: every Linear of a denoiser reads a multiple of 64 features (bitsandbytes' 4-bit block),
-and a denoiser has enough blocks for 3 shards. VAEs have 4 levels, hence a factor of 8, and the family's latent
+Lower limits: the input of every Linear of a denoiser is a multiple of 64 features (bitsandbytes' 4-bit block), and
+a denoiser has enough blocks for 3 shards. VAEs have 4 levels, hence a factor of 8, and the family's latent
 channels.
 """
 
@@ -127,10 +127,10 @@ def build_sdxl() -> StableDiffusionXLPipeline:
 
 
 def build_sd3() -> StableDiffusion3Pipeline:
-    """Stable Diffusion 3: 4 joint blocks, two projected CLIP encoders and T5, pictures up to 512 px.
+    """Stable Diffusion 3: 4 joint blocks, two projected CLIP encoders and T5, images up to 512 px.
 
-    T5 must be at least as wide as both CLIPs side by side: the pipeline pads their embeddings to T5's width,
-    and would cut them without a word if it were smaller.
+    T5 must be at least as wide as both CLIPs together: the pipeline pads their embeddings to T5's width, and would
+    silently truncate them if T5 were narrower.
     """
     t5_width = 3 * TEXT_WIDTH
     tokenizer, tokenizer_2, tokenizer_3 = build_clip_tokenizer(), build_clip_tokenizer(), build_t5_tokenizer()

@@ -1,4 +1,4 @@
-"""Tiny pipelines of FLUX and its kin: double blocks, then single blocks."""
+"""Tiny pipelines of FLUX and similar models: double blocks, then single blocks."""
 
 from diffusers import (
     AdaptiveProjectedMixGuidance,
@@ -57,19 +57,19 @@ from deployments.checkpoints.tiny.vision import build_qwen_processor
 _USER_TEXT = "{% for part in messages[1].content %}{{ part.text }}{% endfor %}"
 _TWO_EACH = {"num_layers": 2, "num_single_layers": 2}
 _EMPTY_PROMPT = 128_000
-"""The token that Bria Fibo reads where a prompt is empty, of SmolLM3's vocabulary."""
+"""The token of SmolLM3's vocabulary that Bria Fibo reads if a prompt is empty."""
 _NUM_STACKED_LAYERS = 3
-"""Hidden states of the language model that FLUX.2 puts side by side."""
+"""Number of the language model's hidden states that FLUX.2 concatenates."""
 
 
 def build_flux_kontext() -> FluxKontextPipeline:
-    """FLUX.1 Kontext: the same model; the picture's tokens follow those of the noise."""
+    """FLUX.1 Kontext: FLUX.1's model; the image's tokens follow those of the noise."""
     parts = build_flux().components
     return FluxKontextPipeline(**parts)
 
 
 def build_flux_fill() -> FluxFillPipeline:
-    """FLUX.1 Fill: the masked picture's latents and the mask, 320 channels, beside the 64 of the noise."""
+    """FLUX.1 Fill: 64 noise channels, and 320 channels of the masked image's latents and the mask."""
     parts = build_flux().components
     del parts["image_encoder"], parts["feature_extractor"]
     parts["transformer"] = FluxTransformer2DModel(
@@ -88,7 +88,7 @@ def build_flux_fill() -> FluxFillPipeline:
 def build_flux2() -> Flux2Pipeline:
     """FLUX.2-dev: Mistral Small as text encoder, guidance embedded.
 
-    Its processor, Pixtral's, is the bare tokenizer here, and leaves the system's message out.
+    A tokenizer replaces its processor, Pixtral's, and leaves out the system message.
     """
     tokenizer = build_chat_tokenizer()
     tokenizer.chat_template = _USER_TEXT
@@ -125,7 +125,7 @@ def _build_flux2_transformer(guidance_embeds: bool) -> Flux2Transformer2DModel:
 
 
 def build_chroma() -> ChromaPipeline:
-    """Chroma: FLUX.1 without pooled embeddings; one small network makes every modulation."""
+    """Chroma: FLUX.1 without pooled embeddings; one small network computes every modulation."""
     return ChromaPipeline(
         **build_t5(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -159,7 +159,7 @@ def build_bria() -> BriaPipeline:
 
 
 def build_bria_fibo() -> BriaFiboPipeline:
-    """Bria Fibo: every block reads a layer of SmolLM3; Wan 2.2's VAE."""
+    """Bria Fibo: every block reads one layer's states of SmolLM3; Wan 2.2's VAE."""
     tokenizer = build_chat_tokenizer()
     return BriaFiboPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -213,7 +213,7 @@ def build_longcat() -> LongCatImagePipeline:
 
 
 def build_hidream() -> HiDreamImagePipeline:
-    """HiDream-I1: two CLIPs, T5 and every layer of Llama; mixtures of experts."""
+    """HiDream-I1: two CLIPs, T5 and every layer of Llama as text encoders; mixtures of experts."""
     clip_tokenizers, t5_tokenizer = (build_clip_tokenizer(), build_clip_tokenizer()), build_t5_tokenizer()
     llama_tokenizer = build_chat_tokenizer()
     positions = 128
@@ -245,7 +245,7 @@ def build_hidream() -> HiDreamImagePipeline:
 
 
 def build_aura_flow() -> AuraFlowPipeline:
-    """AuraFlow: pictures up to 128 px."""
+    """AuraFlow: images up to 128 px."""
     tokenizer = build_t5_tokenizer()
     return AuraFlowPipeline(
         tokenizer=tokenizer,
@@ -265,7 +265,7 @@ def build_aura_flow() -> AuraFlowPipeline:
 
 
 def build_hunyuan_image() -> HunyuanImagePipeline:
-    """HunyuanImage 2.1: Qwen2.5-VL and ByT5 as text encoders, a VAE of 32 x 32 pixels in one."""
+    """HunyuanImage 2.1: Qwen2.5-VL and ByT5 as text encoders, a VAE with one latent per 32 x 32 pixels."""
     qwen, (byt5_tokenizer, byt5) = build_qwen_image(), build_byt5()
     return HunyuanImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),

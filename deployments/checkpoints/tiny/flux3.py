@@ -1,4 +1,4 @@
-"""Tiny pipelines of FLUX.3, which diffusers has as blocks alone."""
+"""Tiny pipelines of FLUX.3, which diffusers has only as a modular pipeline."""
 
 from diffusers import (
     Flux3AutoBlocks,
@@ -16,9 +16,9 @@ from deployments.checkpoints.tiny.vaes import build_flux2_vae
 from deployments.checkpoints.tiny.vision import build_qwen3_processor
 
 _STACKED_LAYERS = (4, 8, 12, 16, 20, 24, 28, 32)
-"""Of the text encoder; FLUX.3 takes the states behind these."""
+"""Layers of the text encoder whose output states FLUX.3 reads."""
 _IN_CHANNELS = 64
-"""The VAE's 16, packed by 2 x 2."""
+"""The VAE's 16 channels, packed by 2 x 2."""
 
 
 def build_flux3() -> ModularPipeline:
@@ -27,12 +27,12 @@ def build_flux3() -> ModularPipeline:
 
 
 def build_flux3_distilled() -> ModularPipeline:
-    """FLUX.3 klein: each step is told where it jumps to, and nothing guides."""
+    """FLUX.3 klein: each step also gets the time that it jumps to, and there is no guidance."""
     return _build(Flux3DistilledAutoBlocks(), flow_map=True)
 
 
 def _build(blocks: SequentialPipelineBlocks, *, flow_map: bool) -> ModularPipeline:
-    """Without the language model that rewrites prompts."""
+    """Builds a pipeline without the language model that rewrites prompts."""
     tokenizer, pipeline = build_chat_tokenizer(), blocks.init_pipeline()
     language_model = build_qwen3_vl(tokenizer, num_layers=_STACKED_LAYERS[-1])
     pipeline.update_components(

@@ -1,4 +1,4 @@
-"""Tiny pipelines that draw pictures with one list of blocks after language models."""
+"""Tiny image pipelines with language models as text encoders and a denoiser with one list of blocks."""
 
 from diffusers import (
     CogView4Pipeline,
@@ -46,7 +46,7 @@ _DC_CHANNELS = 8
 
 
 def build_z_image() -> ZImagePipeline:
-    """Z-Image: Qwen3 as text encoder; a refiner each for latents and text before the blocks."""
+    """Z-Image: Qwen3 as text encoder; one refiner for latents and one for text before the blocks."""
     tokenizer = build_chat_tokenizer()
     return ZImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -66,7 +66,7 @@ def build_z_image() -> ZImagePipeline:
 
 
 def build_ideogram4() -> Ideogram4Pipeline:
-    """Ideogram 4: layers all over Qwen3-VL; guidance by a second transformer, which is given no text."""
+    """Ideogram 4: layers throughout Qwen3-VL as text encoder; guidance by a second transformer without text."""
     tokenizer, num_text_layers, num_read = build_chat_tokenizer(), 36, 13
     transformers = {
         name: Ideogram4Transformer2DModel(
@@ -91,7 +91,7 @@ def build_ideogram4() -> Ideogram4Pipeline:
 
 
 def build_lumina2() -> Lumina2Pipeline:
-    """Lumina Image 2: Gemma 2 as text encoder; a refiner each for latents and text before the blocks."""
+    """Lumina Image 2: Gemma 2 as text encoder; one refiner for latents and one for text before the blocks."""
     tokenizer = build_chat_tokenizer()
     return Lumina2Pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
@@ -125,7 +125,7 @@ def build_lumina() -> LuminaPipeline:
         multiple_of=16,
         cross_attention_dim=TEXT_WIDTH,
     )
-    transformer.pad_token.data.normal_()  # left uninitialised
+    transformer.pad_token.data.normal_()  # diffusers leaves it uninitialised
     return LuminaPipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(),
@@ -136,7 +136,7 @@ def build_lumina() -> LuminaPipeline:
 
 
 def build_krea2() -> Krea2Pipeline:
-    """Krea 2: several layers of Qwen3-VL, fused inside the model."""
+    """Krea 2: several layers of Qwen3-VL as text encoder, fused inside the model."""
     tokenizer, num_layers = build_qwen_tokenizer(), 3
     return Krea2Pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
@@ -163,7 +163,7 @@ def build_krea2() -> Krea2Pipeline:
 
 
 def build_ernie() -> ErnieImagePipeline:
-    """ERNIE-Image: Ministral as text encoder; without the model that enhances prompts."""
+    """ERNIE-Image: Ministral as text encoder; without the model that rewrites prompts."""
     tokenizer = build_chat_tokenizer()
     return ErnieImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -184,7 +184,7 @@ def build_ernie() -> ErnieImagePipeline:
 
 
 def build_sana() -> SanaPipeline:
-    """Sana: linear attention, Gemma 2 as text encoder, a VAE of 32 x 32 pixels in one."""
+    """Sana: linear attention, Gemma 2 as text encoder, a VAE with one latent per 32 x 32 pixels."""
     tokenizer = build_chat_tokenizer()
     return SanaPipeline(
         tokenizer=tokenizer,
@@ -198,7 +198,7 @@ def build_sana() -> SanaPipeline:
 
 
 def build_sana_sprint() -> SanaSprintPipeline:
-    """Sana Sprint: distilled to few steps, whose scheduler draws noise."""
+    """Sana Sprint: distilled to few steps; its scheduler draws noise."""
     parts = build_sana().components
     return SanaSprintPipeline(
         tokenizer=parts["tokenizer"],
@@ -225,7 +225,7 @@ def _build_sana_transformer(guidance_embeds: bool) -> SanaTransformer2DModel:
 
 
 def build_prx() -> PRXPipeline:
-    """PRX: Gemma 2 as text encoder; every text padded to the tokenizer's length."""
+    """PRX: Gemma 2 as text encoder; every text is padded to the tokenizer's length."""
     tokenizer = build_chat_tokenizer()
     tokenizer.model_max_length = 64
     return PRXPipeline(
@@ -246,7 +246,7 @@ def build_prx() -> PRXPipeline:
 
 
 def build_cogview4() -> CogView4Pipeline:
-    """CogView 4: GLM as text encoder; pictures up to 256 px."""
+    """CogView 4: GLM as text encoder; images up to 256 px."""
     tokenizer = build_chat_tokenizer(marks_start=True)
     return CogView4Pipeline(
         tokenizer=tokenizer,

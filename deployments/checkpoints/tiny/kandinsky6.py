@@ -9,7 +9,7 @@ from deployments.checkpoints.tiny.vaes import build_hunyuan_video_vae
 
 
 def build_kandinsky6() -> Kandinsky6TI2VAPipeline:
-    """Kandinsky 6: a video and its sound of a picture, after the text encoders of Kandinsky 5."""
+    """Kandinsky 6: makes a video with sound from an image; text encoders of Kandinsky 5."""
     hop_length, mel_bins, audio_channels = 64, 8, 4
     parts = build_kandinsky5_parts(visual_cond=True)
     parts["transformer"] = Kandinsky6Transformer3DModel(

@@ -1,4 +1,4 @@
-"""Tiny language models as text encoders, over the byte-level tokenizer of `text`."""
+"""Tiny language models as text encoders, for the byte-level tokenizer of `text`."""
 
 from typing import Any
 
@@ -28,9 +28,9 @@ _MAX_LENGTH = 4096
 
 
 def build_chat_tokenizer(*, marks_start: bool = False) -> Qwen2Tokenizer:
-    """Writes a conversation as Qwen's template does, without a default system message.
+    """Builds a tokenizer whose chat template is Qwen's, without a default system message.
 
-    marks_start: every text begins with a token of its own, as Gemma's and GLM's do: an empty one is not nothing.
+    marks_start: every text begins with a start token, as Gemma's and GLM's do, so an empty text has one token.
     """
     tokenizer = build_qwen_tokenizer()
     tokenizer.chat_template = _CHAT
@@ -45,7 +45,8 @@ def build_chat_tokenizer(*, marks_start: bool = False) -> Qwen2Tokenizer:
 def build_language_model(
     kind: str, tokenizer: Qwen2Tokenizer, *, suffix: str = "Model", num_layers: int = 3, **config: Any
 ) -> PreTrainedModel:
-    """`kind` and `suffix` make the class: Qwen3, Llama, SmolLM3, Gemma, Gemma2 or Glm; Model or ForCausalLM."""
+    """Builds a model of the class `kind` + `suffix`: Qwen3, Llama, SmolLM3, Gemma, Gemma2 or Glm; Model or
+    ForCausalLM."""
     model_config = getattr(transformers, f"{kind}Config")(
         **_language(tokenizer, num_layers)
         | {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": 0, "eos_token_id": 1}
@@ -56,14 +57,14 @@ def build_language_model(
 
 
 def build_byt5() -> tuple[ByT5Tokenizer, T5EncoderModel]:
-    """Reads glyphs byte by byte, for the text that a picture is to show."""
+    """ByT5, which reads the text that an image is to show byte by byte."""
     config = T5Config(vocab_size=1510, d_model=TEXT_WIDTH, d_kv=16, d_ff=TEXT_WIDTH, num_layers=2, num_heads=4)
     return ByT5Tokenizer(), T5EncoderModel(config)
 
 
 def build_mistral3(tokenizer: Qwen2Tokenizer, suffix: str) -> PreTrainedModel:
-    """Mistral Small 3 with its vision tower; 30 layers, so that FLUX.2 finds those that it takes. suffix: Model or
-    ForConditionalGeneration."""
+    """Mistral Small 3 with its vision tower; 30 layers, so that those exist whose states FLUX.2 reads. suffix:
+    Model or ForConditionalGeneration."""
     config = Mistral3Config(
         text_config={"model_type": "mistral"} | _language(tokenizer, 30),
         vision_config={"model_type": "pixtral"} | VISION,
@@ -97,7 +98,7 @@ def build_qwen3_vl(tokenizer: Qwen2Tokenizer, num_layers: int = 3) -> Qwen3VLMod
 
 
 def build_bert(tokenizer: CLIPTokenizer) -> BertModel:
-    """HunyuanDiT's bilingual CLIP is a BERT."""
+    """The bilingual CLIP of HunyuanDiT, which is a BERT."""
     config = BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=TEXT_WIDTH,

@@ -24,12 +24,12 @@ _NUM_BLOCKS = 3
 
 
 def build_ltx_video() -> LTXPipeline:
-    """LTX-Video: T5 as text encoder; statistics of the latents are buffers of the VAE."""
+    """LTX-Video: T5 as text encoder; the statistics of latents are buffers of the VAE."""
     return LTXPipeline(**_build_ltx_video_parts())
 
 
 def build_ltx_video_i2v() -> LTXImageToVideoPipeline:
-    """LTX-Video, its first frame given."""
+    """LTX-Video with a given first frame."""
     return LTXImageToVideoPipeline(**_build_ltx_video_parts())
 
 
@@ -63,19 +63,29 @@ def build_ltx2() -> LTX2Pipeline:
 
 
 def build_ltx2_i2v() -> LTX2ImageToVideoPipeline:
-    """LTX-2, its first frame given."""
+    """LTX-2 with a given first frame."""
     return LTX2ImageToVideoPipeline(**_build_ltx2_parts())
 
 
-def _build_ltx2_parts() -> dict[str, Any]:
-    tokenizer = build_qwen_tokenizer()
-    num_hidden_states, audio_channels, num_mel_bins = 3, 2, 8
+def _build_ltx2_connectors(num_hidden_states: int) -> LTX2TextConnectors:
     connector = {
         "num_attention_heads": 2,
         "attention_head_dim": 32,
         "num_layers": 1,
         "num_learnable_registers": None,
     }
+    return LTX2TextConnectors(
+        caption_channels=TEXT_WIDTH,
+        text_proj_in_factor=num_hidden_states,
+        connector_rope_base_seq_len=32,
+        rope_double_precision=False,
+        **{f"{kind}_connector_{name}": value for kind in ("video", "audio") for name, value in connector.items()},
+    )
+
+
+def _build_ltx2_parts() -> dict[str, Any]:
+    tokenizer = build_qwen_tokenizer()
+    num_hidden_states, audio_channels, num_mel_bins = 3, 2, 8
     return {
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
         "vae": AutoencoderKLLTX2Video(
@@ -98,17 +108,7 @@ def _build_ltx2_parts() -> dict[str, Any]:
         ),
         "text_encoder": build_gemma3(tokenizer),
         "tokenizer": tokenizer,
-        "connectors": LTX2TextConnectors(
-            caption_channels=TEXT_WIDTH,
-            text_proj_in_factor=num_hidden_states,
-            connector_rope_base_seq_len=32,
-            rope_double_precision=False,
-            **{
-                f"{kind}_connector_{name}": value
-                for kind in ("video", "audio")
-                for name, value in connector.items()
-            },
-        ),
+        "connectors": _build_ltx2_connectors(num_hidden_states),
         "transformer": _build_ltx2_transformer(),
         "vocoder": LTX2Vocoder(
             in_channels=audio_channels * num_mel_bins,

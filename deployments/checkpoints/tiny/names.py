@@ -1,9 +1,9 @@
-"""Which tiny checkpoints there are. Imports no torch."""
+"""Names of the tiny checkpoints. Imports no torch."""
 
 from collections.abc import Mapping
 
 TINY_FAMILIES = ("flux", "sd15", "sdxl", "sd3", "qwen-image", "wan")
-"""One for each family that is detected, with what quantisation and shards need (`families`)."""
+"""One for each family in `FAMILIES`, large enough for quantisation and shards (tiny/families.py)."""
 
 _NAMES = {
     "families": TINY_FAMILIES,
@@ -64,4 +64,4 @@ _NAMES = {
 }
 
 TINY_MODULES: Mapping[str, str] = {name: module for module, names in _NAMES.items() for name in names}
-"""Name to the module of this package that has its builder, `build_` and the name."""
+"""Module of this package by checkpoint name; its builder's name is `build_` and the checkpoint's name."""

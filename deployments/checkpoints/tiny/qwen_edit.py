@@ -1,4 +1,4 @@
-"""Tiny pipelines that edit pictures with Qwen-Image: its parts, and a processor that reads the pictures."""
+"""Tiny pipelines that edit images with Qwen-Image: its components, and a processor that reads the images."""
 
 from typing import Any
 
@@ -9,12 +9,12 @@ from deployments.checkpoints.tiny.vision import build_qwen_processor
 
 
 def build_qwen_image_edit() -> QwenImageEditPipeline:
-    """Qwen-Image-Edit: one picture, scaled to 1024 x 1024 pixels whatever its size."""
+    """Qwen-Image-Edit: one image, scaled to 1024 x 1024 pixels whatever its size."""
     return QwenImageEditPipeline(**_build_parts())
 
 
 def build_qwen_image_edit_plus() -> QwenImageEditPlusPipeline:
-    """Qwen-Image-Edit-2509: several pictures."""
+    """Qwen-Image-Edit-2509: several images."""
     return QwenImageEditPlusPipeline(**_build_parts())
 
 

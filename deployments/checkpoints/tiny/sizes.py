@@ -2,9 +2,9 @@
 
 HEADS = {"num_attention_heads": 4, "attention_head_dim": 32}
 ROPE_AXES = (8, 12, 12)
-"""Of one head: frame, row and column."""
+"""Features of one head for frame, row and column."""
 LATENT_SIZE = 8
-"""Latent height and width a pipeline draws when no size is given: 64 px. Flux, Qwen-Image, Wan ignore it."""
+"""Latent height and width that a pipeline makes if no size is given: 64 px. FLUX, Qwen-Image and Wan ignore it."""
 VISION = {
     "hidden_size": 64,
     "intermediate_size": 64,
@@ -13,4 +13,4 @@ VISION = {
     "image_size": 32,
     "patch_size": 8,
 }
-"""A tower that looks at pictures."""
+"""Config of a vision tower."""

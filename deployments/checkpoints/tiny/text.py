@@ -1,7 +1,7 @@
 """Tokenizers built in memory, and tiny text encoders whose vocabulary fits them.
 
-One character of a prompt is one token, so no vocabulary file is needed and any ASCII prompt survives. Widths
-are multiples of 64, the block size of bitsandbytes' 4-bit weights.
+One character of a prompt is one token, so no vocabulary file is needed and every ASCII prompt can be encoded.
+Widths are multiples of 64, the block size of bitsandbytes' 4-bit weights.
 """
 
 import re
@@ -25,7 +25,7 @@ from transformers import (
 )
 
 TEXT_WIDTH = 64
-"""Hidden width of a tiny text encoder unless told otherwise, and of the CLIP projections."""
+"""Default hidden width of a tiny text encoder, and width of the CLIP projections."""
 
 _CLIP_MAX_LENGTH = 77
 _QWEN_SPECIAL_TOKENS = [
@@ -61,8 +61,8 @@ def build_t5_tokenizer() -> T5Tokenizer:
 def build_qwen_tokenizer() -> Qwen2Tokenizer:
     """Byte-level tokenizer, with one token per marker of Qwen2.5-VL and per word of the template.
 
-    The pipeline drops the template's first 34 tokens by count; spelled in bytes, a hundred tokens of template
-    would stay and drown the prompt.
+    The pipeline drops the first 34 tokens, which are the template's. If the template were encoded byte by byte, a
+    hundred of its tokens would stay and dominate the prompt.
     """
     vocab = {char: index for index, char in enumerate(sorted(ByteLevel.alphabet()))}
     tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], model_max_length=4096)
@@ -72,19 +72,19 @@ def build_qwen_tokenizer() -> Qwen2Tokenizer:
 
 
 def build_clip_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """CLIP-L in small: its pooled output is the hidden state at the tokenizer's end-of-text token."""
+    """A small CLIP-L: its pooled output is the hidden state at the tokenizer's end-of-text token."""
     return CLIPTextModel(_clip_config(tokenizer, hidden_act="quick_gelu"))
 
 
 def build_projected_clip_encoder(
     tokenizer: CLIPTokenizer, hidden_act: str = "gelu", num_positions: int = _CLIP_MAX_LENGTH
 ) -> CLIPTextModelWithProjection:
-    """CLIP with a text projection: OpenCLIP-G in small (`gelu`), or SD3's CLIP-L (`quick_gelu`)."""
+    """A small CLIP with a text projection: OpenCLIP-G (`gelu`), or SD3's CLIP-L (`quick_gelu`)."""
     return CLIPTextModelWithProjection(_clip_config(tokenizer, hidden_act, num_positions))
 
 
 def build_t5_encoder(tokenizer: T5Tokenizer, width: int = TEXT_WIDTH) -> T5EncoderModel:
-    """T5-XXL's encoder in small: `[B, S, width]`."""
+    """A small T5-XXL encoder; its output is `[B, S, width]`."""
     config = T5Config(
         vocab_size=len(tokenizer),
         d_model=width,
@@ -99,13 +99,13 @@ def build_t5_encoder(tokenizer: T5Tokenizer, width: int = TEXT_WIDTH) -> T5Encod
 
 
 def build_t5() -> dict[str, Any]:
-    """Both, under the names that pipelines with one text encoder have for them."""
+    """T5's tokenizer and encoder, under the component names of pipelines with one text encoder."""
     tokenizer = build_t5_tokenizer()
     return {"tokenizer": tokenizer, "text_encoder": build_t5_encoder(tokenizer)}
 
 
 def build_umt5_encoder(tokenizer: T5Tokenizer) -> UMT5EncoderModel:
-    """UMT5-XXL's encoder in small: as T5, but every layer has its own relative position bias."""
+    """A small UMT5-XXL encoder: like T5, but every layer has its own relative position bias."""
     config = UMT5Config(
         vocab_size=len(tokenizer),
         d_model=TEXT_WIDTH,
@@ -119,7 +119,7 @@ def build_umt5_encoder(tokenizer: T5Tokenizer) -> UMT5EncoderModel:
 
 
 def build_qwen_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
-    """Qwen2.5-VL in small, vision tower included (image editing needs it)."""
+    """A small Qwen2.5-VL with its vision tower, which image editing needs."""
     token_id = {token: tokenizer.convert_tokens_to_ids(token) for token in _QWEN_SPECIAL_TOKENS}
     text_config = {
         "vocab_size": len(tokenizer),

@@ -20,7 +20,7 @@ def build_image_vae(
     shift_factor: float | None = None,
     use_quant_conv: bool = False,
 ) -> AutoencoderKL:
-    """A 4-level VAE: `[B, 3, 8h, 8w]` pixels, `[B, latent_channels, h, w]` latents."""
+    """A VAE of 4 levels: `[B, 3, 8h, 8w]` pixels, `[B, latent_channels, h, w]` latents."""
     return AutoencoderKL(
         sample_size=64,
         block_out_channels=(8,) * _NUM_LEVELS,
@@ -37,17 +37,17 @@ def build_image_vae(
 
 
 def build_flux_vae() -> AutoencoderKL:
-    """FLUX.1's: 16 channels, shifted."""
+    """FLUX.1's VAE: 16 channels, shifted."""
     return build_image_vae(latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159)
 
 
 def build_sd_vae() -> AutoencoderKL:
-    """Stable Diffusion's, which many took over: 4 channels, not shifted."""
+    """Stable Diffusion's VAE, which many models use: 4 channels, not shifted."""
     return build_image_vae(latent_channels=4, scaling_factor=0.18215)
 
 
 def build_flux2_vae() -> AutoencoderKLFlux2:
-    """16 channels, packed by 2 x 2 and normalised by buffers that the pipeline reads."""
+    """FLUX.2's VAE: 16 channels, packed by 2 x 2 and normalised by buffers that the pipeline reads."""
     vae = AutoencoderKLFlux2(
         block_out_channels=(8,) * _NUM_LEVELS,
         layers_per_block=1,
@@ -60,18 +60,18 @@ def build_flux2_vae() -> AutoencoderKLFlux2:
 
 
 def build_qwen_vae() -> AutoencoderKLQwenImage:
-    """Of Wan's kind, for single frames."""
+    """Qwen-Image's VAE: like Wan's, for single frames."""
     return AutoencoderKLQwenImage(base_dim=8, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
 
 
 def build_wan_vae(**changes: Any) -> AutoencoderKLWan:
-    """16 channels; packs 4 frames and 8 x 8 pixels into one."""
+    """Wan's VAE: 16 channels; one latent per 4 frames and 8 x 8 pixels. changes: other config values."""
     config = {"base_dim": 8, "z_dim": 16, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1} | changes
     return AutoencoderKLWan(**config)
 
 
 def build_wan22_vae() -> AutoencoderKLWan:
-    """48 channels; packs 4 frames and 16 x 16 pixels into one."""
+    """Wan 2.2's VAE: 48 channels; one latent per 4 frames and 16 x 16 pixels."""
     channels = 48
     return build_wan_vae(
         z_dim=channels,
@@ -86,12 +86,12 @@ def build_wan22_vae() -> AutoencoderKLWan:
 
 
 def build_hunyuan_video_vae() -> AutoencoderKLHunyuanVideo:
-    """16 channels; packs 4 frames and 8 x 8 pixels into one."""
+    """HunyuanVideo's VAE: 16 channels; one latent per 4 frames and 8 x 8 pixels."""
     return AutoencoderKLHunyuanVideo(block_out_channels=(8,) * _NUM_LEVELS, layers_per_block=1, norm_num_groups=4)
 
 
 def build_dc_vae(latent_channels: int) -> AutoencoderDC:
-    """A deep-compression VAE: 32 x 32 pixels in one."""
+    """A deep-compression VAE: one latent per 32 x 32 pixels."""
     num_levels = 6
     return AutoencoderDC(
         latent_channels=latent_channels,

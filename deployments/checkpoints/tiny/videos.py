@@ -1,4 +1,4 @@
-"""Tiny pipelines of other videos than Wan's and LTX's."""
+"""Tiny video pipelines other than Wan's and LTX's."""
 
 from typing import Any
 
@@ -51,7 +51,7 @@ from deployments.checkpoints.tiny.vision import build_siglip
 
 _NUM_BLOCKS = 3
 _MAX_TEXT = 16
-"""Tokens, where a denoiser's config says how many."""
+"""Maximum number of text tokens, for denoisers whose config sets it."""
 
 
 def build_hunyuan_video() -> HunyuanVideoPipeline:
@@ -77,12 +77,12 @@ def build_hunyuan_video() -> HunyuanVideoPipeline:
 
 
 def build_hunyuan_video15() -> HunyuanVideo15Pipeline:
-    """HunyuanVideo 1.5: Qwen2.5-VL and ByT5 as text encoders, guidance by a component of its own."""
+    """HunyuanVideo 1.5: Qwen2.5-VL and ByT5 as text encoders, guidance by a guider component."""
     return HunyuanVideo15Pipeline(**_build_hunyuan_video15_parts("t2v"))
 
 
 def build_hunyuan_video15_i2v() -> HunyuanVideo15ImageToVideoPipeline:
-    """HunyuanVideo 1.5, its first frame given, and embedded by SigLIP."""
+    """HunyuanVideo 1.5 with a given first frame, which SigLIP embeds."""
     processor, encoder = build_siglip()
     return HunyuanVideo15ImageToVideoPipeline(
         **_build_hunyuan_video15_parts("i2v"), feature_extractor=processor, image_encoder=encoder
@@ -98,7 +98,7 @@ def _build_hunyuan_video15_parts(task_type: str) -> dict[str, Any]:
         "text_encoder_2": byt5,
         "tokenizer_2": byt5_tokenizer,
         "transformer": HunyuanVideo15Transformer3DModel(
-            in_channels=2 * channels + 1,  # with a picture's latents and a mask
+            in_channels=2 * channels + 1,  # with an image's latents and a mask
             out_channels=channels,
             num_layers=_NUM_BLOCKS,
             num_refiner_layers=1,
@@ -137,7 +137,7 @@ def build_cogvideox() -> CogVideoXPipeline:
 
 
 def build_mochi() -> MochiPipeline:
-    """Mochi 1: T5 as text encoder; 6 frames in one."""
+    """Mochi 1: T5 as text encoder; one latent frame per 6 frames."""
     return MochiPipeline(
         **build_t5(),
         scheduler=FlowMatchEulerDiscreteScheduler(),
@@ -185,7 +185,7 @@ def build_kandinsky5_video() -> Kandinsky5T2VPipeline:
 
 
 def build_latte() -> LattePipeline:
-    """Latte: blocks over space and over time take turns; 16 frames."""
+    """Latte: blocks over space and over time alternate; 16 frames."""
     return LattePipeline(
         **build_t5(),
         vae=build_sd_vae(),
@@ -225,7 +225,7 @@ def build_animatediff() -> AnimateDiffPipeline:
 
 
 def build_animatediff_sdxl() -> AnimateDiffSDXLPipeline:
-    """AnimateDiff over SDXL's UNet."""
+    """AnimateDiff with SDXL's UNet."""
     parts = build_sdxl().components | {"motion_adapter": _build_motion_adapter((64, 64))}
     parts["scheduler"] = DDIMScheduler(beta_schedule="linear", clip_sample=False)
     return AnimateDiffSDXLPipeline(**parts)

@@ -1,4 +1,4 @@
-"""Tiny pipelines of Wan and what follows it."""
+"""Tiny pipelines of Wan and of models derived from it."""
 
 from typing import Any
 
@@ -19,11 +19,11 @@ from deployments.checkpoints.tiny.vision import build_clip_vision
 
 _NUM_BLOCKS = 3
 _I2V_CHANNELS = 36
-"""16 of noise, 16 of the picture, 4 of the mask."""
+"""Input channels: 16 of the noise, 16 of the image, 4 of the mask."""
 
 
 def build_wan22_a14b() -> WanPipeline:
-    """Wan 2.2 text to video: an expert for high noise and one for low."""
+    """Wan 2.2 text to video: an expert for high noise and one for low noise."""
     return WanPipeline(
         **_build_parts(),
         transformer=_build_transformer(),
@@ -33,7 +33,7 @@ def build_wan22_a14b() -> WanPipeline:
 
 
 def build_wan22_5b() -> WanPipeline:
-    """Wan 2.2 of 5B: a VAE of 16 x 16 pixels in one, and a timestep for each token."""
+    """Wan 2.2 5B: a VAE with one latent per 16 x 16 pixels, and a timestep for each token."""
     return WanPipeline(
         **_build_parts() | {"vae": build_wan22_vae()},
         transformer=_build_transformer(in_channels=48, out_channels=48),
@@ -42,7 +42,7 @@ def build_wan22_5b() -> WanPipeline:
 
 
 def build_wan21_i2v() -> WanImageToVideoPipeline:
-    """Wan 2.1 image to video: the denoiser reads CLIP's embedding of the picture too."""
+    """Wan 2.1 image to video: the denoiser also reads CLIP's embedding of the image."""
     processor, encoder = build_clip_vision()
     return WanImageToVideoPipeline(
         **_build_parts(),
@@ -63,7 +63,7 @@ def build_wan22_i2v() -> WanImageToVideoPipeline:
 
 
 def build_lucy_edit() -> LucyEditPipeline:
-    """Lucy Edit: of a video another, which the denoiser sees beside the noise."""
+    """Lucy Edit: edits a video, whose latents the denoiser reads beside the noise."""
     return LucyEditPipeline(**_build_parts(), transformer=_build_transformer(in_channels=32))
 
 

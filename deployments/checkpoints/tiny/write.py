@@ -1,4 +1,4 @@
-"""Writes a tiny checkpoint: seeded, complete, and by `DiffusionPipeline.save_pretrained`."""
+"""Writes tiny checkpoints: seeded, complete, and saved by the pipelines' own `save_pretrained`."""
 
 import importlib
 import json
@@ -20,11 +20,11 @@ _DENOISERS = ("unet", "transformer", "transformer_2", "unconditional_transformer
 
 
 def write_tiny_checkpoint(name: str, out_dir: Path) -> None:
-    """Writes a seeded checkpoint in diffusers' layout; equal bytes on every call.
+    """Writes a seeded checkpoint in diffusers' layout; the bytes are the same on every call.
 
-    Denoisers are stored in bfloat16, to be small; text encoders and VAE in float32, because transformers
-    loads in the stored dtype where diffusers loads in float32. The folder appears whole or not at all: it is
-    built beside `out_dir` and renamed.
+    Denoisers are stored in bfloat16, to be small; text encoders and the VAE in float32, because transformers loads
+    in the stored dtype, whereas diffusers loads in float32. The folder is built beside `out_dir` and renamed, so
+    it is never incomplete.
 
     Raises:
         ValueError: `name` is not in `TINY_MODULES`.
@@ -47,7 +47,7 @@ def write_tiny_checkpoint(name: str, out_dir: Path) -> None:
 
 
 def _forget_folder(index: Path) -> None:
-    """It says of each component in which folder it was written, and that one is renamed."""
+    """Removes from a modular index the folder that each component was written to, because it is renamed."""
     told = json.loads(index.read_text())
     for entry in told.values():
         if isinstance(entry, list):
@@ -86,7 +86,7 @@ def _jitter_constants(module: nn.Module) -> None:
 
 @torch.no_grad()
 def _amplify(module: nn.Module) -> None:
-    """Scales matrices and kernels up: at torch's defaults a prompt moves no 8-bit pixel of Qwen-Image."""
+    """Scales matrices and kernels up: at torch's defaults a prompt changes no 8-bit pixel of Qwen-Image."""
     for parameter in module.parameters():
         if parameter.ndim > 1:
             parameter.mul_(_WEIGHT_GAIN)

@@ -1,12 +1,12 @@
-/** Adapters (LoRA): which of the model's are mixed in, and how much of each. */
+/** Adapters (LoRA): which of the model's adapters are applied, and their scales. */
 
 import { $, element } from "./elements.js";
 import { card } from "./models.js";
 
-const MOST = 2;    // where a slider ends; the number beside it takes any
+const MOST = 2;    // maximum of a slider; its number field takes any value
 let rows = [];     // {name, scale, mixed, number}
 
-/** What was chosen of another model is kept where this one knows the name. */
+/** Shows the model's adapters. A choice made for another model is kept if this one has an adapter of that name. */
 export function offerAdapters() {
   const before = readAdapters();
   const adapters = card.adapters;
@@ -30,7 +30,7 @@ function offerOne({ name, about, scale }) {
   return { name, scale, mixed, number, slider, scales, item: element("li", {}, element("label", {}, mixed, text), scales) };
 }
 
-/** As a request's `lora`. */
+/** Returns the chosen adapters as a request's `lora`. */
 export function readAdapters() {
   return rows.filter(({ mixed }) => mixed.checked).map(({ name, scale, number }) => {
     return { name, scale: number.value === "" ? scale : Number(number.value) };

@@ -1,22 +1,22 @@
-/** The mask brush: what is painted over a picture is drawn anew. */
+/** The mask brush: painted parts of an image are redrawn. */
 
 import { $ } from "./elements.js";
 
 const painted = new WeakMap();    // by mask: {picture, strokes}
-let strokes = [];                 // {isErasing, width, points}, all in pixels of the picture
-let stroke = null;                // under the pointer
-let at = null;                    // where the keyboard's brush is: [x, y]
+let strokes = [];                 // {isErasing, width, points}, all in pixels of the image
+let stroke = null;                // the stroke under the pointer
+let at = null;                    // position of the keyboard's brush: [x, y]
 
 const dialog = $("brush");
 const canvas = $("brush-canvas");
 const image = $("brush-image");
 const ring = $("brush-ring");
 
-/** Whether a mask fits a picture, as far as is known: one that was painted here fits its own alone. */
+/** Whether a mask may fit an image: a mask painted here fits only the image it was painted on. */
 export const isPaintedOn = (mask, picture) => (painted.get(mask)?.picture ?? picture) === picture;
 
-/** A mask as large as the picture, transparent where painted; null: nothing was; undefined: as before.
- * Throws what the browser does where it cannot open the picture. */
+/** Returns a mask as large as the image, transparent where painted; null: nothing is painted; undefined: cancelled.
+ * Throws the browser's error if it cannot open the image. */
 export async function paint(picture, before) {
   const url = URL.createObjectURL(picture);
   try {
@@ -44,7 +44,7 @@ async function maskOf(picture) {
   [whole.width, whole.height] = [image.naturalWidth, image.naturalHeight];
   const context = whole.getContext("2d");
   draw(context, 1);
-  context.globalCompositeOperation = "source-out";    // the whole, but for what is painted
+  context.globalCompositeOperation = "source-out";    // everything except what is painted
   context.fillRect(0, 0, whole.width, whole.height);
   const blob = await new Promise((resolve) => whole.toBlob(resolve, "image/png"));
   if (!blob) throw new Error("it is too large.");
@@ -53,9 +53,9 @@ async function maskOf(picture) {
   return mask;
 }
 
-/* ---- On the canvas ---- */
+/* ---- The canvas ---- */
 
-/** Its pixels are the screen's, not the picture's. */
+/** Fits the canvas to the dialog. Its pixels are the screen's, not the image's. */
 function fit() {
   if (!dialog.open || !image.naturalWidth) return;
   const room = $("brush-room").getBoundingClientRect();
@@ -87,13 +87,13 @@ function draw(context, scale) {
     context.beginPath();
     for (const [x, y] of points) context.lineTo(x * scale, y * scale);
     const [x, y] = points.at(-1);
-    context.lineTo(x * scale + 0.01, y * scale);    // one point alone is a dot
+    context.lineTo(x * scale + 0.01, y * scale);    // a single point becomes a dot
     context.stroke();
   }
   context.globalCompositeOperation = "source-over";
 }
 
-/** In pixels of the picture. */
+/** In pixels of the image. */
 const brushWidth = () => (Number($("brush-size").value) / 100) * Math.max(image.naturalWidth, image.naturalHeight);
 
 function place(event) {
@@ -116,7 +116,7 @@ function showRing([x, y]) {
   ring.style.top = `${canvas.offsetTop + y * scale}px`;
 }
 
-/* ---- Hands ---- */
+/* ---- User input ---- */
 
 new ResizeObserver(fit).observe($("brush-room"));
 canvas.addEventListener("pointerdown", (event) => {

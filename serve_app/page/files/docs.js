@@ -1,4 +1,4 @@
-/** The API's own description, as tables. */
+/** Shows the API's OpenAPI description as tables. */
 
 import { ask } from "./server.js";
 
@@ -12,12 +12,12 @@ function make(tag, text, parent) {
   return element;
 }
 
-/** The schema that a reference names. */
+/** Returns the schema that a reference names. */
 function resolve(schema) {
   return schema && schema.$ref ? schemas[schema.$ref.split("/").pop()] || {} : schema || {};
 }
 
-/** A field's type and limits in one line. */
+/** Returns a field's type and limits in one line. */
 function told(schema) {
   if (schema.$ref) return schema.$ref.split("/").pop();
   if (schema.anyOf || schema.oneOf) {
@@ -50,7 +50,7 @@ function table(schema, parent) {
     const row = make("tr", undefined, rows);
     make("code", name, make("td", undefined, row));
     make("td", told(field), row);
-    const about = [needed.includes(name) && field.default === undefined ? "needed" : "", field.description || ""];
+    const about = [needed.includes(name) && field.default === undefined ? "required" : "", field.description || ""];
     if (field.default !== undefined && field.default !== null) about.push("default: " + JSON.stringify(field.default));
     const cell = make("td", about.filter(Boolean).join("; "), row);
     cell.className = "soft";
@@ -70,7 +70,7 @@ function show(path, method, operation, parent) {
     make("h3", status + ": " + answer.description, section);
     if (status !== "200") continue;
     for (const [kind, { schema, itemSchema }] of Object.entries(answer.content || {})) {
-      const about = make("p", itemSchema ? kind + ", the data of each event one of" : kind, section);
+      const about = make("p", itemSchema ? kind + "; the data of each event is one of" : kind, section);
       about.className = "soft";
       const told = itemSchema ? itemSchema.properties.data.contentSchema : schema;
       for (const part of resolve(told).anyOf || [told]) table(part, section);

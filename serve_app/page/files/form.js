@@ -1,4 +1,4 @@
-/** The fields of a request: what they offer for the chosen model, what they say, and what is wrong with them. */
+/** The fields of a request: their options for the chosen model, their values, and their errors. */
 
 import { fillAdapters, offerAdapters, readAdapters } from "./adapters.js";
 import { $, changed, element } from "./elements.js";
@@ -6,15 +6,16 @@ import { FILES, fillInputs, offerInputs, readInputs } from "./inputs.js";
 import { card, cards, defaultsOf } from "./models.js";
 
 const TEXTS = ["prompt", "negative_prompt", "size", "quality", "scheduler"];
+const FLAGS = ["prompt_weighting"];
 export const NUMBERS = ["num_inference_steps", "guidance_scale", "true_cfg_scale", "num_frames", "fps", "strength", "control_scale", "n"];
-export const FIELDS = [...TEXTS, ...NUMBERS, "seed"];
+export const FIELDS = [...TEXTS, ...FLAGS, ...NUMBERS, "seed"];
 const RATIOS = [[1, 1], [3, 2], [2, 3], [16, 9], [9, 16]];
 
 const hide = (id, isHidden) => { $(id).closest(".field").hidden = isHidden; };
 
-/* ---- What there is to choose ---- */
+/* ---- Options ---- */
 
-/** Of the chosen model. What was typed stays. */
+/** Shows the chosen model's fields and options. Entered values stay. */
 export function offerFields() {
   const { limits, media, tiers } = card;
   const hasCards = cards.length > 1;
@@ -27,6 +28,7 @@ export function offerFields() {
   $("num_frames").max = limits.max_num_frames;
   $("num_frames").step = limits.frame_stride;
   hide("n", media === "video");
+  hide("prompt_weighting", !card.prompt_weighting);
   hide("quality", !tiers.medium && !tiers.low);
   $("size-note").textContent = limits.sizes.length ? limits.sizes.join(", ") : `multiples of ${limits.size_multiple}`;
   $("frames-note").textContent = `1 + a multiple of ${limits.frame_stride}`;
@@ -38,18 +40,18 @@ export function offerFields() {
   tellDefaults();
 }
 
-/** By diffusers' class names, the model's own first. */
+/** Offers schedulers by diffusers' class names, the model's own first. */
 function offerSchedulers() {
   const [own, ...others] = card.schedulers ?? [];
   const chosen = $("scheduler").value;
   hide("scheduler", !others.length);
   if (!others.length) return;
   const short = (name) => name.replace(/Scheduler$/, "");
-  $("scheduler").replaceChildren(new Option(`${short(own)}: the model's`, ""), ...others.map((name) => new Option(short(name), name)));
+  $("scheduler").replaceChildren(new Option(`${short(own)} (the model's own)`, ""), ...others.map((name) => new Option(short(name), name)));
   $("scheduler").value = others.includes(chosen) ? chosen : "";
 }
 
-/** What the model draws well, where it says so. */
+/** Offers the model's example prompts, if it has any. */
 function offerExamples() {
   const { about, examples } = card;
   $("examples").hidden = !about && !examples.length;
@@ -63,7 +65,7 @@ function offerExamples() {
   $("examples").replaceChildren($("knows"), ...buttons);
 }
 
-/** Sizes of about the default's area, in five shapes; of a model that has sizes of its own, those nearest in shape. */
+/** Offers sizes of about the default's area in five aspect ratios, or the nearest of a model's fixed sizes. */
 function offerShapes() {
   const { size_multiple: multiple, max_pixels, sizes } = card.limits;
   const [width, height] = card.defaults.size.split("x").map(Number);
@@ -87,11 +89,11 @@ function offerShapes() {
   $("shapes").replaceChildren(...buttons);
 }
 
-/** Beside what is left empty stands what it will be. */
+/** Shows the defaults of empty fields. */
 export function tellDefaults() {
   const files = readInputs();
   const defaults = defaultsOf(files);
-  if (Object.keys(files).length) defaults.size = "as what it begins with";
+  if (Object.keys(files).length) defaults.size = "as the input";
   for (const id of ["size", ...NUMBERS]) {
     if (id === "n") continue;
     hide(id, defaults[id] == null);
@@ -101,14 +103,14 @@ export function tellDefaults() {
   for (const button of $("shapes").children) button.setAttribute("aria-pressed", button.dataset.size === size);
   const scale = Number($(card.guidance).value || defaults[card.guidance]);
   $("negative-hint").hidden = $("negative_prompt").value.trim() === "" || scale > 1;
-  $("negative-hint").textContent = `No effect unless ${labelOf(card.guidance)} is above 1: now ${scale}.`;
+  $("negative-hint").textContent = `This has no effect unless ${labelOf(card.guidance)} is above 1. It is ${scale}.`;
 }
 
 const labelOf = (id) => document.querySelector(`label[for="${id}"]`).firstChild.textContent.trim();
 
-/* ---- What is asked for ---- */
+/* ---- The request ---- */
 
-/** The body; what is empty is left to the server, and so is the judgement. */
+/** Returns the body. Empty fields are left out, and validation is left to the server. */
 export function readFields() {
   const body = cards.length > 1 ? { model: card.id } : {};
   for (const id of FIELDS) {
@@ -116,7 +118,7 @@ export function readFields() {
     if (value === "" || $(id).closest(".field").hidden) continue;
     const number = Number(value);
     const isNumber = !TEXTS.includes(id) && Number.isFinite(number) && (id !== "seed" || Number.isSafeInteger(number));
-    body[id] = isNumber ? number : value;
+    body[id] = FLAGS.includes(id) ? value === "true" : isNumber ? number : value;
   }
   body.prompt ??= "";
   const lora = readAdapters();
@@ -132,9 +134,9 @@ export function fillFields(body, files) {
   changed();
 }
 
-/* ---- What is wrong ---- */
+/* ---- Errors ---- */
 
-/** Beside its field, and the first word of it gets the focus; or above the result. */
+/** Shows an error next to its field, which gets the focus, or else above the result. */
 export function showError({ message, param }) {
   const field = (param ?? "").split(".")[0];
   const at = ["model", "lora", ...FIELDS, ...FILES].includes(field) ? $(field) : null;
@@ -153,7 +155,7 @@ export function showError({ message, param }) {
   control.focus();
 }
 
-/** What to type or click in: adapters are several. */
+/** Returns the control of a field; the field of adapters contains several. */
 const controlOf = (at) => (at.matches("ul") ? at.querySelector("input") : at);
 
 export function forgetError(at) {

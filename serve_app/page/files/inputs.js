@@ -1,4 +1,4 @@
-/** Files that a request begins with: chosen, dropped or pasted, and shown. */
+/** Input files of a request: chosen, dropped or pasted, and shown. */
 
 import { isPaintedOn, paint } from "./brush.js";
 import { $, announce, changed, element, tell } from "./elements.js";
@@ -7,14 +7,14 @@ import { card } from "./models.js";
 export const FILES = ["image", "mask", "control_image", "input_reference"];
 const PICTURES = "image/png,image/jpeg,image/webp";
 const REFERENCES = {
-  image_to_video: { accept: PICTURES, note: "a picture that the video begins with" },
-  video_to_video: { accept: "video/mp4,video/webm", note: "a video that is drawn anew" },
+  image_to_video: { accept: PICTURES, note: "an image that the video begins with" },
+  video_to_video: { accept: "video/mp4,video/webm", note: "a video that is redrawn" },
 };
 const chosen = Object.fromEntries(FILES.map((id) => [id, []]));
-const urls = new Map();    // of the files on view
-let offered = {};          // by field
+const urls = new Map();    // of the files that are shown
+let offered = {};          // whether each field is offered
 
-/** For what the model's calls take; open where it makes nothing from a text alone. */
+/** Offers fields for the model's inputs, and opens them if the model needs more than text. */
 export function offerInputs() {
   const { calls, media } = card;
   const all = Object.values(calls);
@@ -34,12 +34,12 @@ export function offerInputs() {
   showInputs();
 }
 
-/** By field, those that are chosen and that the model takes. */
+/** Returns the chosen files that the model takes, by field. */
 export function readInputs() {
   return Object.fromEntries(FILES.filter((id) => chosen[id].length && isWanted(id)).map((id) => [id, [...chosen[id]]]));
 }
 
-/** There is no mask without a picture. */
+/** Whether the field is usable: a mask needs an image. */
 const isWanted = (id) => offered[id] && (id !== "mask" || chosen.image.length > 0);
 
 export function fillInputs(files) {
@@ -47,23 +47,23 @@ export function fillInputs(files) {
   showInputs();
 }
 
-/** The field that a file without a place of its own goes to: the first with room, if any. */
+/** Returns the field for a dropped or pasted file: the first with room, if any. */
 export function placeFor(type) {
   const kind = type.split("/")[0];
   const fits = ["control_image", "image", "input_reference"].filter((id) => offered[id] && $(id).accept.includes(kind));
   return fits.find((id) => !chosen[id].length || $(id).multiple) ?? fits[0];
 }
 
-/** Where there is room for one, the last of them. */
+/** Adds files to a field; a field for a single file takes the last of them. */
 export function take(files, id = placeFor(files[0]?.type ?? "")) {
   const usable = files.filter((file) => /^(image|video)\//.test(file.type));
   if (!id || !usable.length) {
-    tell(id ? "This is no picture." : "This model begins with no such file.");
+    tell(id ? "This is not an image." : "This model takes no such file.");
     return;
   }
   chosen[id] = $(id).multiple ? [...chosen[id], ...usable] : usable.slice(-1);
   $("files").open = true;
-  announce(`${usable.map((file) => file.name).join(", ")} taken.`);
+  announce(`${usable.map((file) => file.name).join(", ")} added.`);
   showInputs();
   changed($(id));
 }
@@ -75,7 +75,7 @@ function drop(id, file) {
   $(id).focus();
 }
 
-/* ---- On view ---- */
+/* ---- Display ---- */
 
 function showInputs() {
   const [picture] = chosen.image;
@@ -86,7 +86,7 @@ function showInputs() {
     $(`${id}-tiles`).replaceChildren(...tiles);
     $(`${id}-tiles`).hidden = !tiles.length;
   }
-  $("paint").textContent = chosen.mask.length ? "Paint further" : "Paint a mask";
+  $("paint").textContent = chosen.mask.length ? "Continue painting" : "Paint a mask";
   const onView = new Set(FILES.flatMap((id) => chosen[id]));
   for (const [file, url] of urls) {
     if (onView.has(file)) continue;
@@ -100,7 +100,7 @@ function urlOf(file) {
   return urls.get(file);
 }
 
-/** A mask lies over its picture, of which it dims what stays. */
+/** Returns a file's tile. A mask is shown over its image and dims the parts that stay. */
 function tileOf(id, file) {
   const isVideo = file.type.startsWith("video/");
   const media = isVideo
@@ -115,7 +115,7 @@ function tileOf(id, file) {
   return element("li", { title: file.name, className: id }, ...under, media, size, remove);
 }
 
-/* ---- Hands ---- */
+/* ---- User input ---- */
 
 const filesOf = (transfer) => [...(transfer?.files ?? [])];
 
@@ -133,7 +133,7 @@ $("paint").onclick = async () => {
     showInputs();
     changed($("mask"));
   } catch (error) {
-    tell(`This browser cannot paint on that picture: ${error.message}`);
+    tell(`This browser cannot paint on that image: ${error.message}`);
   }
 };
 document.addEventListener("paste", (event) => {
@@ -142,7 +142,7 @@ document.addEventListener("paste", (event) => {
   event.preventDefault();
   take(files);
 });
-// Wherever a file is dropped: the browser would leave the page for it.
+// On the whole page, because the browser would navigate to a file dropped outside a field.
 document.addEventListener("dragover", (event) => {
   if (!event.dataTransfer.types.includes("Files")) return;
   event.preventDefault();

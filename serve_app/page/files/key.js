@@ -1,9 +1,9 @@
-/** The API key: asked for when the server wants one, kept in this tab until it is closed. */
+/** The API key: requested when the server requires one, and kept in this tab until it is closed. */
 
 import { element } from "./elements.js";
 
 const NAME = "latent-relay-key";
-let inMemory = "";     // where the browser lets a page store nothing
+let inMemory = "";     // if the browser does not allow storage
 let asking = null;     // the promise of a key, while the dialog is open
 
 export function key() {
@@ -15,17 +15,17 @@ function keep(text) {
   try {
     if (text) sessionStorage.setItem(NAME, text);
     else sessionStorage.removeItem(NAME);
-  } catch { /* in memory, then */ }
+  } catch { /* it stays in memory */ }
   document.dispatchEvent(new Event("key"));
 }
 
-/** Until there is a key. Rejects with `refusal` where nobody gives one. */
-export function askForKey(refusal) {
-  asking ??= new Promise((resolve, reject) => open(refusal.message, resolve, () => reject(refusal)));
+/** Resolves when there is a key. Rejects with `error` if the user gives none. */
+export function askForKey(error) {
+  asking ??= new Promise((resolve, reject) => open(error.message, resolve, () => reject(error)));
   return asking.finally(() => { asking = null; });
 }
 
-/** For whoever wants to change it. */
+/** Opens the dialog to change the key. */
 export const changeKey = () => open("", () => {}, () => {});
 
 function open(message, onKey, onNone) {
@@ -35,12 +35,12 @@ function open(message, onKey, onNone) {
   });
   const wrong = element("p", { id: "key-wrong", className: "wrong", textContent: key() ? message : "" });
   input.setAttribute("aria-describedby", wrong.id);
-  const dismiss = element("button", { type: "button", textContent: key() && !message ? "Forget it" : "Not now" });
+  const dismiss = element("button", { type: "button", textContent: key() && !message ? "Forget the key" : "Not now" });
   const form = element("form", {},
-    element("h2", { id: "key-title", textContent: "This server wants an API key" }),
+    element("h2", { id: "key-title", textContent: "This server requires an API key" }),
     element("label", { htmlFor: input.id, textContent: "Key" }), input, wrong,
-    element("p", { className: "hint", textContent: "It stays in this tab, and goes to this server alone." }),
-    element("div", { className: "actions" }, element("button", { className: "primary", textContent: "Use it" }), dismiss),
+    element("p", { className: "hint", textContent: "It is kept in this tab only, and sent only to this server." }),
+    element("div", { className: "actions" }, element("button", { className: "primary", textContent: "Use this key" }), dismiss),
   );
   const dialog = element("dialog", { id: "key-dialog", className: "small" }, form);
   dialog.setAttribute("aria-labelledby", "key-title");

@@ -1,4 +1,4 @@
-/** The page: begins, submits, and answers hands. */
+/** The page: starts up, submits requests, and handles user input. */
 
 import { copyText, curl } from "./curl.js";
 import { $, announce, changed, isNarrow } from "./elements.js";
@@ -9,11 +9,11 @@ import { card, chooseModel, loadModels } from "./models.js";
 import { makePictures } from "./pictures.js";
 import { setRunning } from "./progress.js";
 import { describe, emptyFrame, exactly, offerAgain, place, show, shown } from "./result.js";
-import { Refusal } from "./server.js";
+import { RequestError } from "./server.js";
 import { showStatus } from "./status.js";
 import { LEFT, makeVideo, rememberedJob, resumeJob } from "./videos.js";
 
-let running = null;    // AbortController of the request under way
+let running = null;    // AbortController of the running request
 
 async function start() {
   await loadModels();
@@ -22,7 +22,7 @@ async function start() {
   resume();
 }
 
-/** Takes up the video that this tab was waiting for. */
+/** Resumes waiting for the video that this tab was waiting for. */
 function resume() {
   const job = rememberedJob();
   if (!job) return;
@@ -36,13 +36,13 @@ async function submit() {
   forgetErrors();
   if (!card) return start().catch(tellError);
   const wordy = NUMBERS.find((id) => $(id).validity.badInput);
-  if (wordy) return showError(new Refusal({ message: "This is not a number.", param: wordy }));
+  if (wordy) return showError(new RequestError({ message: "This is not a number.", param: wordy }));
   const asked = { card, body: readFields(), files: readInputs() };
   $("curl").textContent = curl(asked.body, asked.files);
   await perform((signal) => (card.media === "video" ? makeVideo : makePictures)(asked, signal));
 }
 
-/** One request, from the first waiting to what came of it. */
+/** Runs one request and shows its progress and its result. */
 async function perform(request) {
   if (running) return;
   const before = shown;
@@ -67,17 +67,17 @@ async function perform(request) {
 function tellError(error) {
   const isLost = error instanceof TypeError;
   if (isLost) console.info(error);
-  showError(isLost ? new Refusal({ message: "The connection was lost. Is the server still running?" }) : error);
+  showError(isLost ? new RequestError({ message: "The connection was lost. Is the server still running?" }) : error);
 }
 
-/** Of what is on view, or else of what the form says. */
+/** Shows the form's request as a command, unless a result is shown, which has its own. */
 function tellCurl() {
   if (shown || running || !card) return;
   const body = readFields();
   $("curl").textContent = curl({ ...body, prompt: body.prompt || $("prompt").placeholder }, readInputs());
 }
 
-/* ---- Hands ---- */
+/* ---- User input ---- */
 
 $("form").addEventListener("submit", (event) => { event.preventDefault(); submit(); });
 $("form").addEventListener("input", ({ target }) => {
@@ -137,11 +137,11 @@ $("made").addEventListener("keydown", (event) => {
   event.preventDefault();
   if (next) { next.focus(); next.click(); }
 });
-// Adapters and models may have come meanwhile.
+// Adapters and models may have been added meanwhile.
 document.addEventListener("visibilitychange", () => {
   if (document.visibilityState === "visible" && card && !running) loadModels().then(offerFields).catch(console.info);
 });
-// Nobody waits for a picture any more, so the server need not draw it.
+// The user has left, so the server need not continue the request.
 addEventListener("pagehide", () => running?.abort(LEFT));
 addEventListener("pageshow", (event) => { if (event.persisted && card) setTimeout(resume); });
 

@@ -1,15 +1,15 @@
-/** The cards of the served models, and which of them is chosen. */
+/** The cards of the served models, and the chosen one. */
 
-import { Refusal, ask } from "./server.js";
+import { RequestError, ask } from "./server.js";
 
-export let cards = [];     // of models; one of an adapter has a parent, and is none of them
+export let cards = [];     // of models; cards with a parent are of adapters and left out
 export let card = null;    // of the chosen model
 
-/** Chooses the same model again; at first the one that the address names (`#name`), or the first. */
+/** Loads the cards and keeps the chosen model; initially chooses the one in the address (`#name`), or the first. */
 export async function loadModels() {
   const { data } = await (await ask("v1/models")).json();
   cards = data.filter((one) => !one.parent);
-  if (!cards.length) throw new Refusal({ message: "This server has no models." });
+  if (!cards.length) throw new RequestError({ message: "This server has no models." });
   chooseModel(card?.id ?? nameInAddress());
 }
 
@@ -17,14 +17,14 @@ function nameInAddress() {
   try { return decodeURIComponent(location.hash.slice(1)); } catch { return ""; }
 }
 
-/** Says so in the address, where there is a choice. */
+/** Chooses a model, and puts its name into the address if there are several. */
 export function chooseModel(id) {
   card = cards.find((one) => one.id === id) ?? cards[0];
   const address = cards.length > 1 ? `#${encodeURIComponent(card.id)}` : location.pathname;
   history.replaceState(null, "", address);
 }
 
-/** The kind of call that these files ask for, as the server judges it. */
+/** Returns the kind of call that these files ask for, by the server's rules. */
 export function callOf(files, { calls } = card) {
   const [reference] = files.input_reference ?? [];
   let kind = "generate";
@@ -36,5 +36,5 @@ export function callOf(files, { calls } = card) {
 
 export const pathOf = (files, of = card) => callOf(files, of).path.slice(1);
 
-/** What a request with these files gets where it leaves a field out. */
+/** Returns the defaults of a request with these files. */
 export const defaultsOf = (files) => ({ ...card.defaults, ...callOf(files).defaults });

@@ -1,9 +1,9 @@
-/** A request for pictures, by a stream of events. asked: {card, body, files}. */
+/** Requests images by a stream of events. asked: {card, body, files}. */
 
 import { pathOf } from "./models.js";
 import { tellSteps } from "./progress.js";
 import { complete, describe, emptyFrame, formOf, keep, place, show } from "./result.js";
-import { Refusal, readEvents, send } from "./server.js";
+import { RequestError, readEvents, send } from "./server.js";
 
 export async function makePictures(asked, signal) {
   const { card, body, files } = asked;
@@ -13,7 +13,7 @@ export async function makePictures(asked, signal) {
   const news = frames.map(() => ({ step: 0, num_steps: 0, eta_s: null, phase: "denoise" }));
   const entries = [];
   for await (const [event, data] of readEvents(answer)) {
-    if (event === "error") throw new Refusal(data.error);
+    if (event === "error") throw new RequestError(data.error);
     if (data.type.endsWith(".progress")) {
       news[data.index] = data;
       tellSteps(news);
@@ -24,7 +24,7 @@ export async function makePictures(asked, signal) {
       await complete(frames[data.index], entries[data.index]);
     }
   }
-  if (Object.keys(entries).length < frames.length) throw new Refusal({ message: "The connection ended before the picture was done." });
+  if (Object.keys(entries).length < frames.length) throw new RequestError({ message: "The connection ended before the image was done." });
   if (frames.length === 1) return show(entries[0]);
   place(frames);
   describe(entries[0]);

@@ -1,4 +1,4 @@
-/** The bar under the picture. */
+/** The progress bar below the image. */
 
 import { $, isNarrow } from "./elements.js";
 
@@ -12,7 +12,7 @@ export function setRunning(isRunning) {
   if (isNarrow()) $("result").scrollIntoView({ block: "start" });
 }
 
-/** share: of the work, or null where nobody knows. */
+/** share: the part of the work that is done, or null if unknown. */
 export function setProgress(share, step, left) {
   const bar = $("progress").firstElementChild;
   bar.classList.toggle("unknown", share === null);
@@ -24,7 +24,7 @@ export function setProgress(share, step, left) {
   $("left").textContent = left;
 }
 
-/** Of several pictures, by the last that each of them told. */
+/** Shows the progress of several images, by the latest event of each. */
 export function tellSteps(news) {
   const numSteps = Math.max(...news.map((one) => one.num_steps));
   const share = news.reduce((sum, one) => sum + (one.num_steps ? one.step / one.num_steps : 0), 0) / news.length;

@@ -1,4 +1,4 @@
-/** What was made: the picture on view with all there is to say of it, and those of before. */
+/** Results: the image that is shown, with its details, and earlier images. */
 
 import { curl } from "./curl.js";
 import { $, element } from "./elements.js";
@@ -6,15 +6,15 @@ import { callOf } from "./models.js";
 import { placeFor } from "./inputs.js";
 
 const STAGES = ["wake", "encode", "prepare", "queue", "denoise", "decode"];
-const SOMETIMES = ["wake", "prepare"];    // not told where they took no time
-const MOST = 100;           // that are kept
+const SOMETIMES = ["wake", "prepare"];    // left out if they took no time
+const MOST = 100;           // results that are kept
 const made = [];            // {card, body, files, seed, size, timings, forwards, warnings, blob, url, name, isVideo}, the newest last
-export let shown = null;    // of `made`
+export let shown = null;    // one of `made`
 
-/** Adds one to those that were made. */
+/** Adds a result. */
 export function keep(blob, facts) {
   const words = facts.body.prompt.toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 48).replace(/^-|-$/g, "");
-  const name = `${words || "picture"}${facts.seed === null ? "" : `-${facts.seed}`}.${facts.format}`;
+  const name = `${words || "image"}${facts.seed === null ? "" : `-${facts.seed}`}.${facts.format}`;
   const entry = { ...facts, name, blob, url: URL.createObjectURL(blob) };
   entry.thumbnail = element("button", { type: "button", title: facts.body.prompt, onclick: () => show(entry) }, mediaOf(entry, false));
   made.push(entry);
@@ -40,7 +40,7 @@ export function mediaOf(entry, isLarge = true) {
   return video;
 }
 
-/** A picture that is still forming. */
+/** Returns a partial image. */
 export async function formOf({ b64_json, output_format }) {
   const image = element("img", { src: `data:image/${output_format};base64,${b64_json}`, alt: "" });
   await image.decode();
@@ -49,7 +49,7 @@ export async function formOf({ b64_json, output_format }) {
 
 export const emptyFrame = (textContent) => element("div", { className: "frame" }, element("p", { className: "empty", textContent }));
 
-/** Puts frames on view: one large, or several side by side. */
+/** Shows frames: one large, or several side by side. */
 export function place(frames) {
   shown = null;
   $("view").className = frames.length === 1 ? "one" : "";
@@ -57,7 +57,7 @@ export function place(frames) {
   $("about").hidden = true;
 }
 
-/** The picture, in its frame; a click on it tells about it. */
+/** Puts a finished image into its frame; a click on it shows its details. */
 export async function complete(frame, entry) {
   const image = mediaOf(entry);
   await image.decode();
@@ -70,7 +70,7 @@ export function show(entry) {
   describe(entry);
 }
 
-/* ---- In words ---- */
+/* ---- Details ---- */
 
 export function describe(entry) {
   shown = entry;
@@ -92,7 +92,7 @@ export function describe(entry) {
   offerAgain();
 }
 
-/** Whether what is on view can go into a request to the chosen model. */
+/** Offers the shown image as an input if the chosen model takes it. */
 export function offerAgain() {
   $("begin-with").hidden = !shown || !placeFor(shown.blob.type);
 }
@@ -119,6 +119,7 @@ function factsOf({ card, body, files, seed, size, forwards, isVideo }) {
   const facts = [size.replace("x", " × "), `${value("num_inference_steps")} steps`];
   if (body.model) facts.unshift(body.model);
   if (isVideo && (body.num_frames || !call.takes_video)) facts.push(`${value("num_frames")} frames`);
+  if (body.prompt_weighting === false) facts.push("prompt without weights");
   if (body.scheduler) facts.push(body.scheduler.replace(/Scheduler$/, ""));
   for (const { name, scale } of body.lora ?? []) facts.push(`${name} ${scale}`);
   const guides = defaults.true_cfg_scale !== null && value("true_cfg_scale") > 1;
@@ -133,7 +134,7 @@ function factsOf({ card, body, files, seed, size, forwards, isVideo }) {
 
 const milliseconds = (ms) => (ms < 10 ? `${ms.toFixed(1)} ms` : ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixed(2)} s`);
 
-/** The body that gives just this picture again. */
+/** Returns the body that reproduces exactly this image. */
 export function exactly({ body, seed }) {
   const { n, ...one } = body;
   if (seed === null) return one;

@@ -1,12 +1,12 @@
-/** What this server is asked, and what it answers. */
+/** Requests to this server, and its answers. */
 
 import { askForKey, key } from "./key.js";
 
-/** Where its API is; ends with a slash. */
+/** The API's base URL; ends with a slash. */
 export const BASE = location.origin + location.pathname.replace(/[^/]*$/, "");
 
-/** What was refused, and of which field. */
-export class Refusal extends Error {
+/** A refused request: the message, and the field it is about. */
+export class RequestError extends Error {
   constructor({ message, param = null }, status = 0, retryAfter = null) {
     super(message + (retryAfter ? ` Try again in ${retryAfter} s.` : ""));
     this.param = param;
@@ -14,27 +14,27 @@ export class Refusal extends Error {
   }
 }
 
-/** The answer, if it is a good one. Throws a Refusal; a TypeError if there is no connection. */
+/** Returns a successful answer. Throws a RequestError, or a TypeError if there is no connection. */
 export async function ask(path, options = {}) {
   for (;;) {
     const headers = new Headers(options.headers);
     if (key()) headers.set("Authorization", `Bearer ${key()}`);
     const answer = await fetch(BASE + path, { ...options, headers });
     if (answer.ok) return answer;
-    const refused = await refusalOf(answer);
+    const refused = await errorOf(answer);
     if (answer.status !== 401) throw refused;
     await askForKey(refused);
   }
 }
 
-async function refusalOf(answer) {
+async function errorOf(answer) {
   const text = await answer.text();
   let error = { message: `The server answered ${answer.status}. ${text.slice(0, 200)}` };
   try { error = JSON.parse(text).error ?? error; } catch { /* not from this server */ }
-  return new Refusal(error, answer.status, answer.headers.get("Retry-After"));
+  return new RequestError(error, answer.status, answer.headers.get("Retry-After"));
 }
 
-/** Asks for what a body says, as JSON or, beside files, as a form. */
+/** Posts a body as JSON, or as a form if there are files. */
 export function send(path, body, files, signal) {
   const parts = partsOf(files);
   if (!parts.length) {
@@ -45,15 +45,15 @@ export function send(path, body, files, signal) {
   return ask(path, { method: "POST", signal, body: form });
 }
 
-/** In a form lists are JSON. */
+/** Returns a value for a form, in which lists are JSON. */
 export const inForm = (value) => (Array.isArray(value) ? JSON.stringify(value) : value);
 
-/** Files of a form, by name. */
+/** Returns the files of a form as [name, file]. */
 export function partsOf(files) {
   return Object.entries(files).flatMap(([id, chosen]) => chosen.map((file) => [chosen.length > 1 ? `${id}[]` : id, file]));
 }
 
-/** Server-sent events as [event, data]; lines that begin with ":" keep the connection alive. */
+/** Yields server-sent events as [event, data]; skips lines that begin with ":", which keep the connection alive. */
 export async function* readEvents(answer) {
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";

@@ -1,4 +1,4 @@
-/** How the server is doing, over the page: whoever left it would lose what was made. */
+/** Shows the server's status over the page, because leaving the page would lose its results. */
 
 import { element } from "./elements.js";
 import { ask } from "./server.js";

@@ -1,12 +1,12 @@
-/** A request for a video: as a job where the server has them, which outlives this page; else one that is waited for.
+/** Requests a video: as a job, which survives leaving the page, if the server has jobs; else by waiting for the answer.
  * asked: {card, body, files}. */
 
 import { card, pathOf } from "./models.js";
 import { duration, setProgress } from "./progress.js";
 import { emptyFrame, keep, mediaOf, place, show } from "./result.js";
-import { Refusal, ask, send } from "./server.js";
+import { RequestError, ask, send } from "./server.js";
 
-export const LEFT = "the page was left";    // why a signal is aborted: jobs go on then
+export const LEFT = "the page was left";    // reason of an abort after which jobs continue
 const JOBS = "v1/videos";
 const REMEMBERED = "latent-relay-job";
 const POLL_MS = 1000;
@@ -21,12 +21,12 @@ async function servesJobs(signal) {
   return hasJobs;
 }
 
-/* ---- Waited for ---- */
+/* ---- Without jobs ---- */
 
 async function waitForVideo(asked, signal) {
   const { card: of, body, files } = asked;
   const answering = send(pathOf(files, of), body, files, signal);
-  place([emptyFrame("A video comes when all of its frames are done.")]);
+  place([emptyFrame("The video appears when all its frames are done.")]);
   const begun = performance.now();
   const clock = setInterval(() => setProgress(null, "Making the video", duration((performance.now() - begun) / 1000)), 500);
   try {
@@ -37,7 +37,7 @@ async function waitForVideo(asked, signal) {
   }
 }
 
-/** How it was drawn. */
+/** Returns how the video was generated. */
 function factsOf(headers) {
   const timed = headers.get("Server-Timing").split(", ").map((one) => one.split(";dur="));
   const [computed, asked] = headers.get("X-Forwards").split("/").map(Number);
@@ -59,7 +59,7 @@ async function beginJob(asked, signal) {
   await follow(job, asked, signal);
 }
 
-/** A job that this tab began before it was loaded again: {id, body, model}, or null. */
+/** Returns the job that this tab started before it was reloaded: {id, body, model}, or null. */
 export function rememberedJob() {
   try { return JSON.parse(sessionStorage.getItem(REMEMBERED)); } catch { return null; }
 }
@@ -68,16 +68,16 @@ function remember(job) {
   try {
     if (job) sessionStorage.setItem(REMEMBERED, JSON.stringify(job));
     else sessionStorage.removeItem(REMEMBERED);
-  } catch { /* then it is lost to this page when it is left */ }
+  } catch { /* then the job cannot be resumed after leaving the page */ }
 }
 
 export async function resumeJob({ id, body }, signal) {
   await follow({ id, status: "queued" }, { card, body, files: {} }, signal);
 }
 
-/** Until it has ended. Cancelled with the signal, unless the page is left. */
+/** Follows a job until it has ended. Aborting the signal cancels the job, unless the page is left. */
 async function follow(job, asked, signal) {
-  place([emptyFrame("A video comes when all of its frames are done.")]);
+  place([emptyFrame("The video appears when all its frames are done.")]);
   try {
     const done = await end(job, signal);
     const blob = await patiently(`${JOBS}/${done.id}/content`, signal, (answer) => answer.blob());
@@ -92,13 +92,13 @@ async function follow(job, asked, signal) {
   }
 }
 
-/** The job, completed. Throws a Refusal where it is not. */
+/** Returns the completed job. Throws a RequestError if it has failed or was cancelled. */
 async function end(job, signal) {
   let begun = null;
   for (let now = job; ; now = await patiently(`${JOBS}/${job.id}`, signal, (answer) => answer.json())) {
     if (now.status === "completed") return now;
     if (now.status === "failed" || now.status === "cancelled") {
-      throw new Refusal(now.error ?? { message: `The video was ${now.status}.` });
+      throw new RequestError(now.error ?? { message: `The video was ${now.status}.` });
     }
     if (now.progress) begun ??= { at: performance.now(), progress: now.progress };
     tellProgress(now, begun);
@@ -106,7 +106,7 @@ async function end(job, signal) {
   }
 }
 
-/** A job survives its server, so one that is away is waited for. */
+/** Retries while the server is unavailable: a job survives its server. */
 async function patiently(path, signal, read) {
   for (;;) {
     try {
@@ -114,14 +114,14 @@ async function patiently(path, signal, read) {
     } catch (error) {
       const mayComeBack = error instanceof TypeError || error.status >= 500 || error.status === 429;
       if (signal.aborted || !mayComeBack) throw error;
-      setProgress(null, "The server does not answer; the job waits for it", "");
+      setProgress(null, "The server does not answer; the job waits until it does", "");
     }
     await pause(POLL_MS, signal);
   }
 }
 
 function tellProgress(job, begun) {
-  if (!job.progress) return setProgress(null, job.status === "queued" ? "Waiting in the queue" : "Beginning", "");
+  if (!job.progress) return setProgress(null, job.status === "queued" ? "Waiting in the queue" : "Starting", "");
   const seconds = (performance.now() - begun.at) / 1000;
   const made = job.progress - begun.progress;
   const left = made > 0 ? `about ${duration((seconds / made) * (100 - job.progress))} left` : "";
@@ -137,9 +137,9 @@ function pause(ms, signal) {
   });
 }
 
-/* ---- Shown ---- */
+/* ---- Display ---- */
 
-/** Its size is what is in it. */
+/** Shows a video; its size is read from the file. */
 async function showVideo(blob, facts) {
   const entry = keep(blob, { ...facts, isVideo: true });
   const video = mediaOf(entry);

@@ -1,4 +1,4 @@
-"""What sizes a checkpoint makes, by its configs alone: as its own pipeline computes it."""
+"""The sizes that a checkpoint makes, read from its configs alone, equal those that its own pipeline computes."""
 
 import json
 from collections.abc import Mapping
@@ -10,7 +10,8 @@ import pytest
 from deployments.checkpoints.components import ModelIndex, check_served, read_index
 from deployments.checkpoints.geometry import read_geometry, with_geometry
 from deployments.checkpoints.source import FAMILY_BY_PIPELINE
-from deployments.config import DefaultsConfig, ModelConfig, StageConfig
+from deployments.config.model import DefaultsConfig, ModelConfig
+from deployments.config.stage import StageConfig
 from deployments.families import FAMILIES
 from deployments.request import MediaSize
 from deployments.stages.pipeline import load_pipeline
@@ -21,7 +22,7 @@ TWO, FIVE = [8] * 2, [8] * 5
 NO_CHANGE: Mapping[str, Any] = {}
 
 Changes = Mapping[str, Mapping[str, Any]]
-"""Component to what its config says instead."""
+"""By component, the values that replace those of its config."""
 
 
 def change(folder: Path, changes: Changes) -> None:
@@ -35,7 +36,7 @@ WAN = ("wan_2_1_1_3b", "wan_2_1_14b", "wan_2_2_a14b")
 
 @pytest.mark.parametrize("name", [*WITH_ENTRY, *WAN])
 def test_what_is_assumed_of_a_published_model_is_what_its_configs_say(name: str) -> None:
-    """Of those with an entry; the sizes of the others are derived anyway."""
+    """Tests models with an entry in the families; the sizes of the others are derived anyway."""
     folder = PUBLISHED / name
     family = FAMILIES[FAMILY_BY_PIPELINE[read_index(folder)["_class_name"]]]
     assert read_geometry(folder, family) == family.geometry(family.published)
@@ -126,18 +127,18 @@ def test_a_vae_of_unknown_blocks_is_refused_not_guessed(tmp_path: Path) -> None:
     [
         ("flux", {"vae": {"block_out_channels": 4}}, "has no len"),
         ("sd15", {"unet": {"sample_size": "8"}}, "not enough values"),
-        ("sd15", {"unet": {"sample_size": 0}}, "width comes to 0"),
-        ("sd15", {"unet": {"sample_size": [-8, 8]}}, "height comes to -64"),
-        ("sd15", {"vae": {"latent_channels": None}}, "latent_channels comes to None"),
+        ("sd15", {"unet": {"sample_size": 0}}, "width would be 0"),
+        ("sd15", {"unet": {"sample_size": [-8, 8]}}, "height would be -64"),
+        ("sd15", {"vae": {"latent_channels": None}}, "latent_channels would be None"),
         ("wan", {"vae": {"scale_factor_spatial": None}}, "unsupported operand"),
-        ("wan", {"vae": {"scale_factor_temporal": None}}, "frame_stride comes to None"),
+        ("wan", {"vae": {"scale_factor_temporal": None}}, "frame_stride would be None"),
         ("wan", {"transformer": {"patch_size": 2}}, "cannot unpack"),
     ],
 )
 def test_a_config_that_tells_no_size_is_named(tmp_path: Path, family: str, changes: Changes, told: str) -> None:
     folder = write_tiny(family, tmp_path / family)
     change(folder, changes)
-    with pytest.raises(ValueError, match=rf"no sizes can be told by .*/vae/config.json: .*{told}"):
+    with pytest.raises(ValueError, match=rf"the sizes cannot be read from .*/vae/config.json: .*{told}"):
         read_model(folder)
 
 
@@ -146,7 +147,7 @@ def test_a_config_that_tells_no_size_is_named(tmp_path: Path, family: str, chang
 def test_a_file_without_settings_is_named(tmp_path: Path, file: str, text: str) -> None:
     folder = write_tiny("flux", tmp_path / "x")
     (folder / file).write_text(text)
-    with pytest.raises((ValueError, FileNotFoundError), match=f"/{file} (holds no settings|is empty)"):
+    with pytest.raises((ValueError, FileNotFoundError), match=f"/{file} (does not hold a JSON object|is empty)"):
         read_model(folder, "flux")
 
 
@@ -160,7 +161,7 @@ def test_a_checkpoint_that_says_no_size_must_be_told_one(tmp_path: Path) -> None
     folder = write_tiny("sdxl", tmp_path / "x")
     edit(folder / "unet" / "config.json", sample_size=None)
     with pytest.raises(
-        ValueError, match=r"width and height must be set, for the transformer or unet .* no sample_size"
+        ValueError, match=r"width and height must be set, because the transformer or unet .* no sample_size"
     ):
         assert read_model(folder).default_size
     told = DefaultsConfig(width=64, height=32)
@@ -179,7 +180,7 @@ def test_where_the_checkpoint_is_out_of_reach_a_familys_published_sizes_are_assu
 def test_a_checkpoint_that_is_here_must_have_its_configs(tmp_path: Path) -> None:
     folder = write_tiny("sdxl", tmp_path / "x")
     (folder / "vae" / "config.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"lacks vae/config\.json, by which sizes are told"):
+    with pytest.raises(FileNotFoundError, match=r"lacks vae/config\.json, which gives the sizes"):
         read_model(folder, family="sdxl")
 
 

@@ -1,4 +1,4 @@
-"""What of a checkpoint's files would keep a stage from loading: told by headers, before anything is imported."""
+"""Faults of a checkpoint's files that would keep a stage from loading: found in headers, before any import."""
 
 import json
 import re
@@ -17,7 +17,11 @@ from deployments.checkpoints.components import Stage
 from deployments.checkpoints.integrity import BrokenCheckpoint, check_stage, find_offload_faults, find_stage_faults
 from deployments.checkpoints.source import detect_family, fetch_checkpoint
 from deployments.checkpoints.weights import read_header
-from deployments.config import EncoderConfig, ModelConfig, StageConfig, TransformerConfig, VaeConfig
+from deployments.config.encoder import EncoderConfig
+from deployments.config.model import ModelConfig
+from deployments.config.stage import StageConfig
+from deployments.config.transformer import TransformerConfig
+from deployments.config.vae import VaeConfig
 
 STAGES: dict[Stage, StageConfig] = {
     "encode": EncoderConfig(),
@@ -31,7 +35,7 @@ ENCODER = "text_encoder/model.safetensors"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """The embedded checkpoint, whole, to be broken."""
+    """A copy of the embedded checkpoint, for tests to damage."""
     return Path(shutil.copytree(fetch_checkpoint("embedded://shapes", ()), tmp_path / "shapes"))
 
 
@@ -40,7 +44,7 @@ def model(folder: Path, variant: str | None = None) -> ModelConfig:
 
 
 def faults(folder: Path, variant: str | None = None, **transformer: Any) -> list[str]:
-    """Each once, of all stages."""
+    """Returns the faults of all stages, each once."""
     stages = STAGES | {"denoise": TransformerConfig(**transformer)}
     found = [
         fault
@@ -59,7 +63,7 @@ def rewrite(path: Path, **changes: Any) -> None:
 
 
 def rewrite_header(path: Path, **changes: Any) -> None:
-    """Of its first tensor."""
+    """Changes the header of its first tensor."""
     header, tensors = read_header(path), path.read_bytes()
     header = {**header, min(header): header[min(header)] | changes}
     text = json.dumps(header).encode()
@@ -68,14 +72,14 @@ def rewrite_header(path: Path, **changes: Any) -> None:
 
 
 def write_safetensors(path: Path, *names: str) -> None:
-    """A number each."""
+    """Writes a file with one number for each tensor."""
     header = {n: {"dtype": "F32", "shape": [1], "data_offsets": [4 * i, 4 * i + 4]} for i, n in enumerate(names)}
     text = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(4 * len(names)))
 
 
 def write_parts(folder: Path, ending: str = "safetensors") -> Path:
-    """The denoiser in two parts of one tensor each; the index that names them."""
+    """Splits the denoiser into two parts of one tensor each; returns the index that names them."""
     transformer = folder / "transformer"
     (transformer / "diffusion_pytorch_model.safetensors").unlink()
     names = {"x.weight": f"one.{ending}", "y.weight": f"two.{ending}"}
@@ -109,11 +113,14 @@ BREAKS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "pointer": (lambda path: path.write_text(LFS_POINTER), r" is a Git LFS pointer, .* run `git lfs pull`"),
     "link": (to_dangling_link, r" is a link to \.\./\.\./blobs/4f3e, which does not exist"),
     "empty": (lambda path: cut(path, 0), " is empty: fetch it again"),
-    "cut in its length": (lambda path: cut(path, 5), r" is no safetensors file, or cut short \(5 bytes\)"),
-    "cut in its header": (lambda path: cut(path, 200), r" is no safetensors file, or cut short \(200 bytes\)"),
+    "cut in its length": (lambda path: cut(path, 5), r" is not a safetensors file, or is cut short \(5 bytes\)"),
+    "cut in its header": (
+        lambda path: cut(path, 200),
+        r" is not a safetensors file, or is cut short \(200 bytes\)",
+    ),
     "cut in its tensors": (lambda path: cut(path, path.stat().st_size - 1), r" is cut short: it has [\d,]+ of"),
     "longer": (lambda path: path.write_bytes(path.read_bytes() + b"more"), " is longer than it should be"),
-    "an error page": (lambda path: path.write_text("<html>404" * 999), " is no safetensors file"),
+    "an error page": (lambda path: path.write_text("<html>404" * 999), " is not a safetensors file"),
     "a broken header": (
         lambda path: path.write_bytes(struct.pack("<Q", 9) + b'{"a": 1}}' + bytes(99)),
         " has a broken safetensors header",
@@ -176,7 +183,7 @@ def test_an_index_of_the_model_that_is_not_whole_is_named(folder: Path, text: st
 
 def test_a_config_that_is_a_list_is_named(folder: Path) -> None:
     (folder / "vae" / "config.json").write_text("[]")
-    assert faults(folder) == [f"{folder}/vae/config.json holds no settings (a JSON object): fetch it again"]
+    assert faults(folder) == [f"{folder}/vae/config.json does not hold a JSON object: fetch it again"]
 
 
 @pytest.mark.parametrize("file", ["text_encoder/config.json", "transformer/config.json"])
@@ -203,7 +210,7 @@ def test_a_part_of_another_checkpoint_is_named(folder: Path) -> None:
     index = write_parts(folder)
     write_safetensors(index.parent / "two.safetensors", "z.weight")
     [fault] = faults(folder)
-    assert "two.safetensors has not got y.weight, which" in fault
+    assert "two.safetensors lacks y.weight, which" in fault
 
 
 @pytest.mark.parametrize(
@@ -220,14 +227,14 @@ def test_a_part_of_another_checkpoint_is_named(folder: Path) -> None:
 def test_an_index_without_a_map_is_refused(folder: Path, text: str) -> None:
     index = write_parts(folder)
     index.write_text(text)
-    assert faults(folder) == [f"{index} has no weight_map, so it is no index of weights: fetch it again"]
+    assert faults(folder) == [f"{index} has no weight_map, so it is not an index of weights: fetch it again"]
 
 
 def test_an_index_without_metadata_is_refused(folder: Path) -> None:
-    """The libraries ask for it."""
+    """transformers and diffusers need the metadata."""
     index = write_parts(folder)
     index.write_text(json.dumps({"weight_map": json.loads(index.read_text())["weight_map"]}))
-    assert faults(folder) == [f"{index} has no metadata, without which it is not read: fetch it again"]
+    assert faults(folder) == [f"{index} has no metadata and is not read without it: fetch it again"]
 
 
 @pytest.mark.parametrize("stored", ["int8", [8]])
@@ -258,7 +265,7 @@ def test_weights_of_another_dtype_cannot_be_mapped(folder: Path) -> None:
     write_safetensors(folder / DENOISER, "x.weight")
     assert faults(folder, vram_limit_gib=1, host_copy="files") == []
     [fault] = faults(folder, vram_limit_gib=1, host_copy="files", dtype="bfloat16")
-    assert f"{folder / DENOISER} is stored as float32, and host_copy: files needs" in fault
+    assert f"{folder / DENOISER} is stored as float32, but dtype is bfloat16, and host_copy: files needs" in fault
 
 
 def test_a_pickle_that_is_cut_short_is_named(folder: Path) -> None:
@@ -312,7 +319,7 @@ def test_a_variant_that_does_not_exist_is_refused_once(folder: Path, present: st
 def test_a_quantisation_that_is_not_loaded_is_named(folder: Path, component: str, method: str) -> None:
     rewrite(folder / component / "config.json", quantization_config={"quant_method": method})
     [fault] = faults(folder)
-    assert fault.startswith(f"{folder / component} is stored quantised by {method}, which is not loaded here")
+    assert fault.startswith(f"{folder / component} is stored quantised by {method}, which is not supported")
 
 
 @pytest.mark.parametrize(
@@ -328,7 +335,7 @@ def test_a_sentencepiece_model_alone_says_what_to_install(folder: Path, model_fi
     (folder / "tokenizer_2" / "tokenizer.json").unlink()
     (folder / "tokenizer_2" / model_file).write_bytes(b"model")
     [fault] = faults(folder)
-    assert f"{folder}/tokenizer_2 has {model_file} and no tokenizer.json" in fault
+    assert f"{folder}/tokenizer_2 has {model_file} but no tokenizer.json" in fault
     assert "`pip install sentencepiece`" in fault
 
 
@@ -382,13 +389,13 @@ def test_weights_of_torchao_say_what_to_install(folder: Path) -> None:
 def test_a_class_of_another_library_is_named(folder: Path) -> None:
     rewrite(folder / "model_index.json", vae=["my_code", "MyVae"])
     [fault] = faults(folder)
-    assert "vae: its class MyVae is of my_code; only diffusers and transformers are loaded here" in fault
+    assert "vae: its class MyVae is from my_code; only diffusers' and transformers' are loaded" in fault
 
 
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"shards": 40}, "transformer.shards: each needs a block, and the model has 6, got 40"),
+        ({"shards": 40}, "transformer.shards: must be at most 6, because each needs a block, got 40"),
         ({"cuts": (3, 6)}, "transformer.cuts: must be below 6, the number of blocks, got 6"),
     ],
 )
@@ -401,7 +408,7 @@ def test_more_shards_than_blocks_are_refused(folder: Path, settings: dict[str, A
 def test_a_folder_to_offload_to_must_be_there_and_writable(tmp_path: Path) -> None:
     missing, file = tmp_path / "missing", tmp_path / "file"
     file.touch()
-    for path, told in ((missing, "does not exist"), (file, "is no folder")):
+    for path, told in ((missing, "does not exist"), (file, "is not a folder")):
         config = TransformerConfig.model_validate({"offload": {"kind": "group", "folder": str(path)}})
         [fault] = find_offload_faults("denoise", config)
         assert fault.startswith(f"transformer.offload.folder: {path} {told}")
@@ -425,10 +432,10 @@ def test_every_fault_gets_a_line(folder: Path) -> None:
 
 
 def test_files_are_looked_at_without_torch(folder: Path) -> None:
-    """And in no time: this runs before each start."""
+    """The check imports nothing heavy, so it is quick: it runs before each start."""
     code = (
         "import sys; from deployments.checkpoints.integrity import check_stage; "
-        "from deployments.config import EncoderConfig, ModelConfig; "
+        "from deployments.config.encoder import EncoderConfig; from deployments.config.model import ModelConfig; "
         f"model = ModelConfig(name='m', checkpoint={str(folder)!r}, family='flux'); "
         "check_stage(model, 'encode', EncoderConfig()); "
         "print({'torch', 'diffusers', 'transformers', 'ray'} & set(sys.modules))"

@@ -1,4 +1,4 @@
-"""Layouts that people have instead of diffusers': served where it is clear what is meant, else described."""
+"""Layouts other than diffusers': served where their meaning is clear, otherwise described in the error."""
 
 import codecs
 import json
@@ -21,7 +21,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def cache(folder: Path) -> Path:
-    """Of the hub: a repository with one snapshot."""
+    """Returns a repository of the hub's cache, with one snapshot."""
     repository = folder.parent / "models--org--name"
     (repository / "snapshots").mkdir(parents=True)
     folder.rename(repository / "snapshots" / COMMIT)
@@ -121,7 +121,7 @@ LAYOUTS: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "SD 3 in one file": (single_file("model.joint_blocks.1.x"), r"config: stabilityai/stable-diffusion-3-medium"),
     "anything in one file": (single_file("x"), r"is a single file of weights.*components: {{transformer: {}}}"),
-    "a pickle": (pickled, r"is pickled.*so none is: convert it, .*torch\.load\('{}'"),
+    "a pickle": (pickled, r"is pickled.*can run any program: convert it with .*torch\.load\('{}'"),
     "a LoRA in one file": (single_file("x.lora_A.weight"), r"is a LoRA, not a checkpoint\. Serve its base model"),
     "GGUF": (gguf, "is a single file of weights.*serve `checkpoint: OWNER/NAME` with `components:"),
     "the index itself": (lambda path: component(path).parent / "model_index.json", "name its folder"),
@@ -131,12 +131,15 @@ LAYOUTS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "Wan's own": (folder_with("Wan2.1_VAE.pth", "config.json"), "is Wan's original layout.*ends in -Diffusers"),
     "BFL's own": (
         folder_with("flux1-dev.safetensors", "ae.safetensors"),
-        "holds files of weights.*Fetch the whole",
+        "holds weight files.*Fetch the whole",
     ),
     "one model": (folder_with("config.json", "model.safetensors"), "holds one model, not a pipeline"),
-    "a folder too high": (folder_with("flux/model_index.json"), "a folder in it has: name that one, .*made/flux"),
-    "no index": (folder_with("vae/config.json"), r"has components and no model_index\.json: fetch that file too"),
-    "nothing": (folder_with(), "is an empty folder: fetch the checkpoint"),
+    "a folder too high": (
+        folder_with("flux/model_index.json"),
+        "a folder in it has one: name that folder, .*made/flux",
+    ),
+    "no index": (folder_with("vae/config.json"), r"has components but no model_index\.json: fetch that file too"),
+    "nothing": (folder_with(), "the folder is empty: fetch the checkpoint"),
     "something else": (folder_with("README.md"), r"has no model_index\.json; it must be a folder in diffusers'"),
 }
 

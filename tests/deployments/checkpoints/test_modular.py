@@ -1,4 +1,4 @@
-"""modular_model_index.json, as people have it: components here, elsewhere and nowhere."""
+"""Variants of modular_model_index.json: components in the same repository, in another one, and missing."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ def entry(
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of a repository, whose index names that."""
+    """A copy of a repository, whose index names the original repository."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     folder = tmp_path / "flux-3"
     for name in ("transformer", "vae"):
@@ -47,7 +47,7 @@ def opened(folder: Path) -> Path:
 
 
 def test_it_is_read_as_the_index_of_any_pipeline(folder: Path) -> None:
-    """A class that the index was saved without is that of its type."""
+    """Where the index does not name a class, the class is that of the type hint."""
     index = read_index(opened(folder))
     assert is_modular(index)
     assert index["transformer"] == ["diffusers", "Flux3Transformer2DModel"]
@@ -111,11 +111,13 @@ def test_a_folder_with_the_index_of_a_classic_pipeline_too_is_that(folder: Path)
 
 def test_blocks_that_are_code_of_the_checkpoint_are_refused(folder: Path) -> None:
     (folder / "modular_config.json").write_text(json.dumps({"auto_map": {"ModularPipelineBlocks": "b.Blocks"}}))
-    with pytest.raises(ValueError, match=r"brings blocks of its own, which are code, and no .* code is run here"):
+    with pytest.raises(
+        ValueError, match=r"brings its own code for its blocks, and a checkpoint's code is never run"
+    ):
         detect_family(str(folder), None)
 
 
 def test_an_index_without_blocks_is_refused(folder: Path) -> None:
     (folder / MODULAR_INDEX).write_text("{}")
-    with pytest.raises(ValueError, match=r"does not say of which class its blocks are \(_blocks_class_name\)"):
+    with pytest.raises(ValueError, match=r"does not say which class its blocks have \(_blocks_class_name\)"):
         detect_family(str(folder), None)

@@ -1,4 +1,4 @@
-"""Packages that diffusers' classes need."""
+"""The packages that diffusers' classes need."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +15,7 @@ def test_public_classes_are_known_without_their_packages(class_name: str) -> Non
 
 
 def test_a_class_that_one_pipeline_has_for_itself_is_diffusers_too() -> None:
-    """LTX-2's vocoder is in model_index.json as of a package `ltx2`."""
+    """model_index.json lists LTX-2's vocoder under a package `ltx2`."""
     assert library_of("ltx2") == "diffusers"
     assert is_public("LTX2Vocoder", "ltx2")
     assert not is_public("LTX9Vocoder", "ltx2")

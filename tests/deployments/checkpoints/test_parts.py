@@ -1,4 +1,4 @@
-"""Files of weights beside a layout: which components are in them, what is made of them, and what is refused."""
+"""Weight files beside a layout: which components they hold, what they become, and what is refused."""
 
 import json
 import shutil
@@ -15,7 +15,9 @@ from deployments.checkpoints.convert import convert
 from deployments.checkpoints.integrity import find_stage_faults
 from deployments.checkpoints.parts import find_parts, open_checkpoint
 from deployments.checkpoints.source import fetch_checkpoint, with_family
-from deployments.config import ModelConfig, TransformerConfig, VaeConfig
+from deployments.config.model import ModelConfig
+from deployments.config.transformer import TransformerConfig
+from deployments.config.vae import VaeConfig
 from deployments.engine.load import load_rank, open_denoisers
 from tests.deployments.single_files import read, wan_tensors, write_gguf, write_sd15
 
@@ -86,6 +88,7 @@ def test_a_file_is_converted_once_and_anew_when_it_has_changed(folder: Path) -> 
     assert open_checkpoint(model, index, DENOISE, "float16") != made
 
 
+@pytest.mark.thorough
 def test_a_converted_denoiser_has_no_variant_and_is_loaded_all_the_same(folder: Path) -> None:
     file = write_sd15(folder, folder.parent / "sd15.safetensors")
     model = read_model(folder, components={"unet": str(file)}, variant="fp16")
@@ -131,7 +134,7 @@ def test_weights_that_nothing_reads_are_refused(folder: Path) -> None:
     layout, file = fetch_checkpoint("tiny://wan", ()), folder.parent / "x.safetensors"
     save_file({**wan_tensors(layout), "scaled_fp8": torch.zeros(2)}, file)
     with pytest.raises(
-        ValueError, match=r"has weights that nothing reads, scaled_fp8 \(1 such\): it is of another"
+        ValueError, match=r"has weights that nothing reads, scaled_fp8 \(1 in all\): it belongs to another"
     ):
         convert(file, layout, "transformer", folder.parent / "made", torch.float32)
 
@@ -141,7 +144,7 @@ def test_gguf_of_another_model_is_refused(folder: Path) -> None:
     file = write_gguf({**wan_tensors(layout), "more": torch.zeros(2)}, folder.parent / "x.gguf")
     model = read_model(layout, components={"transformer": str(file)})
     denoiser = open_denoisers(model, TransformerConfig())
-    with pytest.raises(ValueError, match=r"x\.gguf has weights that nothing reads, more \(1 such\)"):
+    with pytest.raises(ValueError, match=r"x\.gguf has weights that nothing reads, more \(1 in all\)"):
         load_rank(denoiser, model, TransformerConfig(), 0)
 
 
@@ -149,7 +152,7 @@ def test_a_class_that_is_read_from_no_single_file_is_never_read_from_the_layout_
     layout = fetch_checkpoint("tiny://qwen-image", ())
     file = folder.parent / "vae.safetensors"
     save_file(read(layout / "vae"), file)
-    with pytest.raises(ValueError, match="diffusers reads no AutoencoderKLQwenImage from a single file"):
+    with pytest.raises(ValueError, match="diffusers cannot read AutoencoderKLQwenImage from a single file"):
         convert(file, layout, "vae", folder.parent / "made", torch.float32)
 
 
@@ -160,8 +163,8 @@ def test_a_class_that_is_read_from_no_single_file_is_never_read_from_the_layout_
         ("none.safetensors", r"one file, and .*none\.safetensors does not exist on node"),
         ("model.ckpt", r"model\.ckpt is pickled"),
         ("lora.safetensors", "is a LoRA"),
-        ("cut.safetensors", "is no safetensors file, or cut short"),
-        ("cut.gguf", "is no GGUF file, or cut short"),
+        ("cut.safetensors", "is not a safetensors file, or is cut short"),
+        ("cut.gguf", "is not a GGUF file, or is cut short"),
     ],
 )
 def test_what_is_no_whole_model_in_a_file_is_refused(folder: Path, checkpoint: str, sentence: str) -> None:
@@ -184,8 +187,14 @@ def test_a_file_for_no_model_of_the_checkpoint_is_refused(folder: Path, name: st
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"quantization": "nf4"}, "is stored quantised, by GGUF, and does not go with quantization: leave it out"),
-        ({"device_map": "auto", "num_gpus": 2}, "by GGUF, and does not go with device_map: leave it out"),
+        (
+            {"quantization": "nf4"},
+            "is quantised (GGUF), which does not combine with quantization: leave out quantization",
+        ),
+        (
+            {"device_map": "auto", "num_gpus": 2},
+            "(GGUF), which does not combine with device_map: leave out device_map",
+        ),
         (
             {"layerwise_casting": "float8_e4m3fn"},
             "is stored quantised, and quantization and layerwise_casting do not",
@@ -202,4 +211,4 @@ def test_what_does_not_go_with_gguf_is_told(folder: Path, settings: dict[str, An
 def test_gguf_is_for_denoisers_alone(folder: Path) -> None:
     file = write_gguf({"x": torch.zeros(2, 32)}, folder.parent / "x.gguf")
     [told] = find_stage_faults(read_model(folder, components={"vae": str(file)}), "decode", VaeConfig())
-    assert "GGUF files are read as denoisers alone, and vae is of AutoencoderKL" in told
+    assert "GGUF files are only read for denoisers, and vae has class AutoencoderKL" in told

@@ -1,4 +1,4 @@
-"""Processors load with what is installed, and do with pictures what transformers' own reference does."""
+"""Processors load with the installed packages, and process images as transformers' own reference does."""
 
 import json
 import warnings
@@ -19,7 +19,7 @@ from deployments.checkpoints.processors import build_processor, is_processor, lo
 from deployments.checkpoints.source import fetch_checkpoint
 from deployments.checkpoints.tiny.language import build_chat_tokenizer
 from deployments.checkpoints.tiny.text import build_qwen_tokenizer
-from deployments.config import EncoderConfig
+from deployments.config.encoder import EncoderConfig
 from deployments.stages.pipeline import load_pipeline
 
 without_torchvision = pytest.mark.skipif(is_torchvision_available(), reason="transformers' own loading does it")
@@ -31,7 +31,7 @@ PIXELS = {"shortest_edge": 56 * 56, "longest_edge": 112 * 112}
 
 @pytest.fixture
 def published(tmp_path: Path) -> Path:
-    """A processor's folder as Qwen-Image-Edit's repository has it: from before transformers 5."""
+    """A processor's folder as in Qwen-Image-Edit's repository, from before transformers 5."""
     build_qwen_tokenizer().save_pretrained(tmp_path)
     pictures = {"image_processor_type": "Qwen2VLImageProcessorFast", "processor_class": "Qwen2VLProcessor"}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(pictures | {"size": PIXELS}))

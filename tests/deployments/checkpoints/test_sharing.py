@@ -1,4 +1,4 @@
-"""Which checkpoints have the same models for a stage."""
+"""Checks which checkpoints have the same models for a stage."""
 
 import json
 import shutil
@@ -9,12 +9,13 @@ from safetensors.numpy import load_file, save_file
 
 from deployments.checkpoints.components import Stage
 from deployments.checkpoints.sharing import NotTheSame, check_same
-from deployments.checkpoints.source import fetch_checkpoint, with_family
-from deployments.config import ModelConfig
+from deployments.checkpoints.source import fetch_checkpoint
+from deployments.config.model import ModelConfig
+from tests.deployments.derived_here import with_family_here
 
 
 def of(checkpoint: str | Path, name: str = "other") -> ModelConfig:
-    return with_family(ModelConfig(name=name, checkpoint=str(checkpoint)))
+    return with_family_here(ModelConfig(name=name, checkpoint=str(checkpoint)))
 
 
 FLUX = of("tiny://flux", "flux")
@@ -22,7 +23,7 @@ FLUX = of("tiny://flux", "flux")
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """Of FLUX's folder: other files, with the same in them."""
+    """A copy of FLUX's folder: other files with equal contents."""
     return Path(shutil.copytree(fetch_checkpoint("tiny://flux", ()), tmp_path / "copy"))
 
 

@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from; no test here touches the network."""
+"""The sources of checkpoints; no test here uses the network."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from deployments.checkpoints.source import (
     plan_hub_patterns,
     with_family,
 )
-from deployments.config import ModelConfig
+from deployments.config.model import ModelConfig
 
 REPO_ROOT = Path(__file__).parents[3]
 
@@ -51,7 +51,7 @@ ASK = [
     lambda checkpoint: fetch_configs(checkpoint),
     lambda checkpoint: fetch_checkpoint(checkpoint, ["unet"]),
 ]
-"""All who ask the hub."""
+"""All functions that query the hub."""
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def empty_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes huggingface_hub offline, over an empty cache."""
+    """Makes huggingface_hub offline, with an empty cache."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
 
@@ -163,7 +163,7 @@ def test_a_single_file_without_a_layout_is_refused(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("empty_hub")
 @pytest.mark.parametrize("ask", ASK)
 def test_any_other_name_is_asked_of_the_hub_and_may_have_meant_a_folder(ask: Callable[[str], object]) -> None:
-    with pytest.raises(FileNotFoundError, match="could not be had from the hub") as refused:
+    with pytest.raises(FileNotFoundError, match="could not be fetched from the hub") as refused:
         ask("some-org/some-model")
     folder = Path("some-org/some-model").absolute()
     assert f"{folder} does not exist on node {socket.gethostname()} either" in str(refused.value)
@@ -178,7 +178,7 @@ def test_a_name_that_no_repository_can_have_is_refused(ask: Callable[[str], obje
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Has a gated model, and no other."""
+    """A hub with one gated model and no other."""
 
     def do_GET(self) -> None:
         is_gated = "/gated/model" in self.path
@@ -196,7 +196,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def small_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """In the place of huggingface.co."""
+    """Replaces huggingface.co by the local hub."""
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         url = f"http://127.0.0.1:{server.server_port}"
         threading.Thread(target=server.serve_forever).start()

@@ -1,4 +1,4 @@
-"""Tiny checkpoints are complete, repeatable, and fit for the tests that rest on them."""
+"""Tiny checkpoints are complete, repeatable, and suitable for the tests that depend on them."""
 
 import hashlib
 from pathlib import Path
@@ -48,7 +48,7 @@ def digest_files(folder: Path) -> dict[str, str]:
 
 
 def draw(pipeline: DiffusionPipeline, family: str, prompt: str) -> torch.Tensor:
-    """Two steps at 64 px: `[3, 64, 64]` in 0..1, or `[5, 3, 64, 64]` for a video."""
+    """Draws two steps at 64 px; returns `[3, 64, 64]` in 0..1, or `[5, 3, 64, 64]` for a video."""
     size = {"height": 64, "width": 64} | ({"num_frames": 5} if family == "wan" else {})
     generator = torch.Generator().manual_seed(0)
     output = pipeline(

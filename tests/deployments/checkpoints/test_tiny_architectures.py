@@ -1,4 +1,4 @@
-"""Tiny checkpoints of all architectures but the families', which `test_tiny` looks at more closely."""
+"""Tiny checkpoints of all architectures except the families', which `test_tiny` tests in more detail."""
 
 import hashlib
 import warnings
@@ -16,7 +16,7 @@ from tests.deployments.tiny_calls import TINY_CALLS
 
 MAX_CHECKPOINT_BYTES = 24_000_000
 QUICK = frozenset({"flux2-klein", "ltx2", "z-image"})
-"""Without --thorough."""
+"""Checkpoints tested without --thorough."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -1,4 +1,4 @@
-"""Every cut of every architecture against plain diffusers: what its pipeline asks for, bit for bit."""
+"""Every cut of every architecture computes what plain diffusers computes for its pipeline's call, bit for bit."""
 
 from functools import cache
 from itertools import pairwise
@@ -8,18 +8,18 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from cluster.message import Message, pack, unpack
+from cluster.ranks.message import Message, pack, unpack
 from deployments.checkpoints.source import fetch_checkpoint
 from deployments.checkpoints.tiny.names import TINY_FAMILIES, TINY_MODULES
-from deployments.config import TransformerConfig
+from deployments.config.transformer import TransformerConfig
 from deployments.engine.adapters import NO_ADAPTERS, AdapterLayers
 from deployments.engine.blocks import NO_CHAINS, block_names, shape_only_inputs
+from deployments.engine.constant_cache import ConstantCache, ConstantSender
 from deployments.engine.load import LoadedRank
 from deployments.engine.merge import build_mergers
-from deployments.engine.outline import Holder, Outliner
+from deployments.engine.micro_batch import MicroBatchDriver, MicroBatchWorker
 from deployments.engine.shard import Shard, load_shard
-from deployments.engine.work import Follower, Leader
-from deployments.memory.keeper import Keeper
+from deployments.memory.residency import WeightResidency
 from tests.deployments.recorded import Recorded, record
 
 CPU = torch.device("cpu")
@@ -44,11 +44,12 @@ QUICK = frozenset(
         "kandinsky5-video",
     }
 )
-"""Without --thorough: one of each kind of forward."""
+"""Checkpoints tested without --thorough: one of each kind of forward."""
 ELSEWHERE = {*TINY_FAMILIES, "qwen-image-edit-plus"}
-"""`test_shard` cuts the families; Plus is qwen-image-edit with twice the tokens."""
+"""Checkpoints not tested here: `test_shard` cuts the families; Plus is qwen-image-edit with twice the tokens."""
 WITH_NETS = {name for name in TINY_MODULES if name.endswith("controlnet")}
-"""Run as one shard, for their nets declare no blocks; what a net adds to a UNet's skips crosses no cut."""
+"""Checkpoints that run as one shard, because their ControlNets declare no blocks and what a ControlNet adds to a
+UNet's skips crosses no cut."""
 CUT = [name for name in TINY_MODULES if name not in {*UNCUT, *ELSEWHERE, *WITH_NETS}]
 
 
@@ -92,16 +93,17 @@ def load_blocks(name: str, forward: Recorded, start: int, end: int) -> Shard:
 
 
 def run_chain(shards: list[Shard], forward: Recorded) -> Any:
-    """As the ranks do it, with everything that crosses on the wire."""
+    """Runs the forward as the ranks do; everything that crosses is packed for the wire."""
     name = forward.component
     mergers = build_mergers({name: forward.model})
     ranks = [
-        LoadedRank({name: shard}, Keeper({}, TransformerConfig(), CPU), AdapterLayers({}, CPU)) for shard in shards
+        LoadedRank({name: shard}, WeightResidency({}, TransformerConfig(), CPU), AdapterLayers({}, CPU))
+        for shard in shards
     ]
-    leader = Leader(ranks[0], mergers, Outliner(), {name: shape_only_inputs(forward.model)})
-    crossed: Any = leader.run(name, [forward.inputs], (), (NO_ADAPTERS,))
+    driver = MicroBatchDriver(ranks[0], mergers, ConstantSender(), {name: shape_only_inputs(forward.model)})
+    crossed: Any = driver.run(name, [forward.inputs], (), (NO_ADAPTERS,))
     for rank in ranks[1:]:
-        crossed = Follower(rank, mergers, Holder(CPU)).run(over_the_wire(crossed))
+        crossed = MicroBatchWorker(rank, mergers, ConstantCache(CPU)).run(over_the_wire(crossed))
     return crossed
 
 

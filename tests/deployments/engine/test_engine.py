@@ -1,4 +1,4 @@
-"""The engine as a whole, in one process: a real shard, and what happens when its last request has left."""
+"""The whole engine in one process, with a real shard; also what happens when its last request has left."""
 
 import gc
 import threading
@@ -12,19 +12,21 @@ from typing import Any
 import pytest
 import torch
 
-from cluster.ring import Ring
-from cluster.transport import GroupTransport, join_store, open_store
+from cluster.ranks.ring import Ring
+from cluster.ranks.transport import GroupTransport, join_store, open_store
 from deployments.checkpoints.source import fetch_checkpoint
-from deployments.config import EncoderConfig, ModelConfig, TransformerConfig
+from deployments.config.encoder import EncoderConfig
+from deployments.config.model import ModelConfig
+from deployments.config.transformer import TransformerConfig
 from deployments.engine.adapters import AdapterLayers
+from deployments.engine.constant_cache import ConstantCache, ConstantSender
 from deployments.engine.engine import Engine
 from deployments.engine.load import LoadedRank, load_rank, open_denoisers
 from deployments.engine.merge import Merger, Mergers, build_mergers
-from deployments.engine.outline import Holder, Outliner
+from deployments.engine.micro_batch import Blocks, MicroBatchDriver, MicroBatchWorker
 from deployments.engine.shard import load_shard
-from deployments.engine.work import Blocks, Follower, Leader
-from deployments.memory.keeper import Keeper
-from deployments.refusal import OutOfShare, ShardGroupLost
+from deployments.errors import OutOfDeviceMemory, ShardGroupLost
+from deployments.memory.residency import WeightResidency
 from deployments.stages import load_stage
 from tests.deployments.memory.tiny_request import build_request
 from tests.deployments.recorded import Recorded, record
@@ -59,8 +61,8 @@ def test_room_is_made_when_the_last_request_has_left(
     denoisers = open_denoisers(MODEL, config)
     mergers, idle = build_mergers(denoisers.skeletons), threading.Semaphore(0)
     rank = load_rank(denoisers, MODEL, config, rank=0)
-    leader = Leader(rank, mergers, Outliner(), {"transformer": frozenset()}, on_idle=idle.release)
-    engine = Engine(leader, mergers, config, device=denoisers.device, on_lost=pytest.fail)
+    driver = MicroBatchDriver(rank, mergers, ConstantSender(), {"transformer": frozenset()}, on_idle=idle.release)
+    engine = Engine(driver, mergers, config, device=denoisers.device, on_lost=pytest.fail)
     try:
         predictions = []
         for _ in range(2):
@@ -97,12 +99,12 @@ def test_torch_watches_tensors_only_where_a_technique_writes_to_them(
     typed = {k: v.to(denoisers.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
     with torch.no_grad():
         [prediction] = rank.run("transformer", typed)
-        prediction.add_(1)  # as a scheduler may
+        prediction.add_(1)  # an in-place change, which schedulers may make
     assert seen == [is_inference]
 
 
 def burst(engine: Engine, inputs: dict[str, Any]) -> torch.Tensor:
-    """Two requests, one after the other has begun."""
+    """Runs a forward for each of two requests, which hold their seats at the same time."""
     seats = [engine.queue.join(), engine.queue.join()]
     answers = [engine.forward(seat, "transformer", inputs)[0] for seat in seats]
     for seat in seats:
@@ -112,14 +114,14 @@ def burst(engine: Engine, inputs: dict[str, Any]) -> torch.Tensor:
 
 
 class Part:
-    """A rank's part of models that hand their latents on; it sleeps, or fails, as the inputs say."""
+    """A rank's part of models that pass their latents on; it sleeps or fails as the inputs say."""
 
     def __init__(self, rank: int, num_ranks: int) -> None:
         self._rank, self._num_ranks = rank, num_ranks
         self.seen: list[weakref.ref[torch.Tensor]] = []
-        """The embeddings it was given."""
+        """The embeddings of each forward."""
         self.asked: list[tuple[str, int]] = []
-        """For which of the models, and how many forwards as one."""
+        """The component of each forward, and the number of forwards that were merged in it."""
 
     def run(self, component: str, inputs: Any, boundary: Any = None, rows: Any = ()) -> Any:
         self.asked.append((component, len(inputs["hidden_states"])))
@@ -128,7 +130,7 @@ class Part:
         if inputs.get("fails_on") == self._rank:
             raise ValueError("no such block")
         if inputs.get("is_much_on") == self._rank and len(inputs["hidden_states"]) > 1:
-            raise OutOfShare("out of memory")
+            raise OutOfDeviceMemory("out of memory")
         if inputs.get("no_room_on") == self._rank:
             raise torch.OutOfMemoryError("tried to allocate")
         is_last = self._rank == self._num_ranks - 1
@@ -140,9 +142,9 @@ Open = Callable[..., Engine]
 
 @pytest.fixture
 def open_engine() -> Iterator[Open]:
-    """An engine and its followers, all in this process."""
+    """Yields a function that opens an engine with its workers, all in this process."""
     engines: list[Engine] = []
-    followers: list[Ring] = []
+    workers: list[Ring] = []
 
     def open_one(
         parts: Sequence[Blocks], *, mergers: Mergers = UNMERGED, on_lost: Any = pytest.fail, **settings: Any
@@ -157,21 +159,21 @@ def open_engine() -> Iterator[Open]:
         with ThreadPoolExecutor(num_ranks) as threads:
             transport, *others = threads.map(connect, range(num_ranks))
         for rank, other in enumerate(others, start=1):
-            follower = Follower(parts[rank], mergers, Holder(CPU))
-            followers.append(Ring(follower.run, rank=rank, transport=other, on_failure=print, device=CPU))
-            followers[-1].start()
+            worker = MicroBatchWorker(parts[rank], mergers, ConstantCache(CPU))
+            workers.append(Ring(worker.run, rank=rank, transport=other, on_failure=print, device=CPU))
+            workers[-1].start()
         config = TransformerConfig(shards=num_ranks, **settings)
-        leader = Leader(parts[0], mergers, Outliner(), dict.fromkeys(mergers, frozenset()))
-        engines.append(Engine(leader, mergers, config, device=CPU, transport=transport, on_lost=on_lost))
+        driver = MicroBatchDriver(parts[0], mergers, ConstantSender(), dict.fromkeys(mergers, frozenset()))
+        engines.append(Engine(driver, mergers, config, device=CPU, transport=transport, on_lost=on_lost))
         return engines[-1]
 
     yield open_one
-    for part in (*engines, *followers):
+    for part in (*engines, *workers):
         part.close()
 
 
 def forward(engine: Engine, component: str = "transformer", **said: Any) -> Any:
-    """Of a request of its own."""
+    """Runs one forward of a new request."""
     seat = engine.queue.join()
     try:
         inputs = {"hidden_states": torch.ones(1, 4, 2), "embeds": torch.ones(3), **said}
@@ -197,7 +199,7 @@ def test_tensors_are_let_go_though_the_micro_batch_that_said_so_failed_on_the_wa
 def test_what_merged_runs_out_of_memory_runs_alone_and_no_request_fails_for_it(
     open_engine: Open, rank: int
 ) -> None:
-    """Its embeddings reach the ranks that the merged one never came to."""
+    """A request's embeddings still reach the ranks that its merged micro-batch never reached."""
     parts = [Part(rank, 3) for rank in range(3)]
     engine = open_engine(parts, mergers=BY_SHAPE, batch_wait_ms=1000)
     begin = threading.Barrier(8)
@@ -233,7 +235,7 @@ def test_forwards_of_two_models_never_fly_as_one_though_they_look_alike(open_eng
 
 @pytest.mark.parametrize(("name", "are_merged"), [("ltx2", False), ("z-image", True)])
 def test_each_request_gets_all_that_the_model_returns(open_engine: Open, name: str, are_merged: bool) -> None:
-    """Two tensors of LTX-2, lists of them of Z-Image."""
+    """LTX-2 returns two tensors, Z-Image lists of tensors."""
     recorded = [record(name), record(name, "a blue whale under the moon")] * 4
     model_class, folder = type(recorded[0][0].model), fetch_checkpoint(f"tiny://{name}", ())
     shards = [
@@ -241,7 +243,7 @@ def test_each_request_gets_all_that_the_model_returns(open_engine: Open, name: s
         for blocks in [(0, 1), (1, 3)]
     ]
     parts = [
-        LoadedRank({"transformer": shard}, Keeper({}, TransformerConfig(), CPU), AdapterLayers({}, CPU))
+        LoadedRank({"transformer": shard}, WeightResidency({}, TransformerConfig(), CPU), AdapterLayers({}, CPU))
         for shard in shards
     ]
     mergers = build_mergers({"transformer": recorded[0][0].model})
@@ -264,7 +266,7 @@ def test_each_request_gets_all_that_the_model_returns(open_engine: Open, name: s
 
 def test_a_rank_without_room_for_what_it_receives_is_told_as_out_of_memory(open_engine: Open) -> None:
     engine = open_engine([Part(rank, 2) for rank in range(2)])
-    with pytest.raises(OutOfShare, match="no room for what the one before hands on: tried to allocate"):
+    with pytest.raises(OutOfDeviceMemory, match="no memory for what the rank before it sends: tried to allocate"):
         forward(engine, no_room_on=1)
 
 

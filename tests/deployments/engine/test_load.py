@@ -1,4 +1,4 @@
-"""Loading a denoiser spread over devices by accelerate: here the CPU and, for what does not fit, the disk."""
+"""Loads a denoiser that accelerate spreads over devices: here the CPU and, for what does not fit, the disk."""
 
 import gc
 from collections.abc import Callable
@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from deployments.config import EncoderConfig, ModelConfig, TransformerConfig
+from deployments.config.encoder import EncoderConfig
+from deployments.config.model import ModelConfig
+from deployments.config.transformer import TransformerConfig
 from deployments.request import GenerationRequest, Prompt
 from deployments.stages import load_stage
 

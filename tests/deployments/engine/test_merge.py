@@ -103,7 +103,7 @@ def test_a_forward_with_a_controlnet_never_merges_with_one_without() -> None:
 
 
 def test_pictures_beside_the_noise_keep_forwards_of_z_image_apart() -> None:
-    """Lists in the lists: one per sample, and in it a tensor for each picture."""
+    """An input is a list with one list for each sample, which has a tensor for each image."""
     merger = Merger("ZImageTransformer2DModel")
     inputs = {"x": [[torch.zeros(16, 1, 8, 8)] * 2], "t": torch.ones(1), "cap_feats": [torch.zeros(8, 64)]}
     assert merger.signature(inputs) != merger.signature(inputs)
@@ -122,7 +122,7 @@ def test_qwen_prompts_of_different_lengths_merge_padded_and_masked() -> None:
 
 @torch.no_grad()
 def test_edits_merge_with_edits_of_the_same_layout_alone() -> None:
-    """The tokens of two pictures follow those of the noise."""
+    """The tokens of two input images follow those of the noise."""
     model, merger = load("qwen-image"), Merger("QwenImageTransformer2DModel")
     layouts = (
         [(1, 2, 4), (1, 2, 2), (1, 2, 2)],

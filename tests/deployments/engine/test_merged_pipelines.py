@@ -1,4 +1,4 @@
-"""Forwards that the pipelines of two requests ask for: merged, each gets what it would get alone."""
+"""Forwards of two requests' pipelines: merged, each gets what it gets alone."""
 
 import json
 from collections.abc import Iterator
@@ -50,13 +50,13 @@ MERGED = {
     "wan21-i2v": GUIDANCE,
     "z-image": GUIDANCE,
 }
-"""Tiny checkpoint, and how the second request's guidance differs."""
+"""How the guidance of the second request differs, by tiny checkpoint."""
 POSITIONED = frozenset({"ideogram4"})
-"""Those in which every sample has positions of its own, so that sizes with as many tokens may meet."""
+"""Checkpoints whose samples each have their own positions, so that sizes of equal numbers of tokens merge."""
 QUICK = frozenset(
     {"ideogram4", "chroma", "cogview4", "flux2", "flux2-klein", "flux3", "lumina2", "ltx-video", "sana", "z-image"}
 )
-"""Without --thorough: those whose inputs are unlike others'."""
+"""Checkpoints tested without --thorough: those whose inputs differ from the others'."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -94,7 +94,7 @@ def test_every_rule_is_of_a_model_that_is_tried() -> None:
 
 
 def mergeable(one: list[Recorded], other: list[Recorded]) -> Iterator[tuple[Recorded, Recorded]]:
-    """Pairs that may fly as one, each kind once."""
+    """Yields pairs of forwards that may merge, each kind once."""
     seen: set[Any] = set()
     for pair in product(one, other):
         first, second = (

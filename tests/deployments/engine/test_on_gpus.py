@@ -1,4 +1,4 @@
-"""Ranks on GPUs, in one process: of one GPU, and each with a GPU of its own, over NCCL."""
+"""Ranks on GPUs, in one process: on one GPU, and each on its own GPU over NCCL."""
 
 import gc
 import time
@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from cluster.place import Place
-from deployments.config import EncoderConfig, ModelConfig, TransformerConfig
+from cluster.ranks.place import Place
+from deployments.config.encoder import EncoderConfig
+from deployments.config.model import ModelConfig
+from deployments.config.transformer import TransformerConfig
 from deployments.engine.step_queue import Cancelled
+from deployments.errors import OutOfDeviceMemory
 from deployments.families import FAMILIES
-from deployments.refusal import OutOfShare
 from deployments.request import GenerationRequest
 from deployments.stages import load_stage
 from tests.deployments.memory.tiny_request import build_request
@@ -33,7 +35,8 @@ def embeds(family: str) -> Any:
 
 
 def build_steps(family: str) -> GenerationRequest:
-    """Enough for a partial picture, and for what UniPC solves at its third."""
+    """Returns a request with enough steps for a partial image, and for the equations that UniPC solves at its
+    third."""
     return replace(build_request(family), num_inference_steps=3)
 
 
@@ -42,7 +45,7 @@ def build_model(family: str) -> ModelConfig:
 
 
 class ShardGroup:
-    """A rank for each GPU that is named."""
+    """A group with a rank for each of the given GPUs."""
 
     def __init__(self, family: str, gpus: tuple[int, ...], **settings: Any) -> None:
         self.family, self.gpus, num_ranks = family, gpus, len(gpus)
@@ -83,7 +86,7 @@ class ShardGroup:
         with torch.cuda.device(self.gpus[rank]):
             if rank == 0:
                 return load_stage("denoise", self.model, self.config)
-            return load_stage("follow", self.model, self.config, rank)
+            return load_stage("worker", self.model, self.config, rank)
 
 
 Open = Callable[..., ShardGroup]
@@ -138,11 +141,13 @@ def test_partial_latents_arrive_on_the_host(open_group: Open, gpus: tuple[int, .
     assert [(partial.device.type, partial.shape) for partial in partials] == [("cpu", latents.shape)]
 
 
-@pytest.mark.parametrize("settings", [{"quantization": "nf4"}, {"offload": "group"}, {"on_demand": True}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"quantization": "nf4"}, {"offload": "group"}, {"time_sharing": True}], ids=str
+)
 def test_ranks_of_two_gpus_need_less_memory_in_the_same_ways(
     open_group: Open, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # where turns are taken
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # the folder of the leases' lock files
     expected = open_group("flux", (0,), **{k: v for k, v in settings.items() if k == "quantization"}).draw()
     assert torch.equal(open_group("flux", (0, 1), **settings).draw(), expected)
 
@@ -151,7 +156,7 @@ def test_requests_side_by_side_on_two_gpus_draw_what_they_draw_alone(open_group:
     group = open_group("sdxl", (0, 1))
     expected = group.draw()
     for latents in draw_four(group):
-        torch.testing.assert_close(latents, expected, atol=1e-4, rtol=1e-4)  # merged
+        torch.testing.assert_close(latents, expected, atol=1e-4, rtol=1e-4)  # merged forwards round differently
 
 
 @pytest.mark.parametrize("device_map", ["auto", "balanced"])
@@ -170,7 +175,7 @@ def test_a_device_map_over_two_gpus_draws_what_one_does(open_group: Open, device
 
 
 class Cap:
-    """What this process may use of the first GPU."""
+    """A cap on the memory that this process may use of the first GPU."""
 
     def peak_bytes(self, work: Callable[[], object]) -> int:
         torch.cuda.reset_peak_memory_stats()
@@ -194,7 +199,7 @@ def draw_four(group: ShardGroup) -> list[torch.Tensor]:
         return [drawn.result(SOON_S) for drawn in drawing]
 
 
-@pytest.mark.pretended_gpu  # whose peaks are the same every time
+@pytest.mark.pretended_gpu  # its peaks are the same every time
 def test_what_is_too_much_merged_runs_alone_and_no_request_fails(open_group: Open, cap: Cap) -> None:
     group = open_group("sdxl", (0,), batch_wait_ms=1000)
     expected = group.draw()
@@ -214,11 +219,11 @@ def test_a_call_that_is_out_of_memory_fails_alone_and_leaves_nothing_there(open_
     before = torch.cuda.memory_allocated()
     alone = cap.peak_bytes(group.draw)
     cap.set((before + alone) // 2)
-    with pytest.raises(OutOfShare, match="out of memory"):
+    with pytest.raises(OutOfDeviceMemory, match="out of memory"):
         group.draw()
     deadline = time.monotonic() + 10
     while torch.cuda.memory_allocated() != before and time.monotonic() < deadline:
-        time.sleep(0.05)  # a thread may still be on its way out of the error
+        time.sleep(0.05)  # a thread may still be unwinding from the error
         gc.collect()
     assert torch.cuda.memory_allocated() == before
     cap.set(2 * alone)

@@ -1,4 +1,4 @@
-"""Forwards that two ranks share, against the whole model in plain diffusers."""
+"""Forwards that two ranks share compute what the whole model computes in plain diffusers."""
 
 import warnings
 from collections.abc import Iterator
@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from cluster.meeting import MeetingPoint
-from cluster.parallel_group import ParallelGroup
-from cluster.transport import PeerLost, join_store, open_store
+from cluster.ranks.parallel_group import ParallelGroup
+from cluster.ranks.store_address import StoreAddress
+from cluster.ranks.transport import PeerLost, join_store, open_store
 from deployments.checkpoints.source import fetch_checkpoint
 from deployments.engine.blocks import block_names
 from deployments.engine.parallel import Parallel
@@ -22,8 +22,9 @@ from tests.deployments.rank_processes import RankProcesses
 from tests.deployments.recorded import record
 
 CPU = torch.device("cpu")
-QUICK = ("flux", "qwen-image", "wan")
+QUICK = ("flux", "wan")
 THOROUGH = (
+    "qwen-image",
     "flux-kontext",
     "flux-fill",
     "flux2",
@@ -33,7 +34,7 @@ THOROUGH = (
     "wan22-5b",
 )
 ODD = {"height": 48, "width": 80}
-"""15 tokens, where that is a picture's."""
+"""An image of this size has 15 tokens, which two ranks cannot split evenly."""
 
 _kept: dict[str, Any] = {}
 
@@ -57,7 +58,7 @@ def two() -> Iterator[RankProcesses]:
 def test_two_ranks_predict_what_the_whole_model_does(
     two: RankProcesses, shared: str, splits_weights: bool
 ) -> None:
-    """Whole, and cut in two shards that both ranks hold one after the other."""
+    """Tests the whole model, and the model cut in two shards, which both ranks hold one after the other."""
     forwards = {forward.layout: forward for forward in record(shared)}.values()
     classes = TENSOR_PARALLEL if splits_weights else CONTEXT_PARALLEL
     if any(type(forward.model).__name__ not in classes for forward in forwards):
@@ -86,7 +87,7 @@ def check(two: RankProcesses, name: str, forward: Any, blocks: Any, splits_weigh
 
 
 def test_what_one_rank_fails_at_fails_on_both(two: RankProcesses) -> None:
-    """And after that they go on."""
+    """After the failure both ranks continue."""
     failed = two.ask_all(_agree, [(7, None), (7, MemoryError("full"))])
     assert [repr(error) for error in failed] == ["MemoryError('full')"] * 2
     assert two.ask_all(_agree, [(8, None), (8, None)]) == [None, None]
@@ -98,7 +99,7 @@ def test_ranks_that_are_at_different_micro_batches_are_lost(two: RankProcesses) 
 
 
 def test_who_failed_while_the_other_says_nothing_is_lost(two: RankProcesses) -> None:
-    """As where the other waits in a collective. What it says later is for nobody."""
+    """This happens when the other rank waits in a collective. Its later answer is discarded."""
     lost = two.ask(0, _agree, 9, ValueError("mine")).result()
     assert isinstance(lost, PeerLost)
     assert "this one failed: ValueError('mine')" in str(lost)
@@ -120,8 +121,8 @@ def test_every_class_that_is_let_in_has_a_plan(classes: tuple[str, ...], plan: s
             (1, 2),
             "transformer.tensor_parallel: it is not known how ranks share a forward of Wan",
         ),
-        ("FluxTransformer2DModel", (5, 1), "24 attention heads (num_attention_heads), which 5 ranks do not share"),
-        ("FluxTransformer2DModel", (1, 7), "do not share evenly: one of 2, 3, 4, 6, 8, 12, 24"),
+        ("FluxTransformer2DModel", (5, 1), "24 attention heads (num_attention_heads), which 5 ranks cannot share"),
+        ("FluxTransformer2DModel", (1, 7), "cannot share evenly: set it to one of 2, 3, 4, 6, 8, 12, 24"),
     ],
 )
 def test_what_cannot_be_shared_is_told_with_what_can(class_name: str, degrees: tuple[int, int], told: str) -> None:
@@ -130,12 +131,12 @@ def test_what_cannot_be_shared_is_told_with_what_can(class_name: str, degrees: t
     assert not list(find_parallel_faults(class_name, {"num_attention_heads": 24}, 1, 1))
 
 
-def _open() -> MeetingPoint:
+def _open() -> StoreAddress:
     _kept["store"] = open_store("127.0.0.1", 2)
-    return MeetingPoint("127.0.0.1", _kept["store"].port)
+    return StoreAddress("127.0.0.1", _kept["store"].port)
 
 
-def _meet(rank: int, point: MeetingPoint) -> None:
+def _meet(rank: int, point: StoreAddress) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     store = _kept.get("store") or join_store(point.host, point.port, 2)

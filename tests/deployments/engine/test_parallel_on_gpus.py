@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from cluster.meeting import MeetingPoint
-from cluster.parallel_group import ParallelGroup
-from cluster.transport import join_store, open_store
+from cluster.ranks.parallel_group import ParallelGroup
+from cluster.ranks.store_address import StoreAddress
+from cluster.ranks.transport import join_store, open_store
 from deployments.checkpoints.source import fetch_checkpoint
 from deployments.engine.parallel import Parallel
 from deployments.engine.shard import load_shard
@@ -46,12 +46,12 @@ def test_two_gpus_predict_what_the_whole_model_does(two: RankProcesses, name: st
             torch.testing.assert_close(one, other, atol=2e-3, rtol=2e-3)
 
 
-def _open() -> MeetingPoint:
+def _open() -> StoreAddress:
     _kept["store"] = open_store("127.0.0.1", 2)
-    return MeetingPoint("127.0.0.1", _kept["store"].port)
+    return StoreAddress("127.0.0.1", _kept["store"].port)
 
 
-def _meet(rank: int, point: MeetingPoint) -> None:
+def _meet(rank: int, point: StoreAddress) -> None:
     device = _kept["device"] = torch.device("cuda", rank)
     torch.cuda.set_device(device)
     store = _kept.get("store") or join_store(point.host, point.port, 2)

@@ -1,4 +1,4 @@
-"""Predictions that are waited for when a pipeline computes with them."""
+"""Predictions that are waited for only when a pipeline computes with them."""
 
 import gc
 import weakref
@@ -15,7 +15,7 @@ LATENTS = torch.arange(24.0).reshape(1, 4, 6)
 
 
 class Forwards:
-    """Notes which have begun, at which place, and which were waited for."""
+    """Records which forwards have begun, in which place, and which were waited for."""
 
     def __init__(self) -> None:
         self.begun: list[int] = []
@@ -95,7 +95,7 @@ def test_it_is_waited_for_once() -> None:
 
 
 def failing(*_: Any) -> Callable[[], Any]:
-    """Begins a forward that is waited for once, as the engine's are."""
+    """Begins a forward that may be waited for once, like the engine's, and fails."""
     errors = [ConnectionError("the shard group is lost")]
 
     def wait() -> Any:
@@ -114,7 +114,7 @@ def test_a_failed_pass_fails_wherever_its_prediction_is_used(part: slice) -> Non
 
 
 def test_a_failed_pass_keeps_nothing_of_the_call_that_it_failed_in() -> None:
-    """Embeddings and latents are let go with the request, not when Python next looks for cycles."""
+    """Embeddings and latents are freed with the request, not when Python next collects cycles."""
     seen: list[weakref.ref[torch.Tensor]] = []
 
     def call() -> None:

@@ -1,4 +1,4 @@
-"""Step caches: which steps compute, and what stands for the predictions of the others."""
+"""Step caches: which steps compute, and what replaces the predictions of the other steps."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -8,9 +8,9 @@ import pytest
 import torch
 from diffusers.hooks.taylorseer_cache import TaylorSeerState
 
+from deployments.answers import ForwardCounts
 from deployments.engine.step_cache import StepCache, extrapolation
-from deployments.request import ForwardCounts
-from deployments.step_cache import StepCacheConfig
+from deployments.options.step_cache import StepCacheConfig
 
 NUM_STEPS = 12
 SHAPE = (1, 4, 6)
@@ -19,7 +19,7 @@ SHAPE = (1, 4, 6)
 def loop(
     cache: StepCache, num_steps: int = NUM_STEPS, *, passes: int = 1, component: str = "transformer"
 ) -> list[Any]:
-    """What a pipeline is given, step by step: of one pass the prediction, of more a tuple of them."""
+    """Returns what a pipeline gets at each step: the prediction, or a tuple of them for several passes."""
     scheduler = SimpleNamespace(timesteps=torch.arange(num_steps, 0, -1))
     given = []
     for step in range(num_steps):
@@ -35,7 +35,10 @@ def loop(
 def model(
     function: Callable[[torch.Tensor], torch.Tensor] = lambda x: x, computed: list[float] | None = None
 ) -> Callable[..., Callable[[], Any]]:
-    """An engine's `begin` of a model that is this function; notes the first value of what it was asked for."""
+    """Returns an engine's `begin` for a model that is this function.
+
+    computed: collects the first value of each input.
+    """
 
     def begin(_place: int, _component: str, inputs: Any) -> Callable[[], Any]:
         if computed is not None:
@@ -144,7 +147,7 @@ def test_the_second_expert_computes_until_it_can_be_extrapolated() -> None:
         [prediction] = cache.begin(0, component, {"hidden_states": torch.full(SHAPE, float(step))})()
         torch.testing.assert_close(prediction, torch.full(SHAPE, float(step)))
         cache.after_step(scheduler, step)
-    assert asked == ["transformer"] * 4 + ["transformer_2"] * 5  # 0 1 2 4, then 5 6 8 10 11
+    assert asked == ["transformer"] * 4 + ["transformer_2"] * 5  # steps 0 1 2 4, then 5 6 8 10 11
 
 
 @pytest.mark.parametrize(("change", "at_most"), [(0.0, 4), (1e-3, 5), (10.0, 12)])
@@ -162,7 +165,7 @@ def test_what_will_be_kept_is_told_in_the_first_step() -> None:
     cache = StepCache(StepCacheConfig(order=2), model(), kept.append)
     loop(cache, passes=2)
     loop(cache, passes=2)
-    assert kept == [3 * 4 * 24] * 2  # bytes of three predictions, for each pass once
+    assert kept == [3 * 4 * 24] * 2  # bytes of three predictions, once for each pass
 
 
 def test_so_is_what_easy_cache_compares_with() -> None:
@@ -194,8 +197,8 @@ def test_easy_cache_goes_by_the_predictions_and_not_by_a_controlnets_residuals()
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"threshold": 0.1}, "threshold is of kind easy_cache, got kind taylor_seer"),
-        ({"kind": "easy_cache", "interval": 3}, "interval is of kind taylor_seer, got kind easy_cache"),
+        ({"threshold": 0.1}, "threshold is only for kind easy_cache, got kind taylor_seer"),
+        ({"kind": "easy_cache", "interval": 3}, "interval is only for kind taylor_seer, got kind easy_cache"),
         ({"kind": "tea_cache"}, "Input should be 'taylor_seer' or 'easy_cache'"),
         ({"interval": 1}, "greater than or equal to 2"),
         ({"threshhold": 0.1}, "did you mean 'threshold'"),

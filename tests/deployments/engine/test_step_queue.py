@@ -1,4 +1,4 @@
-"""Requests forward from threads of their own, as in the engine; the test itself plays rank 0 and takes."""
+"""Tests of the step queue: requests forward from their own threads, as in the engine; the test acts as rank 0."""
 
 import gc
 import random
@@ -22,11 +22,11 @@ A_MOMENT_S = 0.003
 
 
 class Over(Exception):
-    """The test is."""
+    """Raised in whatever still waits when the test is over."""
 
 
 def in_thread(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:
-    """A daemon, so that a queue that never answers it cannot hang the tests."""
+    """Calls it in a daemon thread, so that a queue that never answers cannot hang the tests."""
     outcome: Future[Any] = Future()
 
     def run() -> None:
@@ -40,7 +40,7 @@ def in_thread(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any
 
 
 class Clock:
-    """Stands still until the test moves it."""
+    """A clock that only the test moves."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -50,12 +50,12 @@ class Clock:
 
 
 def forward(queue: StepQueue, seat: Seat, payload: Any, **of_forward: Any) -> Any:
-    """Its result. Blocks."""
+    """Returns the forward's result; blocks until it is there."""
     return queue.submit(seat, payload, **of_forward).result()
 
 
 class Rig:
-    """A step queue, and what requests and rank 0 do with it. Nothing here blocks for longer than `SOON_S`."""
+    """A step queue, with methods for what requests and rank 0 do. None of them blocks longer than `SOON_S`."""
 
     def __init__(self, **options: Any) -> None:
         defaults: dict[str, Any] = {
@@ -70,9 +70,9 @@ class Rig:
         return [self.queue.join() for _ in range(num_seats)]
 
     def send(self, seat: Seat, payload: Any, signature: Any = "x", tokens: int = 1) -> Future[Any]:
-        """Forward from a thread; return when the queue has it."""
+        """Forwards from a thread; returns when the queue has the forward."""
         sent = in_thread(forward, self.queue, seat, payload, signature=signature, tokens=tokens)
-        self.until(lambda: seat.state in (SeatState.WAITING, SeatState.FLYING) or sent.done())
+        self.until(lambda: seat.state in (SeatState.WAITING, SeatState.RUNNING) or sent.done())
         return sent
 
     def taking(self) -> Future[MicroBatch]:
@@ -81,15 +81,15 @@ class Rig:
     def take(self) -> MicroBatch:
         return self.taking().result(timeout=SOON_S)
 
-    def land(self, batch: MicroBatch) -> None:
+    def finish(self, batch: MicroBatch) -> None:
         self.queue.finish(batch.id, [f"{payload} done" for payload in batch.payloads])
 
-    def fly(self, *flights: tuple[Seat, Any]) -> None:
-        """Send each (seat, signature), take and land them: afterwards the seats are between two forwards."""
-        for seat, signature in flights:
+    def run(self, *forwards: tuple[Seat, Any]) -> None:
+        """Sends each (seat, signature), takes and finishes them: afterwards the seats are between two forwards."""
+        for seat, signature in forwards:
             self.send(seat, "earlier", signature)
-        while any(seat.state is not SeatState.BETWEEN for seat, _ in flights):
-            self.land(self.take())
+        while any(seat.state is not SeatState.STEPPING for seat, _ in forwards):
+            self.finish(self.take())
 
     def until(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + SOON_S
@@ -118,12 +118,12 @@ def build_rig() -> Iterator[Callable[..., Rig]]:
 def test_what_a_request_keeps_is_free_with_its_seat(build_rig):
     rig = build_rig()
     one, other = rig.seats(2)
-    rig.queue.keep(one, 100)
-    rig.queue.keep(one, 50)
-    rig.queue.keep(other, 1)
-    assert rig.queue.kept_bytes() == 151
+    rig.queue.retain(one, 100)
+    rig.queue.retain(one, 50)
+    rig.queue.retain(other, 1)
+    assert rig.queue.retained_bytes() == 151
     rig.queue.leave(one)
-    assert rig.queue.kept_bytes() == 1
+    assert rig.queue.retained_bytes() == 1
 
 
 # Merging
@@ -139,7 +139,7 @@ def test_waiting_forwards_of_one_signature_take_off_together_in_order(build_rig)
 def test_each_forward_gets_the_result_of_its_own_payload(build_rig):
     rig = build_rig()
     sent = {name: rig.send(seat, name) for name, seat in zip("abc", rig.seats(3), strict=True)}
-    rig.land(rig.take())
+    rig.finish(rig.take())
     assert {name: forward.result(1) for name, forward in sent.items()} == {n: f"{n} done" for n in "abc"}
 
 
@@ -197,7 +197,7 @@ def test_one_shard_has_one_batch_in_flight_and_more_have_one_to_spare(build_rig,
     batches = [rig.take() for _ in range(depth)]
     one_more = rig.taking()
     assert is_blocked(one_more)
-    rig.land(batches[0])
+    rig.finish(batches[0])
     assert one_more.result(timeout=SOON_S).payloads == ("p",)
 
 
@@ -219,7 +219,7 @@ def test_seats_of_all_signatures_share_the_depth(build_rig):
 def test_seats_that_have_ended_do_not_count_for_the_size(build_rig, end):
     rig = build_rig(num_shards=2)
     seats = rig.seats(6)
-    rig.fly(*[(seat, "x") for seat in seats])
+    rig.run(*[(seat, "x") for seat in seats])
     for seat in seats[3:]:
         end(rig.queue, seat)
     for seat in seats[:3]:
@@ -234,13 +234,13 @@ def test_seats_that_have_not_forwarded_yet_do_not_count_for_the_size(build_rig):
     assert len(rig.take().payloads) == 1
 
 
-# Waiting for those who are about to come
+# Waiting for requests that are about to forward
 
 
 def test_a_batch_waits_for_a_request_between_two_forwards_and_goes_when_it_comes(build_rig):
     rig = build_rig()
     a, b = rig.seats(2)
-    rig.fly((a, "x"), (b, "x"))
+    rig.run((a, "x"), (b, "x"))
     rig.send(a, "a")
     taking = rig.taking()
     assert is_blocked(taking)
@@ -258,7 +258,7 @@ def test_nobody_waits_for_a_request_that_has_not_forwarded_yet(build_rig):
 def test_nobody_waits_for_a_request_of_another_signature(build_rig):
     rig = build_rig()
     a, b = rig.seats(2)
-    rig.fly((b, "y"))
+    rig.run((b, "y"))
     rig.send(a, "a", "x")
     assert rig.take().payloads == ("a",)
 
@@ -266,7 +266,7 @@ def test_nobody_waits_for_a_request_of_another_signature(build_rig):
 def test_nobody_waits_for_a_forward_that_the_batch_could_not_hold(build_rig):
     rig = build_rig(max_batch_size=1)
     a, b = rig.seats(2)
-    rig.fly((a, "x"), (b, "x"))
+    rig.run((a, "x"), (b, "x"))
     rig.send(a, "a")
     assert rig.take().payloads == ("a",)
 
@@ -275,7 +275,7 @@ def test_nobody_waits_for_a_forward_that_the_batch_could_not_hold(build_rig):
 def test_the_wait_ends_when_the_awaited_request_does(build_rig, end):
     rig = build_rig()
     a, b = rig.seats(2)
-    rig.fly((a, "x"), (b, "x"))
+    rig.run((a, "x"), (b, "x"))
     rig.send(a, "a")
     taking = rig.taking()
     assert is_blocked(taking)
@@ -288,11 +288,11 @@ def test_the_wait_ends_after_batch_wait_s(build_rig):
     a, b = rig.seats(2)
     rig.send(a, "p"), rig.send(b, "p")
     batch = rig.take()
-    landed = time.monotonic()
-    rig.land(batch)
+    ended_at = time.monotonic()
+    rig.finish(batch)
     rig.send(a, "a")
     assert rig.take().payloads == ("a",)
-    assert 0.01 <= time.monotonic() - landed < 0.5
+    assert 0.01 <= time.monotonic() - ended_at < 0.5
 
 
 def test_a_forward_that_has_sat_out_a_flight_still_waits_for_those_who_just_landed(build_rig):
@@ -303,7 +303,7 @@ def test_a_forward_that_has_sat_out_a_flight_still_waits_for_those_who_just_land
     batch = rig.take()
     rig.send(b, "b")
     clock.now = 100.0
-    rig.land(batch)
+    rig.finish(batch)
     first.result(timeout=SOON_S)
     taking = rig.taking()
     assert is_blocked(taking)
@@ -315,7 +315,7 @@ def test_a_request_that_is_late_is_not_awaited_again(build_rig):
     clock = Clock()
     rig = build_rig(batch_wait_s=1.0, clock=clock)
     late, a = rig.seats(2)
-    rig.fly((late, "x"))
+    rig.run((late, "x"))
     clock.now = 1.0
     rig.send(a, "a")
     assert rig.take().payloads == ("a",)
@@ -325,9 +325,9 @@ def test_a_late_request_does_not_cut_short_the_wait_for_another(build_rig):
     clock = Clock()
     rig = build_rig(batch_wait_s=1.0, clock=clock)
     late, coming, a = rig.seats(3)
-    rig.fly((late, "x"))
+    rig.run((late, "x"))
     clock.now = 1.0
-    rig.fly((coming, "x"))
+    rig.run((coming, "x"))
     rig.send(a, "a")
     taking = rig.taking()
     assert is_blocked(taking)
@@ -342,9 +342,9 @@ def test_take_wakes_for_the_nearest_of_several_deadlines(build_rig):
     for seat, signature in zip((a, b, c, d), "xxyy", strict=True):
         rig.send(seat, seat, signature)
     x, y = rig.take(), rig.take()
-    rig.land(x)
+    rig.finish(x)
     clock.now = FOREVER_S - A_MOMENT_S
-    rig.land(y)
+    rig.finish(y)
     rig.send(c, "c", "y"), rig.send(a, "a", "x")
     taking = rig.taking()
     assert is_blocked(taking)
@@ -356,16 +356,19 @@ def test_take_wakes_for_the_nearest_of_several_deadlines(build_rig):
 
 
 def rig_with_a_waiting_group(build_rig: Callable[..., Rig], waited_s: float) -> tuple[Rig, Seat]:
-    """A seat of signature x has waited so long, another one of x has just landed, and y is ready."""
+    """A seat of signature x has waited for waited_s, another one of x has just ended, and y is ready.
+
+    Returns the rig and the seat that has ended.
+    """
     clock = Clock()
     rig = build_rig(num_shards=2, batch_wait_s=1.0, clock=clock)
     old, landing, *others = rig.seats(4)
-    flown = rig.send(landing, "p", "x")
+    sent = rig.send(landing, "p", "x")
     batch = rig.take()
     rig.send(old, "old", "x")
     clock.now = waited_s
-    rig.land(batch)
-    flown.result(timeout=SOON_S)
+    rig.finish(batch)
+    sent.result(timeout=SOON_S)
     for seat in others:
         rig.send(seat, "ready", "y")
     return rig, landing
@@ -385,12 +388,12 @@ def test_nobody_passes_a_forward_that_has_waited_batch_wait_s(build_rig):
 
 
 def serve(rig: Rig, seat: Seat) -> int:
-    """Take, land, and send everybody's next forward, until the seat had its turn: after how many batches?"""
+    """Takes, finishes, and sends the next forwards until it is the seat's turn; returns the number of batches."""
     for num_batches in range(1, 20):
         batch = rig.take()
-        rig.land(batch)
+        rig.finish(batch)
         for other in batch.payloads:
-            rig.send(other, other, other.signature)
+            rig.send(other, other, other.latest.signature)
         if seat in batch.payloads:
             return num_batches
     raise AssertionError("starved")
@@ -402,7 +405,7 @@ def test_a_rare_signature_is_not_starved_under_constant_load(build_rig):
     for seat in common:
         rig.send(seat, seat, "common")
     rig.send(rare, rare, "rare")
-    assert serve(rig, rare) == 4  # after the six that were there before it
+    assert serve(rig, rare) == 4  # after the six that came before it
 
 
 def test_a_short_request_is_not_held_up_by_long_ones(build_rig):
@@ -410,7 +413,7 @@ def test_a_short_request_is_not_held_up_by_long_ones(build_rig):
     *long, short = rig.seats(9)
     for seat in [*long, short]:
         rig.send(seat, seat)
-    assert sum(serve(rig, short) for _ in range(4)) <= 4 * 3  # each time three batches serve all nine
+    assert sum(serve(rig, short) for _ in range(4)) <= 4 * 3  # three batches serve all nine
 
 
 # The two passes of true CFG, where their signatures differ
@@ -420,7 +423,7 @@ def test_a_request_that_alternates_is_awaited_where_it_comes_next(build_rig):
     rig = build_rig()
     a, b = rig.seats(2)
     for signature in ("cond", "uncond", "cond"):
-        rig.fly((a, signature))
+        rig.run((a, signature))
     rig.send(b, "b", "uncond")
     taking = rig.taking()
     assert is_blocked(taking)
@@ -432,7 +435,7 @@ def test_a_request_that_alternates_is_not_awaited_where_it_was_last(build_rig):
     rig = build_rig()
     a, b = rig.seats(2)
     for signature in ("cond", "uncond", "cond"):
-        rig.fly((a, signature))
+        rig.run((a, signature))
     rig.send(b, "b", "cond")
     assert rig.take().payloads == ("b",)
 
@@ -446,7 +449,7 @@ def run_request(rig: Rig, seat: Seat, signatures: Iterable[Any]) -> None:
 def run_rank_0(rig: Rig) -> None:
     with suppress(Over):
         while True:
-            rig.land(rig.queue.take())
+            rig.finish(rig.queue.take())
 
 
 def test_alternating_requests_in_lockstep_merge(build_rig):
@@ -500,7 +503,7 @@ def test_the_end_of_a_request_ends_all_of_its_forwards(build_rig, end):
 
 
 def test_two_passes_of_a_lone_request_merge_over_one_shard(build_rig):
-    """Which is why they are under way at once there only by config."""
+    """Over one shard, therefore, both passes are under way at once only if the config says so."""
     rig = build_rig()
     (seat,) = rig.seats(1)
     rig.send(seat, "cond", "x")
@@ -537,14 +540,14 @@ def test_the_others_of_a_flight_get_their_own_results_when_one_is_cancelled(buil
     _, b, c = [rig.send(seat, name) for seat, name in zip(seats, "abc", strict=True)]
     batch = rig.take()
     rig.queue.cancel(seats[0])
-    rig.land(batch)
+    rig.finish(batch)
     assert (b.result(timeout=SOON_S), c.result(timeout=SOON_S)) == ("b done", "c done")
 
 
 def test_cancelling_between_two_forwards_refuses_the_next_one(build_rig):
     rig = build_rig()
     (a,) = rig.seats(1)
-    rig.fly((a, "x"))
+    rig.run((a, "x"))
     rig.queue.cancel(a)
     with pytest.raises(Cancelled):
         rig.send(a, "a").result(timeout=SOON_S)
@@ -566,7 +569,7 @@ def test_an_error_fails_its_own_batch_only(build_rig):
     a, b = [rig.send(seat, name) for seat, name in zip(rig.seats(2), "ab", strict=True)]
     failing, passing = rig.take(), rig.take()
     rig.queue.fail(failing.id, MemoryError("out of memory"))
-    rig.land(passing)
+    rig.finish(passing)
     with pytest.raises(MemoryError):
         a.result(timeout=SOON_S)
     assert b.result(timeout=SOON_S) == "b done"
@@ -579,7 +582,7 @@ def test_a_seat_may_go_on_after_a_failed_forward(build_rig):
     rig.queue.fail(rig.take().id, MemoryError("out of memory"))
     wait([failed], timeout=SOON_S)
     again = rig.send(a, "again")
-    rig.land(rig.take())
+    rig.finish(rig.take())
     assert again.result(timeout=SOON_S) == "again done"
 
 
@@ -587,20 +590,20 @@ def test_too_few_results_are_refused_and_the_batch_may_still_fail(build_rig):
     rig = build_rig()
     sent = [rig.send(seat, "p") for seat in rig.seats(2)]
     batch = rig.take()
-    with pytest.raises(ValueError, match="got 1 results for 2 payloads") as refusal:
+    with pytest.raises(ValueError, match="got 1 results for 2 payloads") as raised:
         rig.queue.finish(batch.id, ["only one"])
-    rig.queue.fail(batch.id, refusal.value)
+    rig.queue.fail(batch.id, raised.value)
     assert all(isinstance(forward.exception(timeout=SOON_S), ValueError) for forward in sent)
 
 
 def test_closing_releases_waiting_and_flying_forwards(build_rig):
     rig = build_rig()
     a, b = rig.seats(2)
-    flying = rig.send(a, "a")
+    running = rig.send(a, "a")
     rig.take()
     waiting = rig.send(b, "b")
     rig.queue.close(ConnectionError("rank 1 is gone"))
-    for forward in (flying, waiting):
+    for forward in (running, waiting):
         with pytest.raises(ConnectionError):
             forward.result(timeout=SOON_S)
 
@@ -634,7 +637,7 @@ def test_a_batch_may_land_after_the_queue_was_closed(build_rig):
     sent = rig.send(rig.queue.join(), "a")
     batch = rig.take()
     rig.queue.close(ConnectionError("rank 1 is gone"))
-    rig.land(batch)
+    rig.finish(batch)
     assert isinstance(sent.exception(timeout=SOON_S), ConnectionError)
 
 
@@ -720,14 +723,14 @@ def test_forty_requests_with_errors_and_cancellations_neither_hang_nor_mix(build
         luck = random.Random(1)
         with suppress(Over):
             while True:
-                flying = [rig.queue.take()]
+                running = [rig.queue.take()]
                 if rig.queue.stats().num_waiting > 6:
-                    flying.append(rig.queue.take())
-                for batch in sorted(flying, key=lambda _: luck.random()):
+                    running.append(rig.queue.take())
+                for batch in sorted(running, key=lambda _: luck.random()):
                     if luck.random() < 0.03:
                         rig.queue.fail(batch.id, MemoryError("out of memory"))
                     else:
-                        rig.land(batch)
+                        rig.finish(batch)
 
     seats = rig.seats(40)
     requests = [in_thread(request, name, seat) for name, seat in enumerate(seats)]
@@ -743,20 +746,20 @@ def test_forty_requests_with_errors_and_cancellations_neither_hang_nor_mix(build
 def test_an_empty_micro_batch_follows_the_last_seat_once(build_rig: Callable[..., Rig]) -> None:
     rig = build_rig(tells_idle=True)
     one, other = rig.seats(2)
-    rig.fly((one, "x"), (other, "x"))
+    rig.run((one, "x"), (other, "x"))
     taking = rig.taking()
     rig.queue.leave(one)
     assert not taking.done()
     rig.queue.leave(other)
     idle = taking.result(timeout=SOON_S)
     assert idle.payloads == ()
-    rig.land(idle)
+    rig.finish(idle)
     [third] = rig.seats(1)
     taking = rig.taking()
     sent = rig.send(third, "p")
     batch = taking.result(timeout=SOON_S)
     assert batch.payloads == ("p",), "idle is told once"
-    rig.land(batch)
+    rig.finish(batch)
     assert sent.result(timeout=SOON_S) == "p done"
     assert 0 not in rig.queue.stats().batch_sizes
 
@@ -768,7 +771,7 @@ def test_nothing_is_told_where_nothing_flew_or_nobody_asked(
     rig = build_rig(tells_idle=tells_idle)
     [seat] = rig.seats(1)
     if not tells_idle:
-        rig.fly((seat, "x"))
+        rig.run((seat, "x"))
     taking = rig.taking()
     rig.queue.leave(seat)
     time.sleep(A_MOMENT_S)
@@ -781,7 +784,7 @@ def test_nothing_is_told_where_nothing_flew_or_nobody_asked(
 @pytest.mark.parametrize(
     ("num_shards", "tokens", "num_seats", "load"),
     [
-        (1, 1024, 4, 1.0),  # 4 x 1024 tokens fly together
+        (1, 1024, 4, 1.0),  # 4 x 1024 tokens run together
         (1, 1024, 6, 1.5),
         (1, 4096, 2, 2.0),  # one at a time
         (1, 100_000, 1, 1.0),  # alone, however large
@@ -809,7 +812,7 @@ def test_load_falls_when_a_seat_is_left(build_rig: Callable[..., Rig]) -> None:
 def test_no_more_forwards_fly_as_one_than_fit_the_memory() -> None:
     rig = Rig()
     for i, seat in enumerate(rig.seats(5)):
-        in_thread(forward, rig.queue, seat, i, signature="x", tokens=1, at_most=2)
+        in_thread(forward, rig.queue, seat, i, signature="x", tokens=1, max_merged=2)
     rig.until(lambda: rig.queue.stats().num_waiting == 5)
     sizes = []
     for _ in range(3):
@@ -817,7 +820,7 @@ def test_no_more_forwards_fly_as_one_than_fit_the_memory() -> None:
         sizes.append(len(batch.payloads))
         rig.queue.finish(batch.id, batch.payloads)
         for seat in list(rig.queue._seats):
-            if seat.state is SeatState.BETWEEN:
+            if seat.state is SeatState.STEPPING:
                 rig.queue.leave(seat)
     assert sizes == [2, 2, 1]
 
@@ -832,11 +835,11 @@ def test_what_was_too_much_together_flies_again_each_alone_and_before_what_came_
     assert batch.payloads == ("a", "b", "c")
     rig.queue.leave(second)
     sent.append(rig.send(fourth, "d"))
-    rig.queue.part(batch.id)
+    rig.queue.retry_alone(batch.id)
     for seat, payload in ((first, "a"), (third, "c"), (fourth, "d")):
         alone = rig.take()
         assert alone.payloads == (payload,)
-        rig.land(alone)
+        rig.finish(alone)
         rig.queue.leave(seat)
     with pytest.raises(Cancelled):
         sent.pop(1).result(timeout=SOON_S)

@@ -1,4 +1,4 @@
-"""bitsandbytes runs on the CPU; diffusers looks for a GPU all the same."""
+"""Fixtures of memory tests. bitsandbytes runs on the CPU, but diffusers requires a GPU for it."""
 
 import tempfile
 from pathlib import Path
@@ -9,16 +9,17 @@ from diffusers.quantizers.bitsandbytes.bnb_quantizer import BnB4BitDiffusersQuan
 
 
 @pytest.fixture
-def own_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No other run on this machine waits for this one's turns at the device."""
+def own_leases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeps the leases of the device to this test, so that no other run on this machine waits for them."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
 
 @pytest.fixture
 def quantize_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sets diffusers' check for a GPU aside, and the device map that would name one.
+    """Disables diffusers' check for a GPU, and the device map that would name one.
 
-    And the kernels that bitsandbytes takes on CPUs with AVX512-BF16: they need columns of 32, and round coarsely.
+    Also disables the kernels that bitsandbytes uses on CPUs with AVX512-BF16: they need columns of 32, and round
+    coarsely.
     """
     monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: False)
     for quantizer in (BnB4BitDiffusersQuantizer, BnB8BitDiffusersQuantizer):

@@ -1,11 +1,14 @@
-"""One line per technique, and a clear no to what does not combine."""
+"""Configs of memory techniques: one key for each, and clear errors for techniques that do not combine."""
 
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from deployments.config import EncoderConfig, StageConfig, TransformerConfig, VaeConfig
+from deployments.config.encoder import EncoderConfig
+from deployments.config.stage import StageConfig
+from deployments.config.transformer import TransformerConfig
+from deployments.config.vae import VaeConfig
 from deployments.memory.conflicts import ASKED, CONFLICTS, find_conflict
 
 
@@ -18,13 +21,20 @@ from deployments.memory.conflicts import ASKED, CONFLICTS, find_conflict
         ({"compile": "model"}, {"compile": {"scope": "model"}}),
         ({"offload": "group"}, {"offload": {"kind": "group"}}),
         ({"offload": "none"}, {}),
-        ({"on_demand": 5}, {"on_demand": {"turn_s": 5}}),
+        ({"time_sharing": 5}, {"time_sharing": {"time_slice_s": 5}}),
         ({"offload": False, "compile": False, "quantization": "none"}, {}),
     ],
     ids=str,
 )
 def test_a_single_value_stands_for_the_main_key(settings: dict[str, Any], whole: dict[str, Any]) -> None:
     assert StageConfig(**settings) == StageConfig(**whole)
+
+
+def test_time_sharing_is_still_found_by_its_former_names() -> None:
+    with pytest.warns(FutureWarning, match="now called"):
+        assert StageConfig.model_validate({"on_demand": {"turn_s": 5}}) == StageConfig(time_sharing=5)
+    with pytest.warns(FutureWarning, match="'on_demand' is now called 'time_sharing'"):
+        assert StageConfig.model_validate({"on_demand": True}) == StageConfig(time_sharing=True)
 
 
 def test_tiles_may_be_asked_for_by_their_size_alone() -> None:
@@ -42,10 +52,10 @@ def test_a_config_survives_being_written_down() -> None:
     [
         ({"quantization": "nf5"}, "'nf4', 'fp4' or 'int8'"),
         ({"quantization": {"kind": "nf4", "double_quantt": True}}, "did you mean 'double_quant'"),
-        ({"offload": {"kind": "model", "use_stream": True}}, "are of offload: group"),
+        ({"offload": {"kind": "model", "use_stream": True}}, "are only for offload: group"),
         ({"offload": {"kind": "group", "record_stream": True}}, "set use_stream: true"),
-        ({"offload": {"kind": "sequential", "folder": "/tmp"}}, "group or disk, not of sequential"),
-        ({"host_copy": "files"}, "is of vram_limit_gib and on_demand"),
+        ({"offload": {"kind": "sequential", "folder": "/tmp"}}, "group or disk, not for sequential"),
+        ({"host_copy": "files"}, "needs vram_limit_gib or time_sharing"),
         ({"vram_limit_gib": -1}, "greater than or equal to 0"),
     ],
     ids=str,
@@ -72,8 +82,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "offload: group without use_stream": {"offload": "group"},
     "offload: group by blocks": {"offload": {"kind": "group", "level": "block", "use_stream": True}},
     "offload: group with folder": {"offload": {"kind": "group", "folder": "/tmp"}},
-    "host_copy: files": {"host_copy": "files", "on_demand": True},
-    "on_demand": {"on_demand": True},
+    "host_copy: files": {"host_copy": "files", "time_sharing": True},
+    "time_sharing": {"time_sharing": True},
     "channels_last": {"channels_last": True},
     "vram_limit_gib": {"vram_limit_gib": 2},
     "compile": {"compile": True},
@@ -89,7 +99,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "transport: object_store": {"transport": "object_store"},
     "shards with compile: model": {"shards": 2, "compile": {"scope": "model", "fullgraph": True}},
 }
-"""One way to ask for each."""
+"""Settings that select each technique that conflicts name."""
 
 
 @pytest.mark.parametrize("conflict", CONFLICTS, ids=lambda conflict: f"{conflict.one} + {conflict.other}")
@@ -102,7 +112,7 @@ def test_a_conflict_is_refused_with_both_names_and_a_way_out(conflict: Any) -> N
 
 
 def _both(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """The other's word counts where both say something."""
+    """Merges two settings; the values of `other` win."""
     shared = [key for key in one.keys() & other.keys() if isinstance(other[key], dict)]
     return one | other | {key: one[key] | other[key] for key in shared if isinstance(one[key], dict)}
 
@@ -116,7 +126,7 @@ def test_each_alone_is_no_conflict() -> None:
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:
-    """Without fullgraph where it is there only to meet its conflict."""
+    """Removes fullgraph where it was set only to cause its conflict."""
     if settings.get("shards") and "compile" in settings:
         return settings | {"compile": {"scope": "model"}}
     return settings
@@ -131,8 +141,8 @@ def _plain(settings: dict[str, Any]) -> dict[str, Any]:
         {"layerwise_casting": True, "vram_limit_gib": 4},
         {"compile": {"fullgraph": True}},
         {"shards": 2, "compile": True, "vram_limit_gib": 3},
-        {"on_demand": True, "quantization": "nf4", "compile": True},
-        {"on_demand": True, "vram_limit_gib": 3, "layerwise_casting": True},
+        {"time_sharing": True, "quantization": "nf4", "compile": True},
+        {"time_sharing": True, "vram_limit_gib": 3, "layerwise_casting": True},
     ],
     ids=str,
 )

@@ -1,4 +1,4 @@
-"""On a GPU: what moves weights changes no picture, and what leaves is gone from there."""
+"""On a GPU: techniques that move weights change no image, and weights that are unloaded free their memory."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from deployments.config import EncoderConfig, TransformerConfig
+from deployments.config.encoder import EncoderConfig
+from deployments.config.transformer import TransformerConfig
 from deployments.stages import load_stage
 from tests.deployments.memory.tiny_request import build_request
 from tests.tiny_models import EXPERTS, tiny_model
@@ -19,7 +20,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.slow,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-    pytest.mark.usefixtures("own_turns"),
+    pytest.mark.usefixtures("own_leases"),
 ]
 
 STREAMED = {"kind": "group", "use_stream": True}
@@ -31,27 +32,27 @@ WAYS: tuple[dict[str, Any], ...] = (
     {"offload": {**STREAMED, "level": "block", "record_stream": True}},
     {"offload": {**STREAMED, "low_cpu_memory": True}},
     {"offload": {"kind": "group", "folder": "/tmp"}},
-    {"on_demand": True},
+    {"time_sharing": True},
     {"vram_limit_gib": 1e-3},
-    {"vram_limit_gib": 1e-3, "on_demand": True},
+    {"vram_limit_gib": 1e-3, "time_sharing": True},
     {"vram_limit_gib": 1e-3, "layerwise_casting": True},
     {"layerwise_casting": True, "offload": STREAMED},
     {"quantization": "nf4", "offload": "model"},
     {"quantization": "nf4", "offload": STREAMED},
     {"quantization": "nf4", "offload": {"kind": "group", "folder": "/tmp"}},
-    {"quantization": "nf4", "on_demand": True},
+    {"quantization": "nf4", "time_sharing": True},
     {"quantization": "nf4", "compile": True},
     {"quantization": "nf4", "compile": True, "offload": "model"},
     {"quantization": "nf4", "compile": True, "offload": STREAMED},
     {"quantization": "int8", "offload": "model"},
-    {"quantization": "int8", "on_demand": True},
+    {"quantization": "int8", "time_sharing": True},
 )
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="for a GPU, inductor needs Triton")
 CHANGES_WEIGHTS = {"quantization", "layerwise_casting"}
 
 
 class Stage:
-    """A tiny checkpoint's denoisers on the GPU."""
+    """The denoise stage of a tiny checkpoint on the GPU."""
 
     def __init__(self, name: str = "flux", **settings: Any) -> None:
         config = TransformerConfig(num_gpus=1, dtype="bfloat16", **settings)
@@ -79,13 +80,13 @@ def embeds(name: str) -> Any:
     ids=str,
 )
 def test_what_moves_weights_draws_what_the_same_weights_draw_at_rest(settings: dict[str, Any]) -> None:
-    """Twice: the second time weights have left and come again, and layers are fetched ahead."""
+    """Draws twice: the second time weights have left and returned, and layers are fetched ahead."""
     plain = Stage(**{key: value for key, value in settings.items() if key in CHANGES_WEIGHTS})
     expected = plain.draw()
     plain.denoising.close()
     stage = Stage(**settings)
     for _ in range(2):
-        torch.testing.assert_close(stage.draw(), expected, atol=0.1, rtol=0.1)  # bf16; compiled, other kernels
+        torch.testing.assert_close(stage.draw(), expected, atol=0.1, rtol=0.1)  # bf16; other kernels if compiled
     stage.denoising.close()
 
 
@@ -93,7 +94,7 @@ EXPERTS_WAYS: tuple[dict[str, Any], ...] = (
     {"offload": "model"},
     {"offload": "group"},
     {"offload": STREAMED},
-    {"on_demand": True},
+    {"time_sharing": True},
     {"vram_limit_gib": 1e-3},
     {"quantization": "nf4", "offload": "model"},
     {"quantization": "int8", "offload": "model"},
@@ -102,7 +103,7 @@ EXPERTS_WAYS: tuple[dict[str, Any], ...] = (
 
 @pytest.mark.parametrize("settings", EXPERTS_WAYS, ids=str)
 def test_two_experts_draw_what_they_draw_at_rest(settings: dict[str, Any]) -> None:
-    """Of two requests at once, which are at one and at the other by turns."""
+    """Draws two requests at once, which alternate between the experts."""
     plain = Stage(EXPERTS, **{key: value for key, value in settings.items() if key in CHANGES_WEIGHTS})
     steps = (4, 9)
     expected = [plain.draw(num_inference_steps=number) for number in steps]
@@ -150,13 +151,13 @@ def test_a_model_that_is_offloaded_is_gone_from_the_gpu_when_idle(kind: str | No
 
 
 def allocated_bytes() -> int:
-    """Without the workspaces of cuBLAS, which are larger than the tiny model."""
+    """Returns the allocated memory without the workspaces of cuBLAS, which are larger than the tiny model."""
     torch._C._cuda_clearCublasWorkspaces()
     return torch.cuda.memory_allocated()
 
 
 def test_8_bit_layers_say_nothing_at_their_forwards(caplog: pytest.LogCaptureFixture) -> None:
-    """bitsandbytes warns of bfloat16, per layer: 14,000 lines a picture of FLUX."""
+    """bitsandbytes would warn about bfloat16 in every layer: 14,000 lines for an image of FLUX."""
     stage = Stage(quantization="int8")
     stage.draw()
     stage.denoising.close()
@@ -164,7 +165,7 @@ def test_8_bit_layers_say_nothing_at_their_forwards(caplog: pytest.LogCaptureFix
 
 
 def test_quantised_layers_are_weighed_once_and_have_no_device_map(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To be asked for their scales they wait for the GPU, one layer after another."""
+    """Reading the scales of quantised layers waits for the GPU, one layer after another."""
     stage = Stage(quantization={"kind": "nf4", "double_quant": True})
     [before] = stage.denoising.stats().ranks
     monkeypatch.setattr(

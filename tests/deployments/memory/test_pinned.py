@@ -1,4 +1,4 @@
-"""Packed copies are the tensors they were made of, each in a place of its own."""
+"""Packed copies equal the tensors that they were made of, each in its own place."""
 
 import pytest
 import torch

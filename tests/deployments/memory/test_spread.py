@@ -1,4 +1,4 @@
-"""Text encoders over several GPUs encode what they encode on one, to the bit."""
+"""Text encoders over several GPUs encode what they encode on one, bit for bit."""
 
 from collections import Counter
 from typing import Any
@@ -7,10 +7,13 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from cluster.inventory import parse_gpus
-from deployments.config import EncoderConfig, ModelConfig, TransformerConfig, VaeConfig
+from cluster.machines.inventory import parse_gpus
+from deployments.config.encoder import EncoderConfig
+from deployments.config.model import ModelConfig
+from deployments.config.transformer import TransformerConfig
+from deployments.config.vae import VaeConfig
 from deployments.families import FAMILIES
-from deployments.plan.place import place
+from deployments.plan.place import plan_placement
 from deployments.plan.plan import StageConfigs, demands_of
 from deployments.stages import load_stage
 from deployments.stages.tensors import each_tensor
@@ -19,13 +22,13 @@ from tests.deployments.plan.published import sizes_of
 
 
 def encode(family: str, **settings: Any) -> tuple[list[torch.Tensor], Counter[str]]:
-    """Embeddings, and the bytes of weights by device."""
+    """Returns embeddings, and the bytes of weights by device."""
     model = ModelConfig(name="tiny", checkpoint=f"tiny://{family}", family=family)
     tokens = 64 if FAMILIES[family].max_sequence_length else None
     stage = load_stage("encode", model, EncoderConfig(max_sequence_length=tokens, **settings))
     embeds = stage.encode(build_request(family))
     weights: Counter[str] = Counter()
-    for place_and_dtype, num_bytes in stage.keeper.stats().weights_bytes.items():
+    for place_and_dtype, num_bytes in stage.residency.stats().weights_bytes.items():
         weights[place_and_dtype.partition(" ")[0]] += num_bytes
     return list(each_tensor(embeds)), weights
 
@@ -48,9 +51,9 @@ def test_without_gpus_encoders_lie_on_the_cpu_and_what_is_too_much_on_disk(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"sd15"}))  # whose tiny one is one layer for the most
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"sd15"}))  # its tiny encoder is mostly one layer
 def test_encoders_over_two_gpus_encode_what_they_do_on_one(family: str) -> None:
-    """And no GPU has more than `max_memory` says: of encoders so small, one would have room for all."""
+    """No GPU holds more than `max_memory` says, without which one GPU would have room for encoders this small."""
     expected, whole = encode(family, num_gpus=1)
     most = int(0.7 * whole.total()) // 2**10
     memory = {"0": f"{most}KiB", "1": "100MiB"}
@@ -72,12 +75,14 @@ def test_several_encoders_are_balanced_as_if_they_were_one(family: str) -> None:
 
 
 def test_encoders_that_fit_no_gpu_alone_are_planned_on_two() -> None:
-    """Qwen2.5-VL's 15.5 GiB."""
+    """The encoder is Qwen2.5-VL, with 15.5 GiB of weights."""
 
     def lacks(**settings: Any) -> list[str]:
         encoder = EncoderConfig.model_validate({"dtype": "bfloat16", **settings})
         stages = StageConfigs(encoder, TransformerConfig(device="cpu"), VaeConfig(device="cpu"))
-        return place(demands_of(stages, sizes_of("qwen-image")(stages)), parse_gpus("2x12GiB")).shortfalls()
+        return plan_placement(
+            demands_of(stages, sizes_of("qwen-image")(stages)), parse_gpus("2x12GiB")
+        ).shortfalls()
 
     assert lacks(num_gpus=1)
     assert not lacks(num_gpus=2, device_map="balanced")

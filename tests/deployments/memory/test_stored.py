@@ -1,12 +1,13 @@
-"""What a skeleton is said to weigh, against what is really loaded."""
+"""The weights' size computed from a skeleton equals the size of the loaded weights."""
 
 from typing import Any
 
 import pytest
 
-from deployments.config import ModelConfig, TransformerConfig
+from deployments.config.model import ModelConfig
+from deployments.config.transformer import TransformerConfig
 from deployments.engine.blocks import block_bytes
-from deployments.engine.load import load_rank, open_denoisers, plan_ranks
+from deployments.engine.load import load_rank, open_denoisers, plan_shard_blocks
 from deployments.families import FAMILIES
 from deployments.memory.config import MemoryConfig
 from deployments.memory.stored import as_stored
@@ -24,14 +25,14 @@ CASES = [(family, {}) for family in FAMILIES] + [("wan", technique) for techniqu
 def test_every_rank_holds_what_its_skeleton_weighs(
     quantize_on_cpu: None, family: str, technique: dict[str, Any]
 ) -> None:
-    """Exactly, but for the notes that bitsandbytes keeps beside each layer: under 1 % of tiny layers."""
+    """The sizes are equal except for data that bitsandbytes keeps with each layer: under 1 % in tiny layers."""
     model = ModelConfig(name="tiny", checkpoint=f"tiny://{family}", family=family)
     config = TransformerConfig(dtype="bfloat16", shards=2, **technique)
     denoisers = open_denoisers(model, config)
     [(name, skeleton)] = denoisers.skeletons.items()
     weights = block_bytes(as_stored(skeleton, config))
-    for rank, blocks in enumerate(plan_ranks(name, skeleton, config)):
-        held = sum(load_rank(denoisers, model, config, rank).keeper.stats().weights_bytes.values())
+    for rank, blocks in enumerate(plan_shard_blocks(name, skeleton, config)):
+        held = sum(load_rank(denoisers, model, config, rank).residency.stats().weights_bytes.values())
         exact = "quantization" not in technique
         assert weights.of_shard(*blocks) == pytest.approx(held, rel=0 if exact else 0.01)
 

@@ -1,4 +1,4 @@
-"""With tiles a VAE needs the memory of one tile and of the media: 4K and long videos decode in bounded memory."""
+"""A VAE with tiles needs the memory of one tile and of the media, so 4K and long videos fit bounded memory."""
 
 from functools import partial
 from typing import Any
@@ -7,7 +7,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLQwenImage, AutoencoderKLWan, AutoencoderTiny
 
-from deployments.config import ModelConfig, VaeConfig
+from deployments.config.model import ModelConfig
+from deployments.config.vae import VaeConfig
 from deployments.memory.config import TilingConfig
 from deployments.memory.tiling import set_tiles
 from deployments.memory.working import working_bytes
@@ -26,11 +27,11 @@ KINDS: dict[str, Any] = {
 }
 TILES = TilingConfig(tile_size=128, overlap=0.0625)
 COPIES = 3
-"""Of the media: what is put together of tiles, and what it is put together from."""
+"""Copies of the media that tiling holds: the joined result, and the tiles that it is joined from."""
 
 
 def build(kind: str, tiles: TilingConfig | None) -> Any:
-    """On the meta device, where a call makes tensors without computing them."""
+    """Builds a VAE on the meta device, where a call makes tensors without computing them."""
     with torch.device("meta"):
         vae = KINDS[kind]().eval()
     if tiles is not None:
@@ -113,7 +114,7 @@ def encoded(vae: Any, media: torch.Tensor) -> torch.Tensor:
 def test_status_names_slices_and_tiles_among_the_techniques() -> None:
     config = VaeConfig(slicing=True, tiling=128, channels_last=True)
     stage = load_stage("decode", ModelConfig(name="tiny", checkpoint="tiny://flux", family="flux"), config)
-    assert stage.keeper.stats().applied == ("slicing", "tiling: 128", "channels_last", "device: cpu")
+    assert stage.residency.stats().applied == ("slicing", "tiling: 128", "channels_last", "device: cpu")
 
 
 @pytest.mark.parametrize("direction", ["decode", "encode"])

@@ -1,4 +1,4 @@
-"""A request that any tiny checkpoint serves in a moment."""
+"""A request that any tiny checkpoint serves quickly."""
 
 from deployments.request import GenerationRequest, Prompt
 from tests.tiny_models import family_of

@@ -1,10 +1,10 @@
-"""Models as published: their configs only, in tests/data/published."""
+"""Models as published, from their configs in tests/data/published."""
 
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from deployments.config import ModelConfig
+from deployments.config.model import ModelConfig
 from deployments.plan.describe import Description
 from deployments.plan.plan import SizesOf, StageConfigs
 from deployments.plan.sizes import ModelSizes
@@ -15,7 +15,7 @@ FOLDER = Path(__file__).parents[2] / "data" / "published"
 
 @dataclass(frozen=True)
 class Published:
-    """A model and the size it is usually asked for."""
+    """A model and the size that it is usually used with."""
 
     folder: str
     family: str

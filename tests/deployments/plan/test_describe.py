@@ -1,4 +1,4 @@
-"""What is planned, against what processes really hold."""
+"""The planned weights equal those that processes hold."""
 
 import re
 from dataclasses import replace
@@ -10,15 +10,21 @@ import torch
 from torch import nn
 
 from deployments.checkpoints.components import Stage, fetch_stage, stage_components
-from deployments.config import EncoderConfig, ModelConfig, StageConfig, TransformerConfig, VaeConfig
+from deployments.config.encoder import EncoderConfig
+from deployments.config.model import ModelConfig
+from deployments.config.stage import StageConfig
+from deployments.config.transformer import TransformerConfig
+from deployments.config.vae import VaeConfig
 from deployments.engine.load import load_rank, open_denoisers
 from deployments.families import FAMILIES
 from deployments.memory.working import on_meta, working_bytes
+from deployments.options.adapter import AdapterConfig
 from deployments.plan.describe import Description
-from deployments.plan.sizes import ModelSizes
+from deployments.plan.sizes import STAGES, ModelSizes
 from deployments.request import MediaSize
 from deployments.stages.pipeline import load_pipeline, loaded_models
 from serve_app.bench.models import bench_model
+from tests.thorough import usually
 from tests.tiny_models import EXPERTS, tiny_model
 
 
@@ -30,10 +36,10 @@ def described(model: ModelConfig, size: int = 64, **transformer: Any) -> ModelSi
 
 
 def held_by_ranks(model: ModelConfig, config: TransformerConfig) -> list[int]:
-    """As every rank's process tells of itself."""
+    """Returns the bytes of weights that every rank reports."""
     denoisers = open_denoisers(model, config)
     ranks = [load_rank(denoisers, model, config, rank) for rank in range(config.num_ranks)]
-    return [sum(rank.keeper.stats().weights_bytes.values()) for rank in ranks]
+    return [sum(rank.residency.stats().weights_bytes.values()) for rank in ranks]
 
 
 def held_by_stage(model: ModelConfig, stage: Stage, config: StageConfig) -> int:
@@ -44,7 +50,7 @@ def held_by_stage(model: ModelConfig, stage: Stage, config: StageConfig) -> int:
     return sum(tensors.values())
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, EXPERTS])
+@pytest.mark.parametrize("name", usually([*FAMILIES, EXPERTS], {"flux", "sd15", EXPERTS}.__contains__))
 def test_every_process_holds_what_was_planned(name: str) -> None:
     model = tiny_model(name)
     planned = described(model, shards=2)
@@ -59,6 +65,24 @@ def test_a_larger_model_holds_what_was_planned(tmp_path: Path) -> None:
     planned = described(model, shards=3, dtype="bfloat16")
     held = held_by_ranks(model, TransformerConfig(shards=3, dtype="bfloat16"))
     assert [rank.weights_bytes for rank in planned.denoise.ranks] == pytest.approx(held, rel=0.03)
+
+
+def test_what_is_kept_of_adapters_is_counted_where_there_are_some_for_the_stage() -> None:
+    adapters = {"a": AdapterConfig(source="/a.safetensors")}
+    kept, bare = (
+        Description(tiny_model("sdxl").model_copy(update=update)).sizes(
+            EncoderConfig(adapter_cache_mib=2), TransformerConfig(), VaeConfig(), (MediaSize(64, 64),)
+        )
+        for update in ({"adapters": adapters}, {})
+    )
+    more = [
+        sum(rank.need_bytes for rank in kept.stage(stage).ranks)
+        - sum(rank.need_bytes for rank in bare.stage(stage).ranks)
+        for stage in STAGES
+    ]
+    assert more == [2 * 2**20, 1024 * 2**20, 0]
+    textless = described(tiny_model("wan").model_copy(update={"adapters": adapters}))
+    assert textless.encode.ranks[0].adapter_bytes == 0
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
@@ -95,7 +119,7 @@ def test_every_rank_that_shares_forwards_is_planned_next_to_the_others(
         (
             "flux",
             {"context_parallel": 5},
-            "attention heads (num_attention_heads), which 5 ranks do not share evenly",
+            "attention heads (num_attention_heads), which 5 ranks cannot share evenly",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Real models on real GPUs, from their published configs: sizes that are known, placements that hold."""
+"""Real models on real GPUs, from their published configs: known sizes, and valid placements."""
 
 from itertools import product, takewhile
 from pathlib import Path
@@ -9,12 +9,14 @@ import torch
 from accelerate import infer_auto_device_map
 from accelerate.utils import compute_module_sizes, get_balanced_memory
 
-from cluster.inventory import parse_gpus
-from deployments.config import EncoderConfig, TransformerConfig, VaeConfig
+from cluster.machines.inventory import parse_gpus
+from deployments.config.encoder import EncoderConfig
+from deployments.config.transformer import TransformerConfig
+from deployments.config.vae import VaeConfig
 from deployments.engine.load import open_denoisers
 from deployments.memory.config import MemoryConfig
 from deployments.memory.stored import as_stored, stored_bytes
-from deployments.plan.place import blocked_by_order, place
+from deployments.plan.place import blocked_by_order, plan_placement
 from deployments.plan.plan import StageConfigs, demands_of
 from deployments.plan.propose import DoesNotFit, propose
 from tests.deployments.plan.published import FOLDER, MODELS, model_config, sizes_of
@@ -27,13 +29,13 @@ TRANSFORMERS = {
     "qwen-image": (38.05, 19.05, 19.03, 10.71),
     "wan": (26.61, 13.53, 13.31, 7.49),
 }
-"""GiB in bf16, with fp8 storage, in int8 and nf4, computed apart from this code from the layers' shapes."""
+"""GiB in bf16, with fp8 storage, in int8 and nf4, computed from the layers' shapes without this code."""
 OTHERS = {
     "flux": {"text_encoder": 0.23, "text_encoder_2": 9.12 - 32128 * 4096 * 2 / GIB, "vae": 0.16},
     "qwen-image": {"text_encoder": 15.45, "vae": 0.24},
     "wan": {"text_encoder": 12.54 - 256384 * 4096 * 2 / GIB, "vae": 0.24},
 }
-"""GiB in bf16. Of T5 and UMT5 the figures count the tied token embeddings twice, which are held once."""
+"""GiB in bf16. The published sizes of T5 and UMT5 count the tied token embeddings twice, which are held once."""
 TECHNIQUES = (
     {},
     {"layerwise_casting": True},
@@ -45,7 +47,7 @@ BF16 = StageConfigs(
 )
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", usually(MODELS, "flux".__eq__))
 def test_a_transformer_weighs_what_is_known_in_every_format(name: str) -> None:
     skeleton = open_denoisers(model_config(name), BF16.transformer).skeletons["transformer"]
     for technique, expected in zip(TECHNIQUES, TRANSFORMERS[name], strict=True):
@@ -53,7 +55,7 @@ def test_a_transformer_weighs_what_is_known_in_every_format(name: str) -> None:
         assert stored_bytes(stored) / GIB == pytest.approx(expected, rel=0.015), technique
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", usually(MODELS, "qwen-image".__ne__))
 def test_encoders_and_vae_weigh_what_is_known(name: str) -> None:
     sizes = sizes_of(name)(BF16)
     parts = {part.name: part.weights_bytes / GIB for part in (*sizes.encode.components, *sizes.decode.components)}
@@ -61,7 +63,8 @@ def test_encoders_and_vae_weigh_what_is_known(name: str) -> None:
 
 
 def proposed() -> list[list[str]]:
-    """Rows of the table in docs/planner.md: model, GPUs, format, R x S, fullest GPU, text encoders, VAE."""
+    """Returns the rows of the table in docs/planner.md: model, GPUs, format, R x S, fullest GPU, text encoders,
+    VAE."""
     lines = (ROOT / "docs" / "planner.md").read_text().splitlines()
     start = next(i for i, line in enumerate(lines) if "fullest GPU" in line) + 2
     return [
@@ -85,7 +88,7 @@ def test_a_config_is_proposed_that_fits_as_the_docs_say(row: list[str]) -> None:
     name, gpus = NAMES[row[0]], parse_gpus(row[1])
     stages = propose(sizes_of(name), gpus)
     demands = demands_of(stages, sizes_of(name)(stages))
-    placement = place(demands, gpus)
+    placement = plan_placement(demands, gpus)
     transformer, limit_gib = stages.transformer, stages.encoder.vram_limit_gib
     fullest = max(placement.used_bytes(gpu) for gpu in gpus)
     assert row[2:] == [
@@ -109,7 +112,7 @@ def test_what_cannot_fit_says_what_is_missing() -> None:
 @pytest.mark.parametrize("num_gpus", [2, 4])
 @pytest.mark.parametrize("name", usually(MODELS, lambda name: name == "flux"))
 def test_the_fullest_rank_holds_less_than_by_accelerates_automatic_map(name: str, num_gpus: int) -> None:
-    """Every rank has the embedders, a device map has them once: at 2 GPUs that may be the whole difference."""
+    """Every rank holds the embedders, a device map holds them once: at 2 GPUs this may be the whole difference."""
     sizes = sizes_of(name)(
         StageConfigs(BF16.encoder, TransformerConfig(dtype="bfloat16", shards=num_gpus), BF16.vae)
     )

@@ -1,11 +1,11 @@
-"""The bound on throughput."""
+"""The upper bound on throughput."""
 
 from dataclasses import replace
 
 import pytest
 
-from cluster.inventory import parse_gpus
-from deployments.plan.place import Demand, place
+from cluster.machines.inventory import parse_gpus
+from deployments.plan.place import StageDemand, plan_placement
 from deployments.plan.profile import DenoiserTimes, Profile, Times, read_profile, write_profile
 from deployments.plan.rate import bound_rate
 from deployments.plan.sizes import RankSizes
@@ -21,37 +21,37 @@ def rank(*blocks: int) -> RankSizes:
 
 def test_the_slowest_shard_bounds_a_pipeline_and_every_rank_computes_the_head() -> None:
     demands = {
-        "encode": Demand((rank(),), 0.1),
-        "denoise": Demand((rank(0, 2), rank(2, 4)), 0.8),
-        "decode": Demand((rank(),), 0.1),
+        "encode": StageDemand((rank(),), 0.1),
+        "denoise": StageDemand((rank(0, 2), rank(2, 4)), 0.8),
+        "decode": StageDemand((rank(),), 0.1),
     }
-    placement = place(demands, parse_gpus("2x16GiB"))
+    placement = plan_placement(demands, parse_gpus("2x16GiB"))
     rate = bound_rate(placement, TIMES)
     assert rate.stage_s["denoise"] == pytest.approx(10 * (0.01 + 0.3 + 0.04))
     assert rate.stage_bounds["encode"] == pytest.approx(10)
-    # both small stages lie on one GPU with the first rank, which computes 2.1 s besides, less than the last
+    # both small stages share a GPU with the first rank: 0.3 + 2.1 s, less than the last rank's 3.5 s
     assert rate.bound == pytest.approx(1 / 3.5)
     assert sorted(rate.gpu_use.values()) == pytest.approx([(2.1 + 0.3) / 3.5, 1])
 
 
 def test_a_gpu_that_all_share_bounds_them_together() -> None:
     demands = {
-        "encode": Demand((rank(),), 0.1),
-        "denoise": Demand((rank(0, 4),), 0.8),
-        "decode": Demand((rank(),), 0.1),
+        "encode": StageDemand((rank(),), 0.1),
+        "denoise": StageDemand((rank(0, 4),), 0.8),
+        "decode": StageDemand((rank(),), 0.1),
     }
-    rate = bound_rate(place(demands, parse_gpus("1x16GiB")), TIMES)
+    rate = bound_rate(plan_placement(demands, parse_gpus("1x16GiB")), TIMES)
     assert rate.bound == pytest.approx(1 / (0.1 + 10 * 0.55 + 0.2))
     assert min(rate.stage_bounds.values()) > rate.bound
 
 
 def test_replicas_add_up() -> None:
     demands = {
-        "encode": Demand((rank(),), 0.0),
-        "denoise": Demand((rank(0, 4),), 1.0, 3, 3),
-        "decode": Demand((rank(),), 0.0),
+        "encode": StageDemand((rank(),), 0.0),
+        "denoise": StageDemand((rank(0, 4),), 1.0, 3, 3),
+        "decode": StageDemand((rank(),), 0.0),
     }
-    rate = bound_rate(place(demands, parse_gpus("3x16GiB")), TIMES)
+    rate = bound_rate(plan_placement(demands, parse_gpus("3x16GiB")), TIMES)
     assert rate.bound == pytest.approx(3 / 5.5)
 
 
@@ -76,5 +76,5 @@ def test_a_profile_comes_back_as_it_was_written(tmp_path) -> None:
 
 def test_another_file_is_no_profile(tmp_path) -> None:
     (tmp_path / "x.json").write_text('{"machine": {}}')
-    with pytest.raises(ValueError, match=r"x\.json is no profile.*relay profile"):
+    with pytest.raises(ValueError, match=r"x\.json is not a profile.*relay profile"):
         read_profile(tmp_path / "x.json")

@@ -1,4 +1,4 @@
-"""A plan as text, JSON and picture."""
+"""A plan as text, JSON and image."""
 
 import io
 import json
@@ -9,8 +9,10 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
-from cluster.inventory import parse_gpus
-from deployments.config import EncoderConfig, TransformerConfig, VaeConfig
+from cluster.machines.inventory import parse_gpus
+from deployments.config.encoder import EncoderConfig
+from deployments.config.transformer import TransformerConfig
+from deployments.config.vae import VaeConfig
 from deployments.plan.advice import Admitted
 from deployments.plan.picture import draw_placement
 from deployments.plan.plan import Plan, StageConfigs, plan
@@ -34,9 +36,9 @@ SIZES = ModelSizes(
     sizes=(MediaSize(1024, 1024),),
 )
 TWO_SHARDS = StageConfigs(
-    EncoderConfig(num_gpus=0.18, dtype="bfloat16"),
-    TransformerConfig(num_gpus=0.69, dtype="bfloat16", shards=2),
-    VaeConfig(num_gpus=0.12, dtype="bfloat16"),
+    EncoderConfig(num_gpus=0.18, dtype="bfloat16", max_replicas=1),
+    TransformerConfig(num_gpus=0.69, dtype="bfloat16", shards=2, max_replicas=1),
+    VaeConfig(num_gpus=0.12, dtype="bfloat16", max_replicas=1),
 )
 
 
@@ -103,24 +105,24 @@ def test_the_picture_is_the_same_each_time_and_has_every_process() -> None:
 
 @pytest.mark.parametrize("max_replicas", [2, 3])
 def test_it_tells_where_ray_would_send_a_further_replica_to_wait(max_replicas: int) -> None:
-    """Two GPUs with a third left each have no room for two thirds."""
+    """Two GPUs that each have a third left have no room for two thirds."""
     whole = TransformerConfig(num_gpus=0.66, dtype="bfloat16", max_replicas=max_replicas, min_replicas=2)
     small = dict.fromkeys(("encode", "decode"), StageSizes((), (RankSizes(0, 0, 0),)))
     denoise = StageSizes((), (RankSizes(9 * GIB, 9 * GIB, GIB // 4),))
     sizes = replace(SIZES, denoise=denoise, **small)
     stages = StageConfigs(EncoderConfig(dtype="bfloat16"), whole, VaeConfig(dtype="bfloat16"))
     advice = " ".join(planned("1x(2x16GiB)", stages, sizes).advice)
-    assert ("Ray takes node 0, whose GPUs have 0.68 left in all" in advice) == (max_replicas == 3)
+    assert ("on node 0, whose GPUs have 0.68 left in all" in advice) == (max_replicas == 3)
 
 
 @pytest.mark.parametrize(
     ("gpus", "stages", "sizes", "advice"),
     [
-        ("2x80GiB", {}, {}, "shards give one request no speed-up"),
+        ("2x80GiB", {}, {}, "shards do not make a request faster"),
         ("2x16GiB", {}, {"denoisers": (DenoiserSizes("unet", BLOCKS, 0, 0),)}, "a UNet in 2 shards"),
-        ("3x16GiB", {}, {}, "nothing lies on node 0 GPU 2"),
-        ("2x(1x16GiB)", {}, {}, "lie on several nodes"),
-        ("2x16GiB", {"max_ongoing_requests": 3}, {}, "2 shards are kept full by 4 requests; at most 3"),
+        ("3x16GiB", {}, {}, "nothing is placed on node 0 GPU 2"),
+        ("2x(1x16GiB)", {}, {}, "are on several nodes"),
+        ("2x16GiB", {"max_ongoing_requests": 3}, {}, "2 shards need 4 requests to stay busy; at most 3"),
         ("2x16GiB", {"dtype": "float32"}, {}, "transformer.dtype is float32"),
         ("4x16GiB", {"num_gpus": 2}, {}, "transformer.num_gpus 2 without device_map uses one GPU only"),
     ],
@@ -135,7 +137,7 @@ SHARED = TransformerConfig(num_gpus=0.69, dtype="bfloat16", context_parallel=2)
 
 
 def planned_shared(gpus: str, weights_bytes: int = 18 * GIB, size: int = 1024, **settings: int) -> Plan:
-    """Of ranks that share each forward, of a class that diffusers has a plan for."""
+    """Returns a plan of ranks that share each forward, with a class that diffusers has a plan for."""
     transformer = SHARED.model_copy(update={"context_parallel": 1, **settings} if settings else {})
     [part] = SIZES.denoise.components
     held = weights_bytes // transformer.tensor_parallel
@@ -148,19 +150,19 @@ def planned_shared(gpus: str, weights_bytes: int = 18 * GIB, size: int = 1024, *
 
 def test_ranks_that_share_each_forward_are_for_latency_and_replicas_for_throughput() -> None:
     advice = " ".join(planned_shared("2x32GiB").advice)
-    assert "for latency: 2 ranks share each forward" in advice
-    assert "for throughput rather 2 replicas" in advice
+    assert "2 ranks share each forward although" in advice
+    assert "for throughput rather use 2 replicas" in advice
 
 
 def test_where_replicas_could_share_their_forwards_it_is_told_which_is_for_what() -> None:
     advice = " ".join(planned_shared("2x32GiB", context_parallel=1, min_replicas=2, max_replicas=2).advice)
-    assert "2 replicas are for throughput; for latency fewer, each of context_parallel ranks" in advice
+    assert "2 replicas raise throughput; for latency use fewer, each with context_parallel ranks" in advice
 
 
 @pytest.mark.parametrize(("size", "is_told"), [(1024, True), (2048, False)])
 def test_many_tensor_parallel_ranks_are_advised_against_where_pictures_are_small(size: int, is_told: bool) -> None:
     advice = " ".join(planned_shared("4x16GiB", tensor_parallel=4, size=size).advice)
-    assert ("tensor_parallel: 2, and more shards" in advice) == is_told
+    assert ("tensor_parallel: 2, and use more shards" in advice) == is_told
 
 
 def test_where_weights_fit_one_gpu_context_parallel_is_advised_instead_of_tensor_parallel() -> None:
@@ -190,7 +192,7 @@ def test_more_shards_than_requests_are_advised_against() -> None:
 
 def test_requests_beyond_the_plan_are_told() -> None:
     [advice] = planned("2x16GiB", admitted=Admitted(256, 2048 * 2048, 1)).advice
-    assert advice.startswith("requests of up to 4194304 pixels are let in, and this is planned for 1024x1024")
+    assert advice.startswith("requests of up to 4194304 pixels are admitted, but this plan is for 1024x1024")
 
 
 def test_uneven_times_are_worth_other_cuts() -> None:

@@ -8,11 +8,12 @@ import diffusers
 import pytest
 import torch
 
-from deployments.config import EncoderConfig, ModelConfig
+from deployments.answers import Encodings
+from deployments.config.encoder import EncoderConfig
+from deployments.config.model import ModelConfig
 from deployments.families import FAMILIES
-from deployments.request import Encodings
 from deployments.stages import load_stage
-from deployments.stages.call import call_arguments
+from deployments.stages.call_arguments import call_arguments
 from tests.deployments.variants import build_request, denoise, load_denoising, read_model
 
 
@@ -37,7 +38,7 @@ def encodings(model: ModelConfig) -> Encodings:
 def test_what_would_be_decoded_after_the_last_step_is_what_is(
     model: ModelConfig, stage: Any, encodings: Encodings
 ) -> None:
-    """A partial picture is the end of the call, for latents of an earlier step."""
+    """A partial image is what the end of the call makes of an earlier step's latents."""
     steps: list[torch.Tensor] = []
     request, seat = build_request(model), stage.join()
     arguments = stage.denoise(seat, encodings, request, lambda _step, latents: steps.append(latents))

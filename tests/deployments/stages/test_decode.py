@@ -1,4 +1,4 @@
-"""Latents to pixels as the pipeline itself does it."""
+"""Latents are decoded to pixels as the pipeline itself does it."""
 
 from dataclasses import replace
 
@@ -7,10 +7,12 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
+from deployments.answers import DecodeArguments
 from deployments.checkpoints.source import fetch_checkpoint
-from deployments.config import ModelConfig, VaeConfig
-from deployments.refusal import OutOfShare
-from deployments.request import DecodeArguments, GenerationRequest, Prompt
+from deployments.config.model import ModelConfig
+from deployments.config.vae import VaeConfig
+from deployments.errors import OutOfDeviceMemory
+from deployments.request import GenerationRequest, Prompt
 from deployments.stages.decode import Decoding
 from tests.conftest import decoded_by
 
@@ -22,7 +24,7 @@ REQUEST = GenerationRequest(
 
 @pytest.mark.parametrize(("family", "decodes_in"), [("sd15", torch.float16), ("sdxl", torch.float32)])
 def test_a_vae_in_float16_decodes_in_what_its_pipeline_decodes_in(family: str, decodes_in: torch.dtype) -> None:
-    """Both configs say force_upcast; SDXL's pipeline alone heeds it."""
+    """Both VAE configs set force_upcast, but only SDXL's pipeline follows it."""
     checkpoint = f"tiny://{family}"
     pipe = DiffusionPipeline.from_pretrained(fetch_checkpoint(checkpoint, ()), torch_dtype=torch.float16)
     pipe.set_progress_bar_config(disable=True)
@@ -36,14 +38,14 @@ def test_a_vae_in_float16_decodes_in_what_its_pipeline_decodes_in(family: str, d
     with decoded_by(pipe) as decoded:
         expected = (np.asarray(draw("np")) * 255).round().astype(np.uint8)
     stage = Decoding(ModelConfig(name="t", checkpoint=checkpoint, family=family), VaeConfig(dtype="float16"))
-    [weights] = stage.keeper.stats().weights_bytes
+    [weights] = stage.residency.stats().weights_bytes
     assert weights.endswith(str(decodes_in).removeprefix("torch."))
     assert np.array_equal(stage.decode(DecodeArguments.of(decoded[0]), REQUEST), expected)
 
 
 @pytest.mark.parametrize(("family", "shape"), [("wan", (1, 16, 2, 8, 8)), ("qwen-image", (1, 16, 1, 8, 8))])
 def test_a_vae_that_fails_half_way_keeps_no_frames(family: str, shape: tuple[int, ...]) -> None:
-    """What it remembers between frames would lie on the GPU until the next is decoded."""
+    """The features that it keeps between frames would otherwise stay on the GPU until the next decode."""
     stage = Decoding(ModelConfig(name="t", checkpoint=f"tiny://{family}", family=family), VaeConfig())
     vae = stage._pipe.vae
     request = replace(REQUEST, num_frames=5 if family == "wan" else 1)
@@ -57,7 +59,7 @@ def test_a_vae_that_fails_half_way_keeps_no_frames(family: str, shape: tuple[int
         raise torch.OutOfMemoryError("told so")
 
     hook = vae.decoder.conv_out.register_forward_hook(fail)
-    with pytest.raises(OutOfShare, match="told so"):
+    with pytest.raises(OutOfDeviceMemory, match="told so"):
         stage.decode(DecodeArguments.of(torch.zeros(shape)), request)
     hook.remove()
     assert found[0] > 0

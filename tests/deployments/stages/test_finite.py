@@ -1,4 +1,4 @@
-"""NaN and infinity are errors that say what to do, not black pictures."""
+"""NaN and infinity are errors that say what to do, not black images."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,9 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from deployments.config import EncoderConfig, VaeConfig
-from deployments.refusal import NotFinite
-from deployments.request import DecodeArguments
+from deployments.answers import DecodeArguments
+from deployments.config.encoder import EncoderConfig
+from deployments.config.vae import VaeConfig
+from deployments.errors import NonFinite
 from deployments.stages import load_stage
 from tests.deployments.variants import (
     build_request,
@@ -29,7 +30,7 @@ ZERO_SNR = {
 
 
 def blow_up(file: Path, ending: str) -> None:
-    """Weights that fit float16, whose products do not."""
+    """Scales weights so that they still fit float16, but their products do not."""
     weights = load_file(file)
     [name] = [key for key in weights if key.endswith(ending)]
     weights[name] = (weights[name] * 1e6).clamp(-6e4, 6e4)
@@ -52,7 +53,7 @@ def test_a_scheduler_that_divides_by_zero_is_named(
         set_scheduler(folder, "DDIMScheduler", **scheduler)
     model = read_model(folder)
     stage, request = load_denoising(model), build_request(model, **changes)
-    with pytest.raises(NotFinite, match=f"{class_name} with .*Ask for more num_inference_steps, or check"):
+    with pytest.raises(NonFinite, match=f"{class_name} with .*Ask for more num_inference_steps, or check"):
         denoise(stage, encode(model, request), request)
     assert stage.finite.num_refused == 1
     stage.close()
@@ -63,7 +64,7 @@ def test_what_the_model_makes_infinite_is_not_laid_to_the_scheduler(tmp_path: Pa
     stage, request = load_denoising(model), build_request(model)
     prompt_embeds, pooled, ids = dict(encode(model, request))["encode_prompt"]
     encodings = (("encode_prompt", (prompt_embeds + float("inf"), pooled, ids)),)
-    with pytest.raises(NotFinite, match=r"after 3 steps of FluxPipeline.*: transformer\.dtype is "):
+    with pytest.raises(NonFinite, match=r"after 3 steps of FluxPipeline.*: transformer\.dtype is "):
         stage.denoise(stage.join(), encodings, request)
     stage.close()
 
@@ -73,7 +74,7 @@ def test_a_vae_that_overflows_in_float16_says_so(tmp_path: Path) -> None:
     blow_up(folder / "vae/diffusion_pytorch_model.safetensors", "decoder.up_blocks.0.resnets.0.conv2.weight")
     model = read_model(folder)
     stage = load_stage("decode", model, VaeConfig(dtype="float16"))
-    with pytest.raises(NotFinite, match=r"AutoencoderKL .* NaN or infinite: .* set vae\.dtype to bfloat16 or"):
+    with pytest.raises(NonFinite, match=r"AutoencoderKL .* NaN or infinite: .* set vae\.dtype to bfloat16 or"):
         stage.decode(DecodeArguments.of(torch.ones(1, 4, 8, 8)), build_request(model))
     assert stage.finite.num_refused == 1
     wider = load_stage("decode", model, VaeConfig(dtype="bfloat16"))
@@ -86,7 +87,7 @@ def test_a_text_encoder_that_overflows_in_float16_says_so(tmp_path: Path) -> Non
     model = read_model(folder)
     stage = load_stage("encode", model, EncoderConfig(dtype="float16"))
     with pytest.raises(
-        NotFinite,
+        NonFinite,
         match=r"encode_prompt of StableDiffusionPipeline returned .* set encoder\.dtype to bfloat16",
     ):
         stage.encode(build_request(model))

@@ -1,4 +1,4 @@
-"""What a replica imports."""
+"""The packages that a replica imports."""
 
 import json
 import subprocess
@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from deployments.config import ModelConfig
+from deployments.config.model import ModelConfig
 from deployments.stages.imports import stored_methods
 
 PROGRAM = """
 import sys
-from deployments.config import EncoderConfig, ModelConfig
+from deployments.config.encoder import EncoderConfig
+from deployments.config.model import ModelConfig
 from deployments.stages import load_stage
 load_stage("encode", ModelConfig(name="t", checkpoint="tiny://flux", family="flux"), EncoderConfig())
 print(*(sys.modules[name] for name in ("bitsandbytes", "gguf", "torchao")))

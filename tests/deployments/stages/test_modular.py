@@ -1,5 +1,6 @@
-"""Pipelines that diffusers has as blocks: what is read of their blocks, and what a request leaves of them."""
+"""Modular pipelines: what is read from their blocks, and that requests leave nothing behind in them."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,13 +16,14 @@ import torch
 from deployments.checkpoints.components import read_index
 from deployments.checkpoints.derived import read_derived
 from deployments.checkpoints.source import fetch_checkpoint, with_family
-from deployments.config import EncoderConfig, ModelConfig
-from deployments.families.calls import REQUIRED
-from deployments.refusal import WrongField
+from deployments.config.encoder import EncoderConfig
+from deployments.config.model import ModelConfig
+from deployments.errors import WrongField
+from deployments.families.sources import REQUIRED
 from deployments.request import CallKind, Prompt
 from deployments.stages import load_stage
-from deployments.stages.derive import Derived
 from deployments.stages.modular import build_blocks, encoding_blocks
+from deployments.stages.trials.derive import Derived
 from tests.deployments import plain
 from tests.deployments.modular_checkpoint import write_modular
 from tests.deployments.variants import build_request, denoise, draw_staged, encode, load_denoising
@@ -38,7 +40,7 @@ def blocks_of(pipeline: str) -> Any:
 @cache
 def model(name: str = "flux3") -> ModelConfig:
     folder = fetch_checkpoint(name if "/" in name else f"tiny://{name}", ())
-    derived = read_derived(read_index(folder)["_class_name"], Derived(folder).describe())
+    derived = read_derived(read_index(folder)["_class_name"], json.loads(json.dumps(Derived(folder).describe())))
     return ModelConfig(name=name, checkpoint=str(folder)).with_derived_family(*derived)
 
 
@@ -74,7 +76,7 @@ def test_a_block_that_rewrites_the_prompt_is_left_out() -> None:
 
 
 def test_what_a_call_takes_is_told_by_its_blocks() -> None:
-    """A size has no default where a picture goes in, and takes that one's."""
+    """With an input image, the size has no default: it is the image's."""
     calls = model().architecture.calls
     assert list(calls) == ["generate", "edit"]
     generate, edit = calls["generate"], calls["edit"]
@@ -104,15 +106,16 @@ def test_two_experts_have_a_scale_each(tmp_path: Path) -> None:
 
 
 def test_blocks_that_encode_nothing_without_guidance_are_told_by_the_field(tmp_path: Path) -> None:
-    """Wan's fail by a variable that they did not set."""
+    """Wan's blocks fail on a variable that they did not set."""
     of = model(str(write_modular("WanModularPipeline", tmp_path / "wan")))
     unguided = Prompt("a red cat", None, is_guided=False)
     request = replace(build_request(of), prompt=unguided, guidance_scale=1.0)
-    with pytest.raises(WrongField, match="it fails at 1, and not at 5, the default") as refused:
+    with pytest.raises(WrongField, match="it fails at 1, but not at 5, the default") as refused:
         encode(of, request)
     assert refused.value.param == "guidance_scale"
 
 
+@pytest.mark.thorough
 def test_another_process_tells_it_to_whoever_has_no_torch() -> None:
     found = with_family(ModelConfig(name="tiny", checkpoint="tiny://flux3"))
     assert found.family == "Flux3ModularPipeline"
@@ -125,12 +128,12 @@ def test_a_component_that_lies_elsewhere_is_told_at_the_start(
     folder = fetch_checkpoint("tiny://flux3", ())
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     shutil.copytree(folder, tmp_path / "flux3", ignore=shutil.ignore_patterns("model_index.json", "text_encoder"))
-    with pytest.raises(ValueError, match=r"its text_encoder is not here: .* that it is in text_encoder. Fetch"):
+    with pytest.raises(ValueError, match=r"its text_encoder is not here: .* it is in text_encoder. Fetch"):
         Derived(fetch_checkpoint(str(tmp_path / "flux3"), ()))
 
 
 def test_a_text_that_was_seen_costs_no_forward_at_another_size_or_scale(encoding: Any) -> None:
-    """But without guidance its blocks make no negative embeddings."""
+    """The change to no guidance costs a forward, because then the blocks make no negative embeddings."""
     request = replace(build_request(model()), prompt=Prompt("a red cat", "blurry", is_guided=True))
     costs = []
     for changes in ({}, {"width": 128}, {"guidance_scale": 5.0}, {"guidance_scale": 1.0}):
@@ -158,7 +161,7 @@ def test_a_request_leaves_nothing_in_the_pipeline_that_all_share(stage: Any, kin
 
 
 def test_what_would_be_decoded_after_the_last_step_is_what_is(stage: Any) -> None:
-    """A partial picture is the end of the call, for latents of an earlier step."""
+    """A partial image is what the end of the call makes of an earlier step's latents."""
     steps: list[torch.Tensor] = []
     request = build_request(model())
     encodings, seat = encode(model(), request), stage.join()

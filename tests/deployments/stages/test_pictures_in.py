@@ -1,4 +1,4 @@
-"""Pictures that go in: how files are read, and what is kept of them."""
+"""Input images: how files are read, and what is kept of them."""
 
 from io import BytesIO
 from typing import Any
@@ -11,13 +11,14 @@ from diffusers.video_processor import VideoProcessor
 from PIL import Image
 
 from deployments.checkpoints.source import fetch_checkpoint
-from deployments.config import ModelConfig, VaeConfig
+from deployments.config.model import ModelConfig
+from deployments.config.vae import VaeConfig
+from deployments.errors import WrongField
 from deployments.families.calls import find_calls
-from deployments.refusal import WrongField
+from deployments.media.video_file import read_frames
 from deployments.request import InputPictures, MediaSize
 from deployments.stages import load_stage
-from deployments.stages.pictures import open_pictures, picture_arguments
-from deployments.video_file import read_frames
+from deployments.stages.pixels.pictures import open_pictures, picture_arguments
 from tests.deployments.variants import build_request, draw_staged, encode, load_denoising, read_model
 from tests.pictures import half_mask, picture, png, video
 
@@ -54,7 +55,7 @@ def test_sixteen_bits_are_scaled_to_eight() -> None:
 
 def test_a_photograph_is_turned_as_its_camera_was_held() -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned to the right
+    exif[0x0112] = 6  # rotate to the right
     image = Image.new("RGB", (64, 32), "red")
     assert opened(image, "JPEG", exif=exif).size == (32, 64)
 
@@ -67,7 +68,7 @@ def test_a_mask_with_an_alpha_channel_draws_anew_what_is_transparent() -> None:
 
 
 def test_a_mask_of_another_size_is_refused() -> None:
-    with pytest.raises(WrongField, match="32x32 pixels, and the first image 64x64") as refused:
+    with pytest.raises(WrongField, match="32x32 pixels, but the first image has 64x64") as refused:
         open_pictures(InputPictures((png(picture()),), png(half_mask(32))))
     assert refused.value.param == "mask"
 
@@ -82,8 +83,8 @@ def test_what_is_no_whole_picture_is_refused_by_name(data: bytes) -> None:
 @pytest.mark.parametrize(
     ("film", "told"),
     [
-        (video(4), "4 of its frames can be read, and 5 are asked for: send num_frames"),
-        (video(9, codec="libvpx", container="webm")[:4000], "of its frames can be read, and 5 are asked for"),
+        (video(4), "only 4 of its frames can be read, but 5 are asked for: set num_frames to 4"),
+        (video(9, codec="libvpx", container="webm")[:4000], "of its frames can be read, but 5 are asked for"),
         (b"no video", "its frame 1 cannot be read"),
     ],
     ids=["short", "cut", "none"],
@@ -105,7 +106,7 @@ def test_frames_are_as_large_as_the_request_as_diffusers_own_processor_makes_the
 
 @pytest.mark.parametrize("size", [(100, 70), (40, 90), (64, 64)])
 def test_a_picture_that_tells_a_video_its_size_is_cut_as_its_pipeline_would_cut_it(size: tuple[int, int]) -> None:
-    """HunyuanVideo 1.5."""
+    """The pipeline is that of HunyuanVideo 1.5."""
     call, image = find_calls("HunyuanVideo15ImageToVideoPipeline")["image_to_video"], Image.new("RGB", size, "red")
     image.putdata([(x % 256, x % 7, x % 31) for x in range(size[0] * size[1])])
     cut = picture_arguments(call, {"image": [image]}, (80, 48))["image"]
@@ -148,7 +149,7 @@ def test_steps_are_counted_from_where_the_drawing_begins(model: ModelConfig) -> 
 
 
 def test_a_picture_that_its_pipeline_does_not_take_is_told_by_name() -> None:
-    """FLUX.2 takes none of under 64 pixels."""
+    """FLUX.2 refuses images of less than 64 pixels."""
     klein = read_model(fetch_checkpoint("tiny://flux2-klein", ()))
     request = build_request(klein, "edit", num_inference_steps=2)
     with pytest.raises(WrongField, match="Both dimensions must be at least 64px") as refused:

@@ -1,5 +1,6 @@
-"""What a fork server imports for the stages, in processes of their own."""
+"""The modules that a fork server imports for the stages, tested in separate processes."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,16 +9,21 @@ from typing import Any
 import pytest
 
 from cluster.forked_worker import SERVER_ENV
-from deployments.config import EncoderConfig, ModelConfig
+from deployments.config.encoder import EncoderConfig
+from deployments.config.model import ModelConfig
 from deployments.stages.preload import plan_preload
+from tests.thorough import usually
 
 PRELOADED = """
-import os, sys
+import json, os, sys
 from cluster.fork_server import preload
-from deployments.config import EncoderConfig, ModelConfig, TransformerConfig, VaeConfig
+from deployments.config.encoder import EncoderConfig
+from deployments.config.model import ModelConfig
+from deployments.config.transformer import TransformerConfig
+from deployments.config.vae import VaeConfig
 from deployments.stages import load_stage
 from deployments.stages.preload import plan_preload
-model = ModelConfig(name="t", checkpoint="tiny://flux", family="flux")
+model = ModelConfig(name="t", checkpoint="tiny://flux", family="flux", **json.loads(sys.argv[1]))
 preload(*plan_preload(model, EncoderConfig()))
 print(len(os.listdir("/proc/self/task")))
 before = set(sys.modules)
@@ -29,12 +35,14 @@ try:
     load_stage("encode", model, EncoderConfig(quantization="nf4"))
 except Exception as error:
     print(error)
+print(*(name for name in ("bitsandbytes", "peft") if sys.modules.get(name)))
 """
 
 
-@pytest.fixture(scope="module")
-def told() -> list[str]:
-    command = [sys.executable, "-c", PRELOADED]
+@pytest.fixture(scope="module", params=usually([True, False], bool), ids=["with adapters", "without"])
+def told(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    model = {"adapters_folder": str(tmp_path_factory.mktemp("adapters"))} if request.param else {}
+    command = [sys.executable, "-c", PRELOADED, json.dumps(model)]
     run = subprocess.run(command, env=os.environ | SERVER_ENV, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return run.stdout.splitlines()
@@ -48,8 +56,12 @@ def test_stages_import_nothing_more_of_torch_and_diffusers(told: list[str]) -> N
     assert told[1] == ""
 
 
+def test_adapters_bring_their_package_and_no_other(told: list[str], request: pytest.FixtureRequest) -> None:
+    assert told[3] == ("peft" if "with adapters" in request.node.name else "")
+
+
 def test_a_stage_that_needs_what_was_skipped_says_so(told: list[str]) -> None:
-    assert "needs bitsandbytes here, and where the app was built it did not" in told[2]
+    assert "needs bitsandbytes here, but did not where the app was built" in told[2]
 
 
 @pytest.mark.parametrize(

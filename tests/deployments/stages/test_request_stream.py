@@ -1,4 +1,4 @@
-"""Requests have a stream of their own: who waits for a copy of his own does not wait for another's forward."""
+"""Each request has its own stream: waiting for its own copies does not wait for another request's forward."""
 
 import time
 from collections.abc import Callable
@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from deployments.config import EncoderConfig, ModelConfig, TransformerConfig
+from deployments.config.encoder import EncoderConfig
+from deployments.config.model import ModelConfig
+from deployments.config.transformer import TransformerConfig
+from deployments.errors import OutOfDeviceMemory
 from deployments.families import FAMILIES
-from deployments.refusal import OutOfShare
 from deployments.stages import load_stage
 from tests.deployments.memory.tiny_request import build_request
 
@@ -19,7 +21,7 @@ GARBAGE = [0xEE] * 4
 
 
 class Forwards:
-    """Something that is under way on the stream that computes, as another's forward would be."""
+    """Work that is under way on the stream that computes, like another request's forward."""
 
     def __init__(self) -> None:
         self._source = torch.ones(4, dtype=torch.uint8, device="cuda")
@@ -32,7 +34,7 @@ class Forwards:
 
     @property
     def is_under_way(self) -> bool:
-        """Nobody has waited for it since."""
+        """Whether nothing has waited for the work since its launch."""
         return self._host.tolist() == GARBAGE
 
 
@@ -61,7 +63,7 @@ class Stage:
 
 @pytest.mark.parametrize("family", ["flux", "sd15", "wan"])
 def test_what_a_request_waits_for_is_its_own(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before its first forward, between any two, and after the last."""
+    """The request waits for no other one before its first forward, between any two, and after the last."""
     stage, others, waited = Stage(family), Forwards(), []
     engine = stage.denoising.engine
     begin = engine.begin
@@ -89,7 +91,7 @@ def test_what_a_request_waits_for_is_its_own(family: str, monkeypatch: pytest.Mo
 def test_what_a_request_is_at_work_on_is_not_used_again_by_anothers_forward(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A prediction that its request lets go of while the GPU still reads it: the next forward has other memory."""
+    """A request drops a prediction while the GPU still reads it; the next forward must get other memory."""
     stage = Stage("flux")
     engine = stage.denoising.engine
     begin = engine.begin
@@ -99,7 +101,7 @@ def test_what_a_request_is_at_work_on_is_not_used_again_by_anothers_forward(
 
         def wait_and_let_go() -> tuple[torch.Tensor]:
             [prediction] = wait()
-            time.sleep(0.05)  # until the engine has let go of it
+            time.sleep(0.05)  # until the engine has dropped it
             used = prediction.clone()
             del prediction
             with torch.cuda.stream(torch.cuda.default_stream()):
@@ -118,7 +120,7 @@ def test_a_request_whose_own_tensors_find_no_room_is_told_so() -> None:
     stage = Stage("flux")
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_allocated() / total)
-    with pytest.raises(OutOfShare, match="out of memory"):
+    with pytest.raises(OutOfDeviceMemory, match="out of memory"):
         stage.draw()
     torch.cuda.set_per_process_memory_fraction(1.0)
     stage.draw()

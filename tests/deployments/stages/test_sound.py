@@ -1,4 +1,4 @@
-"""Videos with sound, on a tiny LTX-2: what crosses from stage to stage, and the file that comes out."""
+"""Videos with sound, on a tiny LTX-2: what passes between the stages, and the resulting file."""
 
 import io
 from dataclasses import replace
@@ -8,18 +8,20 @@ import numpy as np
 import pytest
 import torch
 
+from deployments.answers import DecodeArguments, num_bytes
 from deployments.checkpoints.source import fetch_checkpoint
-from deployments.config import EncoderConfig, VaeConfig
+from deployments.config.encoder import EncoderConfig
+from deployments.config.vae import VaeConfig
+from deployments.errors import NonFinite, WrongField
 from deployments.memory.stored import stored_bytes
-from deployments.refusal import NotFinite, WrongField
-from deployments.request import DecodeArguments, GenerationRequest, num_bytes
+from deployments.request import GenerationRequest
 from deployments.stages import load_stage
 from deployments.stages.decode import Decoding
 from deployments.stages.encode import TextEncoding
-from deployments.stages.foresee import DecodeForesight
 from deployments.stages.pipeline import loaded_models
 from deployments.stages.tensors import each_tensor
-from deployments.warm_up import tried_size
+from deployments.stages.trials.memory_estimate import DecodeMemoryEstimator
+from deployments.stages.warm_up import tried_size
 from tests.deployments.stages.test_staged_pipelines import model, small_request
 from tests.deployments.variants import denoise, denoise_staged, load_denoising
 
@@ -33,7 +35,7 @@ def request_() -> GenerationRequest:
 
 @pytest.fixture(scope="module")
 def decoded(request_: GenerationRequest) -> Decoded:
-    """The last stage, and what it is to decode."""
+    """Returns the decode stage and what it is to decode."""
     return denoise_staged(model("ltx2"), request_)
 
 
@@ -59,11 +61,11 @@ def test_the_file_sounds_as_the_stage_made_it(decoded: Decoded, request_: Genera
 def test_sound_that_is_no_number_is_refused(request_: GenerationRequest, decoded: Decoded) -> None:
     stage, arguments = decoded
     broken = torch.full_like(arguments.sound.latents, float("nan"))
-    with pytest.raises(NotFinite, match=r"the sound that LTX2Vocoder made is NaN or infinite: vae\.dtype"):
+    with pytest.raises(NonFinite, match=r"the sound that LTX2Vocoder made is NaN or infinite: vae\.dtype"):
         stage.decode_media(replace(arguments, sound=DecodeArguments.of(broken)), request_)
 
 
-@pytest.mark.filterwarnings("ignore:std")  # of the empty sound, which is guided, too
+@pytest.mark.filterwarnings("ignore:std")  # guidance takes the std of the empty sound
 def test_a_video_too_short_for_sound_is_the_requests_fault(
     request_: GenerationRequest, encoding: TextEncoding
 ) -> None:
@@ -83,12 +85,12 @@ def test_what_makes_sound_counts_among_the_weights(decoded: Decoded) -> None:
     assert models.keys() == {"vae", "audio_vae", "vocoder"}
     classes = {name: type(one) for name, one in models.items()}
     of = model("ltx2")
-    foresee = DecodeForesight(classes, fetch_checkpoint("tiny://ltx2", ()), VaeConfig(), of.geometry)
-    assert foresee(tried_size(of.geometry))[0] == sum(map(stored_bytes, models.values()))
+    estimate = DecodeMemoryEstimator(classes, fetch_checkpoint("tiny://ltx2", ()), VaeConfig(), of.geometry)
+    assert estimate(tried_size(of.geometry))[0] == sum(map(stored_bytes, models.values()))
 
 
 def test_progress_counts_the_steps_of_the_video_alone(request_: GenerationRequest, encoding: TextEncoding) -> None:
-    """The scheduler is copied for the sound."""
+    """The sound has a copy of the scheduler, whose steps do not count."""
     encodings, steps = encoding.encode(request_), list[int]()
     stage = load_denoising(model("ltx2"))
     seat = stage.join()
@@ -103,7 +105,7 @@ def test_progress_counts_the_steps_of_the_video_alone(request_: GenerationReques
 def test_hidden_states_that_connectors_alone_read_do_not_travel(
     request_: GenerationRequest, encoding: TextEncoding
 ) -> None:
-    """All layers' of a text of 1024 tokens are 0.4 GiB; their shapes are what the other stages need."""
+    """The hidden states of all layers take 0.4 GiB for 1024 tokens; other stages need only their shapes."""
     encodings = dict(encoding.encode(request_))
     assert list(encodings) == ["encode_prompt", "connectors"]
     assert not any(one.is_floating_point() for one in each_tensor(encodings["encode_prompt"]))

@@ -1,7 +1,5 @@
-"""Every kind of call of every tiny checkpoint: three processes draw what the plain pipeline draws, bit for bit.
-
-Its sound is the same, too.
-"""
+"""Every kind of call of every tiny checkpoint: three processes draw what the plain pipeline draws, bit for bit,
+and make the same sound."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -20,16 +18,16 @@ from deployments.checkpoints.components import ModelIndex, needed_names, read_in
 from deployments.checkpoints.derived import read_derived
 from deployments.checkpoints.source import fetch_checkpoint
 from deployments.checkpoints.tiny.names import TINY_FAMILIES, TINY_MODULES
-from deployments.config import ModelConfig
+from deployments.config.model import ModelConfig
+from deployments.errors import WrongField
 from deployments.families import Geometry
 from deployments.families.calls import Call, find_calls, known_calls
-from deployments.refusal import WrongField
+from deployments.media.video_file import read_frames
 from deployments.request import CallKind, GenerationRequest, InputPictures, Prompt
-from deployments.stages.call import call_arguments
-from deployments.stages.derive import ALL_FRAMES, Derived
-from deployments.video_file import read_frames
-from deployments.warm_up import tried_size
-from serve_app.families_docs import CANNOT, OVER_CLASSIC
+from deployments.stages.call_arguments import call_arguments
+from deployments.stages.trials.derive import ALL_FRAMES, Derived
+from deployments.stages.warm_up import tried_size
+from serve_app.commands.families_docs import CANNOT, OVER_CLASSIC
 from tests.deployments import plain
 from tests.deployments.modular_checkpoint import write_modular
 from tests.deployments.stage_processes import StageProcesses
@@ -39,25 +37,23 @@ from tests.pictures import half_mask, picture, png, video
 QUICK = frozenset(
     {
         "flux",
-        "sdxl",
-        "qwen-image",
         "flux-fill",
         "flux2-klein",
-        "flux3",
         "z-image",
         "hunyuan-image",
         "wan",
-        "ltx-video",
-        "ltx2",
         "latte",
         "sd15-controlnet",
     }
 )
-"""Without --thorough: one of each kind of call, and those whose calls are unlike others'."""
+"""Checkpoints tested without --thorough: one of each kind of call, and those with unusual calls."""
 
 
 def folder_of(name: str) -> Path:
-    """name: of a tiny checkpoint, or a path."""
+    """Returns a checkpoint's folder.
+
+    name: the name of a tiny checkpoint, or a path.
+    """
     return fetch_checkpoint(name if "/" in name else f"tiny://{name}", ())
 
 
@@ -75,7 +71,7 @@ def model(name: str) -> ModelConfig:
 
 
 def calls_of(name: str) -> Mapping[CallKind, Call]:
-    """All that diffusers has for its components."""
+    """Returns all kinds of call that diffusers has for the checkpoint's components."""
     told, index = model(name).architecture.told, index_of(name)
     return told or known_calls(find_calls(index["_class_name"]), needed_names(index))
 
@@ -107,7 +103,7 @@ def small_request(name: str, kind: CallKind) -> GenerationRequest:
     width, height = side, side + (0 if call.max_images else geometry.size_multiple)
     if geometry.sizes:
         by_shape = sorted(geometry.sizes, key=lambda size: abs(size[0] - size[1]))
-        width, height = by_shape[0 if call.max_images else 1]  # pictures here are square
+        width, height = by_shape[0 if call.max_images else 1]  # input images here are square
     usual = call.defaults.num_inference_steps
     few = min(3, usual)
     negative = "blurry" if "negative_prompt" in call.parameters else None
@@ -124,7 +120,7 @@ def small_request(name: str, kind: CallKind) -> GenerationRequest:
 
 
 def _some_frames(of: Geometry) -> int:
-    """More than are decoded at once, where that is a few."""
+    """Returns a number of frames; where a decode takes only a few at once, more than that."""
     if of.frames_per_decode in (None, ALL_FRAMES):
         return tried_size(of).num_frames
     return math.ceil(of.frames_per_decode / of.frame_stride) * of.frame_stride + 1
@@ -140,7 +136,7 @@ def test_three_processes_draw_what_the_plain_pipeline_draws(processes: StageProc
 
 
 def test_frames_that_a_denoiser_has_no_positions_for_are_the_requests_fault() -> None:
-    """Latte takes 16, or one."""
+    """Latte takes 16 frames, or one."""
     request = replace(small_request("latte", "generate"), num_frames=31)
     stage = load_denoising(model("latte"))
     try:
@@ -186,9 +182,9 @@ def check_equal(processes: StageProcesses, name: str, kind: CallKind) -> None:
 def draw_plain(
     name: str, request: GenerationRequest, pictures: dict[str, Any]
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """[F, H, W, 3], and [channels, samples] of its sound, by the class that diffusers has for this kind of call.
+    """Returns frames [F, H, W, 3] and sound [channels, samples], drawn by diffusers' class for this kind of call.
 
-    pictures: by its arguments' names.
+    pictures: input images, by argument name.
     """
     of = model(name).architecture
     pipeline_class: Any = getattr(diffusers, of.calls[request.kind].pipeline_class)

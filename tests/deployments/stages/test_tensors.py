@@ -1,4 +1,4 @@
-"""What crosses between stages lies there as it lay here, so that convolutions round alike."""
+"""Tensors keep their memory layout between stages, so that convolutions round alike."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ LATENTS = PICTURE[:1].permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         (PICTURE, False),
         (PICTURE.contiguous(memory_format=torch.channels_last), True),
         (LATENTS, True),
-        (LATENTS.as_strided(LATENTS.shape, (3, *LATENTS.stride()[1:])), False),  # as Kandinsky 5's, by reshape
+        (LATENTS.as_strided(LATENTS.shape, (3, *LATENTS.stride()[1:])), False),  # as Kandinsky 5's, from reshape
         (PICTURE.transpose(2, 3), False),
         (PICTURE[0], False),
     ],
@@ -23,7 +23,7 @@ LATENTS = PICTURE[:1].permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 def test_a_tensor_is_sent_as_convolutions_take_it_to_lie(tensor: torch.Tensor, is_last: bool) -> None:
     assert lies_channels_last(tensor) == is_last
     if tensor.ndim == 4:
-        # What keeps the layout of its input tells how torch reads that.
+        # interpolate keeps its input's layout, so the output's strides show how torch reads that layout.
         made = torch.nn.functional.interpolate(laid(tensor.clone().contiguous(), is_last), scale_factor=2)
         plain = torch.nn.functional.interpolate(tensor, scale_factor=2)
         assert made.stride() == plain.stride()

@@ -1,4 +1,4 @@
-"""Checkpoints that were saved as pipelines that draw a video anew, and do nothing else."""
+"""Checkpoints saved as pipelines that only redraw videos."""
 
 from dataclasses import replace
 from itertools import islice
@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 from deployments.checkpoints.derived import read_derived
-from deployments.config import ModelConfig
+from deployments.config.model import ModelConfig
+from deployments.media.video_file import read_frames
 from deployments.request import InputPictures
-from deployments.stages.derive import Derived
-from deployments.video_file import read_frames
+from deployments.stages.trials.derive import Derived
 from tests.deployments.variants import build_request, draw_plain, draw_staged, edit, write_tiny
 from tests.pictures import video
 
 
-@pytest.mark.thorough  # the call itself is one of test_staged_pipelines
+@pytest.mark.thorough  # test_staged_pipelines tests the call itself
 @pytest.mark.parametrize(
     ("tiny", "pipeline_class"),
     [("cogvideox", "CogVideoXVideoToVideoPipeline"), ("wan", "WanVideoToVideoPipeline")],

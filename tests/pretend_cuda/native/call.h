@@ -1,4 +1,4 @@
-// Any operation on CUDA tensors: run by the CPU's kernel on the same memory, with what a GPU would check.
+// Runs any operation on CUDA tensors with the CPU's kernel on the same memory, and checks what a GPU would check.
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -7,10 +7,10 @@
 
 namespace pretend {
 
-// Those whose CUDA kernels take indices from the host.
+// Operations whose CUDA kernels take indices from the host.
 inline const std::unordered_set<std::string> kTakeIndices = {
     "aten::index.Tensor", "aten::index.Tensor_out", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"};
-// Those that wait for their result.
+// Operations that wait for their result.
 inline const std::unordered_set<std::string> kSynchronize = {
     "aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select"};
 

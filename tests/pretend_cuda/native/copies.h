@@ -1,4 +1,4 @@
-// Pinned host memory, and the copies that are on their way to or from it until somebody waits for their stream.
+// Pinned host memory, and the copies to or from it, which are pending until the host waits for their stream.
 #pragma once
 
 #include "memory.h"
@@ -7,8 +7,8 @@ namespace pretend {
 
 struct Copy {
   Clock at;
-  char *to, *from;          // one of them: the host's memory
-  std::vector<char> bytes;  // what is to come, or what was there
+  char *to, *from;          // one of them is null; the other is the host's memory
+  std::vector<char> bytes;  // the bytes to be written, or those that the source had
 };
 inline std::unordered_map<Stream, std::vector<Copy>> copies;
 
@@ -18,7 +18,7 @@ inline void finish(const Copy& copy) {
     report("host memory was changed before the non_blocking copy out of it was done");
 }
 
-// The host waits for the event.
+// Lets the host wait for the event.
 inline void synchronize(const Clocks& event) {
   std::lock_guard<std::recursive_mutex> hold(lock);
   check_lost();
@@ -47,7 +47,7 @@ inline std::vector<char> bytes_of(const at::Tensor& dense) {
   return {begin, begin + dense.nbytes()};
 }
 
-// Until the copy is done, its target is garbage.
+// Copies to the host: until the copy is done, its target is garbage.
 inline void copy_late(const at::Tensor& to, const at::Tensor& from, Use use) {
   at::Tensor done = at::empty_like(to);
   done.copy_(from);
@@ -56,7 +56,7 @@ inline void copy_late(const at::Tensor& to, const at::Tensor& from, Use use) {
   std::memset(to.mutable_data_ptr(), 0xEE, to.nbytes());
 }
 
-// Until the copy is done, its source must not change.
+// Watches the source of a copy, which must not change until the copy is done.
 inline void watch_source(const at::Tensor& from, Use use) {
   std::lock_guard<std::recursive_mutex> hold(lock);
   copies[use.stream].push_back({use.at, nullptr, static_cast<char*>(const_cast<void*>(from.const_data_ptr())), bytes_of(from)});
@@ -78,7 +78,7 @@ struct PinnedAllocator final : c10::Allocator {
     if (data) pinned[static_cast<char*>(data)] = num_bytes;
     return {data, data, &release, c10::Device(c10::DeviceType::CPU)};
   }
-  // torch keeps the memory until its copies are done; here they end with it.
+  // torch keeps the memory until its copies are done; here pending copies are dropped with the memory.
   static void release(void* data) {
     std::lock_guard<std::recursive_mutex> hold(lock);
     char* begin = static_cast<char*>(data);

@@ -1,4 +1,4 @@
-// What torch asks of a device: its guard (current device, streams, events) and CUDA's hooks.
+// The interfaces that torch needs of a device: its guard (current device, streams, events) and CUDA's hooks.
 #pragma once
 
 #include <ATen/CPUGeneratorImpl.h>
@@ -42,7 +42,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   void synchronizeStream(const c10::Stream& stream) const override { synchronize_stream(key_of(stream)); }
   void recordDataPtrOnStream(const c10::DataPtr& data, const c10::Stream& stream) const override { record_stream(data, key_of(stream)); }
 
-  // An event is a `Clocks`; none, if it was never recorded.
+  // An event is a `Clocks`; null if it was never recorded.
   void record(void** event, const c10::Stream& stream, const DeviceIndex, const c10::EventFlag) const override {
     std::lock_guard<std::recursive_mutex> hold(lock);
     if (!*event) *event = new Clocks;
@@ -89,7 +89,7 @@ struct PretendedHooks final : CUDAHooksInterface {
   void deviceSynchronize(DeviceIndex index) const override { pretend::synchronize_device(index); }
 };
 
-// torch asks for this name.
+// torch looks the hooks up by this name.
 using HooksOfCuda = c10::Registerer<std::string, std::unique_ptr<CUDAHooksInterface>, CUDAHooksArgs>;
 static HooksOfCuda hooks_of_cuda("CUDAHooks", CUDAHooksRegistry(), HooksOfCuda::DefaultCreator<PretendedHooks>);
 

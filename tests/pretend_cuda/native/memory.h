@@ -1,4 +1,4 @@
-// Device memory: how much there is, who uses it, and what frees it too early.
+// Device memory: how much there is, what uses it, and what frees it too early.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -12,18 +12,18 @@
 namespace pretend {
 
 constexpr int64_t kMiB = int64_t(1) << 20;
-constexpr int64_t kPoisoned = 64 * kMiB;  // of new memory; more would cost more time than it shows
+constexpr int64_t kPoisoned = 64 * kMiB;  // bytes of new memory that are filled with garbage; more would cost time and show little
 
 struct Card {
   int64_t total = int64_t(16) << 30, live = 0, peak = 0, reserved = 0, peak_reserved = 0;
   double fraction = 1.0;
-  std::string name = "0";  // the number that CUDA_VISIBLE_DEVICES knows it by
+  std::string name = "0";  // its number in CUDA_VISIBLE_DEVICES
   int64_t room() const { return int64_t(fraction * double(total)); }
 };
 inline Card cards[kNumDevices];
 inline int num_devices = 1;
 
-// Who made it and uses it. Memory goes back to the stream that it was allocated on, as in torch's allocator.
+// Memory with the operations that made, wrote and used it. It returns to the stream that it was allocated on, as in torch's allocator.
 struct Block {
   void* data;
   int64_t num_bytes;
@@ -33,11 +33,11 @@ struct Block {
   Use written;
   Clocks used;
   std::set<Stream> recorded;
-  at::Tensor owner;  // if the memory is that of a result of the CPU's
+  at::Tensor owner;  // set if the memory is that of a result of the CPU's kernel
 };
 inline std::unordered_map<void*, Block*> blocks;
 
-// Freed without a record_stream, while another stream may be at work on it.
+// A use of memory that was freed without a record_stream, while another stream may still be working on it.
 struct Freed {
   Use use;
   std::string text;
@@ -63,7 +63,7 @@ inline void take_room(int device, int64_t num_bytes) {
 
 inline void free_block(void* context) {
   auto* block = static_cast<Block*>(context);
-  const at::Tensor owner = std::move(block->owner);  // goes after the lock
+  const at::Tensor owner = std::move(block->owner);  // destroyed after the lock is released
   std::lock_guard<std::recursive_mutex> hold(lock);
   for (auto& [stream, at] : block->used)
     if (!block->recorded.count(stream) && !order.is_ordered(block->stream, {stream, at}))
@@ -76,7 +76,7 @@ inline void free_block(void* context) {
   delete block;
 }
 
-// owner, data: of a result of the CPU's, which becomes device memory where it lies.
+// owner, data: of a result of the CPU's kernel, which becomes device memory in place.
 inline at::DataPtr new_block(int64_t num_bytes, int device, const std::string& made_by, const at::Tensor& owner = {}, void* data = nullptr) {
   std::lock_guard<std::recursive_mutex> hold(lock);
   check_lost();
@@ -86,9 +86,9 @@ inline at::DataPtr new_block(int64_t num_bytes, int device, const std::string& m
   take_room(device, num_bytes);
   if (!owner.defined() && num_bytes) {
     data = std::aligned_alloc(512, num_bytes);
-    std::memset(data, 0xDD, std::min(num_bytes, kPoisoned));  // not zero by chance
+    std::memset(data, 0xDD, std::min(num_bytes, kPoisoned));  // so that it is not zero by chance
   }
-  // Whoever had the memory before may still be at work on the stream: the next to write there comes after.
+  // Earlier work on the stream may still use the memory, so the next write must come after it.
   auto* block = new Block{data, num_bytes, device, stream, made_by, made_by, {stream, order.launched(stream)}, {}, {}, owner};
   if (data) blocks[data] = block;
   return {data, block, &free_block, c10::Device(c10::DeviceType::CUDA, c10::DeviceIndex(device))};
@@ -99,7 +99,7 @@ inline Block* block_of(const at::Tensor& tensor) {
   return found == blocks.end() ? nullptr : found->second;
 }
 
-// One operation's use of a tensor, launched on the stream as its at-th.
+// Records one operation's use of a tensor, and reports it if its stream does not wait for earlier uses.
 inline void touch(const at::Tensor& tensor, bool writes, const std::string& operation, Use use) {
   Block* block = block_of(tensor);
   if (!block) return;

@@ -1,4 +1,4 @@
-// A CUDA device that is pretended, in torch's CPU-only build: see ../__init__.py.
+// A simulated CUDA device in torch's CPU-only build: see ../__init__.py.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

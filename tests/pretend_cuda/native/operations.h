@@ -1,4 +1,4 @@
-// What makes, views, sizes and copies tensors; and all the rest, for CUDA's dispatch key.
+// Operations of CUDA's dispatch key: those that make, view, resize and copy tensors, and a fallback for all others.
 #pragma once
 
 #include <ATen/EmptyTensor.h>
@@ -14,7 +14,7 @@ using c10::SymIntArrayRef;
 template <typename T>
 using Maybe = std::optional<T>;
 
-// The calling thread's, for a while.
+// Switches the current device of the calling thread during its scope.
 class DeviceSwitch {
  public:
   explicit DeviceSwitch(const Maybe<c10::Device>& device)
@@ -77,7 +77,7 @@ inline void copy_between_host_and_device(const Tensor& to, const Tensor& from, b
   }
 }
 
-// Between GPUs the stream of the source copies, and both wait for each other, as in torch.
+// Between GPUs the source's stream copies, and both streams wait for each other, as in torch.
 inline Tensor& copy_(Tensor& to, const Tensor& from, bool non_blocking) {
   check_lost();
   if (to.numel() == 0 && from.numel() == 0) return to;
@@ -89,7 +89,7 @@ inline Tensor& copy_(Tensor& to, const Tensor& from, bool non_blocking) {
   if (from.is_cuda()) touch(from, false, "a copy from it", use);
   if (to.is_cuda()) touch(to, true, "a copy to it", use);
   if (stream != target) order.wait(target, order.reached(stream));
-  hold.unlock();  // a handle of a tensor that goes may wait for Python
+  hold.unlock();  // destroying a tensor's handle may wait for Python
   if (to.is_cuda() && from.is_cuda()) on_cpu(to).copy_(on_cpu(from));
   else copy_between_host_and_device(to, from, non_blocking, use);
   return to;
@@ -112,12 +112,12 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("resize_", &pretend::resize_);
   m.impl("copy_", &pretend::copy_);
   m.impl("record_stream", &pretend::record_stream_);
-  // Composites that ask for the kind of device: the CPU's way, so that results are the CPU's to the bit.
+  // Composites that depend on the kind of device take the CPU's path, so that results equal the CPU's bit for bit.
   for (auto name : {"linear", "matmul", "convolution", "scaled_dot_product_attention", "layer_norm", "group_norm", "rms_norm", "einsum"})
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&pretend::run_on_cpu>());
 }
 
-// Its CUDA kernels are in a library of its own; those for the CPU serve.
+// bitsandbytes has its CUDA kernels in its own library; the CPU's are used here.
 TORCH_LIBRARY_IMPL(bitsandbytes, CUDA, m) {
   for (auto name : {"int8_mixed_scaled_mm", "int8_scaled_mm", "int8_linear_matmul", "int8_linear_matmul.out", "int8_vectorwise_quant",
                     "int8_vectorwise_dequant", "int8_mm_dequant", "int8_double_quant", "quantize_4bit", "dequantize_4bit", "dequantize_4bit.out",

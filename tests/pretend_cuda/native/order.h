@@ -1,4 +1,4 @@
-// What has run before what: launches are counted per stream, and every stream knows up to where it waits for others.
+// The order of launches: they are counted for each stream, and every stream has the launch of each other stream that it waits for.
 #pragma once
 
 #include <algorithm>
@@ -10,10 +10,10 @@
 
 namespace pretend {
 
-constexpr int kNumDevices = 8, kNumStreams = 64;  // torch too hands out some 32 streams again and again
-using Stream = int;                               // of all devices: 64 x its device + its number; number 0 is the default stream
-using Clock = int64_t;                            // the how-many-th launch of its stream
-using Clocks = std::map<Stream, Clock>;           // up to where: what an event is
+constexpr int kNumDevices = 8, kNumStreams = 64;  // torch, too, reuses a pool of some 32 streams
+using Stream = int;                               // 64 x its device + its number; number 0 is the default stream
+using Clock = int64_t;                            // the number of a launch in its stream
+using Clocks = std::map<Stream, Clock>;           // an event: the last launch of each stream that it covers
 
 inline thread_local int current_device = 0;
 inline thread_local int current_stream[kNumDevices] = {};
@@ -33,7 +33,7 @@ class Order {
   Clock launch(Stream stream) { return ++launched_[stream]; }
   Clock launched(Stream stream) { return launched_[stream]; }
 
-  // What is done once all is done that is on the stream now.
+  // Returns the launches that are done once everything on the stream at this time is done.
   Clocks reached(Stream stream) {
     Clocks event = waits_[stream];
     event[stream] = launched_[stream];
@@ -42,12 +42,12 @@ class Order {
 
   void wait(Stream stream, const Clocks& event) { merge(waits_[stream], event); }
 
-  // The host knows that this is done.
+  // Records that the host knows that the event is done.
   void complete(const Clocks& event) { merge(completed_, event); }
 
   bool is_complete(Use use) { return completed_[use.stream] >= use.at; }
 
-  // Whether a launch on the stream comes after that use for sure.
+  // Whether a launch on the stream surely comes after that use.
   bool is_ordered(Stream stream, Use before) {
     return before.stream < 0 || before.stream == stream || is_complete(before) || waits_[stream][before.stream] >= before.at;
   }

@@ -1,4 +1,4 @@
-// What goes wrong silently on a GPU: told in a file that all processes share, or raised at the place.
+// Problems that are silent on a GPU: written to a file that all processes share, or raised where they occur.
 #pragma once
 
 #include <c10/util/Exception.h>
@@ -15,12 +15,12 @@
 
 namespace pretend {
 
-inline std::recursive_mutex lock;  // of everything in here; never asked for while it waits for Python
+inline std::recursive_mutex lock;  // guards all state of the library; code that waits for Python must not hold it
 inline std::string setting(const char* name) { const char* value = std::getenv(name); return value ? value : ""; }
 
 inline std::unordered_set<std::string> told;
 
-// Each text once per process, or per test.
+// Reports each text once for each process, or each test.
 inline void report(const std::string& text) {
   static const std::string path = setting("PRETEND_CUDA_PROBLEMS");
   static const bool is_strict = !setting("PRETEND_CUDA_STRICT").empty();
@@ -39,8 +39,8 @@ inline std::string read(const std::string& path) {
   return {std::istreambuf_iterator<char>(file), {}};
 }
 
-// As after an illegal access or a GPU that fell off the bus: every call fails, for good. The file that
-// PRETEND_CUDA_LOST names says whose GPU is lost: part of a process's command line.
+// Fails every call, for good, once the GPU is lost: as after an illegal access, or when a GPU fell off the bus.
+// The file that PRETEND_CUDA_LOST names has a part of the command line of the processes whose GPU is lost.
 inline void check_lost() {
   static const std::string path = setting("PRETEND_CUDA_LOST");
   if (!is_lost && !path.empty() && access(path.c_str(), F_OK) == 0) {

@@ -1,4 +1,4 @@
-// One memory, two tensors: what CUDA's dispatch key holds is looked at by the CPU's kernels, and their results by CUDA.
+// Two tensors on one memory: the CPU's kernels read CUDA tensors as CPU tensors, and their results become CUDA tensors.
 #pragma once
 
 
@@ -16,7 +16,7 @@ inline void shape_as(const Tensor& made, const Tensor& like) {
   made._set_neg(like.is_neg());
 }
 
-// The CPU's look at device memory, which stays alive meanwhile.
+// Returns a CPU tensor on the device memory, which it keeps alive.
 inline Tensor on_cpu(const Tensor& tensor) {
   if (!tensor.defined() || !tensor.is_cuda()) return tensor;
   auto* held = new c10::Storage(tensor.storage());
@@ -33,7 +33,7 @@ inline Tensor view_of(const Tensor& base, const Tensor& like) {
   return made;
 }
 
-// What an operation has made on the CPU becomes device memory where it lies. Of an input, it is a view.
+// Turns an operation's result on the CPU into device memory in place. A result in an input's memory becomes a view of it.
 inline Tensor on_cuda(const Tensor& made_by_cpu, int device, const std::vector<Tensor>& inputs, const std::string& operation) {
   if (!made_by_cpu.defined() || made_by_cpu.is_cuda()) return made_by_cpu;
   const c10::Storage& held = made_by_cpu.storage();

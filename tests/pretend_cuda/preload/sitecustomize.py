@@ -1,10 +1,10 @@
-"""On PYTHONPATH, in every Python process below: as soon as torch is imported, it has a pretended CUDA.
+"""Gives torch a simulated CUDA device on import, in every Python process that has this folder on its PYTHONPATH.
 
 PRETEND_CUDA          the built library; without it nothing happens
-PRETEND_CUDA_GPUS     how many cards the machine has; CUDA_VISIBLE_DEVICES counts, so Ray's does
-PRETEND_CUDA_GIB      memory of each
-PRETEND_CUDA_PROBLEMS the file that problems are written to; PRETEND_CUDA_STRICT=1 raises them at the place
-PRETEND_CUDA_LOST     a file; once it is there, who has its content in the command line has lost its GPU
+PRETEND_CUDA_GPUS     number of cards of the machine; CUDA_VISIBLE_DEVICES, which Ray sets, selects among them
+PRETEND_CUDA_GIB      memory of each card in GiB
+PRETEND_CUDA_PROBLEMS the file that problems are written to; PRETEND_CUDA_STRICT=1 raises them where they occur
+PRETEND_CUDA_LOST     a file; once it exists, processes with its content in their command line have lost their GPU
 """
 
 import ctypes
@@ -18,7 +18,7 @@ from types import ModuleType
 
 
 class TorchFinder(importlib.abc.MetaPathFinder):
-    """Loads the library before torch, which asks for CUDA's hooks once, and installs the device after it."""
+    """Loads the library before torch, which looks for CUDA's hooks once, and installs the device after it."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None

@@ -1,4 +1,4 @@
-"""Keys in their file: hashes alone, followed as it changes."""
+"""Tests of API keys and of the key file, which holds only hashes and is read again when it changes."""
 
 import hashlib
 import hmac
@@ -52,7 +52,7 @@ def test_a_key_is_found_and_another_is_not(file: Path) -> None:
 
 @pytest.mark.parametrize("secret", ["first", "last", "wrong"])
 def test_any_key_is_compared_with_all_in_constant_time(monkeypatch: pytest.MonkeyPatch, secret: str) -> None:
-    """As many comparisons, of digests of one length, whatever is sent."""
+    """The number of comparisons and the length of the digests do not depend on the secret that was sent."""
     made = [new_key(f"key-{i}", NO_LIMITS) for i in range(5)]
     sent = {"first": made[0][0], "last": made[-1][0], "wrong": "x" * 4000}[secret]
     compared: list[tuple[int, int]] = []
@@ -92,19 +92,19 @@ KEY = "{name: a, sha256: '%s', created: 2026-11-30}" % ("0" * 64)
         (f"keys: [{KEY.replace('a,', 'a b,')}]", "keys.0.name: "),
         (
             "keys: [{name: a, sha256: relay-secret, created: 2026-11-30}]",
-            "keys.0.sha256: 64 digits of 0-9 and a-f",
+            "keys.0.sha256: a hash has 64 digits of 0-9 and a-f",
         ),
         ("keys: [{name: a, created: 2026-11-30}]", "keys.0.sha256: Field required"),
         (f"keys: [{KEY.replace('name', 'limit: {}, name')}]", "unknown key 'limit' (did you mean 'limits'"),
         (f"keys: [{KEY.replace('name', 'limits: {requests_per_minute: 0}, name')}]", "equal to 1, got 0"),
         (f"keys: [{KEY.replace('2026-11-30', 'x')}]", "keys.0.created: "),
-        (f"keys: [{KEY}, {KEY.replace('00', '11')}]", "two keys have the name of 'a'"),
-        (f"keys: [{KEY}, {KEY.replace('a,', 'b,')}]", "two keys have the sha256 of 'b'"),
+        (f"keys: [{KEY}, {KEY.replace('00', '11')}]", "two keys have the same name, one of them 'a'"),
+        (f"keys: [{KEY}, {KEY.replace('a,', 'b,')}]", "two keys have the same sha256, one of them 'b'"),
         (f"keys: [{KEY.replace('a,', 'relay-secret/,')}]", "keys.0.name: "),
         ("keys: relay-secret", "keys: Input should be a valid tuple"),
         ("relay-secret: {}", "unknown key"),
         ("- relay-secret", "config: Input should be a valid dictionary"),
-        ("relay-secret: [", "cannot be read: it is no YAML"),
+        ("relay-secret: [", "cannot be read: it is not valid YAML"),
     ],
 )
 def test_a_file_that_makes_no_sense_is_refused_without_a_key_in_the_error(
@@ -122,12 +122,18 @@ def test_a_file_that_is_not_there_is_refused_with_what_makes_it(file: Path) -> N
         KeyFile(file)
 
 
+def settle(followed: KeyFile) -> None:
+    """Refreshes twice: a changed file is read only once two successive looks see it the same."""
+    followed.refresh()
+    followed.refresh()
+
+
 def test_a_key_that_is_revoked_opens_nothing_and_a_new_one_does(file: Path) -> None:
     old = write_one(file, "shop")
     followed = KeyFile(file)
     assert followed.keys.find(old.encode()) is not None
     new = write_one(file, "shop")
-    followed.refresh()
+    settle(followed)
     assert followed.keys.find(old.encode()) is None
     assert followed.keys.find(new.encode()) is not None
 
@@ -136,7 +142,7 @@ def test_without_its_file_no_key_opens_any_more(file: Path) -> None:
     secret = write_one(file, "shop")
     followed = KeyFile(file)
     file.unlink()
-    followed.refresh()
+    settle(followed)
     assert followed.keys.find(secret.encode()) is None
 
 
@@ -144,9 +150,21 @@ def test_of_a_file_that_is_half_written_nothing_is_taken_over(file: Path) -> Non
     secret = write_one(file, "shop")
     whole, followed = file.read_text(), KeyFile(file)
     file.write_text(whole[: whole.index("sha256") + 20])
-    followed.refresh()
+    settle(followed)
     assert followed.keys.find(secret.encode()) is not None
     file.write_text("keys: []\n")
+    settle(followed)
+    assert followed.keys.find(secret.encode()) is None
+
+
+def test_a_file_that_is_still_written_is_not_read(file: Path) -> None:
+    """Editors and `cp` empty a file before they write it, and an empty file has no keys."""
+    secret = write_one(file, "shop")
+    followed = KeyFile(file)
+    for num in range(1, 4):
+        file.write_text("#" * num)
+        followed.refresh()
+        assert followed.keys.find(secret.encode()) is not None
     followed.refresh()
     assert followed.keys.find(secret.encode()) is None
 
@@ -160,7 +178,7 @@ def test_a_file_that_a_link_points_to_is_followed_as_kubernetes_mounts_secrets(t
     followed = KeyFile(tmp_path / "keys.yaml")
     (tmp_path / "next").symlink_to("two")
     os.replace(tmp_path / "next", tmp_path / "data")
-    followed.refresh()
+    settle(followed)
     assert followed.keys.find(old.encode()) is None
     assert followed.keys.find(new.encode()) is not None
 
@@ -178,7 +196,7 @@ def test_a_file_that_is_not_another_is_not_read_again(file: Path, monkeypatch: p
     write_one(file, "shop")
     followed = KeyFile(file)
     kept = followed.keys
-    followed.refresh()
+    settle(followed)
     assert followed.keys is kept
 
 

@@ -1,14 +1,15 @@
-"""What a key may have: in any minute, at once, and of its budget. The clock is told."""
+"""Tests of a key's limits: requests per minute, concurrent requests and budget. Times are arguments."""
 
 import json
 import pickle
 from datetime import UTC, datetime
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
 from serve_app.auth.keys import KeyLimits, Period
-from serve_app.auth.limits import LEASE_S, Ledger, Spent, bounds
+from serve_app.auth.limits import COUNTED_S, LEASE_S, Ledger, Spent, bounds
 from serve_app.auth.usage_file import UsageFile
 from serve_app.errors import OverBudget, OverLimit
 
@@ -17,8 +18,12 @@ NOTHING = KeyLimits()
 
 
 def admitted(ledger: Ledger, limits: KeyLimits, *times: float) -> list[bool]:
-    """Whether a request at each of these seconds is taken up."""
+    """Returns for each time, in seconds after NOON, whether a request at that time is admitted."""
     return [ledger.admit("shop", limits, f"{i} at {at}", NOON + at) is None for i, at in enumerate(times)]
+
+
+def charge(ledger: Ledger, cost: float, at: float = NOON, request_id: str | None = None) -> OverBudget | float:
+    return ledger.charge("shop", BUDGET, request_id or uuid4().hex, cost, at)
 
 
 def test_in_any_minute_no_more_than_the_rate() -> None:
@@ -30,19 +35,19 @@ def test_in_any_minute_no_more_than_the_rate() -> None:
 def test_over_the_rate_the_wait_is_until_the_oldest_is_a_minute_old() -> None:
     ledger, limits = Ledger(), KeyLimits(requests_per_minute=2)
     assert admitted(ledger, limits, 0, 20) == [True, True]
-    refusal = ledger.admit("shop", limits, "x", NOON + 21.5)
-    assert refusal is not None
-    assert (refusal.status, refusal.code, refusal.wait_s) == (429, "rate_limit_exceeded", 39)
-    assert refusal.headers() == {"Retry-After": "39"}
-    assert admitted(ledger, limits, 21.5 + refusal.wait_s) == [True]
+    rejection = ledger.admit("shop", limits, "x", NOON + 21.5)
+    assert rejection is not None
+    assert (rejection.status, rejection.code, rejection.wait_s) == (429, "rate_limit_exceeded", 39)
+    assert rejection.headers() == {"Retry-After": "39"}
+    assert admitted(ledger, limits, 21.5 + rejection.wait_s) == [True]
 
 
 def test_a_rate_that_was_lowered_is_waited_for() -> None:
     ledger = Ledger()
     assert all(admitted(ledger, KeyLimits(requests_per_minute=5), 0, 1, 2, 3, 4))
-    refusal = ledger.admit("shop", KeyLimits(requests_per_minute=2), "x", NOON + 5)
-    assert refusal is not None
-    assert refusal.wait_s == 58  # until that of the fourth second is alone
+    rejection = ledger.admit("shop", KeyLimits(requests_per_minute=2), "x", NOON + 5)
+    assert rejection is not None
+    assert rejection.wait_s == 58  # in 58 s only the request of second 4 is younger than a minute
     assert admitted(ledger, KeyLimits(requests_per_minute=2), 62, 63) == [False, True]
 
 
@@ -72,13 +77,13 @@ def test_over_the_number_at_once_the_wait_is_guessed_by_how_long_requests_take()
         ledger.renew([("shop", str(i))], NOON + 20 * i + 10)
         ledger.release("shop", str(i), NOON + 20 * i + 20)
     ledger.admit("shop", limits, "last", NOON + 1000)
-    refusal = ledger.admit("shop", limits, "x", NOON + 1005)
-    assert refusal is not None
-    assert refusal.wait_s == 15
+    rejection = ledger.admit("shop", limits, "x", NOON + 1005)
+    assert rejection is not None
+    assert rejection.wait_s == 15
 
 
 def test_a_request_that_nobody_speaks_of_is_none_any_more() -> None:
-    """Its ingress has died."""
+    """The ingress that would have renewed the request has died."""
     ledger, limits = Ledger(), KeyLimits(max_concurrent_requests=1)
     assert admitted(ledger, limits, 0, LEASE_S - 1, LEASE_S) == [True, False, True]
 
@@ -102,7 +107,7 @@ BUDGET = KeyLimits(budget_megapixel_steps=100, budget_period="day")
 
 def test_a_budget_is_used_up_to_the_last_step_and_no_further() -> None:
     ledger = Ledger()
-    assert [ledger.charge("shop", BUDGET, cost, NOON) is None for cost in (60, 50, 40, 0.1)] == [
+    assert [not isinstance(charge(ledger, cost), OverBudget) for cost in (60, 50, 40, 0.1)] == [
         True,
         False,
         True,
@@ -112,49 +117,81 @@ def test_a_budget_is_used_up_to_the_last_step_and_no_further() -> None:
 
 def test_over_the_budget_it_is_told_when_the_period_ends() -> None:
     ledger = Ledger()
-    ledger.charge("shop", BUDGET, 80, NOON)
-    refusal = ledger.charge("shop", BUDGET, 29.4, NOON)
-    assert isinstance(refusal, OverBudget)
-    assert str(refusal) == (
-        "this request costs 29.4 megapixel-steps, and the key 'shop' has used 80 of its 100 of this day; "
+    charge(ledger, 80)
+    rejection = charge(ledger, 29.4)
+    assert isinstance(rejection, OverBudget)
+    assert str(rejection) == (
+        "this request costs 29.4 megapixel-steps, but the key 'shop' has used 80 of its 100 for this day; "
         "the next day begins at 2026-12-01T00:00Z"
     )
-    assert refusal.body()["error"] | {"message": ""} == {
+    assert rejection.body()["error"] | {"message": ""} == {
         "message": "",
         "type": "insufficient_quota",
         "param": None,
         "code": "insufficient_quota",
     }
-    assert refusal.headers() == {"Retry-After": str(12 * 3600 - 30), "x-should-retry": "false"}
+    assert rejection.headers() == {"Retry-After": str(12 * 3600 - 30), "x-should-retry": "false"}
 
 
 def test_what_no_budget_will_ever_hold_is_told_so() -> None:
-    refusal = Ledger().charge("shop", BUDGET, 101, NOON)
-    assert refusal is not None
-    assert "has 100 for a whole day: ask for fewer pixels, frames, steps or pictures" in str(refusal)
+    rejection = charge(Ledger(), 101)
+    assert rejection is not None
+    assert "has 100 for a whole day: ask for fewer pixels, frames, steps or images" in str(rejection)
 
 
 def test_the_next_period_begins_with_the_whole_budget() -> None:
     ledger = Ledger()
-    assert ledger.charge("shop", BUDGET, 100, NOON) is None
+    assert charge(ledger, 100) == 100
     midnight = bounds("day", NOON)[1].timestamp()
-    assert ledger.charge("shop", BUDGET, 1, midnight - 1) is not None
-    assert ledger.charge("shop", BUDGET, 100, midnight) is None
+    assert isinstance(charge(ledger, 1, midnight - 1), OverBudget)
+    assert charge(ledger, 100, midnight) == 100
 
 
 def test_what_is_given_back_may_be_used_again_but_never_makes_more() -> None:
     ledger = Ledger()
-    ledger.charge("shop", BUDGET, 100, NOON)
-    ledger.charge("shop", BUDGET, -40, NOON)
-    assert ledger.charge("shop", BUDGET, 40, NOON) is None
-    ledger.charge("shop", BUDGET, -1000, NOON)
-    assert ledger.charge("shop", BUDGET, 101, NOON) is not None
+    charge(ledger, 100)
+    ledger.give_back("shop", BUDGET, 40, NOON, NOON + 1)
+    assert charge(ledger, 40) == 40
+    ledger.give_back("shop", BUDGET, 1000, NOON, NOON + 1)
+    assert isinstance(charge(ledger, 101), OverBudget)
+
+
+def test_what_was_charged_yesterday_is_not_given_back_today() -> None:
+    """A job may begin before midnight and fail after it."""
+    ledger, midnight = Ledger(), bounds("day", NOON)[1].timestamp()
+    charge(ledger, 100, NOON)
+    charge(ledger, 100, midnight)
+    ledger.give_back("shop", BUDGET, 100, NOON, midnight + 1)
+    assert isinstance(charge(ledger, 1, midnight + 1), OverBudget)
+
+
+def test_a_request_that_comes_again_is_charged_once() -> None:
+    """The proxy repeats a request whose ingress died before it answered."""
+    ledger = Ledger()
+    assert [charge(ledger, 60, request_id="same") for _ in range(3)] == [60, 0, 0]
+    assert charge(ledger, 40) == 40
+    ledger.release("shop", "same", NOON)
+    assert isinstance(charge(ledger, 60, request_id="same"), OverBudget)
+
+
+def test_a_request_that_comes_again_counts_once_in_rate_and_number_at_once() -> None:
+    ledger, limits = Ledger(), KeyLimits(requests_per_minute=1, max_concurrent_requests=1)
+    assert [ledger.admit("shop", limits, "same", NOON + i) for i in range(3)] == [None] * 3
+    assert ledger.admit("shop", limits, "other", NOON + 3) is not None
+
+
+def test_requests_that_nobody_answers_are_forgotten() -> None:
+    ledger = Ledger()
+    for i in range(100):
+        charge(ledger, 0.01, NOON + i, request_id=str(i))
+    charge(ledger, 0.01, NOON + COUNTED_S + 50)
+    assert len(ledger._accounts["shop"].counted) == 50
 
 
 def test_a_key_without_limits_has_none() -> None:
     ledger = Ledger()
     assert all(admitted(ledger, NOTHING, *([0.0] * 1000)))
-    assert ledger.charge("shop", NOTHING, 1e12, NOON) is None
+    assert ledger.charge("shop", NOTHING, "a", 1e12, NOON) == 0
 
 
 @pytest.mark.parametrize(
@@ -178,17 +215,17 @@ def test_months_follow_each_other(month: int) -> None:
 
 
 def test_a_refusal_survives_its_way_from_the_counter() -> None:
-    for refusal in (OverLimit("too many", 7), OverBudget("too much", 9)):
-        again = pickle.loads(pickle.dumps(refusal))
-        assert (type(again), str(again), again.headers()) == (type(refusal), str(refusal), refusal.headers())
+    for rejection in (OverLimit("too many", 7), OverBudget("too much", 9)):
+        again = pickle.loads(pickle.dumps(rejection))
+        assert (type(again), str(again), again.headers()) == (type(rejection), str(rejection), rejection.headers())
 
 
 def test_what_was_used_is_known_after_a_restart(tmp_path: Path) -> None:
     path = tmp_path / "new" / "usage.json"
     ledger = Ledger(UsageFile(path).read())
-    ledger.charge("shop", BUDGET, 80, NOON)
+    charge(ledger, 80)
     UsageFile(path).write(ledger.spent)
-    assert Ledger(UsageFile(path).read()).charge("shop", BUDGET, 30, NOON + 60) is not None
+    assert isinstance(charge(Ledger(UsageFile(path).read()), 30, NOON + 60), OverBudget)
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"shop": 3}', '{"shop": {"began": "2026"}}', "\x00"])

@@ -1,4 +1,4 @@
-"""Without keys only loopback may be listened on, whoever starts Serve."""
+"""Tests that an app without keys may listen on loopback only, however Serve was started."""
 
 import subprocess
 import sys
@@ -29,7 +29,9 @@ def test_these_are_not(host: str) -> None:
     assert not is_loopback(host)
     fault = find_listening_fault(host, [NOBODY_ELSE])
     assert fault is not None
-    assert fault.startswith(f"http_options.host {host}: others would reach this server, and it asks for no key")
+    assert fault.startswith(
+        f"http_options.host {host}: other machines would reach this server, and it requires no key"
+    )
     assert find_listening_fault(host, [KEYED]) is None
     assert find_listening_fault(host, [OPEN]) is None
 
@@ -47,7 +49,7 @@ def test_where_there_is_no_http_nobody_is_refused() -> None:
     "origin", ["shop.example", "https://shop.example/", "https://", "ftp://x", "", "https://x y"]
 )
 def test_what_is_no_origin_is_refused(origin: str) -> None:
-    with pytest.raises(ValidationError, match=r"an origin is SCHEME://HOST or SCHEME://HOST:PORT"):
+    with pytest.raises(ValidationError, match=r"an origin must be SCHEME://HOST or SCHEME://HOST:PORT"):
         CorsConfig(origins=(origin,))
 
 
@@ -65,7 +67,10 @@ def test_the_usage_lies_beside_the_keys_by_the_applications_name() -> None:
 @pytest.mark.slow
 @pytest.mark.thorough
 def test_an_app_asks_serve_itself_where_it_listens() -> None:
-    """No config tells it of `serve run`, `serve deploy` and Python. In a Ray of its own, its Serve open to all."""
+    """With `serve run`, `serve deploy` and Python, the app's config does not contain Serve's host.
+
+    Runs in a Ray of its own, whose Serve listens on all interfaces.
+    """
     program = """if True:
         import logging, socket, sys
         import ray
@@ -94,6 +99,6 @@ def test_an_app_asks_serve_itself_where_it_listens() -> None:
         ray.shutdown()
     """
     run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    told = "http_options.host 0.0.0.0: others would reach this server"
+    told = "http_options.host 0.0.0.0: other machines would reach this server"
     lines = [line for line in run.stdout.splitlines() if told in line]
     assert [line.partition(told)[0] for line in lines] == ["ConfigError: ", ""], run.stdout + run.stderr

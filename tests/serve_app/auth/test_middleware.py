@@ -1,4 +1,4 @@
-"""Over HTTP: who has a key gets pictures, and no more of them than it may; two ingresses count as one."""
+"""Tests of keys over HTTP: who may send requests, and limits that two ingresses count together."""
 
 import re
 import time
@@ -18,8 +18,8 @@ from starlette.testclient import TestClient
 from serve_app.auth.keys import read_keys, write_keys
 from serve_app.auth.middleware import OPEN_PATHS, add_access
 from serve_app.errors import Unauthorized
-from tests.conftest import ENDLESS, App
-from tests.keyed_app import CAT, GENERATIONS, ORIGIN, KeyedApp
+from tests.app import App
+from tests.keyed_app import CAT, ENDLESS, GENERATIONS, ORIGIN, UNMEASURED, UNMEASURED_TOO, KeyedApp
 
 pytestmark = pytest.mark.slow
 
@@ -61,7 +61,10 @@ def test_without_a_key_that_opens_the_answer_is_a_401_that_says_what_to_do(
     assert (answer.status_code, answer.headers["WWW-Authenticate"]) == (401, "Bearer")
     assert (error["type"], error["code"], error["param"]) == ("invalid_request_error", "invalid_api_key", None)
     assert secret not in answer.text
-    assert "Authorization: Bearer KEY" in error["message"] or "ask who runs it for another" in error["message"]
+    assert (
+        "Authorization: Bearer KEY" in error["message"]
+        or "ask the server's operator for another" in error["message"]
+    )
 
 
 @pytest.mark.parametrize("authorization", ["bearer KEY", "BEARER KEY", "Bearer  KEY"])
@@ -71,7 +74,7 @@ def test_the_scheme_is_read_as_http_says(keyed_app: KeyedApp, authorization: str
 
 
 def test_a_key_is_not_taken_from_the_address(keyed_app: KeyedApp) -> None:
-    """It would be in every log on the way."""
+    """A key in the URL would be in the logs of every proxy on the way."""
     for name in ("key", "api_key", "access_token"):
         assert (
             keyed_app.app.client.get("/v1/models", params={name: keyed_app.secrets["address"]}).status_code == 401
@@ -112,7 +115,7 @@ def test_a_rate_counts_what_all_ingresses_have_taken(keyed_app: KeyedApp) -> Non
 
 
 def test_one_more_at_once_is_refused_until_one_has_ended(keyed_app: KeyedApp) -> None:
-    endless = CAT | {"num_inference_steps": ENDLESS, "stream": True, "progress": True}
+    endless = CAT | {"size": UNMEASURED, "num_inference_steps": ENDLESS, "stream": True, "progress": True}
     headers = {"Authorization": f"Bearer {keyed_app.secrets['alone']}"}
     with keyed_app.app.client.stream("POST", GENERATIONS, json=endless, headers=headers) as answer:
         assert answer.status_code == 200
@@ -146,6 +149,15 @@ def test_a_budget_is_used_by_what_is_drawn_and_then_it_is_told_when_the_next_beg
     assert raised.value.code == "insufficient_quota"
 
 
+def test_one_request_of_a_key_may_cost_so_much_and_the_refusal_says_what_to_lower(keyed_app: KeyedApp) -> None:
+    assert keyed_app.ask("small", json=CAT | {"n": 2}).status_code == 200
+    refused = keyed_app.ask("small", json=CAT | {"n": 3})
+    error = refused.json()["error"]
+    assert (refused.status_code, error["param"]) == (400, "n")
+    assert "'small'" in error["message"]
+    assert "2 or less" in error["message"]
+
+
 def test_what_is_refused_as_wrong_costs_nothing(keyed_app: KeyedApp) -> None:
     for _ in range(6):
         assert keyed_app.ask("poorer", json=CAT | {"size": "1x1"}).status_code == 400
@@ -154,14 +166,42 @@ def test_what_is_refused_as_wrong_costs_nothing(keyed_app: KeyedApp) -> None:
 
 
 def test_what_fails_in_a_stream_that_had_begun_is_given_back(keyed_app: KeyedApp) -> None:
-    """It takes longer than this ingress waits."""
-    body = CAT | {"num_inference_steps": ENDLESS, "stream": True, "progress": True}
-    answer = keyed_app.ask("hasty", json=body)
+    """The first request cannot meet its deadline and is refunded. The second has none: it is charged although its
+    client leaves."""
+    body = CAT | {"size": UNMEASURED_TOO, "num_inference_steps": ENDLESS, "stream": True, "progress": True}
+    answer = keyed_app.ask("hasty", json=body | {"deadline_s": 10})
     assert '"code": "deadline_exceeded"' in answer.text.partition("event: error")[2]
     headers = {"Authorization": f"Bearer {keyed_app.secrets['hasty']}"}
     with keyed_app.app.client.stream("POST", GENERATIONS, json=body, headers=headers) as again:
         assert again.status_code == 200
-    assert keyed_app.ask("hasty", json=body).status_code == 429  # for who left has paid
+    assert keyed_app.ask("hasty", json=body).status_code == 429
+
+
+def test_the_same_job_asked_for_again_is_charged_once(keyed_app: KeyedApp) -> None:
+    body = CAT | {"background": True, "num_inference_steps": 6}
+    ids = set()
+    for _ in range(4):
+        answer = keyed_app.ask("frugal", json=body, headers={"Idempotency-Key": "one"})
+        assert answer.status_code == 202, answer.text
+        ids.add(answer.json()["id"])
+    assert len(ids) == 1
+    assert keyed_app.ask("frugal").status_code == 429
+
+
+def test_a_job_that_fails_gives_its_key_back_what_it_was_charged(keyed_app: KeyedApp) -> None:
+    """The job takes longer than jobs.timeout_s."""
+    body = CAT | {"background": True, "num_inference_steps": ENDLESS}
+    made = keyed_app.ask("patient", json=body).json()
+    assert keyed_app.ask("patient", json=body).status_code == 429
+    deadline = time.monotonic() + 90
+    while (told := keyed_app.ask("patient", "GET", f"/v1/images/jobs/{made['id']}").json())["status"] != "failed":
+        assert time.monotonic() < deadline, told
+        time.sleep(0.5)
+    assert "jobs.timeout_s" in told["error"]["message"]
+    time.sleep(1)
+    again = keyed_app.ask("patient", json=body)
+    assert again.status_code == 202
+    assert keyed_app.ask("patient", "DELETE", f"/v1/images/jobs/{again.json()['id']}").status_code == 200
 
 
 def test_the_description_says_that_a_key_is_needed(keyed_app: KeyedApp, flux_app: App) -> None:
@@ -191,7 +231,10 @@ def test_a_preflight_needs_no_key_and_a_refusal_can_be_read(keyed_app: KeyedApp)
     assert "authorization" in preflight.headers["access-control-allow-headers"]
     refused = keyed_app.ask(None, headers={"Origin": ORIGIN})
     assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, ORIGIN)
-    assert keyed_app.ask("shop", headers={"Origin": ORIGIN}).headers["access-control-allow-origin"] == ORIGIN
+    answer = keyed_app.ask("shop", headers={"Origin": ORIGIN})
+    assert answer.headers["access-control-allow-origin"] == ORIGIN
+    readable = answer.headers["access-control-expose-headers"].lower()
+    assert all(name in readable for name in ("retry-after", "openai-poll-after-ms", "content-range"))
 
 
 def test_another_origin_is_told_nothing(keyed_app: KeyedApp, flux_app: App) -> None:
@@ -231,7 +274,7 @@ def processes(title: str) -> list[psutil.Process]:
 
 
 def test_a_key_is_in_no_log_and_its_name_is(keyed_app: KeyedApp) -> None:
-    """Of the whole session: proxies, replicas, workers, events."""
+    """Checks all logs of the Ray session: of proxies, replicas, workers and events."""
     wrong = "relay-a-wrong-key-that-nobody-may-read"
     keyed_app.ask("shop")
     keyed_app.ask("shop", "GET", "/nothing")
@@ -248,13 +291,16 @@ def test_a_key_is_in_no_log_and_its_name_is(keyed_app: KeyedApp) -> None:
     assert not any(secret in usage for secret in keyed_app.secrets.values())
 
 
-def test_prometheus_sees_keys_by_their_names(keyed_app: KeyedApp) -> None:
+def test_prometheus_sees_keys_by_their_names_and_jobs(keyed_app: KeyedApp) -> None:
     keyed_app.ask("shop")
     keyed_app.ask(None)
+    assert keyed_app.ask("shop", json=CAT | {"background": True}).status_code == 202
     expected = (
         r'ray_relay_key_requests_total\{.*code="200".*key="shop"',
         r'ray_relay_key_requests_total\{.*code="401".*key=""',
         r'ray_relay_key_megapixel_steps_total\{.*key="shop"',
+        r'ray_relay_jobs\{.*status="queued"',
+        r'ray_relay_jobs_ended_total\{.*status="completed"',
     )
     deadline = time.monotonic() + 60
     while True:
@@ -268,7 +314,7 @@ def test_prometheus_sees_keys_by_their_names(keyed_app: KeyedApp) -> None:
 
 @pytest.fixture
 def unkeyed() -> Iterator[TestClient]:
-    """An application without keys, which tells the name that it was given."""
+    """An application without keys that answers with the key name of the request."""
     api = FastAPI()
 
     @api.get("/name")

@@ -1,4 +1,4 @@
-"""Databases that jobs are kept in."""
+"""Databases for jobs."""
 
 import os
 from collections.abc import Iterator
@@ -13,10 +13,10 @@ from tests.serve_app.jobs.database_server import PROGRAMS, postgresql
 
 @pytest.fixture(scope="session")
 def postgresql_url() -> Iterator[str]:
-    """Of one server for all tests."""
+    """URL of a PostgreSQL server that all tests share."""
     if not PROGRAMS:
         pytest.skip("Debian's package postgresql is not installed")
-    with TemporaryDirectory(prefix="relay-postgresql-") as folder:  # not pytest's own, which lets nobody else in
+    with TemporaryDirectory(prefix="relay-postgresql-") as folder:  # other users cannot enter pytest's own folders
         os.chmod(folder, 0o711)
         with postgresql(Path(folder) / "server") as url:
             yield url
@@ -24,7 +24,7 @@ def postgresql_url() -> Iterator[str]:
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """URL of one without jobs."""
+    """URL of a database without jobs."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/jobs.db"
     url: str = request.getfixturevalue("postgresql_url")

@@ -1,4 +1,4 @@
-"""A PostgreSQL of this test's own, on loopback, as a user that is not root."""
+"""A PostgreSQL server for tests, on loopback, run as a user other than root."""
 
 import os
 import pwd
@@ -11,16 +11,19 @@ from pathlib import Path
 from tests.relay_server import free_port
 
 PROGRAMS = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
-"""Where Debian's package puts them."""
+"""Folders of PostgreSQL's programs, where Debian's package installs them; the newest version last."""
 
 
 @contextmanager
 def postgresql(folder: Path) -> Iterator[str]:
-    """Its URL. folder: to be made, for all that it writes."""
+    """Yields the URL of a running server.
+
+    folder: is created, for everything that the server writes.
+    """
     programs, port = PROGRAMS[-1], free_port()
     folder.mkdir()
     as_user = {}
-    if os.getuid() == 0:  # which PostgreSQL refuses to run as
+    if os.getuid() == 0:  # PostgreSQL refuses to run as root
         user = pwd.getpwnam("nobody")
         shutil.chown(folder, user.pw_uid, user.pw_gid)
         as_user = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}

@@ -1,4 +1,4 @@
-"""A body as a job keeps it: read again, it is the same."""
+"""Tests that a body that is stored with a job is read back unchanged."""
 
 import asyncio
 import json
@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
+from serve_app.http.openai_requests import EditBody, ImageBody, VideoBody
 from serve_app.jobs.body import keep_body, read_body
 from serve_app.jobs.config import JobsConfig
 from serve_app.jobs.job import Asked, Job
 from serve_app.jobs.jobs import Jobs
-from serve_app.openai_api import EditBody, ImageBody, VideoBody
-from tests.serve_app.jobs import desks
+from tests.serve_app.jobs import jobs_ingress
 from tests.serve_app.pictures import file, half_mask, noise
 
-REQUESTS = desks.relay("flux").validator.judge(ImageBody(prompt="a cat", seed=7)).requests
+REQUESTS = jobs_ingress.relay("flux").validator.validate(ImageBody(prompt="a cat", seed=7)).requests
 ONE, TWO = file(noise(0)), file(noise(1))
 
 

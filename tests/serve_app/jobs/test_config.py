@@ -1,4 +1,4 @@
-"""What a config may say of jobs."""
+"""Tests of the config of jobs."""
 
 import pytest
 from pydantic import ValidationError
@@ -11,9 +11,9 @@ from serve_app.jobs.config import JobsConfig
     [
         ({"database": "mysql://host/jobs", "files": "/jobs"}, "one of sqlite, postgresql, got 'mysql'"),
         ({"database": "/var/jobs.db"}, "got 'none'"),
-        ({"database": "postgresql://host/jobs"}, "files must be named"),
-        ({"database": "sqlite:///:memory:"}, "outlives nothing"),
-        ({"database": "sqlite://"}, "outlives nothing"),
+        ({"database": "postgresql://host/jobs"}, "files is required if database is not a file"),
+        ({"database": "sqlite:///:memory:"}, "does not survive a restart"),
+        ({"database": "sqlite://"}, "does not survive a restart"),
         ({"max_queued": -1}, "greater than or equal to 0"),
         ({"lease_s": 0}, "greater than or equal to 1"),
     ],

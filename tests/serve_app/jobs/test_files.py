@@ -1,4 +1,4 @@
-"""Files of jobs, on a disk and in an object store."""
+"""Tests of the files of jobs, on disk and in an object store."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def files(request: pytest.FixtureRequest, tmp_path: Path) -> JobFiles:
 
 def test_what_is_written_is_read(files: JobFiles) -> None:
     files.write("a", "in-0", DATA)
-    files.check("a", "in-0")
+    assert files.size("a", "in-0") == len(DATA)
     assert files.read("a", "in-0") == DATA
 
 
@@ -37,8 +37,8 @@ def test_a_file_is_removed_or_all_of_a_job(files: JobFiles) -> None:
         files.write("a", name, DATA)
     files.remove("a", "one")
     with pytest.raises(FileNotFoundError):
-        files.check("a", "one")
-    files.check("a", "two")
+        files.size("a", "one")
+    files.size("a", "two")
     files.remove("a")
     for name in ("two", "three"):
         with pytest.raises(FileNotFoundError):
@@ -57,9 +57,9 @@ def test_what_another_process_wrote_is_removed_too(files: JobFiles) -> None:
     files.remove("a")
     for name in ("one", "two"):
         with pytest.raises(FileNotFoundError):
-            other.check("a", name)
+            other.size("a", name)
 
 
 def test_a_folder_that_is_gone_is_not_made_anew(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="folder is not there"):
+    with pytest.raises(OSError, match="folder does not exist"):
         JobFiles(str(tmp_path)).write("a", "one", DATA)

@@ -1,19 +1,19 @@
-"""Where jobs are kept whose config says nothing of it."""
+"""Tests of where jobs are stored, by default and by config."""
 
 import asyncio
 from pathlib import Path
 
 import pytest
 
+from serve_app.http.openai_requests import ImageBody
 from serve_app.jobs.body import keep_body
 from serve_app.jobs.config import DEFAULT_JOBS, JobsConfig
 from serve_app.jobs.job import Job
 from serve_app.jobs.jobs import Jobs
-from serve_app.openai_api import ImageBody
-from tests.serve_app.jobs import desks
+from tests.serve_app.jobs import jobs_ingress
 
 BODY = ImageBody(prompt="a cat")
-ASKED, _ = keep_body(BODY, desks.relay("flux").validator.judge(BODY).requests)
+ASKED, _ = keep_body(BODY, jobs_ingress.relay("flux").validator.validate(BODY).requests)
 
 
 def test_by_default_each_application_has_a_folder_of_its_own(

@@ -1,4 +1,4 @@
-"""Rows of jobs, in both databases: each change is made once, by whoever is first."""
+"""Tests of the rows of jobs in both databases: if several processes make a change, only the first succeeds."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -93,7 +93,7 @@ def test_no_more_wait_than_may(store: JobStore) -> None:
 
 @pytest.mark.parametrize("order", ["asc", "desc"])
 def test_pages_have_every_job_once_in_their_order(store: JobStore, order: str) -> None:
-    """Three of them came at the same time."""
+    """Three of the jobs were created at the same time."""
     jobs = queue(store, job(2.0), job(1.0), job(2.0), job(2.0), job(3.0))
     expected = sorted(jobs, key=lambda each: (each.created_at, each.id), reverse=order == "desc")
     found, after, more = [], None, True
@@ -179,9 +179,9 @@ def test_a_job_ends_with_what_came_of_it(store: JobStore) -> None:
 def test_what_was_cancelled_is_nobodys_to_end(store: JobStore) -> None:
     [queued] = queue(store, job())
     taken = take(store, queued.id)
-    assert store.cancel(queued.id, 1.0, 2.0)
+    assert store.cancel(queued.id, 1.0, 2.0) == "in_progress"
     assert not store.end(queued.id, "a", taken.beat, Ending("completed", (OUTPUT,)), 1.0, 2.0)
-    assert not store.cancel(queued.id, 3.0, 4.0)
+    assert store.cancel(queued.id, 3.0, 4.0) is None
     told = store.get(queued.id, "video", None)
     assert told is not None
     assert (told.status, told.completed_at, told.outputs) == ("cancelled", 1.0, ())
@@ -210,11 +210,41 @@ def test_what_has_expired_is_found_and_what_has_not_ended_never(store: JobStore)
 
 
 def test_what_nobody_serves_is_given_up(store: JobStore) -> None:
-    old, new = queue(store, job(1.0), job(5.0))
+    old, new, served = queue(store, job(1.0), job(5.0), job(1.0, model="flux"))
     take(store, old.id)
-    assert store.give_up(4.0, Failure("not_served", "why"), 6.0, 7.0) == 1
-    states = [told.status for each in (old, new) if (told := store.get(each.id, "video", None))]
-    assert states == ["failed", "queued"]
+    [given_up] = store.give_up(4.0, ["flux"], Failure("not_served", "why"), 6.0, 7.0)
+    assert (given_up.id, given_up.asked) == (old.id, ASKED)
+    states = [told.status for each in (old, new, served) if (told := store.get(each.id, "video", None))]
+    assert states == ["failed", "queued", "queued"]
+
+
+def test_what_is_cancelled_was_queued_or_in_progress(store: JobStore) -> None:
+    waits, runs = queue(store, job(), job())
+    take(store, runs.id)
+    assert [store.cancel(each.id, 1.0, 2.0) for each in (waits, runs)] == ["queued", "in_progress"]
+
+
+def test_a_beat_whose_answer_was_lost_may_be_told_again(store: JobStore) -> None:
+    [queued] = queue(store, job())
+    beat = take(store, queued.id).beat
+    assert [store.renew(queued.id, "a", beat, progress) for progress in (40, 41)] == [True, True]
+    assert seen(store, queued.id).beat == beat + 1
+    assert store.end(queued.id, "a", beat + 1, Ending("completed", (OUTPUT,)), 1.0, 2.0)
+
+
+def test_a_database_that_may_only_be_read_is_unavailable(postgresql_url: str) -> None:
+    """A standby, for example, is read-only again once its primary is back."""
+    read_only = f"{postgresql_url}?options=-cdefault_transaction_read_only%3Don"
+    with JobStore(postgresql_url):
+        pass
+    with pytest.raises(Unavailable):
+        JobStore(read_only)
+
+
+def test_a_file_that_is_no_database_is_unavailable(tmp_path: Path) -> None:
+    (tmp_path / "jobs.db").write_bytes(b"rubbish" * 1000)
+    with pytest.raises(Unavailable):
+        JobStore(f"sqlite:///{tmp_path}/jobs.db")
 
 
 def test_a_store_outlives_whoever_opened_it(database: str) -> None:

@@ -1,5 +1,6 @@
-"""Whatever dies, every job that was accepted ends, and once."""
+"""Tests that every accepted job ends exactly once, whichever processes die."""
 
+import base64
 import os
 import signal
 import subprocess
@@ -17,7 +18,8 @@ from ray import serve
 
 from serve_app.jobs.config import JobsConfig
 from serve_app.jobs.store import JobStore
-from tests.conftest import ENDLESS, App
+from tests.app import App
+from tests.keyed_app import ENDLESS
 from tests.relay_server import QUICKSTART, free_port, serving, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.thorough]
@@ -27,7 +29,7 @@ JOB = {"prompt": "a red circle", "background": True, "size": "64x64"}
 
 
 def until_ended(client: httpx.Client, ids: list[str]) -> dict[str, Any]:
-    """What is told of each."""
+    """Waits until these jobs have ended, and returns them by id."""
     deadline = time.monotonic() + PATIENCE_S
     while True:
         listed = client.get("/v1/images/jobs", params={"limit": 100}).raise_for_status().json()["data"]
@@ -73,6 +75,43 @@ def test_server_and_ray_are_killed_with_jobs_queued_and_running(tmp_path: Path) 
             assert client.get(f"/v1/images/jobs/{done}/content").content == content
 
 
+def test_a_job_goes_on_where_it_was_though_all_is_started_anew(tmp_path: Path) -> None:
+    port, config, num_steps = free_port(), tmp_path / "config.yaml", 400
+    served = yaml.safe_load(QUICKSTART)
+    served["applications"][0]["args"] |= {
+        "transformer": {"num_cpus": 1, "resume": {"every_steps": 10, "every_s": 0.0}},
+        "jobs": {"database": f"sqlite:///{tmp_path}/jobs.db", "lease_s": LEASE_S},
+        "limits": {"max_num_inference_steps": num_steps},
+    }
+    config.write_text(yaml.safe_dump(served))
+    asked = {"num_inference_steps": num_steps, "true_cfg_scale": 1}
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as client:
+        with server(config, tmp_path / "first.log", port) as process:
+            [job_id] = ask(client, 1, **asked)
+            num_kept = wait_for_parts(tmp_path, 5)
+            for pid in [process.pid, *(each.pid for each in psutil.Process(process.pid).children(recursive=True))]:
+                kill(pid)
+        with server(config, tmp_path / "second.log", port):
+            assert until_ended(client, [job_id])[job_id]["status"] == "completed"
+            [replica] = client.get("/v1/status").json()["transformer"]["replicas"]
+            sizes = replica["queue"]["batch_sizes"]
+            assert sum(int(size) * number for size, number in sizes.items()) <= num_steps - 10 * num_kept
+            assert not list(tmp_path.rglob("*.steps"))
+            content = client.get(f"/v1/images/jobs/{job_id}/content").content
+            body = JOB | {"seed": 0, "background": False} | asked
+            [unbroken] = client.post("/v1/images/generations", json=body).raise_for_status().json()["data"]
+            assert base64.b64decode(unbroken["b64_json"]) == content
+
+
+def wait_for_parts(folder: Path, num: int) -> int:
+    """Waits until at least `num` files of saved steps exist, and returns their number."""
+    deadline = time.monotonic() + PATIENCE_S
+    while len(parts := list(folder.rglob("*.steps"))) < num:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return len(parts)
+
+
 def ask(client: httpx.Client, num: int, **fields: Any) -> list[str]:
     answers = [client.post("/v1/images/generations", json=JOB | {"seed": i} | fields) for i in range(num)]
     return [answer.raise_for_status().json()["id"] for answer in answers]
@@ -93,7 +132,7 @@ def kill(pid: int) -> None:
 def test_two_ingresses_share_a_database_and_one_that_dies_loses_its_jobs_to_the_other(
     start_ingress: Callable[..., App], postgresql_url: str, tmp_path: Path
 ) -> None:
-    """More is asked of the first than it may draw, so the second draws of it, too."""
+    """The first ingress gets more jobs than it may run at once, so the second takes some of them."""
     config = JobsConfig(database=postgresql_url, files=str(tmp_path), lease_s=LEASE_S, max_running=2)
     with JobStore(postgresql_url) as store:
         store.clear()
@@ -128,7 +167,7 @@ def wait_for_status(store: JobStore, job_id: str, status: str) -> None:
 
 
 def wait_until_two_draw(url: str) -> set[str]:
-    """Which runners do."""
+    """Waits until two runners have jobs, and returns their names."""
     deadline = time.monotonic() + PATIENCE_S
     with JobStore(url) as store:
         while True:
@@ -140,7 +179,7 @@ def wait_until_two_draw(url: str) -> set[str]:
 
 
 def ingress_pids(app: App) -> list[int]:
-    """Of its replicas."""
+    """Returns the process ids of the app's ingress replicas."""
     return [
         process.pid
         for process in psutil.process_iter(["cmdline"])

@@ -1,4 +1,4 @@
-"""A real Chromium, and what a person sees and does in it."""
+"""Drives the page in a real Chromium, as a user would."""
 
 import base64
 import io
@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from PIL import Image
 from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
@@ -43,18 +44,22 @@ return !to.dispatchEvent(event);
 
 
 class Page:
-    """In one tab."""
+    """The page in one tab of the browser."""
 
     def __init__(self, driver: webdriver.Chrome) -> None:
         self.driver = driver
 
     def open(self, url: str, *, width: int = 1280, height: int = 900, scheme: str = "light") -> None:
-        """At a size in CSS pixels and in a colour scheme."""
+        """Opens the URL, and waits until the page shows the served model.
+
+        width, height: CSS pixels.
+        scheme: preferred colour scheme.
+        """
         self.see(url, width=width, height=height, scheme=scheme)
         self.wait(lambda: self.one("#served").text)
 
     def see(self, url: str, *, width: int = 1280, height: int = 900, scheme: str = "light") -> None:
-        """Like open, but of a page that may not begin."""
+        """Opens the URL like `open`, but does not wait: the page may not get that far."""
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
         self.driver.execute_cdp_cmd(
@@ -75,10 +80,14 @@ class Page:
         return Select(self.one(selector))
 
     def wait(self, condition: Callable[[], Any]) -> None:
-        WebDriverWait(self.driver, PATIENCE_S, poll_frequency=0.05).until(lambda _: condition())
+        """Waits until the condition holds. If the page replaces an element meanwhile, it is evaluated again."""
+        patient = WebDriverWait(
+            self.driver, PATIENCE_S, poll_frequency=0.05, ignored_exceptions=[StaleElementReferenceException]
+        )
+        patient.until(lambda _: condition())
 
     def draw(self, prompt: str, **settings: Any) -> None:
-        """Types, presses Enter, and waits for the last picture."""
+        """Fills in the form, presses Enter and waits for the last image."""
         for field, value in settings.items():
             self.type(f"#{field}", str(value))
         self.type("#prompt", prompt + Keys.ENTER)
@@ -96,7 +105,7 @@ class Page:
         self.one(f"#{field}").send_keys(str(path))
 
     def hand_over(self, kind: str, data: bytes, *, name: str, media_type: str, to: str = "body") -> bool:
-        """A file, by `paste` or `drop`; whether the page took care of it."""
+        """Gives the page a file by "paste" or "drop", and returns whether the page handled it."""
         encoded = base64.b64encode(data).decode()
         return bool(self.run(HAND_OVER, self.one(to), kind, name, media_type, encoded))
 
@@ -104,14 +113,14 @@ class Page:
         return self.driver.execute_script(script, *arguments)
 
     def pixels(self) -> bytes:
-        """RGB of the picture on view."""
+        """Returns the RGB bytes of the displayed image."""
         url = self.run(READ_PICTURE)
         return rgb(base64.b64decode(url.partition(",")[2]))
 
 
 @contextmanager
 def chromium() -> Iterator[webdriver.Chrome]:
-    """Skips the test where there is none."""
+    """Yields a driver of Chromium. Skips the test if Chromium is not installed."""
     program, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if program is None or driver is None:
         pytest.skip("no chromium and chromedriver on this machine (Debian: chromium, chromium-driver)")
@@ -130,13 +139,13 @@ def rgb(picture: bytes) -> bytes:
 
 
 def curl_body(command: str) -> tuple[str, dict[str, Any]]:
-    """(url, body) of a curl command, read as a shell would."""
+    """Returns the URL and the JSON body of a curl command, parsed as by a shell."""
     words = shlex.split(command.replace("\\\n", ""))
     return words[words.index("-s") + 1], json.loads(words[words.index("-d") + 1])
 
 
 def curl_form(command: str, folder: Path) -> tuple[str, dict[str, str], dict[str, bytes]]:
-    """(url, fields, files) of a curl command with a form, whose files lie in this folder."""
+    """Returns the URL, fields and files of a curl command with a form. folder: where the files are."""
     words = shlex.split(command.replace("\\\n", ""))
     pairs = list(pairwise(words))
     fields = dict(form.split("=", 1) for option, form in pairs if option == "--form-string")

@@ -1,4 +1,4 @@
-"""A server of the tests' own for each test."""
+"""A stand-in server for each test."""
 
 from collections.abc import Iterator
 

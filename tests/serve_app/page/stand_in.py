@@ -1,4 +1,4 @@
-"""A server of the tests' own, with the real page: cards of any shape, every request noted, noise for an answer."""
+"""A server with the real page but no stages: it lists any model cards, records requests and answers with noise."""
 
 import asyncio
 import json
@@ -13,9 +13,9 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from deployments.checkpoints.geometry import with_geometry
-from serve_app.config import LimitsConfig
-from serve_app.model_card import model_card
-from serve_app.openai_api import CompletedEvent, Forwards, ProgressEvent, TimingsMs
+from serve_app.config.limits import LimitsConfig
+from serve_app.http.openai_answers import CompletedEvent, Forwards, ProgressEvent, TimingsMs
+from serve_app.models.card import model_card
 from serve_app.page.routes import add_pages
 from tests.pictures import video
 from tests.serve_app.pictures import data_url, file, noise
@@ -25,18 +25,18 @@ TIMINGS = TimingsMs(encode=1, queue=0, denoise=30, decode=2)
 
 
 def card(name: str = "flux-dev", family: str = "flux", **more: Any) -> dict[str, Any]:
-    """As /v1/models lists one, and more."""
+    """Returns a model card as /v1/models lists it, updated with `more`."""
     own = model_card(with_geometry(tiny_model(family)), 0, LimitsConfig(), {})
     return own.model_dump(mode="json") | {"id": name} | more
 
 
-def refusal(message: str, param: str | None = None) -> dict[str, Any]:
+def rejection(message: str, param: str | None = None) -> dict[str, Any]:
     return {"error": {"message": message, "type": "invalid_request_error", "param": param, "code": None}}
 
 
 @dataclass(frozen=True)
 class Asked:
-    """One request for a picture or video."""
+    """One request for an image or video."""
 
     path: str
     fields: dict[str, Any]
@@ -46,18 +46,18 @@ class Asked:
 
 @dataclass
 class StandIn:
-    """What a test sets is what the server does from then on."""
+    """The server. A test may set its attributes while it runs."""
 
     cards: list[dict[str, Any]] = field(default_factory=lambda: [card()])
     key: str | None = None
     refused: tuple[int, dict[str, Any]] | None = None
-    """In answer to every request for a picture."""
+    """Status and body that answer every request for an image or video; None: requests are accepted."""
     warnings: list[str] = field(default_factory=list)
     takes_s: float = 0.0
     jobs: dict[str, dict[str, Any]] | None = None
-    """By id; None: there are none here."""
+    """Video jobs by id; None: the server has no jobs."""
     job_status: int = 200
-    """Of every answer about one."""
+    """Status of every answer about a job."""
     asked: list[Asked] = field(default_factory=list)
     deleted: list[str] = field(default_factory=list)
 
@@ -93,7 +93,7 @@ class StandIn:
     def _refuse(self, request: Request) -> Response | None:
         given = request.headers.get("authorization")
         if self.key is not None and given != f"Bearer {self.key}":
-            return JSONResponse(refusal("no key" if given is None else "this key is not known here"), 401)
+            return JSONResponse(rejection("no key" if given is None else "this key is not known here"), 401)
         return None
 
     def _description(self) -> dict[str, Any]:
@@ -103,7 +103,7 @@ class StandIn:
         return self._refuse(request) or JSONResponse({"object": "list", "data": self.cards})
 
     async def _note(self, request: Request) -> Response | None:
-        """What is asked; a refusal, if it is to be refused."""
+        """Records the request. Returns an error if the request is to be refused."""
         refused = self._refuse(request)
         if refused is not None:
             return refused
@@ -142,7 +142,7 @@ class StandIn:
 
     async def _begin_job(self, request: Request) -> Response:
         if self.jobs is None:
-            return JSONResponse(refusal("Not Found"), 404)
+            return JSONResponse(rejection("Not Found"), 404)
         refused = await self._note(request)
         if refused is not None:
             return refused
@@ -153,7 +153,7 @@ class StandIn:
     def _job(self, job: str) -> Response:
         assert self.jobs is not None
         if self.job_status != 200:
-            return JSONResponse(refusal("no stage can serve now"), self.job_status)
+            return JSONResponse(rejection("no stage can serve now"), self.job_status)
         return JSONResponse(self.jobs[job])
 
     def _delete_job(self, job: str) -> Response:

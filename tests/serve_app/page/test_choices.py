@@ -1,4 +1,4 @@
-"""What the page offers of what a server's cards tell, and what it sends of it."""
+"""Tests of the choices that the page offers, given the model cards, and of what it sends."""
 
 import json
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 from selenium.webdriver.common.keys import Keys
 
 from tests.serve_app.page.browser import Page
-from tests.serve_app.page.stand_in import StandIn, card, refusal
+from tests.serve_app.page.stand_in import StandIn, card, rejection
 from tests.serve_app.pictures import file, noise
 
 pytestmark = pytest.mark.slow
@@ -97,7 +97,7 @@ def test_beside_a_picture_adapters_are_json_in_the_form(page: Page, server: Stan
 
 def test_what_is_wrong_with_an_adapter_is_told_beside_it(page: Page, server: StandIn) -> None:
     server.cards = [card(adapters=ADAPTERS)]
-    server.refused = (400, refusal("watercolour does not fit", "lora.0.name"))
+    server.refused = (400, rejection("watercolour does not fit", "lora.0.name"))
     page.open(f"{server.url}/")
     page.type("#prompt", "a cat" + Keys.ENTER)
     page.wait(lambda: page.all("#lora-wrong"))
@@ -106,10 +106,26 @@ def test_what_is_wrong_with_an_adapter_is_told_beside_it(page: Page, server: Sta
     assert page.all("#lora-wrong") == []
 
 
+def test_weights_in_the_prompt_may_be_turned_off_where_the_model_reads_them(page: Page, server: StandIn) -> None:
+    page.open(f"{server.url}/")
+    assert not page.one("#prompt_weighting").is_displayed()
+    server.cards = [card(prompt_weighting=True)]
+    page.open(f"{server.url}/")
+    page.draw("a (cat)1.3")
+    assert "prompt_weighting" not in server.asked[-1].fields
+    page.select("#prompt_weighting").select_by_value("false")
+    page.draw("a (cat)1.3")
+    assert server.asked[-1].fields["prompt_weighting"] is False
+    assert "prompt without weights" in page.one("#facts").text
+    page.select("#prompt_weighting").select_by_value("")
+    page.one("#reuse").click()
+    assert page.one("#prompt_weighting").get_property("value") == "false"
+
+
 def test_a_scheduler_is_sent_unless_it_is_the_models_own(page: Page, server: StandIn) -> None:
     server.cards = [card(schedulers=SCHEDULERS)]
     page.open(f"{server.url}/")
-    assert page.select("#scheduler").options[0].text == "FlowMatchEulerDiscrete: the model's"
+    assert page.select("#scheduler").options[0].text == "FlowMatchEulerDiscrete (the model's own)"
     page.draw("a cat")
     assert "scheduler" not in server.asked[-1].fields
     page.select("#scheduler").select_by_visible_text("EulerDiscrete")
@@ -148,7 +164,7 @@ def test_texts_of_the_server_never_become_markup(page: Page, server: StandIn) ->
     page.one("#lora [type=checkbox]").click()
     page.draw(MARKUP)
     assert MARKUP in page.one("#warnings").text
-    server.refused = (500, refusal(MARKUP))
+    server.refused = (500, rejection(MARKUP))
     page.type("#prompt", MARKUP + Keys.ENTER)
     page.wait(lambda: page.one("#alert").is_displayed())
     assert page.one("#alert").text == MARKUP

@@ -1,4 +1,4 @@
-"""Pictures that go in: dropped, pasted, chosen and painted on."""
+"""Tests of input images: dropped, pasted, chosen and painted on."""
 
 import io
 import re
@@ -37,15 +37,16 @@ def titles(page: Page, field: str) -> list[str | None]:
 
 
 def paint(page: Page, *, from_share: float = -0.5, to_share: float = 0.0) -> None:
-    """A stroke across the middle, in shares of half the width from the middle."""
+    """Paints a horizontal stroke through the middle. Its ends: -1 is the left edge, 1 the right edge."""
     canvas = page.one("#brush-canvas")
+    page.wait(canvas.is_displayed)
     half = canvas.size["width"] / 2
     hand = ActionChains(page.driver, duration=50).move_to_element_with_offset(canvas, int(from_share * half), 0)
     hand.click_and_hold().move_by_offset(int((to_share - from_share) * half), 0).release().perform()
 
 
 def drawn_anew(data: bytes) -> np.ndarray:
-    """Whether, by pixel."""
+    """Returns for each pixel whether it is to be drawn again."""
     mask = Image.open(io.BytesIO(data))
     assert mask.mode == "RGBA"
     return np.asarray(mask)[..., 3] < 128
@@ -90,7 +91,7 @@ def test_a_model_that_takes_none_takes_none_and_the_page_stays(page: Page, serve
     page.open(f"{server.url}/")
     begin_with(page)
     assert not page.one("#files").is_displayed()
-    assert page.one("#news").text == "This model begins with no such file."
+    assert page.one("#news").text == "This model takes no such file."
     page.draw("a hat")
     assert server.asked[-1].files == {}
 
@@ -125,7 +126,7 @@ def test_a_painted_mask_is_transparent_where_painted_and_as_large_as_the_picture
 def test_a_mask_is_as_large_as_its_picture_is_shown(page: Page, server: StandIn) -> None:
     page.open(f"{server.url}/")
     exif = Image.Exif()
-    exif[Base.Orientation] = 6  # lies on its side
+    exif[Base.Orientation] = 6  # turned by 90 degrees
     data = file(noise(size=(640, 360)), "JPEG", exif=exif)
     assert page.hand_over("drop", data, name="cat.jpg", media_type="image/jpeg")
     page.one("#paint").click()
@@ -138,10 +139,10 @@ def test_a_mask_is_as_large_as_its_picture_is_shown(page: Page, server: StandIn)
 
 def test_a_picture_that_cannot_be_painted_on_is_told(page: Page, server: StandIn) -> None:
     page.open(f"{server.url}/")
-    begin_with(page, data=b"no picture")
+    begin_with(page, data=b"no image")
     page.one("#paint").click()
     page.wait(lambda: page.shown(".toast"))
-    assert page.one("#news").text.startswith("This browser cannot paint on that picture")
+    assert page.one("#news").text.startswith("This browser cannot paint on that image")
 
 
 def test_the_eraser_takes_back_and_so_does_undo(page: Page, server: StandIn) -> None:
@@ -195,7 +196,7 @@ def test_the_brush_is_moved_by_keys(page: Page, server: StandIn) -> None:
     page.wait(lambda: titles(page, "mask"))
     page.draw("a hat")
     anew = drawn_anew(server.asked[-1].files["mask"])
-    assert anew[180, 448]  # five thirds of the brush's 12 % to the right
+    assert anew[180, 448]  # 5 steps of a third of the brush, whose size is 12 % of the width
     assert not anew[180, 320]
 
 

@@ -1,4 +1,4 @@
-"""The page of a server that wants an API key."""
+"""Tests of the page of a server that requires an API key."""
 
 from collections.abc import Callable
 

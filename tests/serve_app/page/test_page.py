@@ -1,7 +1,7 @@
-"""The page at `/`, driven in a real Chromium; without one these tests are skipped.
+"""Tests of the page at `/` in a real Chromium; they are skipped if it is not installed.
 
 `PAGE_SCREENSHOT=docs/page.png PAGE_URL=http://127.0.0.1:8000/ pytest -k screenshot tests/serve_app/page`
-takes the README's picture of a running server.
+takes the README's screenshot of a running server.
 """
 
 import base64
@@ -160,7 +160,7 @@ def test_a_painted_mask_is_drawn_in_and_what_came_of_it_can_be_begun_with(page: 
     assert "from cat.png, mask.png" in page.one("#facts").text
     page.one("#begin-with").click()
     assert page.one("#image-tiles li").get_attribute("title") == "a-hat-7.png"
-    assert not page.one("#mask-tiles").is_displayed()  # it was painted on another picture
+    assert not page.one("#mask-tiles").is_displayed()  # the mask was painted on another image
 
 
 def test_a_picture_that_cannot_be_read_is_told_beside_it(page: Page, flux_app: Any) -> None:
@@ -302,13 +302,13 @@ def test_screenshot(page: Page) -> None:
 
 
 def luminance(colour: str) -> float:
-    """Of a CSS `rgb(r, g, b)`. Formula: WCAG 2, relative luminance."""
+    """Returns the relative luminance of a CSS `rgb(r, g, b)`, 0 to 1. Formula: WCAG 2."""
     parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
     linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 def contrast(one: str, other: str) -> float:
-    """1 to 21. Formula: WCAG 2, contrast ratio."""
+    """Returns the contrast ratio, 1 to 21. Formula: WCAG 2."""
     dark, light = sorted((luminance(one), luminance(other)))
     return (light + 0.05) / (dark + 0.05)

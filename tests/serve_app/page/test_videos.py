@@ -1,11 +1,11 @@
-"""Videos as jobs, against OpenAI's shapes."""
+"""Tests of how the page shows video jobs, which are answered in OpenAI's form."""
 
 import pytest
 from selenium.webdriver.common.keys import Keys
 
-from serve_app.openai_api import Drawn, Forwards
+from serve_app.http.openai_answers import Drawn, Forwards
 from tests.serve_app.page.browser import Page
-from tests.serve_app.page.stand_in import TIMINGS, StandIn, card, refusal
+from tests.serve_app.page.stand_in import TIMINGS, StandIn, card, rejection
 
 pytestmark = pytest.mark.slow
 JOB = "video_0"
@@ -13,7 +13,7 @@ JOB = "video_0"
 
 @pytest.fixture
 def studio(server: StandIn) -> StandIn:
-    """Has video jobs."""
+    """A server with video jobs."""
     server.cards, server.jobs = [card("wan", "wan")], {}
     return server
 
@@ -91,7 +91,7 @@ def test_a_job_waits_for_a_server_that_is_away(page: Page, studio: StandIn) -> N
 
 
 def test_a_job_that_is_refused_is_told_beside_its_field(page: Page, studio: StandIn) -> None:
-    studio.refused = (400, refusal("size must be larger", "size"))
+    studio.refused = (400, rejection("size must be larger", "size"))
     page.open(f"{studio.url}/")
     page.type("#prompt", "waves" + Keys.ENTER)
     page.wait(lambda: page.all("#size-wrong"))

@@ -1,0 +1,1 @@
+"""The machines of a cluster: nodes, accelerators and their memory, and leases of a device."""

@@ -1,0 +1,2 @@
+"""The number of each stage's replicas, and which models sleep: policies that Serve's controller calls
+continuously."""

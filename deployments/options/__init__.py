@@ -1,0 +1,1 @@
+"""Options of config and requests: adapters, schedulers, step caches, priority, resuming. Imports no torch."""

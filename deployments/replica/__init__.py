@@ -1,0 +1,4 @@
+"""Support code for stage replicas: lifecycle, executors, worker ranks, request events, autoscaling figures.
+
+Torch-free.
+"""

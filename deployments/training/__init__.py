@@ -1,0 +1,1 @@
+"""Training of models. No serving code imports this package."""

@@ -1,0 +1,1 @@
+"""The commands of `relay`, which `serve_app/cli.py` puts together."""

@@ -1,0 +1,1 @@
+"""Validation of a request's inputs: its size, cost, adapters, images and video."""
