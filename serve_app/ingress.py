@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from cluster.replicas.application import application_name
 from cluster.termination import DrainOnSigterm
 from deployments.config.model import ModelConfig
-from serve_app.auth.config import NOBODY_ELSE, Access
+from serve_app.auth.config import LOCAL_ACCESS, Access
 from serve_app.auth.middleware import Keys, add_access
 from serve_app.auth.proxies import check_listening
 from serve_app.config.limits import LimitsConfig
@@ -35,7 +35,7 @@ class Ingress(DrainOnSigterm):
         limits: LimitsConfig,
         *models: tuple[ModelConfig, tuple[Any, Any, Any], tuple[str, ...]],
         jobs: JobsConfig = DEFAULT_JOBS,
-        access: Access = NOBODY_ELSE,
+        access: Access = LOCAL_ACCESS,
         key_counter: Any = None,
     ) -> None:
         """

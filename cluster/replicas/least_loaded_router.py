@@ -8,6 +8,7 @@ other time, and the other replica's device would be idle for as long as they tak
 import random
 import time
 from collections import defaultdict, deque
+from dataclasses import dataclass, field
 from typing import Any
 
 from ray.serve._private.request_router import PowerOfTwoChoicesRequestRouter
@@ -16,6 +17,30 @@ MAX_ASKED = 8
 """Number of replicas asked per request; if there are more, this many are chosen at random."""
 UNDER_WAY_S = 10.0
 """A request that a replica has not confirmed for this long was not sent, or is lost."""
+
+
+@dataclass
+class ReplicaLoad:
+    """What this router knows of one replica's requests: its own exactly, others' from the replica's replies."""
+
+    confirmed: int = 0
+    """This router's requests that the replica has accepted and not ended."""
+    sent_at: deque[float] = field(default_factory=deque)
+    """When this router's unconfirmed requests were sent. The replica may or may not count them yet."""
+    others: int = 0
+    """Other routers' requests, as far as known."""
+
+    def update(self, num_ongoing: int, now: float) -> int:
+        """Returns how many requests the replica has, given a reply with the number that it counts.
+
+        What the reply counts beyond `confirmed` are others' requests and some of the unconfirmed. Of what this
+        allows, `others` becomes the number nearest to the one known before.
+        """
+        while self.sent_at and self.sent_at[0] < now - UNDER_WAY_S:
+            self.sent_at.popleft()
+        own = self.confirmed + len(self.sent_at)
+        self.others = max(min(self.others, num_ongoing - self.confirmed), num_ongoing - own, 0)
+        return self.others + own
 
 
 class LeastLoadedRouter(PowerOfTwoChoicesRequestRouter):  # type: ignore[misc]
@@ -27,8 +52,8 @@ class LeastLoadedRouter(PowerOfTwoChoicesRequestRouter):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._chosen_at: dict[Any, deque[float]] = defaultdict(deque)
-        """Times at which unconfirmed requests were sent, by replica: the replica may not count them yet."""
+        self._loads: dict[Any, ReplicaLoad] = defaultdict(ReplicaLoad)
+        """By replica ID."""
 
     async def choose_replicas(
         self, candidate_replicas: list[Any], pending_request: Any | None = None
@@ -40,7 +65,7 @@ class LeastLoadedRouter(PowerOfTwoChoicesRequestRouter):  # type: ignore[misc]
         if len(candidates) == 1:  # nothing to compare: Serve's cache suffices
             return await super()._select_from_candidate_replicas(candidates, backoff_index)
         loads = {
-            replica.replica_id: length + self._num_under_way(replica.replica_id)
+            replica.replica_id: self._loads[replica.replica_id].update(length, time.monotonic())
             for replica, length in await self._probe_queue_lens(candidates, backoff_index)
             if length is not None and length < replica.max_ongoing_requests
         }
@@ -48,22 +73,26 @@ class LeastLoadedRouter(PowerOfTwoChoicesRequestRouter):  # type: ignore[misc]
         if not present:
             return None
         least = min(present, key=lambda replica_id: (loads[replica_id], random.random()))
-        self._chosen_at[least].append(time.monotonic())
+        self._loads[least].sent_at.append(time.monotonic())
         return self._replicas[least]
 
     def on_new_queue_len_info(self, replica_id: Any, num_ongoing_requests: int) -> None:
         """Called when a replica has confirmed or rejected a request."""
         super().on_new_queue_len_info(replica_id, num_ongoing_requests)
-        if chosen_at := self._chosen_at.get(replica_id):
-            chosen_at.popleft()
+        if sent_at := self._loads[replica_id].sent_at:
+            sent_at.popleft()
 
-    def _num_under_way(self, replica_id: Any) -> int:
-        chosen_at, since = self._chosen_at[replica_id], time.monotonic() - UNDER_WAY_S
-        while chosen_at and chosen_at[0] < since:
-            chosen_at.popleft()
-        return len(chosen_at)
+    def on_request_routed(self, pending_request: Any, replica_id: Any, result: Any) -> None:
+        """Called when a replica has accepted a request."""
+        super().on_request_routed(pending_request, replica_id, result)
+        self._loads[replica_id].confirmed += 1
+
+    def decrement_queue_len_cache(self, replica_id: Any) -> None:
+        """Called when a request that a replica has accepted has ended, in whatever way."""
+        super().decrement_queue_len_cache(replica_id)
+        self._loads[replica_id].confirmed -= 1
 
     def update_replicas(self, replicas: list[Any]) -> None:
         super().update_replicas(replicas)
-        for gone in self._chosen_at.keys() - self._replicas.keys():
-            del self._chosen_at[gone]
+        for gone in self._loads.keys() - self._replicas.keys():
+            del self._loads[gone]

@@ -22,43 +22,43 @@ class FairShares:
     def __init__(self, burst_s: float = 0.0) -> None:
         """burst_s: seconds of work that a share may do before the others after it was absent."""
         self._burst_s = burst_s
-        self._had: dict[Hashable, float] = {}
-        self._num_here: Counter[Hashable] = Counter()
+        self._usage: dict[Hashable, float] = {}
+        self._num_requests: Counter[Hashable] = Counter()
         self._now = 0.0
 
-    def come(self, share: Hashable) -> None:
+    def add(self, share: Hashable) -> None:
         """Notes that a request of this share has arrived."""
-        if not self._num_here:
+        if not self._num_requests:
             self._time()
-            self._had.clear()
-        if share not in self._num_here:
-            begins_at = self._time() - self._burst_s
-            self._had[share] = max(self._had.get(share, begins_at), begins_at)
-        self._num_here[share] += 1
-        if self._num_here[share] > FEW:
-            others = (self._had[each] for each in self._num_here if each != share)
-            self._had[share] = max(self._had[share], min(others, default=self._had[share]))
+            self._usage.clear()
+        if share not in self._num_requests:
+            starts_at = self._time() - self._burst_s
+            self._usage[share] = max(self._usage.get(share, starts_at), starts_at)
+        self._num_requests[share] += 1
+        if self._num_requests[share] > FEW:
+            others = (self._usage[each] for each in self._num_requests if each != share)
+            self._usage[share] = max(self._usage[share], min(others, default=self._usage[share]))
 
-    def go(self, share: Hashable) -> None:
+    def remove(self, share: Hashable) -> None:
         """Notes that a request of this share has ended."""
         self._time()
-        self._num_here[share] -= 1
-        if not self._num_here[share]:
-            del self._num_here[share]
-            gone = [each for each in self._had if each not in self._num_here]
+        self._num_requests[share] -= 1
+        if not self._num_requests[share]:
+            del self._num_requests[share]
+            gone = [each for each in self._usage if each not in self._num_requests]
             for each in gone:  # on return they would start there without an entry too
-                if self._had[each] <= self._now - self._burst_s:
-                    del self._had[each]
+                if self._usage[each] <= self._now - self._burst_s:
+                    del self._usage[each]
 
-    def had(self, share: Hashable) -> float:
+    def usage(self, share: Hashable) -> float:
         """Returns the work used, in virtual seconds; the share with the least goes first."""
-        return self._had.get(share, self._now)
+        return self._usage.get(share, self._now)
 
     def charge(self, share: Hashable, work_s: float, weight: float = 1.0) -> None:
-        self._had[share] = self.had(share) + work_s / weight
+        self._usage[share] = self.usage(share) + work_s / weight
 
     def _time(self) -> float:
         """Returns the virtual time, which never decreases."""
-        here = [self._had[share] for share in self._num_here]
-        self._now = max(self._now, min(here, default=max(self._had.values(), default=0.0)))
+        present = [self._usage[share] for share in self._num_requests]
+        self._now = max(self._now, min(present, default=max(self._usage.values(), default=0.0)))
         return self._now

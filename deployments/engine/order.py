@@ -57,13 +57,13 @@ class BatchCandidate:
 class Order(Protocol):
     """Decides which request goes first. Guarded by the step queue's lock."""
 
-    def come(self, seat: Seat) -> None:
+    def add(self, seat: Seat) -> None:
         """Notes that a request has arrived; it may have to wait."""
 
     def advance(self, seat: Seat, work_s: float) -> None:
         """Notes that the request has work_s less left."""
 
-    def go(self, seat: Seat) -> None:
+    def remove(self, seat: Seat) -> None:
         """Notes that the request has ended."""
 
     def key(self, seat: Seat, num_at_once: int) -> Any:
@@ -79,13 +79,13 @@ class Order(Protocol):
 class FifoOrder:
     """First come, first served, for each forward: all requests advance in turn."""
 
-    def come(self, seat: Seat) -> None:
+    def add(self, seat: Seat) -> None:
         pass
 
     def advance(self, seat: Seat, work_s: float) -> None:
         pass
 
-    def go(self, seat: Seat) -> None:
+    def remove(self, seat: Seat) -> None:
         pass
 
     def key(self, seat: Seat, num_at_once: int) -> tuple[()]:
@@ -113,50 +113,50 @@ class FairOrder:
     def __init__(self) -> None:
         self._classes = FairShares()
         self._shares: dict[Priority, FairShares] = defaultdict(lambda: FairShares(BURST_S))
-        self._here: dict[_Party, _Share] = defaultdict(_Share)
+        self._shares_present: dict[_Party, _Share] = defaultdict(_Share)
 
-    def come(self, seat: Seat) -> None:
+    def add(self, seat: Seat) -> None:
         qos = seat.demand.qos
-        self._classes.come(qos.priority)
-        self._shares[qos.priority].come(qos.share)
-        here = self._here[qos.priority, qos.share]
-        here.num_requests += 1
-        here.left_s += seat.left_s
+        self._classes.add(qos.priority)
+        self._shares[qos.priority].add(qos.share)
+        share = self._shares_present[qos.priority, qos.share]
+        share.num_requests += 1
+        share.left_s += seat.left_s
 
     def advance(self, seat: Seat, work_s: float) -> None:
         qos = seat.demand.qos
-        self._here[qos.priority, qos.share].left_s -= work_s
+        self._shares_present[qos.priority, qos.share].left_s -= work_s
 
-    def go(self, seat: Seat) -> None:
+    def remove(self, seat: Seat) -> None:
         qos = seat.demand.qos
-        self._classes.go(qos.priority)
-        self._shares[qos.priority].go(qos.share)
-        here = self._here[qos.priority, qos.share]
-        here.num_requests -= 1
-        here.left_s -= seat.left_s
-        if not here.num_requests:
-            del self._here[qos.priority, qos.share]
+        self._classes.remove(qos.priority)
+        self._shares[qos.priority].remove(qos.share)
+        share = self._shares_present[qos.priority, qos.share]
+        share.num_requests -= 1
+        share.left_s -= seat.left_s
+        if not share.num_requests:
+            del self._shares_present[qos.priority, qos.share]
 
     def key(self, seat: Seat, num_at_once: int) -> tuple[float, float, bool, float, float]:
         request = seat.request
         priority, share = request.demand.qos.priority, request.demand.qos.share
-        is_critical = num_at_once * request.left_s >= self._here[priority, share].left_s
-        had_s = self._classes.had(priority), self._shares[priority].had(share)
-        return *had_s, not is_critical, request.due, request.deadline
+        is_critical = num_at_once * request.left_s >= self._shares_present[priority, share].left_s
+        usage = self._classes.usage(priority), self._shares[priority].usage(share)
+        return *usage, not is_critical, request.due, request.deadline
 
     def pick(self, forwards: Sequence[Forward], candidate: BatchCandidate) -> list[Forward]:
         """Picks forwards one by one: each time the first, by due time, of the share that goes first by then."""
-        lines: dict[_Party, deque[Forward]] = defaultdict(deque)
+        queues: dict[_Party, deque[Forward]] = defaultdict(deque)
         for forward in sorted(forwards, key=lambda each: self.key(each.seat, candidate.num_at_once)[2:]):
-            lines[_party(forward.seat)].append(forward)
+            queues[_party(forward.seat)].append(forward)
         picked: list[Forward] = []
-        while lines and len(picked) < candidate.max_size:
-            party = min(lines, key=lambda each: self.key(lines[each][0].seat, candidate.num_at_once))
+        while queues and len(picked) < candidate.max_size:
+            party = min(queues, key=lambda each: self.key(queues[each][0].seat, candidate.num_at_once))
             if picked and self._holds_up(_party(picked[0].seat), party, picked, candidate):
                 break
-            picked.append(lines[party].popleft())
-            if not lines[party]:
-                del lines[party]
+            picked.append(queues[party].popleft())
+            if not queues[party]:
+                del queues[party]
             priority, share = party
             self._classes.charge(priority, candidate.cost_s, WEIGHTS[priority])
             self._shares[priority].charge(share, candidate.cost_s)
@@ -177,8 +177,8 @@ class FairOrder:
     def _part(self, party: _Party) -> float:
         """Returns the party's part of the device, from 0 to 1, while all present parties wait."""
         priority, _ = party
-        classes = {other for other, _ in self._here}
-        num_shares = sum(other == priority for other, _ in self._here)
+        classes = {other for other, _ in self._shares_present}
+        num_shares = sum(other == priority for other, _ in self._shares_present)
         return WEIGHTS[priority] / sum(WEIGHTS[other] for other in classes) / num_shares
 
 

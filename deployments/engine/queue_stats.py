@@ -10,7 +10,7 @@ class StepQueueStats:
 
     num_seats: int
     num_waiting: int
-    num_flying: int
+    num_running: int
     """Forwards that run; the name is that of the field in `/v1/status`."""
     load: float
     """Full micro-batches needed for all requests / micro-batches allowed in flight; above 1, forwards wait."""

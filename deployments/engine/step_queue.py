@@ -96,7 +96,7 @@ class StepQueue:
         with self._changed:
             seat = self._step_times.seat(demand, self._clock())
             self._seats.add(seat)
-            self._order.come(seat)
+            self._order.add(seat)
         return seat
 
     def enter(self, seat: Seat) -> Future[None]:
@@ -184,7 +184,7 @@ class StepQueue:
         with self._changed:
             self.cancel(seat)
             if seat in self._seats:
-                self._order.go(seat)
+                self._order.remove(seat)
             self._seats.difference_update((seat, *seat.extra_seats))
             self._admission.leave(seat)
             self._refuse_and_admit()
@@ -243,7 +243,7 @@ class StepQueue:
             return StepQueueStats(
                 num_seats=sum(not seat.is_extra for seat in self._seats),
                 num_waiting=states[SeatState.WAITING],
-                num_flying=states[SeatState.RUNNING],
+                num_running=states[SeatState.RUNNING],
                 load=sum(1 / self._choice.limits.size(seat.latest) for seat in self._seats) / self.depth,
                 batch_sizes=dict(self._in_flight.sizes),
                 queue_wait_s=self._in_flight.queue_wait_s,

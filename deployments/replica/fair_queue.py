@@ -32,8 +32,8 @@ class FairQueue(Generic[Item]):
         """Adds an item. work: how much of its share the item uses, in any unit that is the same for all items."""
         deadline = math.inf if qos.left_s is None else time.monotonic() + qos.left_s
         with self._lock:
-            self._classes.come(qos.priority)
-            self._shares[qos.priority].come(qos.share)
+            self._classes.add(qos.priority)
+            self._shares[qos.priority].add(qos.share)
             heappush(self._waiting[qos.priority, qos.share], (deadline, next(self._arrivals), work, item))
 
     def take(self) -> Item | None:
@@ -47,11 +47,11 @@ class FairQueue(Generic[Item]):
                 del self._waiting[whose]
             self._classes.charge(priority, work, WEIGHTS[priority])
             self._shares[priority].charge(share, work)
-            self._classes.go(priority)
-            self._shares[priority].go(share)
+            self._classes.remove(priority)
+            self._shares[priority].remove(share)
             return item
 
     def _had(self, whose: tuple[Priority, str]) -> tuple[float, float, int]:
         """Returns the sort key of a user: the least goes first; of equal usage, the earlier arrival."""
         priority, share = whose
-        return self._classes.had(priority), self._shares[priority].had(share), self._waiting[whose][0][1]
+        return self._classes.usage(priority), self._shares[priority].usage(share), self._waiting[whose][0][1]

@@ -62,5 +62,5 @@ class Access:
     """Whether a server without keys may be reached from other machines."""
 
 
-NOBODY_ELSE = Access()
-"""The default: no key is needed, so only this machine may send requests."""
+LOCAL_ACCESS = Access()
+"""No key is needed, so only this machine may send requests."""

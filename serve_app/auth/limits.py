@@ -46,7 +46,7 @@ class Lease:
     seen_s: float
 
 
-class Leases:
+class RequestLeases:
     """The requests of one key that are in progress."""
 
     def __init__(self) -> None:
@@ -93,7 +93,7 @@ class Account:
     """Everything that is counted for one key."""
 
     window: RequestWindow = field(default_factory=RequestWindow)
-    leases: Leases = field(default_factory=Leases)
+    leases: RequestLeases = field(default_factory=RequestLeases)
     counted: dict[str, Counted] = field(default_factory=dict)
     """By request ID, until the request is answered; oldest first."""
 

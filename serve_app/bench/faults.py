@@ -17,8 +17,8 @@ from pathlib import Path
 import httpx
 
 from serve_app.bench.answers import Body, Judge, is_rejection, open_client, post
+from serve_app.bench.availability import AvailabilityProbe
 from serve_app.bench.census import ask, take_census, until_idle, until_seated, work_again
-from serve_app.bench.door import Door
 from serve_app.bench.processes import TITLES, Leavings, find_processes, is_alive
 from serve_app.bench.progress import Progress
 from serve_app.bench.report import Row, report, write_rows
@@ -70,9 +70,10 @@ def run(*, cells: Sequence[Cell], with_killer: bool, with_leavers: bool, json_fi
     requests, answered, refused: how many were accepted, got an image, or got a 5xx in relay's error format; the
         others are lost. grey_levels: the largest difference of an image from the plain pipeline's, including those
         of new requests.
-    door_s: the longest wait of a new request for its image, from the signal until all was as before; for a request
-        that kills, the time until it was given up; for clients that disconnect, until their seats were free.
-    start_s: how long the app took to start in this run, as a measure for door_s.
+    new_request_wait_s: the longest wait of a new request for its image, from the signal until all was as before;
+        for a request that kills, the time until it was given up; for clients that disconnect, until their seats
+        were free.
+    start_s: how long the app took to start in this run, as a measure for new_request_wait_s.
     encoded_again, steps_again: work done twice, as far as the processes that live at the end have counted it.
     left_over: processes that should have ended and have not; for clients that disconnect, seats. zombies:
         processes that have ended since, but were not reaped. shm_bytes: growth of /dev/shm.
@@ -117,14 +118,14 @@ class Faults:
         doomed = GROUP if cell.process in GROUP else (cell.process,)
         await until_idle()
         before, processes, leavings = await take_census(), find_processes(), Leavings.now()
-        door = Door(self._url)
+        probe = AvailabilityProbe(self._url)
         async with open_client(self._url) as client:
             posts = [asyncio.create_task(post(client, body)) for body in running]
             await until_seated(len(running))
-            async with door.knocked_at():
+            async with probe.sending():
                 await _send(signal.Signals[cell.signal], processes[cell.process][0])
                 if cell.is_twice:
-                    await _send(signal.Signals[cell.signal], await self._successor(cell, processes, door))
+                    await _send(signal.Signals[cell.signal], await self._successor(cell, processes, probe))
                 answers = await asyncio.gather(*posts, return_exceptions=True)
                 left_over = await _settle(processes, () if cell.signal == "SIGSTOP" else doomed)
         return {
@@ -132,21 +133,21 @@ class Faults:
             "signal": cell.signal,
             "when": cell.when,
             "signals": 1 + cell.is_twice,
-            **self._judged(running, answers, door),
-            "door_s": door.shut_s,
-            **work_again(before, await take_census(), running, door.sent),
+            **self._judged(running, answers, probe),
+            "new_request_wait_s": probe.longest_wait_s,
+            **work_again(before, await take_census(), running, probe.sent),
             "left_over": left_over,
             **leavings.since(),
         }
 
-    async def _successor(self, cell: Cell, before: Mapping[str, Sequence[int]], door: Door) -> int:
+    async def _successor(self, cell: Cell, before: Mapping[str, Sequence[int]], probe: AvailabilityProbe) -> int:
         """Returns the process ID of the successor, once it has started or once it serves."""
         async with asyncio.timeout(SETTLE_S):
             while not (new := set(find_processes()[cell.process]) - set(before[cell.process])):
                 await asyncio.sleep(0.02)
         if cell.when == "serving":
             await _settle(before, (cell.process,))
-            await door.answers_anew()
+            await probe.wait_for_new_answer()
         return new.pop()
 
     async def killer(self) -> Row:
@@ -173,7 +174,7 @@ class Faults:
             "when": "one request runs",
             "signals": len(killed_at),
             **self._judged(innocent, answers),
-            "door_s": given_up_s,
+            "new_request_wait_s": given_up_s,
             "encoded_again": 0,
             "steps_again": 0,
             "left_over": await _settle(processes, GROUP),
@@ -202,7 +203,7 @@ class Faults:
             "when": "loaded",
             "signals": len(leaving),
             **self._judged(staying, answers),
-            "door_s": free_s,
+            "new_request_wait_s": free_s,
             "encoded_again": 0,
             "steps_again": 0,
             "left_over": (await ask("Transformer")).queue.num_seats,
@@ -210,10 +211,13 @@ class Faults:
         }
 
     def _judged(
-        self, bodies: Sequence[Body], answers: Sequence[bytes | BaseException], door: Door | None = None
+        self,
+        bodies: Sequence[Body],
+        answers: Sequence[bytes | BaseException],
+        probe: AvailabilityProbe | None = None,
     ) -> Row:
         row = dict(self._judge.judge(bodies, answers))
-        new = [] if door is None else door.answered
+        new = [] if probe is None else probe.answered
         levels = self._judge.judge([body for body, _ in new], [picture for _, picture in new])["grey_levels"]
         return row | {"refused": sum(map(is_rejection, answers)), "grey_levels": max(row["grey_levels"], levels)}
 

@@ -21,8 +21,8 @@ from ray.exceptions import RayError
 from rich.progress import track
 
 from serve_app.bench.answers import Body, Judge, is_rejection, open_client, post
+from serve_app.bench.availability import AvailabilityProbe
 from serve_app.bench.census import until_seated
-from serve_app.bench.door import Door
 from serve_app.bench.processes import find_processes
 from serve_app.bench.report import Row, report
 from serve_app.bench.tiny_app import serving, tiny_config
@@ -78,7 +78,7 @@ def run(*, names: Sequence[str], json_file: Path | None) -> None:
     requests, answered, refused: counts of the eight requests; the others lost their connection.
     grey_levels: the largest difference of an image from the plain pipeline's.
     gone: number of serving processes that have ended.
-    door_s: the longest wait of a new request, from the beginning of the shortage until after its end.
+    new_request_wait_s: the longest wait of a new request, from the beginning of the shortage until after its end.
     """
     judge = Judge(PlainPipeline(tiny_config()))
     rows = [_try(shortage, judge) for shortage in track(shortages(), "shortages") if shortage.name in names]
@@ -97,9 +97,9 @@ def _try(shortage: Shortage, judge: Judge) -> Row:
 
 
 async def _endure(shortage: Shortage, url: str, judge: Judge) -> Row:
-    door, bodies = Door(url), [_body(i) for i in range(NUM_REQUESTS)]
+    probe, bodies = AvailabilityProbe(url), [_body(i) for i in range(NUM_REQUESTS)]
     before = find_processes()
-    async with open_client(url) as client, door.knocked_at():
+    async with open_client(url) as client, probe.sending():
         posts = [asyncio.create_task(post(client, body)) for body in bodies]
         await until_seated(NUM_REQUESTS // 2)
         with _memory_taken(shortage) if shortage.name == "memory" else _store_filled():
@@ -111,7 +111,7 @@ async def _endure(shortage: Shortage, url: str, judge: Judge) -> Row:
         **judge.judge(bodies, answers),
         "refused": sum(map(is_rejection, answers)),
         "gone": len({pid for pids in before.values() for pid in pids} - now),
-        "door_s": door.shut_s,
+        "new_request_wait_s": probe.longest_wait_s,
     }
 
 

@@ -33,8 +33,8 @@ from cluster.processes import find_descendants, kill_all
 from serve_app.commands.port import url_of
 from serve_app.commands.start_progress import READY, StartProgress
 
-LOOK_EVERY_S = 0.5
-SEE_EVERY = 10
+CHECK_EVERY_S = 0.5
+CHECKS_PER_LIST = 10
 """Number of checks of Ray between two lists of the processes that came of this one."""
 _ESSENTIAL = ("raylet", "gcs_server")
 """Ray processes without which nothing works, by the names that Ray's node object uses."""
@@ -144,7 +144,7 @@ class Server:
         urls = self._urls()
         with StartProgress(console) as progress:
             while not self._is_ready:
-                time.sleep(LOOK_EVERY_S)
+                time.sleep(CHECK_EVERY_S)
                 self._check_ray()
                 applications = self._applications()
                 _check_failed(applications)
@@ -157,8 +157,8 @@ class Server:
         """Checks Ray until the command is interrupted. Raises RayGone if it has died."""
         while True:
             self.seen = find_descendants()
-            for _ in range(SEE_EVERY):
-                time.sleep(LOOK_EVERY_S)
+            for _ in range(CHECKS_PER_LIST):
+                time.sleep(CHECK_EVERY_S)
                 self._check_ray()
 
     def drain(self, grace_s: float) -> None:
@@ -171,7 +171,7 @@ class Server:
                     f"relay: {requests} in progress: waiting up to {grace_s:g} s; Ctrl-C again ends at once"
                 )
                 told = True
-            time.sleep(min(LOOK_EVERY_S, grace_s))
+            time.sleep(min(CHECK_EVERY_S, grace_s))
         console.print("relay: stopping")
 
     def end(self) -> None:

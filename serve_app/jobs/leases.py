@@ -14,7 +14,7 @@ MOST_AT_ONCE = 0.25
 """Share of a lease that counts as passed between two looks at most, however long apart they were."""
 
 
-class Leases:
+class LeaseMonitor:
     """The beats of other runners' jobs, as one runner sees them."""
 
     def __init__(self, lease_s: float, clock: Callable[[], float] = time.monotonic) -> None:

@@ -20,7 +20,7 @@ from serve_app.errors import RelayError, StageFailed, Unavailable, as_relay_erro
 from serve_app.jobs.drawing import Attempt
 from serve_app.jobs.job import Ending, Failure, Job, Open
 from serve_app.jobs.jobs import Jobs
-from serve_app.jobs.leases import Leases
+from serve_app.jobs.leases import LeaseMonitor
 from serve_app.models.served_models import Models
 
 log = logging.getLogger("ray.serve")
@@ -68,7 +68,7 @@ class Runner:
     def __init__(self, jobs: Jobs, models: Models) -> None:
         self._jobs, self._models = jobs, models
         self._name = secrets.token_hex(8)
-        self._leases = Leases(jobs.config.lease_s)
+        self._leases = LeaseMonitor(jobs.config.lease_s)
         self._running: dict[str, Running] = {}
 
     @contextlib.asynccontextmanager

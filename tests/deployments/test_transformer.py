@@ -80,7 +80,7 @@ async def queue_stats(transformer: Transformer) -> StepQueueStats:
 
 
 async def wait_until_idle(transformer: Transformer) -> StepQueueStats:
-    while (queue := await queue_stats(transformer)).num_flying or queue.num_waiting:
+    while (queue := await queue_stats(transformer)).num_running or queue.num_waiting:
         await asyncio.sleep(0.001)
     return queue
 

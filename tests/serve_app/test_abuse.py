@@ -162,7 +162,7 @@ def still_at_work(app: App) -> list[str]:
     for stage in ("encoder", "vae"):
         counts[stage] = sum(replica["num_in_flight"] for replica in told[stage]["replicas"])
     queues = [replica["queue"] for replica in told["transformer"]["replicas"]]
-    counts |= {name: sum(queue[name] for queue in queues) for name in ("num_seats", "num_waiting", "num_flying")}
+    counts |= {name: sum(queue[name] for queue in queues) for name in ("num_seats", "num_waiting", "num_running")}
     return [f"{name}: {count}" for name, count in counts.items() if count]
 
 

@@ -25,7 +25,7 @@ def pick(users: str, takes_s: Callable[[int], float | None], *, present: str = "
     in `present` have a request without a waiting forward."""
     order, seats = FairOrder(), [seat(user) for user in users]
     for each in [*seats, *map(seat, present)]:
-        order.come(each)
+        order.add(each)
     forwards = [Forward(each, None, ForwardSpec()) for each in seats]
     picked = order.pick(forwards, BatchCandidate(max_size=8, cost_s=1.0, num_at_once=1, takes_s=takes_s))
     return "".join(forward.seat.demand.qos.share for forward in picked)
@@ -33,18 +33,18 @@ def pick(users: str, takes_s: Callable[[int], float | None], *, present: str = "
 
 def test_the_request_with_most_of_its_users_work_is_critical() -> None:
     order, long, short = FairOrder(), seat("a", left_s=100.0), seat("a", left_s=5.0)
-    order.come(long)
+    order.add(long)
     assert is_critical(order, long)
-    order.come(short)
+    order.add(short)
     assert not is_critical(order, short)
-    order.go(long)
+    order.remove(long)
     assert is_critical(order, short), "the work of a request that has left is left no more"
 
 
 def test_what_is_done_is_no_work_that_is_left() -> None:
     order, first, second = FairOrder(), seat("a", left_s=10.0), seat("a", left_s=10.0)
-    order.come(first)
-    order.come(second)
+    order.add(first)
+    order.add(second)
     assert not is_critical(order, first)
     order.advance(second, 10.0)
     assert is_critical(order, first)
@@ -68,7 +68,7 @@ def test_the_more_forwards_the_first_user_has_the_longer_others_may_make_it() ->
     """A fourth second is less than half of three. The other user has had 3 s before, and so comes last."""
     order, seats = FairOrder(), [seat(user) for user in "aaab"]
     for each in seats:
-        order.come(each)
+        order.add(each)
     forwards = [Forward(each, None, ForwardSpec()) for each in seats]
     order.pick(forwards[3:], BatchCandidate(max_size=8, cost_s=3.0, num_at_once=1, takes_s=float))
     picked = order.pick(forwards, BatchCandidate(max_size=8, cost_s=1.0, num_at_once=1, takes_s=float))
@@ -85,8 +85,8 @@ def test_users_who_have_left_leave_nothing_behind() -> None:
     order = FairOrder()
     for i in range(100):
         gone = seat(f"user {i}")
-        order.come(gone)
-        order.go(gone)
-    order.come(seat("here"))
+        order.add(gone)
+        order.remove(gone)
+    order.add(seat("here"))
     assert order._part(("normal", "here")) == 1.0
     assert len(order._here) == 1

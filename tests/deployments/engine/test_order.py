@@ -191,42 +191,42 @@ def test_two_who_always_ask_are_never_far_apart() -> None:
 
 def test_who_comes_back_has_saved_up_no_more_than_a_burst() -> None:
     shares = FairShares(burst_s=5.0)
-    shares.come("busy")
+    shares.add("busy")
     for _ in range(1000):
         shares.charge("busy", 1.0)
-    shares.come("idle")
-    assert shares.had("busy") - shares.had("idle") == 5.0
+    shares.add("idle")
+    assert shares.usage("busy") - shares.usage("idle") == 5.0
     shares.charge("idle", 7.0)
-    shares.go("idle")
-    shares.come("idle")
-    assert shares.had("idle") - shares.had("busy") == 2.0, "what it has had is not forgotten when it leaves"
+    shares.remove("idle")
+    shares.add("idle")
+    assert shares.usage("idle") - shares.usage("busy") == 2.0, "what it has had is not forgotten when it leaves"
 
 
 def test_a_crowd_that_comes_has_no_burst_over_who_asked_before() -> None:
     """This holds whether the user is present at that moment or not: requests of one user follow one another."""
     for is_here in (True, False):
         shares = FairShares(burst_s=30.0)
-        shares.come("one")
+        shares.add("one")
         shares.charge("one", 10.0)
         if not is_here:
-            shares.go("one")
+            shares.remove("one")
         for _ in range(50):
-            shares.come("crowd")
+            shares.add("crowd")
         shares.charge("crowd", 1.0)
         if not is_here:
-            shares.come("one")
-        assert shares.had("one") < shares.had("crowd")
+            shares.add("one")
+        assert shares.usage("one") < shares.usage("crowd")
 
 
 def test_new_names_bring_no_more_than_a_burst_each_and_are_forgotten() -> None:
     shares = FairShares(burst_s=5.0)
-    shares.come("busy")
+    shares.add("busy")
     for i in range(1000):
         shares.charge("busy", 10.0)
-        shares.come(i)
-        assert shares.had("busy") - shares.had(i) <= 10.0 + 5.0
+        shares.add(i)
+        assert shares.usage("busy") - shares.usage(i) <= 10.0 + 5.0
         shares.charge(i, 1.0)
-        shares.go(i)
+        shares.remove(i)
     assert len(shares._had) < 10
 
 

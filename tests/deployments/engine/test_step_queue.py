@@ -672,7 +672,7 @@ def test_stats_count_seats_and_open_forwards(build_rig):
     rig.take()
     rig.send(b, "b")
     stats = rig.queue.stats()
-    assert (stats.num_seats, stats.num_waiting, stats.num_flying) == (3, 1, 1)
+    assert (stats.num_seats, stats.num_waiting, stats.num_running) == (3, 1, 1)
 
 
 def test_stats_count_batches_by_size(build_rig):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from serve_app.auth.config import NOBODY_ELSE, Access, AuthConfig, CorsConfig
+from serve_app.auth.config import LOCAL_ACCESS, Access, AuthConfig, CorsConfig
 from serve_app.auth.listening import find_listening_fault, is_loopback
 
 ROOT = Path(__file__).parent.parent.parent.parent
@@ -18,7 +18,7 @@ OPEN = Access(is_open=True)
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.1", "127.1", "localhost", "::1", "::ffff:127.0.0.1"])
 def test_these_are_this_machine_alone(host: str) -> None:
     assert is_loopback(host)
-    assert find_listening_fault(host, [NOBODY_ELSE]) is None
+    assert find_listening_fault(host, [LOCAL_ACCESS]) is None
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def test_these_are_this_machine_alone(host: str) -> None:
 )
 def test_these_are_not(host: str) -> None:
     assert not is_loopback(host)
-    fault = find_listening_fault(host, [NOBODY_ELSE])
+    fault = find_listening_fault(host, [LOCAL_ACCESS])
     assert fault is not None
     assert fault.startswith(
         f"http_options.host {host}: other machines would reach this server, and it requires no key"
@@ -37,12 +37,12 @@ def test_these_are_not(host: str) -> None:
 
 
 def test_one_application_without_keys_is_enough_to_refuse() -> None:
-    assert find_listening_fault("0.0.0.0", [KEYED, NOBODY_ELSE]) is not None
+    assert find_listening_fault("0.0.0.0", [KEYED, LOCAL_ACCESS]) is not None
     assert find_listening_fault("0.0.0.0", [KEYED, OPEN]) is None
 
 
 def test_where_there_is_no_http_nobody_is_refused() -> None:
-    assert find_listening_fault(None, [NOBODY_ELSE]) is None
+    assert find_listening_fault(None, [LOCAL_ACCESS]) is None
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Tests of when a job's runner counts as dead, by its beats and the watcher's own clock."""
 
 from serve_app.jobs.job import Open
-from serve_app.jobs.leases import Leases
+from serve_app.jobs.leases import LeaseMonitor
 
 
 class Watch:
@@ -9,7 +9,7 @@ class Watch:
 
     def __init__(self) -> None:
         self._now = 0.0
-        self._leases = Leases(30.0, lambda: self._now)
+        self._leases = LeaseMonitor(30.0, lambda: self._now)
 
     def look(self, **beats: int) -> list[str]:
         """Looks once at jobs with these beats, and returns those whose lease has lapsed."""
