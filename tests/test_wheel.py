@@ -30,16 +30,16 @@ def run(program: Path, *args: str, cwd: Path) -> str:
     return done.stdout
 
 
-def files() -> Iterator[Path]:
-    """Yields the files of the packages, and the configs behind their link."""
+def expected_files() -> Iterator[tuple[str, Path]]:
+    """Yields what the wheel must hold: the files of the packages, and the configs inside one of them."""
     for package in PACKAGES:
-        yield from (path for path in (ROOT / package).rglob("*") if path.is_file())
-    yield from (ROOT / "serve_app" / "configs").glob("*")
+        yield from ((str(path.relative_to(ROOT)), path) for path in (ROOT / package).rglob("*") if path.is_file())
+    yield from ((f"serve_app/configs/{path.name}", path) for path in (ROOT / "configs").iterdir())
 
 
 def test_it_holds_every_file_of_the_packages_as_it_is(wheel: Path) -> None:
     """Code, page, weights, configs, and the py.typed markers for type checkers."""
-    expected = {str(path.relative_to(ROOT)): path for path in files() if "__pycache__" not in path.parts}
+    expected = {name: path for name, path in expected_files() if "__pycache__" not in path.parts}
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
         assert held == {name for name in expected if not name.startswith(NOT_SERVED)}

@@ -7,8 +7,9 @@ import os
 import re
 from pathlib import Path
 
-FOLDER = Path(__file__).parent.parent / "configs"
-"""In the repository, a link to its configs/; in a wheel, the files."""
+_PACKAGE = Path(__file__).parent.parent
+FOLDER = next(folder for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if folder.is_dir())
+"""In a wheel, inside the package (setup.py); in the repository, beside it."""
 _SENTENCE = re.compile(r"(?P<first>.+?)[.:]( |$)")
 
 
