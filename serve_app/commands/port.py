@@ -3,8 +3,10 @@
 Serve's proxies set SO_REUSEPORT, so two servers would share a port, and its requests, without an error.
 """
 
+import contextlib
 import errno
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 _CONNECT_S = 1.0
@@ -81,10 +83,14 @@ def find_listener(port: int) -> str | None:
     }
     links = {f"socket:[{inode}]" for inode in inodes}
     for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if any(str(file.readlink()) in links for file in (process / "fd").iterdir()):
+        with contextlib.suppress(OSError):  # the process has ended, or belongs to another user
+            if not links.isdisjoint(_open_files(process)):
                 words = (process / "cmdline").read_bytes().split(b"\0")
                 return f"{b' '.join(words).decode(errors='replace').strip()[:80]} (pid {process.name})"
-        except OSError:  # the process has ended, or belongs to another user
-            continue
     return None
+
+
+def _open_files(process: Path) -> Iterator[str]:
+    for file in (process / "fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            yield str(file.readlink())

@@ -1,7 +1,9 @@
 """Tests of the check that a port can be listened on, which runs before anything starts."""
 
+import contextlib
 import os
 import socket
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -26,6 +28,26 @@ def test_a_port_that_another_would_share_is_taken_and_its_holder_named(shared: i
     assert fault is not None
     assert fault.startswith(f"port {shared} of {host} is taken by ")
     assert f"(pid {os.getpid()}): stop that process, or choose another with --port" in fault
+
+
+def test_the_holder_is_named_while_it_opens_and_closes_files(shared: int) -> None:
+    is_over = threading.Event()
+
+    def open_and_close() -> None:
+        while not is_over.is_set():
+            with contextlib.ExitStack() as files:
+                for _ in range(50):
+                    files.enter_context(open(os.devnull))
+
+    busy = threading.Thread(target=open_and_close)
+    busy.start()
+    try:
+        faults = {find_port_fault("127.0.0.1", shared) for _ in range(20)}
+    finally:
+        is_over.set()
+        busy.join()
+    assert len(faults) == 1
+    assert f"(pid {os.getpid()})" in str(faults)
 
 
 def test_a_port_that_was_let_go_a_moment_ago_is_free(shared: int) -> None:
