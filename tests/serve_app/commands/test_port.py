@@ -5,6 +5,7 @@ import os
 import socket
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -30,24 +31,31 @@ def test_a_port_that_another_would_share_is_taken_and_its_holder_named(shared: i
     assert f"(pid {os.getpid()}): stop that process, or choose another with --port" in fault
 
 
-def test_the_holder_is_named_while_it_opens_and_closes_files(shared: int) -> None:
+def test_the_holder_is_named_while_it_opens_and_closes_files() -> None:
     is_over = threading.Event()
 
     def open_and_close() -> None:
         while not is_over.is_set():
-            with contextlib.ExitStack() as files:
-                for _ in range(50):
-                    files.enter_context(open(os.devnull))
+            open_many().close()
 
-    busy = threading.Thread(target=open_and_close)
-    busy.start()
-    try:
-        faults = {find_port_fault("127.0.0.1", shared) for _ in range(20)}
-    finally:
+    with contextlib.ExitStack() as stack:
+        with open_many():
+            holder = stack.enter_context(socket.create_server(("127.0.0.1", 0)))  # its descriptor is a high one
+        port = holder.getsockname()[1]
+        busy = threading.Thread(target=open_and_close)
+        busy.start()
+        faults = {find_port_fault("127.0.0.1", port) for _ in range(50)}
         is_over.set()
         busy.join()
     assert len(faults) == 1
     assert f"(pid {os.getpid()})" in str(faults)
+
+
+def open_many() -> contextlib.ExitStack:
+    files = contextlib.ExitStack()
+    for _ in range(50):
+        files.enter_context(Path(os.devnull).open())
+    return files
 
 
 def test_a_port_that_was_let_go_a_moment_ago_is_free(shared: int) -> None:
