@@ -327,7 +327,7 @@ def test_an_images_command_serves_the_quickstart_to_the_outside(file: str) -> No
     """`--host` itself is tested in serve_app/commands/test_serve.py."""
     found = re.findall(r"^(?:ENTRYPOINT|CMD) (\[.*\])$", (LAUNCH / file).read_text(), re.MULTILINE)
     command = [word for part in found for word in json.loads(part)]
-    assert command == ["relay", "serve", "quickstart", "--host", "0.0.0.0", "--open"]
+    assert command == ["relay", "serve", "quickstart", "--host", "0.0.0.0", "--open", "--verbose"]
     assert find_config(Path(command[2])) != Path(command[2])
 
 
@@ -362,7 +362,7 @@ def test_the_composed_services_are_built_of_these_images() -> None:
 def test_the_composed_gpu_service_serves_a_config_that_is_there() -> None:
     command = yaml.safe_load((LAUNCH / "compose.yaml").read_text())["services"]["gpu"]["command"]
     [name] = re.findall(r"^\$\{CONFIG:-(\w+)\}$", command[1])
-    assert [command[0], *command[2:]] == ["serve", "--host", "0.0.0.0", "--open"]
+    assert [command[0], *command[2:]] == ["serve", "--host", "0.0.0.0", "--open", "--verbose"]
     assert (ROOT / "configs" / f"{name}.yaml").is_file()
 
 

@@ -51,6 +51,9 @@ def serve_command(
     address: Annotated[
         str, typer.Option(envvar="RAY_ADDRESS", help="address of a running Ray cluster; local: start one")
     ] = LOCAL,
+    is_verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="show the logs of Ray and Serve here too")
+    ] = False,
     is_listing: Annotated[
         bool, typer.Option("--list", callback=tell_configs, is_eager=True, help="list the shipped configs")
     ] = False,
@@ -76,7 +79,8 @@ def serve_command(
     if mistakes:
         raise ConfigError("\n".join(mistakes))
     names = {name: _who(app) for name, app in apps.items()}
-    raise typer.Exit(importlib.import_module(SERVER).run_server(deployment, names, address=address, grace_s=grace))
+    server = importlib.import_module(SERVER)
+    raise typer.Exit(server.run_server(deployment, names, address=address, grace_s=grace, is_verbose=is_verbose))
 
 
 def open_applications(path: Path, raw: dict[str, Any]) -> None:

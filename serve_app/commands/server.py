@@ -66,15 +66,18 @@ class RayGone(CannotServe):
     """Ray itself is gone, so nothing can be shut down in order any more."""
 
 
-def run_server(deployment: ServeDeploySchema, models: Mapping[str, str], *, address: str, grace_s: float) -> int:
+def run_server(
+    deployment: ServeDeploySchema, models: Mapping[str, str], *, address: str, grace_s: float, is_verbose: bool
+) -> int:
     """Serves until SIGINT, SIGTERM or SIGHUP, then ends what it started. Returns the exit code.
 
     Args:
         models: by name of an application that serves models: the subject of "… ready", such as `flux-dev is`.
         address: "local", or the address of a Ray cluster to join, whose Serve is shut down at the end.
         grace_s: seconds that running requests get to finish. A second signal ends them at once.
+        is_verbose: whether the logs of Ray and Serve are shown too.
     """
-    server, code = Server(deployment, models, address), 0
+    server, code = Server(deployment, models, address, is_verbose=is_verbose), 0
     on_signals(_interrupt)
     try:
         server.start()
@@ -113,8 +116,11 @@ def on_signals(handler: Callable[[int, FrameType | None], None]) -> None:
 class Server:
     """One Serve instance, with HTTP, that runs the applications of one config file."""
 
-    def __init__(self, deployment: ServeDeploySchema, models: Mapping[str, str], address: str) -> None:
+    def __init__(
+        self, deployment: ServeDeploySchema, models: Mapping[str, str], address: str, *, is_verbose: bool
+    ) -> None:
         self._deployment, self._models, self._address = deployment, models, address
+        self._is_verbose = is_verbose
         self._is_local = address == "local"
         self._client: Any = None
         self._is_ready = False
@@ -124,11 +130,21 @@ class Server:
     def start(self) -> None:
         """Starts Ray and deploys; returns before anything is ready. Raises CannotServe."""
         try:
-            ray.init(address=self._address, namespace="serve")
+            self._init_ray()
             on_signals(_interrupt)  # ray.init has replaced the handlers
             self._deploy()
         except (ConnectionError, TimeoutError, RayError) as error:
             raise CannotServe(_last_line(str(error))) from error
+
+    def _init_ray(self) -> None:
+        if self._is_verbose:
+            ray.init(address=self._address, namespace="serve")
+            return
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        context = ray.init(address=self._address, namespace="serve", log_to_driver=False, logging_level="ERROR")
+        console.print(f"relay: logs: {context.address_info['session_dir']}/logs/serve; with --verbose, also here")
+        if context.dashboard_url:
+            console.print(f"relay: Ray's dashboard: http://{context.dashboard_url}")
 
     def _deploy(self) -> None:
         self._client = serve_start(

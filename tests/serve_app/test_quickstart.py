@@ -108,6 +108,7 @@ def test_at_sigterm_it_cuts_what_runs_over_its_grace_and_leaves_nothing(server: 
     text = server.log.read_text()
     assert (len(errors), left_over(children, after_s=5)) == (1, [])
     assert "relay: encoder: ready" in text
+    assert [line for line in text.splitlines() if not line.startswith("relay: ")] == []
     assert "1 request in progress: waiting up to 1 s" in text
     assert "graceful_shutdown" not in text
     assert text.rstrip().endswith("relay: stopping")

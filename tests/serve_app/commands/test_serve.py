@@ -207,6 +207,8 @@ def test_a_stage_that_cannot_be_made_ends_it_with_its_sentence(tmp_path: Path) -
     config.write_text(
         QUICKSTART.replace("vae: {num_cpus: 0.5}", "vae: {num_cpus: 0.5, attention_backend: nonsense}")
     )
-    with serving(config, log, "--port", str(free_port())) as process:
+    with serving(config, log, "--port", str(free_port()), "--verbose") as process:
         assert process.wait(timeout=240) == 1
-    assert any(line.startswith("relay: vae: ") and "nonsense" in line for line in log.read_text().splitlines())
+    lines = log.read_text().splitlines()
+    assert any(line.startswith("relay: vae: ") and "nonsense" in line for line in lines)
+    assert any("(ServeController pid=" in line for line in lines)
