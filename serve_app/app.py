@@ -8,7 +8,7 @@ from ray.serve import Application, Deployment
 from ray.serve.config import BackpressureConfig
 from ray.serve.exceptions import RayServeException
 
-from cluster.machines.nodes import is_alone
+from cluster.machines.nodes import is_single_node
 from cluster.replicas.serve_options import HEAD_NODE, HEALTH_CHECKS, ScalingHints, Sleeping, plan_serve_options
 from deployments.checkpoints.components import Stage
 from deployments.config.model import ModelConfig
@@ -69,7 +69,7 @@ def compose_app(config: AppConfig) -> Application:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     check_requests(config)
-    if is_alone():
+    if is_single_node():
         check_files(config)
     check_capacity(config)
     return build_ingress(config).bind(config.limits, *_bind(config), jobs=config.jobs, **bind_access(config))

@@ -63,7 +63,7 @@ class ProxyMiddleware:
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
         self._unfinished: dict[asyncio.Timeout, None] = {}
-        self._told_wait_s: float | None = None
+        self._last_wait_s: float | None = None
         """Seconds until there is room, as an ingress last reported."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -106,30 +106,30 @@ class ProxyMiddleware:
         )
         if may_repeat and all(name != IDEMPOTENCY_KEY_HEADER for name, _ in scope["headers"]):
             scope = {**scope, "headers": [*scope["headers"], (IDEMPOTENCY_KEY_HEADER, uuid.uuid4().hex.encode())]}
-        told = [header for header in scope["headers"] if header[0] != REQUEST_ID_HEADER]
-        scope = {**scope, "headers": [*told, (REQUEST_ID_HEADER, uuid.uuid4().hex.encode())]}
+        others = [header for header in scope["headers"] if header[0] != REQUEST_ID_HEADER]
+        scope = {**scope, "headers": [*others, (REQUEST_ID_HEADER, uuid.uuid4().hex.encode())]}
         for attempt in range(1 + MAX_REPEATS * may_repeat):
             if attempt:
                 log.warning("an ingress was lost before it answered; attempt %d follows", attempt + 1)
                 await asyncio.sleep(BACKOFF_S * attempt)
-            answer = Answer(send, is_serves_own=scope["path"].startswith("/-/"))
+            answer = Answer(send, is_serve_route=scope["path"].startswith("/-/"))
             try:
                 await self._app(_copy(scope), client.receiver(), answer.send)
             except Exception:
                 if answer.has_started:
                     raise
                 log.exception("Serve's proxy failed")
-            self._told_wait_s = answer.told_wait_s or self._told_wait_s
-            if answer.held is not None:
-                await self._say(scope, answer, send)
+            self._last_wait_s = answer.retry_after_s or self._last_wait_s
+            if answer.withheld_start is not None:
+                await self._send_proxy_error(scope, answer, send)
             if answer.has_started or client.has_left:
                 return
         await _answer(send, Unavailable.status, Unavailable("the ingress was lost before it answered; try again"))
 
-    async def _say(self, scope: Scope, answer: "Answer", send: Send) -> None:
+    async def _send_proxy_error(self, scope: Scope, answer: "Answer", send: Send) -> None:
         """Sends the proxy's own answer in the API's form."""
-        assert answer.held is not None
-        status, text = answer.held["status"], b"".join(answer.text).decode(errors="replace")
+        assert answer.withheld_start is not None
+        status, text = answer.withheld_start["status"], b"".join(answer.text).decode(errors="replace")
         error: RelayError
         if status == 404 and not await self._serves_anything(scope):
             status, error = 503, Unavailable("nothing is served here yet")
@@ -137,10 +137,12 @@ class ProxyMiddleware:
             path = named(scope["path"])
             error = BadCall(f"{scope['method']} {path}: no application is served there; GET /-/routes lists them")
         else:
-            said = text.partition("\n")[0]
-            error = Overloaded(said, self._told_wait_s) if status == 429 else _KINDS.get(status, BadCall)(said)
-        told = [header for header in answer.held["headers"] if header[0].lower() == b"x-request-id"]
-        await _answer(send, status, error, told, ends_connection=False)
+            message = text.partition("\n")[0]
+            error = (
+                Overloaded(message, self._last_wait_s) if status == 429 else _KINDS.get(status, BadCall)(message)
+            )
+        ids = [header for header in answer.withheld_start["headers"] if header[0].lower() == b"x-request-id"]
+        await _answer(send, status, error, ids, ends_connection=False)
 
     async def _serves_anything(self, scope: Scope) -> bool:
         """Whether the proxy's own list of routes contains an application."""
@@ -201,21 +203,21 @@ class Client:
 
 
 class Answer:
-    """One answer: sent on to the client, except that an answer of Serve's proxy itself is held back."""
+    """One answer: sent on to the client, except that an answer of Serve's proxy itself is withheld_start back."""
 
-    def __init__(self, send: Send, *, is_serves_own: bool) -> None:
-        self._send, self._is_serves_own = send, is_serves_own
+    def __init__(self, send: Send, *, is_serve_route: bool) -> None:
+        self._send, self._is_serve_route = send, is_serve_route
         self.has_started = False
-        self.held: Message | None = None
+        self.withheld_start: Message | None = None
         self.text: list[bytes] = []
-        self.told_wait_s: float | None = None
+        self.retry_after_s: float | None = None
 
     async def send(self, message: Message) -> None:
-        if message["type"] == "http.response.start" and not self._is_serves_own and is_proxys(message):
-            self.held = message
+        if message["type"] == "http.response.start" and not self._is_serve_route and is_from_proxy(message):
+            self.withheld_start = message
         elif message["type"] == "http.response.start" and message["status"] == Overloaded.status:
-            self.told_wait_s = _retry_after_s(message)
-        if self.held is not None:
+            self.retry_after_s = _retry_after_s(message)
+        if self.withheld_start is not None:
             self.text.append(message.get("body", b""))
         else:
             await self._send(message)
@@ -223,11 +225,11 @@ class Answer:
 
 
 def _retry_after_s(start: Message) -> float | None:
-    told = next((value for name, value in start["headers"] if name.lower() == b"retry-after"), b"")
-    return float(told) if told.isdigit() else None
+    value = next((value for name, value in start["headers"] if name.lower() == b"retry-after"), b"")
+    return float(value) if value.isdigit() else None
 
 
-def is_proxys(start: Message) -> bool:
+def is_from_proxy(start: Message) -> bool:
     """Whether the answer is an error in Serve's own words: text without a content length."""
     headers = {name.lower(): value for name, value in start["headers"]}
     is_text = headers.get(b"content-type", b"").startswith(b"text/plain")
@@ -267,6 +269,6 @@ async def _answer(
     own = {"content-type": "application/json", "content-length": str(len(body))} | error.headers()
     if ends_connection:
         own["connection"] = "close"
-    told = [*headers, *((name.encode(), value.encode()) for name, value in own.items())]
-    await send({"type": "http.response.start", "status": status, "headers": told})
+    all_headers = [*headers, *((name.encode(), value.encode()) for name, value in own.items())]
+    await send({"type": "http.response.start", "status": status, "headers": all_headers})
     await send({"type": "http.response.body", "body": body})

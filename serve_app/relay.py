@@ -22,7 +22,7 @@ from serve_app.flow.wake_up import WakeUp
 from serve_app.generation import generate
 from serve_app.load.admission import Admission
 from serve_app.load.backlog import NO_LOAD, Backlog, Load
-from serve_app.load.last_seen import LastSeen, Sight
+from serve_app.load.stale_cache import CachedValue, StaleWhileRevalidate
 from serve_app.models.card import ModelCard, model_card
 from serve_app.models.replicas import no_statuses, stage_health, stage_statuses
 from serve_app.validation import Validator
@@ -57,8 +57,8 @@ class Relay:
         self.validator = Validator(model, limits)
         self._created = int(time.time())
         self._metrics = StageMetrics(stage="ingress", rank=0, model=model.name)
-        self._health = LastSeen(lambda: stage_health(self._stages.by_name, may_sleep))
-        self._statuses = LastSeen(lambda: stage_statuses(self._stages.by_name))
+        self._health = StaleWhileRevalidate(lambda: stage_health(self._stages.by_name, may_sleep))
+        self._statuses = StaleWhileRevalidate(lambda: stage_statuses(self._stages.by_name))
         export_regularly(self._metrics.export_requests)
 
     async def run(
@@ -135,17 +135,17 @@ class Relay:
         """Paths under which this model is served."""
         return frozenset(call.path for call in self.model().calls.values())
 
-    async def health(self) -> Sight[dict[str, str]]:
+    async def health(self) -> CachedValue[dict[str, str]]:
         """Returns for each stage one of replicas.SERVING, or why it cannot serve now; as last seen."""
         seen = await self._health.get()
-        return seen or Sight(dict.fromkeys(self._stages.by_name, "it has not reported yet"), 0.0)
+        return seen or CachedValue(dict.fromkeys(self._stages.by_name, "it has not reported yet"), 0.0)
 
     async def status(self) -> dict[str, Any]:
         """Returns what every replica of every stage reports, and what Serve reports about it; as last seen."""
-        seen = await self._statuses.get() or Sight(no_statuses(self._stages.by_name), 0.0)
+        seen = await self._statuses.get() or CachedValue(no_statuses(self._stages.by_name), 0.0)
         handles = self._stages.by_name
         stages = {
-            name: {"deployment": handles[name].deployment_name, **asdict(of)} for name, of in seen.answer.items()
+            name: {"deployment": handles[name].deployment_name, **asdict(of)} for name, of in seen.value.items()
         }
         return {
             "model": self.name,

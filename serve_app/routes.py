@@ -197,9 +197,9 @@ def _add_facts(api: FastAPI, models: Models) -> None:
     )
     async def health() -> JSONResponse:
         seen = await models.health()
-        is_ok = seen.answer["ok"]
+        is_ok = seen.value["ok"]
         headers = {"Age": str(int(seen.age_s))} | ({} if is_ok else {"Retry-After": "5"})
-        return JSONResponse(seen.answer, 200 if is_ok else 503, headers=headers)
+        return JSONResponse(seen.value, 200 if is_ok else 503, headers=headers)
 
     @api.get(
         "/v1/status", summary="Replicas, queues, memory and work per model and stage, and how old these facts are"

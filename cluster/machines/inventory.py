@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-VISIBLE = 0.98
+USABLE_MEMORY_SHARE = 0.98
 """Share of the memory shown by `nvidia-smi` that a process can use; the driver keeps the rest. Users' torch
 reports 15.70 GiB on an RTX 4080 of 16, 23.65 on an RTX 4090 of 24, and 79.1 on an A100 of 80."""
 _GPUS = r"([1-9]\d*)x(\d+(?:\.\d+)?)(?:GiB|GB|G)?"
@@ -43,7 +43,7 @@ def parse_gpus(text: str) -> tuple[Gpu, ...]:
     node = 0
     for part in text.replace(" ", "").split("+"):
         for num_gpus, gib in _nodes(part):
-            gpus += [Gpu(node, index, int(VISIBLE * gib * 2**30)) for index in range(num_gpus)]
+            gpus += [Gpu(node, index, int(USABLE_MEMORY_SHARE * gib * 2**30)) for index in range(num_gpus)]
             node += 1
     return tuple(gpus)
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.machines.inventory import VISIBLE, Gpu
+from cluster.machines.inventory import USABLE_MEMORY_SHARE, Gpu
 
 _ANSWER_S = 30.0
 """Timeout for a worker process to start on every node and query the driver."""
@@ -54,23 +54,23 @@ def cluster_gpus() -> tuple[Gpu, ...]:
     nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
     memory = _ask_nodes([node["NodeID"] for node in nodes])
     return tuple(
-        Gpu(i, index, int(VISIBLE * memory[i]))
+        Gpu(i, index, int(USABLE_MEMORY_SHARE * memory[i]))
         for i, node in enumerate(nodes)
         for index in range(int(node["Resources"]["GPU"]))
     )
 
 
-def may_grow() -> bool:
+def has_autoscaler() -> bool:
     """Whether nodes may be added on demand: Ray's launcher and KubeRay label theirs with their node group."""
     return any(node["Alive"] and node["Labels"].get("ray.io/node-group") for node in ray.nodes())
 
 
-def is_alone() -> bool:
+def is_single_node() -> bool:
     """Whether this machine is the whole Ray cluster of this process, and no node can be added."""
-    return is_connected() and sum(node["Alive"] for node in ray.nodes()) == 1 and not may_grow()
+    return is_connected() and sum(node["Alive"] for node in ray.nodes()) == 1 and not has_autoscaler()
 
 
-def run_apart(function: Callable[..., T], *args: Any) -> T:
+def run_in_ray_task(function: Callable[..., T], *args: Any) -> T:
     """Calls `function` in a separate process that takes none of the cluster's resources; blocks. Raises its
     exceptions."""
     result: T = ray.get(ray.remote(num_cpus=0, max_calls=1)(function).remote(*args))

@@ -73,7 +73,7 @@ class ClusterSnapshot:
     """Each node with its free resources."""
     unplaced: tuple[Mapping[str, float], ...] = ()
     """Resources of each process that no node has room for."""
-    may_grow: bool = False
+    has_autoscaler: bool = False
     """Whether nodes may be added on demand."""
 
 
@@ -90,8 +90,8 @@ def read_snapshot() -> ClusterSnapshot:
         for node in state.node_states
         if node.status in _PLACES
     )
-    may_grow = any(NODE_GROUP in node.labels for node, _ in nodes)
-    return ClusterSnapshot(nodes, tuple(_find_unplaced(state)), may_grow)
+    has_autoscaler = any(NODE_GROUP in node.labels for node, _ in nodes)
+    return ClusterSnapshot(nodes, tuple(_find_unplaced(state)), has_autoscaler)
 
 
 def _find_unplaced(state: ClusterResourceState) -> list[Mapping[str, float]]:
@@ -133,7 +133,7 @@ class Watch:
         """Returns the requests that have waited so long that a stage in use should give way to them; idle models
         give way earlier."""
         snapshot = self.snapshot()
-        limit_s = NODE_S if snapshot.may_grow else 2 * LASTING_S
+        limit_s = NODE_S if snapshot.has_autoscaler else 2 * LASTING_S
         long = self.lasting(max(limit_s, SCATTERED_S))
         return [
             each

@@ -84,7 +84,7 @@ class StageUses:
             return use.num_wanted
         if now_s < use.refused_until_s:
             return use.target
-        if snapshot.may_grow:
+        if snapshot.has_autoscaler:
             return use.num_wanted
         granted = self._share_out(snapshot, now_s)[key]
         use.is_starved = granted == use.target

@@ -24,7 +24,7 @@ TAIL = (
 )
 """diffusers' names of the modules that run after the last block; only the last shard has these modules."""
 
-CHAINS: Mapping[str, tuple[str, ...]] = {
+BLOCK_LISTS: Mapping[str, tuple[str, ...]] = {
     "BriaTransformer2DModel": ("transformer_blocks", "single_transformer_blocks"),
     "Flux3Transformer2DModel": ("single_transformer_blocks",),
     "HiDreamImageTransformer2DModel": ("double_stream_blocks", "single_stream_blocks"),
@@ -37,16 +37,16 @@ CHAINS: Mapping[str, tuple[str, ...]] = {
 }
 """The chain of a class: the lists whose blocks each feed the next, in forward order. Only classes that declare no
 lists, or other lists besides, need an entry. Those other lists run before the chain, in every shard's head unless
-`FRONT` names them."""
+`FIRST_SHARD_BLOCKS` names them."""
 
-FRONT: Mapping[str, tuple[str, ...]] = {
+FIRST_SHARD_BLOCKS: Mapping[str, tuple[str, ...]] = {
     "Flux3Transformer2DModel": ("txt_mode_blocks", "mode_blocks.image", "mode_blocks.image_cond"),
     "Lumina2Transformer2DModel": ("context_refiner", "noise_refiner"),
     "ZImageTransformer2DModel": ("context_refiner", "noise_refiner"),
 }
 """The lists before the chain whose results only its first block reads, so that only the first shard has them."""
 
-NO_CHAINS: Mapping[str, str] = {
+UNCUTTABLE: Mapping[str, str] = {
     "HunyuanDiT2DModel": "the second half of its blocks reads the outputs of the first half",
     "LatteTransformer3DModel": "its blocks over space and over time take turns, in two lists",
     "WanVACETransformer3DModel": "its vace_blocks run beside its blocks",
@@ -64,7 +64,8 @@ class BlockBytes:
     head: int
     """Held by every shard: the embedders, and whatever else is neither block nor tail."""
     blocks: tuple[int, ...]
-    """Each held by one shard, in forward order. The first includes what only the first shard has (`FRONT`)."""
+    """Each held by one shard, in forward order. The first includes what only the first shard has
+    (`FIRST_SHARD_BLOCKS`)."""
     tail: int
     """Held by the last shard: output norm and projection."""
 
@@ -96,8 +97,8 @@ def build_skeleton(model_class: type[ModelMixin], checkpoint_dir: Path, subfolde
 def block_names(model: nn.Module) -> tuple[str, ...]:
     """Returns the names of the blocks that may go to different shards, in forward order.
 
-    A transformer's blocks are the lists in `CHAINS`, or else those whose elements' classes diffusers declares as
-    repeated or as not to be split; a UNet's are its down, mid and up blocks.
+    A transformer's blocks are the lists in `BLOCK_LISTS`, or else those whose elements' classes diffusers declares
+    as repeated or as not to be split; a UNet's are its down, mid and up blocks.
 
     Raises:
         ValueError: there are no blocks, or there are several lists that are not known to feed each other.
@@ -131,7 +132,7 @@ def block_bytes(model: nn.Module) -> BlockBytes:
 
 def front_names(model: nn.Module) -> tuple[str, ...]:
     """Returns the names of the blocks that only the first shard needs; in others, stubs return their inputs."""
-    lists = FRONT.get(type(model).__name__, ())
+    lists = FIRST_SHARD_BLOCKS.get(type(model).__name__, ())
     return tuple(name for part in lists for name in _members(part, model.get_submodule(part)))
 
 
@@ -157,10 +158,10 @@ def _is_unet(model: nn.Module) -> bool:
 
 def _lists(model: Any) -> Sequence[str]:
     class_name = type(model).__name__
-    if class_name in NO_CHAINS:
-        raise ValueError(f"{class_name} cannot be cut into shards: {NO_CHAINS[class_name]}; run it as one shard")
-    if class_name in CHAINS:
-        return CHAINS[class_name]
+    if class_name in UNCUTTABLE:
+        raise ValueError(f"{class_name} cannot be cut into shards: {UNCUTTABLE[class_name]}; run it as one shard")
+    if class_name in BLOCK_LISTS:
+        return BLOCK_LISTS[class_name]
     kinds = {*(model._repeated_blocks or ()), *(model._no_split_modules or ())}
     lists = [
         name

@@ -10,7 +10,7 @@ from deployments.config.model import ModelConfig
 from deployments.config.stage import StageConfig
 from deployments.errors import CannotServe
 
-UNNEEDED = frozenset({"bitsandbytes", "gguf", "peft", "torchao"})
+OPTIONAL_PACKAGES = frozenset({"bitsandbytes", "gguf", "peft", "torchao"})
 """Packages not needed unless weights are quantised or the model takes adapters."""
 NOISE = {
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward from kernels-community",
@@ -34,7 +34,7 @@ def skip_unneeded(model: ModelConfig, config: StageConfig) -> None:
     """Skips packages that this stage does not need. Raises CannotServe if a needed one is skipped already."""
     needed = needed_packages(model, config)
     if "diffusers" not in sys.modules:
-        skip(UNNEEDED - needed)
+        skip(OPTIONAL_PACKAGES - needed)
     elif skipped := sorted(name for name in needed if name in sys.modules and sys.modules[name] is None):
         raise CannotServe(
             f"{model.checkpoint} needs {', '.join(skipped)} here, but did not where the app was built: build the "
@@ -52,7 +52,7 @@ def skip(packages: Iterable[str]) -> None:
 
 
 def needed_packages(model: ModelConfig, config: StageConfig) -> frozenset[str]:
-    """Returns the packages of UNNEEDED that this stage does need. Raises what `fetch_configs` raises."""
+    """Returns the packages of OPTIONAL_PACKAGES that this stage does need. Raises what `fetch_configs` raises."""
     methods = stored_methods(model)
     files = (model.checkpoint, *model.components.values())
     is_needed = {

@@ -7,10 +7,11 @@ import sys
 from deployments.config.model import ModelConfig
 from deployments.config.stage import StageConfig
 from deployments.stages import STAGES
-from deployments.stages.imports import UNNEEDED, needed_packages, silence_imports, skip
+from deployments.stages.imports import OPTIONAL_PACKAGES, needed_packages, silence_imports, skip
 
-FORKABLE = frozenset({"peft"})
-"""Packages of UNNEEDED that may be imported before a fork. bitsandbytes opens a GPU, which fails after a fork."""
+FORK_SAFE_PACKAGES = frozenset({"peft"})
+"""Packages of OPTIONAL_PACKAGES that may be imported before a fork. bitsandbytes opens a GPU, which fails after a
+fork."""
 
 
 def plan_preload(model: ModelConfig, config: StageConfig) -> list[str] | None:
@@ -22,7 +23,7 @@ def plan_preload(model: ModelConfig, config: StageConfig) -> list[str] | None:
         needed = needed_packages(model, config)
     except (ValueError, OSError):  # the checkpoint is not on this machine
         return None
-    if needed - FORKABLE:
+    if needed - FORK_SAFE_PACKAGES:
         return None
     classes = (call.pipeline_class for call in model.architecture.calls.values())
     return [f"{__name__}:{preload.__name__}", *sorted(needed), *classes]
@@ -31,10 +32,10 @@ def plan_preload(model: ModelConfig, config: StageConfig) -> list[str] | None:
 def preload(*names: str) -> None:
     """Imports all that the stages import for a model.
 
-    names: packages of UNNEEDED that the model needs, and pipeline classes.
+    names: packages of OPTIONAL_PACKAGES that the model needs, and pipeline classes.
     """
     silence_imports()
-    skip(UNNEEDED - {*names})
+    skip(OPTIONAL_PACKAGES - {*names})
     for path in (*STAGES.values(), "diffusers.guiders"):
         importlib.import_module(path.partition(":")[0])
     diffusers = sys.modules["diffusers"]

@@ -33,7 +33,7 @@ class Census:
         return sum(size * times for size, times in self.transformer.queue.batch_sizes.items())
 
 
-async def take_census() -> Census:
+async def snapshot_stats() -> Census:
     return Census(await ask("Encoder"), await ask("Transformer"))
 
 
@@ -61,7 +61,7 @@ async def ask(deployment: str, app: str = APP_NAME) -> Any:
                 await asyncio.sleep(0.1)
 
 
-def work_again(before: Census, after: Census, running: Sequence[Body], new: Sequence[Body]) -> Row:
+def recomputed_work(before: Census, after: Census, running: Sequence[Body], new: Sequence[Body]) -> Row:
     """Returns the number of encodings and steps beyond the necessary ones.
 
     A stage that has survived has counted its work for all requests; one that has restarted since, at most that for

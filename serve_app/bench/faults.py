@@ -18,19 +18,19 @@ import httpx
 
 from serve_app.bench.answers import Body, Judge, is_rejection, open_client, post
 from serve_app.bench.availability import AvailabilityProbe
-from serve_app.bench.census import ask, take_census, until_idle, until_seated, work_again
-from serve_app.bench.processes import TITLES, Leavings, find_processes, is_alive
+from serve_app.bench.census import ask, recomputed_work, snapshot_stats, until_idle, until_seated
+from serve_app.bench.processes import TITLES, LeakedResources, find_processes, is_alive
 from serve_app.bench.progress import Progress
 from serve_app.bench.report import Row, report, write_rows
 from serve_app.bench.tiny_app import MANY_STEPS, serving, tiny_config
 from serve_app.bench.whole import PlainPipeline
 
 PROCESSES = tuple(TITLES)
-WHO = (*PROCESSES, "client")
+TARGETS = (*PROCESSES, "client")
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGSTOP")
-TWICE = ("starting", "serving")
+REPEATED_FAULTS = ("starting", "serving")
 """The fault happens under load, and again when the successor is starting, or as soon as it serves."""
-WHEN = ("loaded", "idle", *TWICE)
+WHEN = ("loaded", "idle", *REPEATED_FAULTS)
 GROUP = ("rank 0", "rank 1")
 """Processes that end together."""
 STOPPED_S = 20.0
@@ -44,7 +44,7 @@ SETTLE_S = 120.0
 
 
 @dataclass(frozen=True)
-class Cell:
+class FaultCase:
     """One fault: which process gets which signal, and when."""
 
     process: str
@@ -54,17 +54,17 @@ class Cell:
     @property
     def is_twice(self) -> bool:
         """Whether the successor gets the signal, too. A process that is only stopped has no successor."""
-        return self.when in TWICE and self.signal != "SIGSTOP"
+        return self.when in REPEATED_FAULTS and self.signal != "SIGSTOP"
 
 
 QUICK = (
-    Cell("rank 1", "SIGTERM", "loaded"),
-    Cell("encoder", "SIGTERM", "loaded"),
-    Cell("HTTP proxy", "SIGTERM", "idle"),
+    FaultCase("rank 1", "SIGTERM", "loaded"),
+    FaultCase("encoder", "SIGTERM", "loaded"),
+    FaultCase("HTTP proxy", "SIGTERM", "idle"),
 )
 
 
-def run(*, cells: Sequence[Cell], with_killer: bool, with_leavers: bool, json_file: Path | None) -> None:
+def run(*, cells: Sequence[FaultCase], with_killer: bool, with_leavers: bool, json_file: Path | None) -> None:
     """Reports a row for each cell, one for a request that kills processes, and one for clients that disconnect.
 
     requests, answered, refused: how many were accepted, got an image, or got a 5xx in relay's error format; the
@@ -103,7 +103,7 @@ def _keep(row: Row, json_file: Path) -> None:
 
 
 def _key(row: Row) -> tuple[int, str, str]:
-    return WHO.index(str(row["process"])), str(row["when"]), str(row["signal"])
+    return TARGETS.index(str(row["process"])), str(row["when"]), str(row["signal"])
 
 
 class Faults:
@@ -112,12 +112,12 @@ class Faults:
     def __init__(self, url: str, judge: Judge) -> None:
         self._url, self._judge = url, judge
 
-    async def fault(self, cell: Cell) -> Row:
+    async def fault(self, cell: FaultCase) -> Row:
         """Injects one fault. By then all running requests are encoded, and none is fully denoised."""
         running = [] if cell.when == "idle" else [_body(i) for i in range(NUM_REQUESTS)]
         doomed = GROUP if cell.process in GROUP else (cell.process,)
         await until_idle()
-        before, processes, leavings = await take_census(), find_processes(), Leavings.now()
+        before, processes, leavings = await snapshot_stats(), find_processes(), LeakedResources.now()
         probe = AvailabilityProbe(self._url)
         async with open_client(self._url) as client:
             posts = [asyncio.create_task(post(client, body)) for body in running]
@@ -135,12 +135,14 @@ class Faults:
             "signals": 1 + cell.is_twice,
             **self._judged(running, answers, probe),
             "new_request_wait_s": probe.longest_wait_s,
-            **work_again(before, await take_census(), running, probe.sent),
+            **recomputed_work(before, await snapshot_stats(), running, probe.sent),
             "left_over": left_over,
             **leavings.since(),
         }
 
-    async def _successor(self, cell: Cell, before: Mapping[str, Sequence[int]], probe: AvailabilityProbe) -> int:
+    async def _successor(
+        self, cell: FaultCase, before: Mapping[str, Sequence[int]], probe: AvailabilityProbe
+    ) -> int:
         """Returns the process ID of the successor, once it has started or once it serves."""
         async with asyncio.timeout(SETTLE_S):
             while not (new := set(find_processes()[cell.process]) - set(before[cell.process])):
@@ -154,7 +156,7 @@ class Faults:
         """Kills rank 0 each time that one certain request of the eight reports a step."""
         bodies = [_body(i) for i in range(NUM_REQUESTS)]
         killer, innocent = bodies[0] | {"stream": True, "progress": True}, bodies[1:]
-        processes, leavings = find_processes(), Leavings.now()
+        processes, leavings = find_processes(), LeakedResources.now()
         killed_at: list[float] = []
         async with open_client(self._url) as client:
             posts = [asyncio.create_task(post(client, body)) for body in innocent]
@@ -185,7 +187,7 @@ class Faults:
         """Half of the clients close their connections; the others still get their images."""
         bodies = [_body(i) for i in range(NUM_REQUESTS)]
         staying, leaving = bodies[::2], [body | {"num_inference_steps": MANY_STEPS} for body in bodies[1::2]]
-        leavings = Leavings.now()
+        leavings = LeakedResources.now()
         async with open_client(self._url) as client:
             leavers = [asyncio.create_task(post(client, body)) for body in leaving]
             posts = [asyncio.create_task(post(client, body)) for body in staying]

@@ -60,7 +60,7 @@ RESOURCES = ResourceConfig(num_cpus=0.1)
 class Load:
     """The requests that a ring gets at once. Methods take K, the number of steps of a request without guidance."""
 
-    is_alone: bool = False
+    is_single_node: bool = False
     """Whether there is one request, in place of 2·S."""
     num_passes: int = 1
     """Forwards per step."""
@@ -68,11 +68,11 @@ class Load:
     """Whether all forwards of a step are submitted before the first is waited for."""
 
     def num_requests(self, num_shards: int) -> int:
-        return 1 if self.is_alone else 2 * num_shards
+        return 1 if self.is_single_node else 2 * num_shards
 
     def num_steps(self, num_steps: int) -> int:
         """Returns the steps of each request. 2·S requests have as many forwards with guidance as without."""
-        return num_steps if self.is_alone else num_steps // self.num_passes
+        return num_steps if self.is_single_node else num_steps // self.num_passes
 
     def num_forwards(self, num_shards: int, num_steps: int) -> int:
         """Returns the forwards of all requests."""
@@ -80,15 +80,15 @@ class Load:
 
     def num_slots(self, num_shards: int, num_steps: int) -> int:
         """Returns the ideal time of all requests, in units of step_ms."""
-        if self.is_alone:
+        if self.is_single_node:
             return (num_shards + self.num_passes - 1) * self.num_steps(num_steps)
         return self.num_forwards(num_shards, num_steps) + num_shards - 1
 
 
 LOADS: Mapping[str, Load] = {
     "ring": Load(),
-    "guided": Load(is_alone=True, num_passes=2, at_once=True),
-    "guided, in turn": Load(is_alone=True, num_passes=2),
+    "guided": Load(is_single_node=True, num_passes=2, at_once=True),
+    "guided, in turn": Load(is_single_node=True, num_passes=2),
     "2S guided": Load(num_passes=2, at_once=True),
     "2S guided, in turn": Load(num_passes=2),
 }

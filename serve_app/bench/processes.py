@@ -39,19 +39,19 @@ def count_zombies() -> int:
 
 
 @dataclass(frozen=True)
-class Leavings:
+class LeakedResources:
     """What dead processes have left behind: zombies and shared memory."""
 
     zombies: int
     shm_bytes: int
 
     @classmethod
-    def now(cls) -> "Leavings":
+    def now(cls) -> "LeakedResources":
         return cls(count_zombies(), shared_memory_bytes())
 
     def since(self) -> Row:
         """Returns what has been left behind since this was taken."""
-        now = Leavings.now()
+        now = LeakedResources.now()
         return {
             "zombies": max(0, now.zombies - self.zombies),
             "shm_bytes": max(0, now.shm_bytes - self.shm_bytes),

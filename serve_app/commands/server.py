@@ -58,11 +58,11 @@ class Terminal(Console):
 console = Terminal(stderr=True, soft_wrap=True, highlight=False)
 
 
-class CannotServe(Exception):
+class StartFailed(Exception):
     """The app cannot start, or the processes that serve it are gone; the message says why."""
 
 
-class RayGone(CannotServe):
+class RayGone(StartFailed):
     """Ray itself is gone, so nothing can be shut down in order any more."""
 
 
@@ -86,7 +86,7 @@ def run_server(
     except KeyboardInterrupt:
         with contextlib.suppress(KeyboardInterrupt):
             server.drain(grace_s)
-    except CannotServe as error:
+    except StartFailed as error:
         console.print(f"relay: {error}", style="red")
         code = 1
         if isinstance(error, RayGone):
@@ -128,13 +128,13 @@ class Server:
         """Descendants of this process, as last listed: the workers of a dead raylet are no longer descendants."""
 
     def start(self) -> None:
-        """Starts Ray and deploys; returns before anything is ready. Raises CannotServe."""
+        """Starts Ray and deploys; returns before anything is ready. Raises StartFailed."""
         try:
             self._init_ray()
             on_signals(_interrupt)  # ray.init has replaced the handlers
             self._deploy()
         except (ConnectionError, TimeoutError, RayError) as error:
-            raise CannotServe(_last_line(str(error))) from error
+            raise StartFailed(_last_line(str(error))) from error
 
     def _init_ray(self) -> None:
         if self._is_verbose:
@@ -156,7 +156,7 @@ class Server:
         self._client.deploy_apps(self._deployment)
 
     def wait_until_ready(self) -> None:
-        """Shows what is loading, and the addresses once all is ready. Raises CannotServe."""
+        """Shows what is loading, and the addresses once all is ready. Raises StartFailed."""
         urls = self._urls()
         with StartProgress(console) as progress:
             while not self._is_ready:
@@ -225,7 +225,7 @@ class Server:
         try:
             details = ServeInstanceDetails(**self._client.get_serve_details())
         except RayError as error:
-            raise CannotServe(f"Serve's controller does not answer: {_last_line(str(error))}") from error
+            raise StartFailed(f"Serve's controller does not answer: {_last_line(str(error))}") from error
         applications: Mapping[str, Any] = details.applications
         return applications
 
@@ -260,16 +260,16 @@ def _silence() -> Iterator[None]:
 
 
 def _check_failed(applications: Mapping[str, Any]) -> None:
-    """Raises CannotServe if a constructor has raised, since it would again. A replica that died is left to Serve,
+    """Raises StartFailed if a constructor has raised, since it would again. A replica that died is left to Serve,
     which restarts it."""
     for application in applications.values():
         for name, deployment in application.deployments.items():
             if _CONSTRUCTOR_FAILED in deployment.message and "Traceback" in deployment.message:
-                raise CannotServe(f"{name.lower()}: {_last_line(deployment.message)}")
+                raise StartFailed(f"{name.lower()}: {_last_line(deployment.message)}")
         if application.status == ApplicationStatus.DEPLOY_FAILED:
             refused = [line for line in application.message.splitlines() if line.startswith("ConfigError: ")]
             said = [line.removeprefix("ConfigError: ") for line in refused]
-            raise CannotServe("\n".join(said) or _last_line(application.message))
+            raise StartFailed("\n".join(said) or _last_line(application.message))
 
 
 def _last_line(message: str) -> str:

@@ -6,7 +6,7 @@ import logging
 from ray.exceptions import RayError
 
 from cluster.machines.inventory import Gpu
-from cluster.machines.nodes import cluster_gpus, cluster_nodes, is_connected, may_grow, run_apart
+from cluster.machines.nodes import cluster_gpus, cluster_nodes, has_autoscaler, is_connected, run_in_ray_task
 from deployments.plan.capacity import Shortage, find_shortage
 from deployments.plan.cpu_capacity import find_cpu_shortage
 from deployments.plan.plan import StageConfigs
@@ -50,7 +50,7 @@ def _demands(served: ServedModelConfig, gpus: tuple[Gpu, ...]) -> ModelDemands:
     sizes = None
     if gpus and all(gpu.memory_bytes for gpu in gpus):
         try:
-            sizes = run_apart(describe, served, default_size(served.model))
+            sizes = run_in_ray_task(describe, served, default_size(served.model))
         except RayError as error:  # a model that cannot be planned may still run
             log.warning("memory was not planned: %s", error)
     stages = StageConfigs(served.encoder, served.transformer, served.vae)
@@ -60,7 +60,7 @@ def _demands(served: ServedModelConfig, gpus: tuple[Gpu, ...]) -> ModelDemands:
 def _judge(what: str, shortage: Shortage) -> None:
     for sentence in shortage.perhaps:
         log.warning("%s: %s", what, sentence)
-    if shortage.surely and may_grow():
+    if shortage.surely and has_autoscaler():
         log.warning("%s: %s; waiting for nodes that have them", what, "; ".join(shortage.surely))
     elif shortage.surely:
         raise ConfigError("\n".join(shortage.surely))

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from cluster.replicas.sibling_replicas import SiblingReplicas
 from serve_app.load.backlog import NO_LOAD, Load
-from serve_app.load.last_seen import LastSeen
+from serve_app.load.stale_cache import StaleWhileRevalidate
 
 TIMEOUT_S = 1.0
 
@@ -15,11 +15,11 @@ class PeerLoads:
 
     def __init__(self, own_id: str) -> None:
         self._own_id, self._siblings = own_id, SiblingReplicas("loads", timeout_s=TIMEOUT_S)
-        self._seen = LastSeen(self._ask)
+        self._seen = StaleWhileRevalidate(self._ask)
 
     def of(self, model: str) -> Load:
         """Returns the last reported load without waiting: at most a second old if the peers answer."""
-        loads: Load | None = (self._seen.peek() or {}).get(model)
+        loads: Load | None = (self._seen.get_now() or {}).get(model)
         return loads or NO_LOAD
 
     async def _ask(self) -> Mapping[str, Load]:

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from serve_app.load.last_seen import Sight
+from serve_app.load.stale_cache import CachedValue
 from serve_app.models.card import ModelLimits
 from serve_app.models.names import find_name
 from serve_app.models.replicas import SERVING
@@ -48,15 +48,15 @@ class Models:
         """Whether some model is served at this path."""
         return any(path in relay.paths for relay in self)
 
-    async def health(self) -> Sight[dict[str, Any]]:
+    async def health(self) -> CachedValue[dict[str, Any]]:
         """Returns whether each model's stages can serve, as last seen; for several models, by name under
         `models`."""
         seen = await asyncio.gather(*(relay.health() for relay in self))
-        told = {relay.name: _health(sight.answer) for relay, sight in zip(self, seen, strict=True)}
-        age_s = max(sight.age_s for sight in seen)
+        told = {relay.name: _health(cached.value) for relay, cached in zip(self, seen, strict=True)}
+        age_s = max(cached.age_s for cached in seen)
         if self.is_one:
-            return Sight(next(iter(told.values())), age_s)
-        return Sight({"ok": all(of["ok"] for of in told.values()), "models": told}, age_s)
+            return CachedValue(next(iter(told.values())), age_s)
+        return CachedValue({"ok": all(of["ok"] for of in told.values()), "models": told}, age_s)
 
     async def status(self) -> dict[str, Any]:
         """Returns the status of each model's Relay; for several models, by name under `models`."""

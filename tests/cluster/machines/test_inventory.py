@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluster.machines.inventory import VISIBLE, Gpu, parse_gpus
+from cluster.machines.inventory import USABLE_MEMORY_SHARE, Gpu, parse_gpus
 
 GIB = 2**30
 
@@ -20,7 +20,9 @@ GIB = 2**30
     ],
 )
 def test_every_gpu_has_its_node_and_memory(text: str, gpus: list[tuple[int, int, float]]) -> None:
-    assert parse_gpus(text) == tuple(Gpu(node, index, int(VISIBLE * gib * GIB)) for node, index, gib in gpus)
+    assert parse_gpus(text) == tuple(
+        Gpu(node, index, int(USABLE_MEMORY_SHARE * gib * GIB)) for node, index, gib in gpus
+    )
 
 
 @pytest.mark.parametrize(

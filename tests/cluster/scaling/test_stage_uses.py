@@ -102,7 +102,7 @@ def test_a_stage_with_a_bound_of_its_own_has_no_other() -> None:
 
 
 def test_where_nodes_come_on_demand_what_finds_no_place_asks_for_them() -> None:
-    growing, fixed = ClusterSnapshot(nodes(0), may_grow=True), ClusterSnapshot(nodes(0))
+    growing, fixed = ClusterSnapshot(nodes(0), has_autoscaler=True), ClusterSnapshot(nodes(0))
     assert Stages().grant(growing, encode=1, denoise=4)["denoise"] == 4
     assert Stages().grant(fixed, encode=1, denoise=4)["denoise"] == 1
 

@@ -13,7 +13,7 @@ from deployments.checkpoints.source import fetch_checkpoint
 from deployments.checkpoints.tiny.names import TINY_FAMILIES, TINY_MODULES
 from deployments.config.transformer import TransformerConfig
 from deployments.engine.adapters import NO_ADAPTERS, AdapterLayers
-from deployments.engine.blocks import NO_CHAINS, block_names, shape_only_inputs
+from deployments.engine.blocks import UNCUTTABLE, block_names, shape_only_inputs
 from deployments.engine.constant_cache import ConstantCache, ConstantSender
 from deployments.engine.load import LoadedRank
 from deployments.engine.merge import build_mergers
@@ -24,7 +24,7 @@ from tests.deployments.recorded import Recorded, record
 
 CPU = torch.device("cpu")
 UNCUT = ("hunyuan-dit", "latte")
-"""Tiny checkpoints whose denoiser runs as one shard (`NO_CHAINS` says why)."""
+"""Tiny checkpoints whose denoiser runs as one shard (`UNCUTTABLE` says why)."""
 QUICK = frozenset(
     {
         "flux2-klein",
@@ -82,7 +82,7 @@ def test_only_the_first_shard_holds_what_runs_before_the_chain(name: str) -> Non
 @pytest.mark.parametrize("name", UNCUT)
 def test_what_is_no_chain_is_refused(name: str) -> None:
     [model, *_] = [forward.model for forward in record(name)]
-    why = NO_CHAINS[type(model).__name__]
+    why = UNCUTTABLE[type(model).__name__]
     with pytest.raises(ValueError, match=f"cannot be cut into shards: {why}; run it as one shard"):
         block_names(model)
 

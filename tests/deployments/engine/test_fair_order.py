@@ -89,4 +89,4 @@ def test_users_who_have_left_leave_nothing_behind() -> None:
         order.remove(gone)
     order.add(seat("here"))
     assert order._part(("normal", "here")) == 1.0
-    assert len(order._here) == 1
+    assert len(order._shares_present) == 1

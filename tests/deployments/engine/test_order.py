@@ -227,7 +227,7 @@ def test_new_names_bring_no_more_than_a_burst_each_and_are_forgotten() -> None:
         assert shares.usage("busy") - shares.usage(i) <= 10.0 + 5.0
         shares.charge(i, 1.0)
         shares.remove(i)
-    assert len(shares._had) < 10
+    assert len(shares._usage) < 10
 
 
 def test_a_user_who_has_left_gives_no_head_start_to_whoever_comes_next() -> None:
@@ -446,7 +446,7 @@ def test_none_starves_whatever_comes(seed: int) -> None:
     assert all(each.num_done == each.steps or isinstance(each.error, OutOfTime) for each in load)
     assert all(each.qos.deadline_s for each in load if each.error)
     assert play.queue.stats().num_seats == 0
-    assert play.queue._order._classes._num_here == Counter()  # type: ignore[attr-defined]
+    assert play.queue._order._classes._num_requests == Counter()  # type: ignore[attr-defined]
 
 
 def test_who_goes_first_and_is_between_two_forwards_is_waited_for_a_moment() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from cluster.machines.nodes import cluster_gpus, driver_memory_bytes, may_grow, run_apart
+from cluster.machines.nodes import cluster_gpus, driver_memory_bytes, has_autoscaler, run_in_ray_task
 from deployments.request import MediaSize
 from serve_app.app import build_app
 from serve_app.config.app import AppConfig, ConfigError
@@ -26,12 +26,12 @@ def test_an_app_that_finds_no_gpus_is_refused_before_it_starts() -> None:
     shards = torch.cuda.device_count() + 1
     with pytest.raises(ConfigError, match=rf"denoise {shards} x 0.79 GPU, and the cluster has .* add GPUs"):
         build_app(config(num_gpus=0.79, shards=shards))
-    assert not may_grow()
+    assert not has_autoscaler()
 
 
 def test_memory_is_planned_in_a_process_of_its_own() -> None:
     """The process that builds the app thereby imports no torch."""
-    assert run_apart(lambda: os.getpid()) != os.getpid()
+    assert run_in_ray_task(lambda: os.getpid()) != os.getpid()
 
 
 def test_gpus_are_those_that_ray_counts() -> None:

@@ -1,4 +1,4 @@
-"""Tests of LastSeen: any number of callers cause at most one look-up per second."""
+"""Tests of StaleWhileRevalidate: any number of callers cause at most one look-up per second."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from serve_app.load import last_seen
-from serve_app.load.last_seen import LastSeen, Sight
+from serve_app.load import stale_cache
+from serve_app.load.stale_cache import CachedValue, StaleWhileRevalidate
 
 
 class Costly:
@@ -34,23 +34,23 @@ def run(test: Callable[[], Awaitable[Any]]) -> Any:
 def test_forty_who_ask_at_once_cost_one_look() -> None:
     async def ask() -> tuple[int, set[int]]:
         costly = Costly()
-        seen = LastSeen(costly.look)
+        seen = StaleWhileRevalidate(costly.look)
         answers = await asyncio.gather(*(seen.get() for _ in range(40)))
-        return costly.num_looks, {sight.answer for sight in answers if sight is not None}
+        return costly.num_looks, {cached.value for cached in answers if cached is not None}
 
     assert run(ask) == (1, {1})
 
 
 def test_forty_who_ask_all_the_time_cost_one_look_a_period(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(last_seen, "FRESH_S", 0.2)
+    monkeypatch.setattr(stale_cache, "FRESH_S", 0.2)
 
     async def ask() -> tuple[int, int]:
         costly = Costly()
-        seen = LastSeen(costly.look)
+        seen = StaleWhileRevalidate(costly.look)
         ages = []
         for _ in range(50):
-            sights = await asyncio.gather(*(seen.get() for _ in range(40)))
-            ages += [sight.age_s for sight in sights if sight is not None]
+            replies = await asyncio.gather(*(seen.get() for _ in range(40)))
+            ages += [cached.age_s for cached in replies if cached is not None]
             await asyncio.sleep(0.01)
         assert max(ages) < 0.2 + costly.takes_s + 1.0
         return costly.num_looks, costly.most_at_once
@@ -61,52 +61,52 @@ def test_forty_who_ask_all_the_time_cost_one_look_a_period(monkeypatch: pytest.M
 
 
 def test_while_a_look_takes_long_the_last_is_given_with_its_age(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(last_seen, "FRESH_S", 0.0)
-    monkeypatch.setattr(last_seen, "TIMEOUT_S", 0.05)
+    monkeypatch.setattr(stale_cache, "FRESH_S", 0.0)
+    monkeypatch.setattr(stale_cache, "TIMEOUT_S", 0.05)
 
-    async def ask() -> tuple[list[Sight[int] | None], int]:
+    async def ask() -> tuple[list[CachedValue[int] | None], int]:
         costly = Costly()
-        seen = LastSeen(costly.look)
+        seen = StaleWhileRevalidate(costly.look)
         answers = [await seen.get()]
         costly.takes_s = 60.0
         answers += [await seen.get() for _ in range(3)]
         return answers, costly.num_looks
 
     answers, num_looks = run(ask)
-    assert [sight.answer for sight in answers if sight] == [1, 1, 1, 1]
+    assert [cached.value for cached in answers if cached] == [1, 1, 1, 1]
     assert answers[3].age_s > answers[1].age_s >= 0.05
     assert num_looks == 2
 
 
 def test_before_anything_was_seen_there_is_nothing_to_give(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(last_seen, "FIRST_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(stale_cache, "FIRST_TIMEOUT_S", 0.05)
 
-    async def ask() -> Sight[int] | None:
-        return await LastSeen(Costly(60.0).look).get()
+    async def ask() -> CachedValue[int] | None:
+        return await StaleWhileRevalidate(Costly(60.0).look).get()
 
     assert run(ask) is None
 
 
 def test_one_who_leaves_does_not_end_the_look_of_the_others() -> None:
-    async def ask() -> Sight[int] | None:
-        seen = LastSeen(Costly().look)
+    async def ask() -> CachedValue[int] | None:
+        seen = StaleWhileRevalidate(Costly().look)
         leaves, stays = asyncio.create_task(seen.get()), asyncio.create_task(seen.get())
         await asyncio.sleep(0.01)
         leaves.cancel()
         return await stays
 
-    assert run(ask).answer == 1
+    assert run(ask).value == 1
 
 
 def test_a_look_that_fails_leaves_what_was_seen_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(last_seen, "FRESH_S", 0.0)
+    monkeypatch.setattr(stale_cache, "FRESH_S", 0.0)
     looks = iter([1])
 
     async def look() -> int:
         return next(looks, None) or int("nothing")
 
     async def ask() -> list[int | None]:
-        seen = LastSeen(look)
-        return [sight and sight.answer for sight in [await seen.get(), await seen.get()]]
+        seen = StaleWhileRevalidate(look)
+        return [cached and cached.value for cached in [await seen.get(), await seen.get()]]
 
     assert run(ask) == [1, 1]
