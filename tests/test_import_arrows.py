@@ -60,6 +60,7 @@ RAY_FILES = {
     "serve_app/flow/retries.py",
     "serve_app/models/replicas.py",
     "serve_app/config/capacity_check.py",
+    "serve_app/commands/deployment_states.py",
     "serve_app/commands/server.py",
     "serve_app/flow/streams.py",
     "serve_app/flow/wake_up.py",

@@ -4,7 +4,6 @@ import contextlib
 import io
 import logging
 import os
-import re
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,26 +21,21 @@ from ray.serve.config import gRPCOptions
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import (
     ApplicationStatus,
-    DeploymentStatus,
-    ReplicaState,
     ServeDeploySchema,
     ServeInstanceDetails,
 )
 from rich.console import Console
 
 from cluster.processes import find_descendants, kill_all
+from serve_app.commands.deployment_states import StartFailed, check_failed, deployment_states, last_line
 from serve_app.commands.port import url_of
-from serve_app.commands.start_progress import READY, StartProgress
+from serve_app.commands.start_progress import StartProgress
 
 CHECK_EVERY_S = 0.5
 CHECKS_PER_LIST = 10
 """Number of checks of Ray between two lists of the processes that came of this one."""
 _ESSENTIAL = ("raylet", "gcs_server")
 """Ray processes without which nothing works, by the names that Ray's node object uses."""
-_CONSTRUCTOR_FAILED = "failed to start with exception"
-_UNPLACED = re.compile(r"Resources required for each replica: (\{.*?\}), total resources available: (\{.*?\})\.")
-_MODULE = re.compile(r"^(?:\w+\.)+(?=\w+: )")
-_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class Terminal(Console):
@@ -56,10 +50,6 @@ class Terminal(Console):
 
 
 console = Terminal(stderr=True, soft_wrap=True, highlight=False)
-
-
-class StartFailed(Exception):
-    """The app cannot start, or the processes that serve it are gone; the message says why."""
 
 
 class RayGone(StartFailed):
@@ -134,7 +124,7 @@ class Server:
             on_signals(_interrupt)  # ray.init has replaced the handlers
             self._deploy()
         except (ConnectionError, TimeoutError, RayError) as error:
-            raise StartFailed(_last_line(str(error))) from error
+            raise StartFailed(last_line(str(error))) from error
 
     def _init_ray(self) -> None:
         if self._is_verbose:
@@ -163,8 +153,8 @@ class Server:
                 time.sleep(CHECK_EVERY_S)
                 self._check_ray()
                 applications = self._applications()
-                _check_failed(applications)
-                progress.update(_states(applications))
+                check_failed(applications)
+                progress.update(deployment_states(applications))
                 self._is_ready = self._is_running(applications) and all(map(_is_healthy, urls.values()))
         for name, url in urls.items():
             console.print(f"relay: {self._models[name]} ready: {url}/ (Ctrl-C ends it)", style="bold green")
@@ -225,7 +215,7 @@ class Server:
         try:
             details = ServeInstanceDetails(**self._client.get_serve_details())
         except RayError as error:
-            raise StartFailed(f"Serve's controller does not answer: {_last_line(str(error))}") from error
+            raise StartFailed(f"Serve's controller does not answer: {last_line(str(error))}") from error
         applications: Mapping[str, Any] = details.applications
         return applications
 
@@ -257,46 +247,6 @@ def _silence() -> Iterator[None]:
     logging.disable(logging.CRITICAL)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield
-
-
-def _check_failed(applications: Mapping[str, Any]) -> None:
-    """Raises StartFailed if a constructor has raised, since it would again. A replica that died is left to Serve,
-    which restarts it."""
-    for application in applications.values():
-        for name, deployment in application.deployments.items():
-            if _CONSTRUCTOR_FAILED in deployment.message and "Traceback" in deployment.message:
-                raise StartFailed(f"{name.lower()}: {_last_line(deployment.message)}")
-        if application.status == ApplicationStatus.DEPLOY_FAILED:
-            refused = [line for line in application.message.splitlines() if line.startswith("ConfigError: ")]
-            said = [line.removeprefix("ConfigError: ") for line in refused]
-            raise StartFailed("\n".join(said) or _last_line(application.message))
-
-
-def _last_line(message: str) -> str:
-    lines = [line.strip() for line in _COLOURS.sub("", message).splitlines() if line.strip()]
-    return _MODULE.sub("", lines[-1]) if lines else "no reason was given"
-
-
-def _states(applications: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the state of every deployment, by a name for display."""
-    found = {}
-    for app_name, application in applications.items():
-        for name, deployment in application.deployments.items():
-            label = name.lower() if len(applications) == 1 else f"{app_name} {name.lower()}"
-            found[label] = _state(deployment)
-    return found or dict.fromkeys(applications, "being built")
-
-
-def _state(deployment: Any) -> str:
-    replicas = deployment.replicas
-    if any(replica.state == ReplicaState.RUNNING for replica in replicas):
-        return READY
-    if any(replica.pid for replica in replicas):
-        return "loading"
-    if not replicas and deployment.status == DeploymentStatus.HEALTHY:
-        return "asleep"
-    wants = _UNPLACED.search(deployment.message)
-    return f"waits for {wants[1]}; {wants[2]} are free" if wants else "starting"
 
 
 def _is_healthy(url: str) -> bool:
