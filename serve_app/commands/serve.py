@@ -17,7 +17,7 @@ from serve_app.commands.tls import find_tls_fault
 from serve_app.config import shipped
 from serve_app.config.app import AppConfig, ConfigError
 from serve_app.config.check import check_requests
-from serve_app.config.checkpoint_files import check_files, resolve_family
+from serve_app.config.checkpoint_files import check_files, find_missing, resolve_family
 from serve_app.config.serve_file import IMPORT_PATH, find_our_applications, parse_app_config, read_serve_file
 
 SERVER = "serve_app.commands.server"
@@ -120,7 +120,12 @@ def check_applications(
 
 
 def _check_app(args: Any, source: str, *, is_local: bool) -> AppConfig:
-    app = parse_app_config(args, source=source)
+    try:
+        app = parse_app_config(args, source=source)
+    except ConfigError as error:
+        raise ConfigError(
+            "\n".join([str(error), *(f"{source}: {line}" for line in find_missing(args))])
+        ) from error
     try:
         app = resolve_family(app)
         check_requests(app)

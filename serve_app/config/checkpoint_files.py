@@ -1,6 +1,7 @@
 """Reads and checks local checkpoint files before anything starts."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from huggingface_hub import constants
 
@@ -10,7 +11,7 @@ from deployments.checkpoints.integrity import find_offload_faults, find_stage_fa
 from deployments.checkpoints.sharing import check_same
 from deployments.checkpoints.source import is_tiny, local_folder, with_family
 from deployments.config.model import ModelConfig
-from deployments.options.adapter import find_missing
+from deployments.options.adapter import find_missing as find_missing_adapters
 from serve_app.auth.config import AuthConfig
 from serve_app.auth.keys import KeyFault, read_keys
 from serve_app.config.app import AppConfig, ConfigError
@@ -65,7 +66,7 @@ def check_files(config: AppConfig) -> None:
 
 
 def _check_files(served: ServedModelConfig) -> None:
-    faults = dict.fromkeys(find_missing(served.model.adapters, served.model.adapters_folder))
+    faults = dict.fromkeys(find_missing_adapters(served.model.adapters, served.model.adapters_folder))
     for name, stage in STAGES.items():
         stage_config = served.stages[name]
         faults |= dict.fromkeys(find_offload_faults(stage, stage_config))
@@ -76,6 +77,23 @@ def _check_files(served: ServedModelConfig) -> None:
             faults[f"model.checkpoint: {error}"] = None
     if faults:
         raise ConfigError("\n".join(faults))
+
+
+def find_missing(args: Any) -> Iterator[str]:
+    """Yields a line for each checkpoint that is not where a config says, whatever else is wrong with it."""
+    found = args if isinstance(args, dict) else {}
+    for section in (found, *_as_list(found.get("models"))):
+        model = section.get("model") if isinstance(section, dict) else None
+        checkpoint = model.get("checkpoint") if isinstance(model, dict) else None
+        try:
+            if isinstance(checkpoint, str):
+                local_folder(checkpoint)
+        except (ValueError, OSError) as error:
+            yield f"model.checkpoint: {error}"
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def find_key_faults(auth: AuthConfig | None) -> list[str]:

@@ -112,11 +112,13 @@ def test_what_is_no_config_is_told_with_its_line(config: Path, text: str, told: 
 
 def test_mistakes_of_all_kinds_are_told_at_once(config: Path) -> None:
     text = QUICKSTART.replace("http_options", "http_option").replace("num_cpus: 1}", "num_cpus: -1}")
+    text = text.replace("embedded://shapes", "/nowhere/shapes")
     config.write_text(
         text + "  - name: second\n    import_path: serve_app.app:build_ap\n    route_prefix: /second\n"
     )
     assert [line.partition(", ")[0].partition(";")[0] for line in mistakes(config)] == [
         f"{config}: transformer.num_cpus: Input should be greater than or equal to 0",
+        f"{config}: model.checkpoint: checkpoint '/nowhere/shapes' looks like a path",
         f"{config}: import_path 'serve_app.app:build_ap' does not exist (did you mean 'serve_app.app:build_app'?)",
         f"{config}: config: unknown key 'http_option' (did you mean 'http_options'?)",
     ]
