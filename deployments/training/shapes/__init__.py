@@ -2,6 +2,7 @@
 
 Read in this order: `scene` (what can be drawn, and its true image), `wording` (sentences for a scene), `text`
 (tokenizers and text encoders), `models` (autoencoder and transformer), `plan` (amount of training), `autoencoder`,
-`reading` and `flow` (the training phases), `sheet` (sample images), `train` (the whole training, resumable, which
-writes a checkpoint), `grader` (judges images). The result is in `deployments/checkpoints/embedded/shapes`.
+`reading`, `flow` and `decoder` (the training phases), `sheet` (sample images), `train` (the whole training,
+resumable, which writes a checkpoint), `grader` (judges images). The result is in
+`deployments/checkpoints/embedded/shapes`.
 """

@@ -54,7 +54,8 @@ class AutoencoderTraining:
     def step(self, step: int) -> float:
         """One optimiser step; returns the mean absolute error, on the scale of -1 to 1."""
         rng = np.random.default_rng([self._plan.seed, _STREAM, step])
-        pictures = to_tensor(self._scenes(rng) if step % 2 else self._crops(rng))
+        count = self._plan.autoencoder_batch
+        pictures = to_tensor(random_scenes(rng, count) if step % 2 else random_crops(rng, 4 * count))
         noise = torch.Generator().manual_seed(int(rng.integers(2**62)))
         posterior = self.vae.encode(pictures).latent_dist
         decoded = self.vae.decode(posterior.sample(noise)).sample
@@ -84,25 +85,28 @@ class AutoencoderTraining:
         self.vae.load_state_dict(state["vae"])
         self._optimizer.load_state_dict(state["optimizer"])
 
-    def _scenes(self, rng: np.random.Generator) -> list[Pixels]:
-        count = self._plan.autoencoder_batch
-        return [render_scene(random_scene(rng, is_held_out=False), *BASE_SIZE, rng) for _ in range(count)]
 
-    def _crops(self, rng: np.random.Generator) -> list[Pixels]:
-        palette = [*COLORS.values(), *BACKGROUNDS.values()]
-        crops = []
-        for _ in range(4 * self._plan.autoencoder_batch):
-            shapes = [
-                (
-                    SHAPES[int(rng.integers(len(SHAPES)))],
-                    palette[int(rng.integers(len(palette)))],
-                    *rng.uniform(0, _CROP, 2),
-                    rng.uniform(9, 28),
-                )
-                for _ in range(int(rng.integers(1, 5)))
-            ]
-            crops.append(paint(shapes, palette[int(rng.integers(len(palette)))], _CROP, _CROP))
-        return crops
+def random_scenes(rng: np.random.Generator, count: int) -> list[Pixels]:
+    """Returns images of scenes, each shape a little off its place and size."""
+    return [render_scene(random_scene(rng, is_held_out=False), *BASE_SIZE, rng) for _ in range(count)]
+
+
+def random_crops(rng: np.random.Generator, count: int) -> list[Pixels]:
+    """Returns crowded images of a quarter of a scene's area: up to four shapes that overlap, in any colours."""
+    palette = [*COLORS.values(), *BACKGROUNDS.values()]
+    crops = []
+    for _ in range(count):
+        shapes = [
+            (
+                SHAPES[int(rng.integers(len(SHAPES)))],
+                palette[int(rng.integers(len(palette)))],
+                *rng.uniform(0, _CROP, 2),
+                rng.uniform(9, 28),
+            )
+            for _ in range(int(rng.integers(1, 5)))
+        ]
+        crops.append(paint(shapes, palette[int(rng.integers(len(palette)))], _CROP, _CROP))
+    return crops
 
 
 def learning_rate_factor(step: int, num_steps: int, warmup: int) -> float:

@@ -1,11 +1,9 @@
 """Trains the transformer by rectified flow, on latents that are encoded once, with text encoders already trained.
 
-The first phase trains the layout, at high noise; the second starts from its averaged weights and trains outlines,
-at lower noise.
+It has several phases (`Plan.flow_phases`): the layout is decided at high noise, and the outlines at lower noise.
 """
 
 import copy
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,17 +16,15 @@ from torch.nn import functional
 
 from deployments.training.shapes.autoencoder import State, learning_rate_factor, to_tensor
 from deployments.training.shapes.models import VAE_FACTOR
-from deployments.training.shapes.plan import BASE_SIZE, Plan, Size
+from deployments.training.shapes.plan import BASE_SIZE, FlowPhase, Plan, Size
 from deployments.training.shapes.reading import ReadingTraining
 from deployments.training.shapes.scene import Scene, random_scene, render_scene
 from deployments.training.shapes.sheet import write_comparison
 from deployments.training.shapes.text import MAX_SEQUENCE_LENGTH
 from deployments.training.shapes.wording import describe, describe_unseen
 
-_POOL_STREAM, _SHEET_STREAM = 3, 4
-_OTHER_SHARE = 0.2
-"""Share of steps with another size or a longer padded text, after the first quarter of the training."""
-_TEXT_LENGTHS = (MAX_SEQUENCE_LENGTH, MAX_SEQUENCE_LENGTH, 64, 128, 512)
+_STREAM, _POOL_STREAM, _SHEET_STREAM = 2, 3, 4
+_TEXT_LENGTHS = (*[MAX_SEQUENCE_LENGTH] * 4, 64, 128, 512)
 _EMPTY_SHARE = 0.03
 """Share of empty prompts, so that guidance with an empty negative prompt works."""
 _TIME_STD = 1.2
@@ -36,26 +32,6 @@ _TIME_STD = 1.2
 _WARMUP = 150
 _EMA_DECAY = 0.999
 _SHIFT = 1.5
-
-
-@dataclass(frozen=True)
-class FlowPhase:
-    """The settings that differ between the two phases."""
-
-    num_steps: int
-    lr: float
-    time_mean: float
-    """Mean of the timesteps' logits; above 0 is towards noise, where the layout is decided."""
-    stream: int
-    """Random stream."""
-
-
-def layout_phase(plan: Plan) -> FlowPhase:
-    return FlowPhase(plan.num_flow_steps, plan.flow_lr, time_mean=1.2, stream=2)
-
-
-def outline_phase(plan: Plan) -> FlowPhase:
-    return FlowPhase(plan.num_outline_steps, plan.outline_lr, time_mean=0.0, stream=6)
 
 
 class FlowTraining:
@@ -88,11 +64,11 @@ class FlowTraining:
 
     def step(self, step: int) -> float:
         """One optimiser step; returns the mean squared error of the velocity."""
-        rng = np.random.default_rng([self._plan.seed, self._phase.stream, step])
+        rng = np.random.default_rng([self._plan.seed, _STREAM, self._plan.flow_phases.index(self._phase), step])
         size, text_length = self._choose_shape(step, rng)
         num_tokens = text_length + size[0] * size[1] // (2 * VAE_FACTOR) ** 2
         chosen = rng.integers(len(self._pool[size]), size=max(1, self._plan.tokens_per_step // num_tokens))
-        prompts = [describe(_pool_scene(self._plan, size, int(index))[0], rng) for index in chosen]
+        prompts = [describe(_pool_scene(self._plan, size, int(index)), rng) for index in chosen]
         prompts = ["" if rng.random() < _EMPTY_SHARE else prompt for prompt in prompts]
         latents = (self._pool[size][chosen] - self.vae.config.shift_factor) * self.vae.config.scaling_factor
         loss = self._loss(latents, prompts, text_length, int(rng.integers(2**62)))
@@ -148,7 +124,7 @@ class FlowTraining:
         self._optimizer.load_state_dict(state["optimizer"])
 
     def _choose_shape(self, step: int, rng: np.random.Generator) -> tuple[Size, int]:
-        if step < self.num_steps // 4 or rng.random() > _OTHER_SHARE:
+        if step < self._phase.num_base_steps or rng.random() > self._phase.other_share:
             return BASE_SIZE, MAX_SEQUENCE_LENGTH
         sizes = (BASE_SIZE, *self._plan.other_sizes)
         return sizes[int(rng.integers(len(sizes)))], int(rng.choice(_TEXT_LENGTHS))
@@ -186,10 +162,9 @@ class FlowTraining:
         torch._foreach_lerp_(averages, values, weight)
 
 
-def _pool_scene(plan: Plan, size: Size, index: int) -> tuple[Scene, np.random.Generator]:
-    """Returns the scene of one image of the pool, and the random generator that places its shapes."""
-    rng = np.random.default_rng([plan.seed, _POOL_STREAM, *size, index])
-    return random_scene(rng, is_held_out=False), rng
+def _pool_scene(plan: Plan, size: Size, index: int) -> Scene:
+    """Returns the scene of one image of the pool."""
+    return random_scene(np.random.default_rng([plan.seed, _POOL_STREAM, *size, index]), is_held_out=False)
 
 
 @torch.no_grad()
@@ -200,10 +175,8 @@ def _make_pool(plan: Plan, vae: AutoencoderKL, pool_file: Path) -> dict[Size, Te
         batches = [(size, start) for size, count in counts.items() for start in range(0, count, 20)]
         encoded: dict[str, list[Tensor]] = {_pool_name(size): [] for size in counts}
         for size, start in track(batches, "encoding scenes"):
-            pictures = []
-            for index in range(start, min(start + 20, counts[size])):
-                scene, rng = _pool_scene(plan, size, index)
-                pictures.append(render_scene(scene, *size, rng))
+            indices = range(start, min(start + 20, counts[size]))
+            pictures = [render_scene(_pool_scene(plan, size, index), *size) for index in indices]
             encoded[_pool_name(size)].append(vae.encode(to_tensor(pictures)).latent_dist.mode())
         partial = pool_file.with_suffix(".partial")
         save_file({name: torch.cat(parts).contiguous() for name, parts in encoded.items()}, partial)

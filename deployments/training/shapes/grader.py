@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from deployments.training.shapes.scene import BACKGROUNDS, COLORS, PLACES, SIZES, Scene, Thing
+from deployments.training.shapes.scene import BACKGROUNDS, COLORS, PLACES, SIZES, Scene, Thing, render_scene
 
 Mask = NDArray[np.bool_]
 
@@ -25,6 +25,8 @@ MIN_FOUND_PIXELS = 12
 """Least pixels of a shape in 128 x 128; anything smaller is a speck."""
 MAX_TRIANGLE_TOP = 0.375
 """Half way between a triangle's 1/4 of the area in the upper half and the others' 1/2."""
+OVERLAP_MARGIN = 6
+"""Width in pixels of the surroundings of a shape in which a drawn one may overlap it."""
 MIN_SQUARE_FILL = 0.89
 """Half way between a circle's pi / 4 and a square's 1."""
 
@@ -66,6 +68,31 @@ def grade(image: NDArray[np.uint8], scene: Scene) -> Grade:
         size=all(match is not None and match.size == thing.size for thing, match in pairs),
         background=background == scene.background,
     )
+
+
+def outline_overlap(image: NDArray[np.uint8], scene: Scene) -> float:
+    """Returns how well the drawn outlines agree with the true ones: the least intersection over union of a shape.
+
+    A pixel belongs to a shape if it is more than half of the way from the background's colour to the shape's.
+    """
+    height, width = image.shape[:2]
+    overlaps = []
+    for thing in scene.things:
+        ground, color = np.array(BACKGROUNDS[scene.background], float), np.array(COLORS[thing.color], float)
+        true = _covered(render_scene(Scene((thing,), scene.background), width, height), ground, color)
+        rows, columns = np.flatnonzero(true.any(axis=1)), np.flatnonzero(true.any(axis=0))
+        window = tuple(
+            slice(max(found[0] - OVERLAP_MARGIN, 0), found[-1] + OVERLAP_MARGIN + 1) for found in (rows, columns)
+        )
+        drawn = _covered(image, ground, color)
+        overlaps.append((drawn & true)[window].sum() / (drawn | true)[window].sum())
+    return float(min(overlaps))
+
+
+def _covered(image: NDArray[np.uint8], ground: NDArray[np.float64], color: NDArray[np.float64]) -> Mask:
+    step = color - ground
+    covered: Mask = (image - ground) @ step > 0.5 * step @ step
+    return covered
 
 
 def look(image: NDArray[np.uint8]) -> tuple[str, list[Found]]:

@@ -41,6 +41,10 @@ SIZES: dict[str, float] = {"small": 0.095, "large": 0.18}
 """Radius as a fraction of the shorter side. A prompt that names no size means large."""
 OPPOSITE = (frozenset({"left", "right"}), frozenset({"top", "bottom"}))
 
+SIDE_BY_SIDE = ("left", "right")
+"""Places of two shapes, in the order in which a prompt names them, if it says nothing of places."""
+SIDE_BY_SIDE_SHARE = 0.3
+"""Share of such scenes among those of two shapes."""
 PLACE_JITTER = 0.02
 """Largest random shift of a shape, as a fraction of width or height."""
 SIZE_JITTER = 0.06
@@ -79,6 +83,8 @@ def random_scene(rng: np.random.Generator, *, is_held_out: bool) -> Scene:
     while True:
         count = 1 + int(rng.random() < 0.55)
         places = [str(place) for place in rng.choice(list(PLACES), count, replace=False)]
+        if count == 2 and rng.random() < SIDE_BY_SIDE_SHARE:
+            places = list(SIDE_BY_SIDE)
         sizes = list(SIZES) if count == 1 or frozenset(places) in OPPOSITE else ["small"]
         things = tuple(
             Thing(_pick(rng, list(COLORS)), _pick(rng, SHAPES), place, _pick(rng, sizes)) for place in places
@@ -89,7 +95,8 @@ def random_scene(rng: np.random.Generator, *, is_held_out: bool) -> Scene:
 
 
 def render_scene(scene: Scene, width: int, height: int, rng: np.random.Generator | None = None) -> Pixels:
-    """Returns the scene's image. With `rng`, places and sizes vary a little, as images of several seeds do."""
+    """Returns the scene's image. With `rng`, places and sizes vary a little: the autoencoder must know more
+    than the transformer draws."""
     draw = rng.uniform if rng is not None else lambda low, high: 0.0
     placed = []
     for thing in scene.things:

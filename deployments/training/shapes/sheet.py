@@ -18,10 +18,10 @@ GUIDANCE = 1.5
 """Guidance scale with an empty negative prompt; without guidance every tenth outline is of another shape."""
 CONTACT_PROMPTS = (
     "a red circle on the left, on a white background",
-    "draw a small blue triangle at the top, gray background",
+    "a red circle and a blue square",
     "a yellow square and nothing else, on cyan",
     "left: a purple circle; right: a small green square; background: pink",
-    "an orange triangle at the bottom and a black circle at the top",
+    "a small orange triangle above a black circle",
     "on the right a small red square, in the middle a tiny black triangle, on pink",
     "please paint a big green circle in the middle, the background is gray",
     "top: a little orange square; left: a little blue circle; cyan background",

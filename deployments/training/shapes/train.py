@@ -1,7 +1,8 @@
-"""`relay train-shapes`: four phases, resumable, with sample sheets on the way and a checkpoint at the end.
+"""`relay train-shapes`: resumable, with sample sheets on the way and a checkpoint at the end.
 
 OUT_DIR/training.pt           the state of the training: written every minute, by rename
 OUT_DIR/latents.safetensors   the scenes that the transformer is trained on
+OUT_DIR/drawings.safetensors  the transformer's own drawings, that the decoder is trained on
 OUT_DIR/sheets/               sample images below the true ones: reconstructions, then unseen prompts
 OUT_DIR/shapes/               the checkpoint; renamed into place, so it is complete
 OUT_DIR/shapes.png            some prompts, and the stored checkpoint's images for them
@@ -18,13 +19,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from deployments.training.shapes.autoencoder import AutoencoderTraining, State
-from deployments.training.shapes.flow import FlowTraining, layout_phase, outline_phase
+from deployments.training.shapes.decoder import DecoderTraining
+from deployments.training.shapes.flow import FlowTraining
 from deployments.training.shapes.models import build_transformer
 from deployments.training.shapes.plan import EMBEDDED_PLAN, Plan
 from deployments.training.shapes.reading import ReadingTraining
 from deployments.training.shapes.sheet import write_contact_sheet
 
-Phase = AutoencoderTraining | ReadingTraining | FlowTraining
+Phase = AutoencoderTraining | ReadingTraining | FlowTraining | DecoderTraining
 _STATE_FILE = "training.pt"
 
 
@@ -51,11 +53,16 @@ def train_shapes(out_dir: Path, plan: Plan = EMBEDDED_PLAN, console: Console | N
         reading = ReadingTraining(plan)
         run.train("reading", reading)
         read_and_seen = (autoencoder.vae, reading, out_dir / "latents.safetensors")
-        layout = FlowTraining(plan, layout_phase(plan), build_transformer(), *read_and_seen)
-        run.train("flow", layout)
-        outline = FlowTraining(plan, outline_phase(plan), layout.average, *read_and_seen)
-        run.train("outline", outline)
-    _write_checkpoint(outline.pipeline(), checkpoint)
+        transformer = build_transformer()
+        for phase in plan.flow_phases:
+            flow = FlowTraining(plan, phase, transformer, *read_and_seen)
+            run.train(phase.name, flow)
+            transformer = flow.average
+        pipeline = flow.pipeline()
+        decoder = DecoderTraining(plan, pipeline, out_dir / "drawings.safetensors")
+        run.train("decoder", decoder)
+    pipeline.vae = decoder.vae
+    _write_checkpoint(pipeline, checkpoint)
     write_contact_sheet(checkpoint, out_dir / "shapes.png")
     return checkpoint
 

@@ -5,13 +5,23 @@ from typing import TypeVar
 
 import numpy as np
 
-from deployments.training.shapes.scene import BACKGROUNDS, COLORS, SHAPES, Scene, Thing
+from deployments.training.shapes.scene import BACKGROUNDS, COLORS, SHAPES, SIDE_BY_SIDE, Scene, Thing
 
 Choice = TypeVar("Choice")
 
 DEFAULT_PLACE = "center"
 """Place of the only shape of a prompt that names none."""
 DEFAULT_BACKGROUND = "white"
+RELATIONS: dict[tuple[str, ...], tuple[str, ...]] = {
+    SIDE_BY_SIDE: ("and", "and", "and", ",", "next to", "beside", "left of", "to the left of"),
+    ("right", "left"): ("right of", "to the right of"),
+    ("top", "bottom"): ("above", "over"),
+    ("bottom", "top"): ("below", "under"),
+}
+"""Words between two shapes that say, by the order of the shapes, at which places they are. So a prompt that says
+nothing of places has its first shape on the left."""
+_RELATED_SHARE = 0.5
+"""Share of sentences that use such words, if the shapes are at such places."""
 
 OPENINGS = (
     "",
@@ -59,9 +69,14 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 def describe(scene: Scene, rng: np.random.Generator) -> str:
     """Returns a sentence for `scene` as used in training: terse or wordy, sometimes with an unrelated word."""
-    style = rng.random()
     things = _shuffled(scene.things, rng)
-    if style < 0.15:  # left: a small red circle; background: white
+    relations = RELATIONS.get(tuple(thing.place for thing in things))
+    is_related = relations is not None and rng.random() < _RELATED_SHARE
+    style = rng.random()
+    if relations is not None and is_related:  # a red circle above a blue square, on white
+        said = _pick(rng, OPENINGS) + _related(things, _pick(rng, relations), rng)
+        sentence = _with_background(said, scene.background, rng)
+    elif style < 0.15:  # left: a small red circle; background: white
         parts = [f"{_pick(rng, LABELS[t.place])}: {_noun(t, rng)}" for t in things]
         said = _pick(rng, BACKGROUND_WORDS[scene.background])
         sentence = "; ".join([*parts, _pick(rng, ("background: {}", "{} background")).format(said)])
@@ -100,10 +115,26 @@ def describe_unseen(scene: Scene, rng: np.random.Generator) -> str:
     )
 
 
+def describe_without_places(scene: Scene, rng: np.random.Generator) -> str:
+    """Returns a sentence that `describe` never gives, for two shapes `SIDE_BY_SIDE`; it says nothing of places."""
+    first, second = (_article(f"{t.size} {t.color} {t.shape}") for t in scene.things)
+    background = scene.background
+    return _pick(
+        rng,
+        (
+            f"Could you please paint {first} and {second}? The background is {background}.",
+            f"I want to see {first} next to {second}, all on a {background} background",
+            f"{background.capitalize()} background, with {first} and also {second}.",
+            f"show me a drawing: {first}, {second}, {background} background",
+            f"a {background} picture with {first} and {second}",
+        ),
+    )
+
+
 def vocabulary() -> list[str]:
     """Returns every word and mark that `describe` can use, in lower case and sorted, without unrelated words."""
     texts = [*OPENINGS, *BACKGROUND_PHRASES, *COLORS, *SHAPES, "a an one and with background :;,."]
-    for phrases in (PLACE_PHRASES, LABELS, SIZE_WORDS, BACKGROUND_WORDS):
+    for phrases in (PLACE_PHRASES, LABELS, SIZE_WORDS, BACKGROUND_WORDS, RELATIONS):
         texts += [phrase for options in phrases.values() for phrase in options]
     spaced = " ".join(texts).replace("{}", " ")
     for mark in ":;,.":
@@ -120,6 +151,11 @@ def _placed(thing: Thing, rng: np.random.Generator, is_alone: bool) -> str:
     if is_alone and thing.place == DEFAULT_PLACE and rng.random() < 0.4:
         return _noun(thing, rng)
     return f"{_noun(thing, rng)} {_pick(rng, PLACE_PHRASES[thing.place])}"
+
+
+def _related(things: Sequence[Thing], relation: str, rng: np.random.Generator) -> str:
+    first, second = (_noun(thing, rng) for thing in things)
+    return f"{first}{relation} {second}" if relation == "," else f"{first} {relation} {second}"
 
 
 def _article(noun: str) -> str:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from deployments.training.shapes.grader import grade, look
+from deployments.training.shapes.grader import grade, look, outline_overlap
 from deployments.training.shapes.scene import (
     BACKGROUNDS,
     COLORS,
@@ -74,3 +74,25 @@ def test_a_muddy_color_has_no_name() -> None:
     picture = render_scene(Scene((THING,), "white"), 128, 128)
     picture[(picture == COLORS["red"]).all(axis=-1)] = (110, 70, 60)
     assert [found.color for found in look(picture)[1]] == ["?"]
+
+
+def test_the_true_outlines_overlap_wholly() -> None:
+    rng = np.random.default_rng(0)
+    scenes = [random_scene(rng, is_held_out=False) for _ in range(30)]
+    assert [outline_overlap(render_scene(scene, 128, 128), scene) for scene in scenes] == [1.0] * 30
+
+
+@pytest.mark.parametrize(
+    ("change", "low", "high"),
+    [({"size": "small"}, 0.2, 0.4), ({"place": "right"}, 0.0, 0.01), ({"shape": "square"}, 0.75, 0.9)],
+)
+def test_the_overlap_is_that_of_the_worst_shape(change: dict[str, str], low: float, high: float) -> None:
+    other = Thing("blue", "square", "top", "small")
+    drawn = Scene((replace(THING, **change), other), "white")
+    assert low <= outline_overlap(render_scene(drawn, 128, 128), Scene((THING, other), "white")) <= high
+
+
+def test_a_lump_of_the_right_size_overlaps_less() -> None:
+    picture = render_scene(Scene((THING,), "white"), 128, 128)
+    lump = np.roll(picture, 2, axis=1)
+    assert 0.8 < outline_overlap(lump, Scene((THING,), "white")) < 0.92

@@ -9,7 +9,7 @@ import torch
 from diffusers import FluxPipeline
 
 from deployments.training.shapes import train
-from deployments.training.shapes.plan import Plan
+from deployments.training.shapes.plan import FlowPhase, Plan
 from deployments.training.shapes.train import train_shapes
 
 TOY = Plan(
@@ -20,9 +20,14 @@ TOY = Plan(
     reading_tokens_per_step=2 * 32,
     num_scenes=4,
     num_other_scenes=2,
+    num_decoder_steps=3,
+    num_drawings=2,
+    num_other_drawings=2,
     other_sizes=((96, 64),),
-    num_flow_steps=4,
-    num_outline_steps=3,
+    flow_phases=(
+        FlowPhase("layout", 4, lr=1e-3, time_mean=1.0, other_share=0.5, num_base_steps=1),
+        FlowPhase("outline", 3, lr=1e-3, time_mean=0.0, other_share=0.5, num_base_steps=0),
+    ),
     tokens_per_step=2 * 96,
     num_sheets=2,
     num_sheet_prompts=2,
@@ -34,8 +39,9 @@ TOY = Plan(
 LAST_LAYERS = {
     "autoencoder": ("vae", "decoder.conv_out.weight"),
     "reading": ("all", "clip.weight"),
-    "flow": ("average", "proj_out.weight"),
+    "layout": ("average", "proj_out.weight"),
     "outline": ("average", "proj_out.weight"),
+    "decoder": ("vae", "decoder.conv_out.weight"),
 }
 """For each phase, a part of its state and a layer in it."""
 
@@ -62,8 +68,11 @@ def test_samples_are_written_on_the_way(trained: Path) -> None:
         "autoencoder-00001.png",
         "autoencoder-00002.png",
         "autoencoder-00003.png",
-        "flow-00002.png",
-        "flow-00004.png",
+        "decoder-00001.png",
+        "decoder-00002.png",
+        "decoder-00003.png",
+        "layout-00002.png",
+        "layout-00004.png",
         "outline-00001.png",
         "outline-00002.png",
         "outline-00003.png",
@@ -78,7 +87,7 @@ def test_a_training_interrupted_in_every_phase_goes_on_as_if_it_had_not_been(
 
     It tests every phase with --thorough, otherwise one.
     """
-    phases = list(LAST_LAYERS) if request.config.getoption("--thorough") else ["flow"]
+    phases = list(LAST_LAYERS) if request.config.getoption("--thorough") else ["layout"]
     interrupted = {}
     step_phase = train._Run.train
 
