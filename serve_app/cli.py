@@ -90,7 +90,7 @@ def tiny(
 def train_shapes(
     out_dir: Annotated[Path, typer.Argument(help="a new folder, or the folder of a training to continue")],
 ) -> None:
-    """Train the `shapes` checkpoint: about an hour and a half on 2 idle cores. Run it again if it was interrupted."""
+    """Train the `shapes` checkpoint: about 90 minutes on 2 idle cores. Run it again if it was interrupted."""
     checkpoint = importlib.import_module(SHAPES).train_shapes(out_dir, console=console)
     console.print(f"wrote {checkpoint}")
 

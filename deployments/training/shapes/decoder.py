@@ -55,7 +55,7 @@ class DecoderTraining:
         error = functional.l1_loss(decoded, pictures)
         loss = error + functional.mse_loss(decoded, pictures)
         self._optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(self.vae.decoder.parameters(), 1.0)
         for group in self._optimizer.param_groups:
             group["lr"] = self._plan.decoder_lr * learning_rate_factor(step, self.num_steps, _WARMUP)
