@@ -15,7 +15,7 @@ events = client.images.generate(
     prompt=prompt,
     stream=True,
     partial_images=2,
-    extra_body={"seed": 7, "progress": True},
+    extra_body={"seed": 7, "progress": True, "num_inference_steps": 28},
 )
 for event in events:
     match event.type:

@@ -68,9 +68,9 @@ def require_javascript() -> None:
 
 def test_a_picture_that_is_watched(flux_app: Any, example: Callable[..., str], tmp_path: Path) -> None:
     told = example(flux_app, "stream.py", "a red circle")
-    assert "denoise: step 0 of 4" in told
+    assert "denoise: step 0 of 28" in told
     assert {path.name for path in tmp_path.glob("*.png")} >= {"partial-0.png", "finished.png"}
-    assert (tmp_path / "finished.png").read_bytes() == drawn(flux_app, json=CIRCLE)
+    assert (tmp_path / "finished.png").read_bytes() == drawn(flux_app, json=CIRCLE | {"num_inference_steps": 28})
 
 
 def test_half_of_a_picture_drawn_anew(flux_app: Any, example: Callable[..., str], tmp_path: Path) -> None:
