@@ -11,7 +11,7 @@ import pytest
 
 from deployments.engine.admission_queue import num_threads
 from deployments.engine.demand import Demand
-from deployments.engine.fair_shares import FairShares
+from deployments.engine.fair_shares import FEW, FairShares
 from deployments.engine.order import BURST_S, ORDERS, STRETCH
 from deployments.engine.seat import Seat, SeatState
 from deployments.engine.step_queue import StepQueue
@@ -216,6 +216,35 @@ def test_a_crowd_that_comes_has_no_burst_over_who_asked_before() -> None:
         if not is_here:
             shares.add("one")
         assert shares.usage("one") < shares.usage("crowd")
+
+
+def test_a_share_with_few_requests_has_a_burst_and_one_with_more_has_none() -> None:
+    shares = FairShares(burst_s=10.0)
+    shares.add("busy")
+    shares.charge("busy", 100.0)
+    for _ in range(FEW):
+        shares.add("new")
+    assert shares.usage("busy") - shares.usage("new") == 10.0
+    shares.add("new")
+    assert shares.usage("busy") == shares.usage("new")
+
+
+def test_without_a_burst_a_new_share_starts_where_the_least_used_one_is() -> None:
+    shares = FairShares()
+    shares.add("busy")
+    shares.charge("busy", 100.0)
+    shares.add("new")
+    assert shares.usage("busy") == shares.usage("new")
+
+
+def test_a_share_is_present_until_its_last_request_has_ended() -> None:
+    shares = FairShares()
+    for share in ("two", "two", "one"):
+        shares.add(share)
+    shares.charge("one", 10.0)
+    shares.remove("two")
+    shares.add("new")
+    assert shares.usage("new") == shares.usage("two") < shares.usage("one")
 
 
 def test_new_names_bring_no_more_than_a_burst_each_and_are_forgotten() -> None:
