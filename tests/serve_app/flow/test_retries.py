@@ -8,11 +8,20 @@ import os
 from collections.abc import Sequence
 
 import pytest
+from ray.exceptions import ObjectLostError, RaySystemError
+from ray.serve.exceptions import RayServeException
 
+from deployments.errors import ShardGroupLost
 from serve_app.errors import StageFailed
 from serve_app.flow import node_lock, retries
 from serve_app.flow.isolation import PoisonIsolation
-from serve_app.flow.retries import MAX_ISOLATED_LOSSES, MAX_SHARED_LOSSES, StageLost, retry_when_lost
+from serve_app.flow.retries import (
+    MAX_ISOLATED_LOSSES,
+    MAX_SHARED_LOSSES,
+    StageLost,
+    retry_when_lost,
+    translating_errors,
+)
 
 NUM_INNOCENT = 7
 TAKES_S = 0.02
@@ -129,3 +138,33 @@ def test_one_that_gives_up_waiting_leaves_the_isolation_to_the_others() -> None:
             pass
 
     asyncio.run(gives_up())
+
+
+@pytest.mark.parametrize(
+    ("error", "is_input_lost"),
+    [
+        (ObjectLostError("0" * 56, None, ""), True),
+        (RayServeException("the upstream actor died"), True),
+        (RaySystemError("the worker is gone"), False),
+        (ShardGroupLost("a rank is gone"), False),
+    ],
+)
+def test_the_input_is_made_again_only_if_it_is_what_was_lost(error: Exception, is_input_lost: bool) -> None:
+    lost: list[bool] = []
+    with (
+        pytest.raises(StageLost),
+        translating_errors("denoise", param="size", if_input_lost=lambda: lost.append(True)),
+    ):
+        raise error
+    assert lost == [True] * is_input_lost
+    with pytest.raises(StageLost), translating_errors("denoise", param="size"):
+        raise error
+
+
+def test_a_loss_says_its_cause_in_one_line() -> None:
+    with pytest.raises(StageLost) as caught, translating_errors("denoise", param="size"):
+        raise RaySystemError("the worker is gone\nTraceback: …")
+    told = str(caught.value)
+    assert told.startswith("the denoise stage was lost (RaySystemError: ")
+    assert "Traceback" not in told
+    assert told.endswith("the worker is gone)")
