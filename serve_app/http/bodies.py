@@ -144,7 +144,7 @@ async def _text(request: Request) -> str:
         return body.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         how = next((name for start, name in COMPRESSED.items() if body.startswith(start)), None)
-        hint = f"; it looks like {how}: compressed bodies are not accepted, send it uncompressed" if how else ""
+        hint = f"; it looks like {how}: no Content-Encoding is accepted, send it uncompressed" if how else ""
         raise BadRequest(
             f"the body is not UTF-8 (byte {error.start}: 0x{error.object[error.start]:02x}){hint}"
         ) from error
